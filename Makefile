@@ -1,0 +1,82 @@
+# Everything happens in .venv; `make setup` makes it, and every other target makes it first if it is not there.
+#   make match [SRC=a.jpg TRG=b.jpg]   match two photographs: out/match.png and out/match.json
+#   make test | lint | engines | bench | gpu-check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE ?= pocket
+OUT ?= out
+POINTS ?= --points examples/collins.csv
+SRC ?= examples/collins.jpg
+TRG ?= examples/hopper.jpg
+ifneq ($(SRC),examples/collins.jpg)
+POINTS := --grid 5
+endif
+# Where PyTorch's CPU builds are found if the package index at hand has none. Without a GPU, the default Linux build
+# would bring gigabytes of CUDA libraries that nothing uses.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION ?= 2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CONSTRAINTS := constraints.txt
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+
+.PHONY: setup base dev match test slow-test lint format engines bench pocket-graphs clean
+.DELETE_ON_ERROR:
+
+setup: dev
+
+# The base install: enough to match, with no torch.
+base: $(VENV)/.base
+$(VENV)/.base: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c $(CONSTRAINTS) -e .
+	touch $@
+
+# Torch first, of the right kind, so that nothing after it pulls another.
+dev: $(VENV)/.dev
+$(VENV)/.dev: $(VENV)/.base
+ifeq ($(HAS_GPU),yes)
+	$(PIP) install "torch==$(TORCH_VERSION)"
+else ifeq ($(shell uname -s),Linux)
+	$(PIP) install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(PIP) install "torch==$(TORCH_VERSION)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
+else
+	$(PIP) install "torch==$(TORCH_VERSION)"
+endif
+	$(PIP) install -c $(CONSTRAINTS) -e '.[export,bench,dev]'
+	touch $@
+
+match: base
+	mkdir -p $(OUT)
+	$(BIN)/difftap match $(SRC) $(TRG) $(POINTS) --heat 1 --recipe $(RECIPE) -o $(OUT)/match.png > $(OUT)/match.json
+	@echo "wrote $(OUT)/match.png and $(OUT)/match.json"
+
+test: dev
+	$(BIN)/python -m pytest
+
+# Full-size Stable Diffusion networks with seeded random weights: about 10 GB of disk, 16 GB of memory.
+slow-test: dev
+	$(BIN)/python -m pytest -m slow
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+engines: dev
+	$(BIN)/difftap engines build --recipe $(RECIPE)
+
+bench: dev
+	mkdir -p $(OUT)
+	$(BIN)/difftap bench matching --json $(OUT)/bench-matching.json
+
+# After the embedded model's weights change: its graphs, which ship beside it so that matching needs no torch.
+pocket-graphs: dev
+	$(BIN)/python -m training.ship_graphs
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,36 @@
+"""difftap: fast intermediate features of Stable Diffusion's UNet, and what to do with them.
+
+The public names load on first use, so that ``import difftap`` costs nothing and needs no optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DifftapError": "difftap.errors",
+    "FeatureMap": "difftap.features",
+    "Image": "difftap.images",
+    "Pipeline": "difftap.pipeline",
+    "Recipe": "difftap.recipe",
+    "Runtime": "difftap.pipeline",
+    "load_image": "difftap.images",
+    "load_recipe": "difftap.recipe",
+    "match_points": "difftap.matching",
+    "mutual_matches": "difftap.matching",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'difftap' has no attribute '{name}'; public names: {', '.join(_HOMES)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

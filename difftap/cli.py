@@ -1,0 +1,83 @@
+"""The command line: ``difftap COMMAND``.
+
+Commands load when they are asked for, so that ``difftap --help`` imports nothing heavy. Their bodies parse, call one
+library function and print. stdout is data, stderr is log; bad input ends with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+import click
+
+from difftap import __version__
+from difftap.errors import DifftapError
+
+__all__ = ["cli", "main"]
+
+_COMMANDS = {
+    "bench": ("difftap.commands.bench:bench", "Measure speed, memory and quality."),
+    "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
+    "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
+    "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
+    "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),
+    "taps": ("difftap.commands.taps:taps", "List a model's taps."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(_COMMANDS.items())])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="difftap")
+@click.option("-v", "--verbose", is_flag=True, help="Say what is being done, on stderr.")
+def cli(verbose: bool) -> None:
+    """Fast intermediate features of Stable Diffusion's UNet: matching, retrieval, benchmarks."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    if not verbose:
+        logging.getLogger().setLevel(logging.ERROR)  # other packages' chatter
+        logging.getLogger("difftap").setLevel(logging.WARNING)
+
+
+def main() -> None:
+    """Entry point: turn our errors into one line and exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except DifftapError as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of stdout is gone; nothing is left to say
+        sys.exit(0)
+    except MemoryError:
+        click.echo("error: out of memory; use a smaller --size, --ensemble or --batch", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""``difftap recipes``: the named recipes, and one of them as TOML to start from."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+def _toml(value: Any) -> str:
+    """Plain data as a TOML value: JSON's syntax but for inline tables."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+@click.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the named recipes, or print recipe NAME as a TOML file to start from.
+
+    \b
+    difftap recipes dift > mine.toml
+    difftap match a.jpg b.jpg --recipe mine.toml
+    """
+    from difftap.recipe import load_recipe, presets
+
+    if name is not None:
+        for field, value in load_recipe(name).to_dict().items():
+            click.echo(f"{field} = {_toml(value)}")
+        return
+    for preset, recipe in presets().items():
+        branches = " with ".join(f"{'+'.join(b.taps)} at t={b.timestep}" for b in recipe.branches)
+        size = f"{recipe.size[0]}x{recipe.size[1]}"
+        click.echo(f"{preset:<14}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, matcher {recipe.matcher.name} ({recipe.matcher.interpolation})")

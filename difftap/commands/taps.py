@@ -1,0 +1,27 @@
+"""``difftap taps``: what can be tapped in a model's UNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from difftap.commands.options import model_options
+
+
+@click.command()
+@model_options
+def taps(model: str | None, **opening: Any) -> None:
+    """List a model's taps: name, channels, image pixels per cell, module path.
+
+    \b
+    difftap taps --model sd15 --random-weights 0
+    """
+    from difftap.engine import Cache, default_cache_folder
+    from difftap.export.checkpoints import open_model
+    from difftap.taps import named_taps
+
+    opened = open_model(model or "pocket", Cache(default_cache_folder()), **opening)
+    click.echo(f"{'tap':<14}{'channels':>9}{'stride':>8}  module")
+    for tap in named_taps(opened.unet, opened.latent_stride):
+        click.echo(f"{tap.name:<14}{tap.channels:>9}{tap.stride:>8}  {tap.module}")

@@ -1,0 +1,96 @@
+"""Coordinates: the half-pixel rule, written once.
+
+A point is ``(x, y)`` in pixels of its image, and integer coordinates are pixel *centres*: the centre of the top-left
+pixel is ``(0, 0)`` and the image covers ``[-0.5, W - 0.5] x [-0.5, H - 0.5]``. Cells of a feature map are counted the
+same way. Scaling therefore is ``(k + 0.5) * scale - 0.5``, the rule of ``align_corners=False``.
+
+Axis letters: N points; W H image pixels; w h cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from difftap.errors import InputError
+
+__all__ = ["Geometry", "Size", "rescale"]
+
+Size = tuple[int, int]
+"""``(width, height)``, in pixels or cells."""
+
+
+def rescale(position: ArrayLike, scale: ArrayLike, offset: ArrayLike = 0.0) -> NDArray[np.float64]:
+    """Move pixel-centre coordinates to a grid ``scale`` times as fine, shifted by ``offset`` of its units.
+
+    >>> rescale([0.0, 1.0], 2.0).tolist()
+    [0.5, 2.5]
+    """
+    return (np.asarray(position, np.float64) + 0.5) * scale + offset - 0.5
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image was laid on the network's input, hence where its pixels fall among the cells of a map.
+
+    Attributes:
+        image: size of the image as decoded (and turned upright), ``(W, H)`` in pixels.
+        input: size of the network's input, ``(W, H)`` in pixels.
+        content: the part of the input that the image fills, ``(x0, y0, x1, y1)`` in input pixels measured from the
+            input's outer corner; the whole input when the image was stretched.
+
+    >>> geometry = Geometry.stretch(image=(500, 375), input=(768, 768))
+    >>> geometry.to_cells([[249.5, 187.0]], grid=(48, 48)).tolist()   # the image's centre is the map's centre
+    [[23.5, 23.5]]
+    """
+
+    image: Size
+    input: Size
+    content: tuple[float, float, float, float]
+
+    def __post_init__(self) -> None:
+        x0, y0, x1, y1 = self.content
+        if min(*self.image, *self.input) < 1 or not (0 <= x0 < x1 <= self.input[0] and 0 <= y0 < y1 <= self.input[1]):
+            raise InputError(
+                f"impossible geometry: image {self.image}, input {self.input}, content {self.content}; sizes must be "
+                "positive and the content must lie within the input"
+            )
+
+    @classmethod
+    def stretch(cls, image: Size, input: Size) -> Geometry:  # noqa: A002 - the field's name
+        """The image fills the whole input; its aspect is not kept."""
+        return cls(image, input, (0.0, 0.0, float(input[0]), float(input[1])))
+
+    @classmethod
+    def letterbox(cls, image: Size, input: Size) -> Geometry:  # noqa: A002 - the field's name
+        """The image keeps its aspect, is centred, and whole pixels of padding fill the rest."""
+        scale = min(input[0] / image[0], input[1] / image[1])
+        width = min(input[0], max(1, round(image[0] * scale)))
+        height = min(input[1], max(1, round(image[1] * scale)))
+        x0, y0 = (input[0] - width) // 2, (input[1] - height) // 2
+        return cls(image, input, (float(x0), float(y0), float(x0 + width), float(y0 + height)))
+
+    def _affine(self, grid: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Scale and offset from image pixels to cells of a ``(w, h)`` grid over the input."""
+        x0, y0, x1, y1 = self.content
+        cells = np.array(grid, np.float64) / np.array(self.input, np.float64)  # cells per input pixel
+        extent = np.array([x1 - x0, y1 - y0]) / np.array(self.image, np.float64)  # input pixels per image pixel
+        return extent * cells, np.array([x0, y0]) * cells
+
+    def to_cells(self, points: ArrayLike, grid: Size) -> NDArray[np.float64]:
+        """Image pixels ``(N, 2)`` to cell coordinates ``(N, 2)`` of a ``(w, h)`` map, fractional, not clipped."""
+        scale, offset = self._affine(grid)
+        return rescale(np.reshape(np.asarray(points, np.float64), (-1, 2)), scale, offset)
+
+    def to_pixels(self, cells: ArrayLike, grid: Size) -> NDArray[np.float64]:
+        """Cell coordinates ``(N, 2)`` of a ``(w, h)`` map to image pixels ``(N, 2)``: the inverse of `to_cells`."""
+        scale, offset = self._affine(grid)
+        return rescale(np.reshape(np.asarray(cells, np.float64), (-1, 2)), 1.0 / scale, -offset / scale)
+
+    def contains(self, points: ArrayLike) -> NDArray[np.bool_]:
+        """Which of the points ``(N, 2)`` lie on the image, border included: ``-0.5 <= x <= W - 0.5`` and so for y."""
+        xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
+        inside = (xy >= -0.5) & (xy <= np.array(self.image, np.float64) - 0.5)
+        return inside.all(axis=1)

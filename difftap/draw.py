@@ -1,0 +1,126 @@
+"""Pictures of matches: both images side by side, a line per correspondence, and one point's heat map."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PIL
+from PIL import ImageDraw, ImageFont
+
+from difftap.errors import OutputError
+from difftap.images import Image
+from difftap.manifest import atomic_path
+from difftap.matching import Matches
+
+__all__ = ["draw_matches", "save_picture"]
+
+_HEIGHT = 480  # pixels of each panel
+_GAP = 12
+_CAPTION = 26
+_STOPS = np.array([[20, 11, 52], [114, 31, 129], [205, 64, 113], [254, 159, 109], [252, 253, 191]], np.float64)  # dark to light
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    """Well-separated hues: steps of the golden ratio around the colour circle."""
+    r, g, b = colorsys.hsv_to_rgb((0.05 + index * 0.61803398875) % 1.0, 0.85, 1.0)
+    return round(r * 255), round(g * 255), round(b * 255)
+
+
+def _panel(pixels: NDArray[np.uint8]) -> PIL.Image:
+    picture = PIL.fromarray(pixels)
+    width = max(1, round(picture.width * _HEIGHT / picture.height))
+    return picture.resize((min(width, 4 * _HEIGHT), _HEIGHT), PIL.Resampling.LANCZOS)
+
+
+def _overlay(image: Image, heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Lay a ``(H, W)`` map over its image, dark for its lowest value and light for its highest."""
+    low, high = float(heat.min()), float(heat.max())
+    level = (heat - low) / max(high - low, 1e-12) * (len(_STOPS) - 1)
+    base = np.minimum(level.astype(np.intp), len(_STOPS) - 2)
+    colours = _STOPS[base] + (level - base)[..., None] * (_STOPS[base + 1] - _STOPS[base])
+    grey = image.pixels.mean(axis=2, keepdims=True)
+    return np.clip(0.72 * colours + 0.28 * grey, 0, 255).astype(np.uint8)
+
+
+def draw_matches(
+    source: Image, target: Image, matches: Matches, heat: tuple[int, NDArray[np.float32]] | None = None, limit: int = 400
+) -> PIL.Image:
+    """Both images with coloured, numbered correspondences; surer matches have stronger lines.
+
+    Args:
+        source: left panel.
+        target: right panel.
+        matches: in pixels of the two images; those without a target are hollow rings.
+        heat: index of one match and its ``(H, W)`` cosine map over the target, shown as a third panel.
+        limit: at most this many matches are drawn, the first ones.
+    """
+    panels = [_panel(source.pixels), _panel(target.pixels)]
+    captions = ["source", "target"]
+    if heat is not None:
+        panels.append(_panel(_overlay(target, heat[1])))
+        captions.append(f"cosine to point {heat[0] + 1}: {heat[1].min():.2f} (dark) to {heat[1].max():.2f} (light)")
+    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
+    canvas = PIL.new("RGB", (width, _HEIGHT + _CAPTION), (250, 250, 250))
+    lefts = [sum(p.width for p in panels[:i]) + _GAP * i for i in range(len(panels))]
+    font = ImageFont.load_default(15)
+    pen = ImageDraw.Draw(canvas)
+    for panel, left, caption in zip(panels, lefts, captions, strict=True):
+        canvas.paste(panel, (left, _CAPTION))
+        pen.text((left + 4, 4), caption, fill=(40, 40, 40), font=font)
+    starts = _place(matches.source, source, panels[0], lefts[0])
+    ends = _place(matches.target, target, panels[1], lefts[1])
+    lines = PIL.new("RGBA", canvas.size, (0, 0, 0, 0))
+    line_pen = ImageDraw.Draw(lines)
+    shown = min(len(starts), limit)
+    marks = []
+    for i in range(shown):
+        found = bool(np.isfinite(ends[i]).all())
+        if found:
+            # The margin says how far the best place stands above the next one; 0.2 is as good as certain.
+            sure = float(np.clip(np.nan_to_num(matches.margin[i]) / 0.2, 0, 1))
+            line_pen.line([tuple(starts[i]), tuple(ends[i])], fill=(*_colour(i), 90 + round(140 * sure)), width=2)
+        marks.append((tuple(starts[i]), _colour(i), found, i))
+        if found:
+            marks.append((tuple(ends[i]), _colour(i), True, i))
+    canvas.paste(lines, (0, 0), lines)
+    if heat is not None and np.isfinite(ends[heat[0]]).all():
+        shift = lefts[2] - lefts[1]
+        marks.append(((ends[heat[0]][0] + shift, ends[heat[0]][1]), _colour(heat[0]), True, heat[0]))
+    for (x, y), colour, filled, i in marks:
+        pen.ellipse([x - 6, y - 6, x + 6, y + 6], fill=colour if filled else None, outline=(0, 0, 0), width=2)
+        if shown <= 40:
+            pen.text((x + 8, y - 9), str(i + 1), fill=(255, 255, 255), font=font, stroke_width=2, stroke_fill=(0, 0, 0))
+    return canvas
+
+
+def _place(points: NDArray[np.float64], image: Image, panel: PIL.Image, left: int) -> NDArray[np.float64]:
+    """Image pixels ``(N, 2)`` to canvas pixels."""
+    scale = np.array([panel.width / image.size[0], panel.height / image.size[1]])
+    return (np.reshape(points, (-1, 2)) + 0.5) * scale - 0.5 + np.array([left, _CAPTION])
+
+
+def check_format(path: Path) -> str:
+    """The picture format that a file name asks for.
+
+    Raises:
+        OutputError: its ending is none we write.
+    """
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise OutputError(f"cannot write '{path}': its ending is '{path.suffix}'; allowed: {', '.join(_FORMATS)}")
+    return kind
+
+
+def save_picture(picture: PIL.Image, path: Path) -> None:
+    """Write a picture, whole or not at all.
+
+    Raises:
+        OutputError: the ending is unknown, or the file cannot be written.
+    """
+    kind = check_format(path)
+    with atomic_path(path) as scratch, open(scratch, "wb") as handle:
+        picture.save(handle, kind, quality=92)

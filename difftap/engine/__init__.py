@@ -1,0 +1,22 @@
+"""The runtime: backends behind one interface, the artefact cache, noise, and the streaming extractor."""
+
+from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
+from difftap.engine.cache import Cache, default_cache_folder
+from difftap.engine.extractor import BranchEngine, Extractor, Features
+from difftap.engine.registry import BACKENDS, choose_device, get_backend
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BranchEngine",
+    "Cache",
+    "Engine",
+    "Extractor",
+    "Features",
+    "Graph",
+    "Profile",
+    "TensorSpec",
+    "choose_device",
+    "default_cache_folder",
+    "get_backend",
+]

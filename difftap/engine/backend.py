@@ -1,0 +1,225 @@
+"""The seam between difftap and a runtime: what a backend must do.
+
+A backend is one small file: it says whether it can run here, opens a graph for one shape profile, and gives back an
+engine that turns named arrays into named arrays. Every registered backend passes the same contract test.
+
+Axis letters: B batch of images, E ensemble members, C channels, H W image pixels, h w cells, T prompt tokens, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.coords import Size
+from difftap.errors import BackendError, NonFiniteError
+from difftap.model import Model
+
+__all__ = ["Array", "Backend", "Engine", "Graph", "Profile", "TensorSpec", "VAE_INPUTS", "unet_inputs", "vae_outputs"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one input or output; a shape's letter is an axis that the profile or the feeds fix."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One exported network: the VAE encoder, or a UNet cut after its deepest tap.
+
+    Attributes:
+        model: the checkpoint it comes from.
+        component: ``vae`` or ``unet``.
+        taps: names of the tapped tensors, the UNet graph's outputs; empty for the VAE.
+        path: the ONNX file; None where it has not been exported (the torch backend needs none).
+    """
+
+    model: Model
+    component: str
+    taps: tuple[str, ...] = ()
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's stem: ``vae``, or ``unet.`` and the taps."""
+        return ".".join([self.component, *(["+".join(self.taps)] if self.taps else [])])
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What the network is fed."""
+        return VAE_INPUTS if self.component == "vae" else unet_inputs(self.model)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What it gives."""
+        if self.component == "vae":
+            return vae_outputs(self.model)
+        taps = [self.model.tap(name) for name in self.taps]
+        return tuple(
+            TensorSpec(tap.name, "float32", ("B", tap.channels or f"C{i}", f"h{i}", f"w{i}")) for i, tap in enumerate(taps)
+        )
+
+
+VAE_INPUTS = (TensorSpec("image", "float32", ("B", 3, "H", "W")),)
+
+
+def vae_outputs(model: Model) -> tuple[TensorSpec, ...]:
+    """The posterior's mean and standard deviation, before the scaling factor."""
+    shape = ("B", model.latent_channels, "h", "w")
+    return (TensorSpec("mean", "float32", shape), TensorSpec("std", "float32", shape))
+
+
+def unet_inputs(model: Model) -> tuple[TensorSpec, ...]:
+    """What a tapped UNet is fed, per image; the graph forms every member's noisy latent itself.
+
+    ``latent = signal * (mean + std * posterior_noise) + sigma * noise``, where ``signal`` is the square root of the
+    schedule's cumulative alpha times the VAE's scaling factor and ``sigma`` the square root of one minus it.
+    """
+    posterior: tuple[int | str, ...] = ("B", model.latent_channels, "h", "w")
+    members: tuple[int | str, ...] = ("B", "E", model.latent_channels, "h", "w")
+    return (
+        TensorSpec("mean", "float32", posterior),
+        TensorSpec("std", "float32", posterior),
+        TensorSpec("posterior_noise", "float32", members),
+        TensorSpec("noise", "float32", members),
+        TensorSpec("signal", "float32", ("B",)),
+        TensorSpec("sigma", "float32", ("B",)),
+        TensorSpec("timestep", "int64", ("B",)),
+        TensorSpec("prompt", "float32", ("B", "T", int(model.unet["cross_attention_dim"]))),
+    )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes an engine is made for.
+
+    Attributes:
+        size: the network's input, ``(W, H)`` in pixels.
+        ensemble: members per image, E.
+        tokens: prompt tokens, T.
+        batch: most images in one run, B.
+    """
+
+    size: Size
+    ensemble: int = 1
+    tokens: int = 1
+    batch: int = 1
+
+    @property
+    def label(self) -> str:
+        """For file names and messages: ``256x256.e4.b1``."""
+        return f"{self.size[0]}x{self.size[1]}.e{self.ensemble}.t{self.tokens}.b{self.batch}"
+
+
+class Engine(ABC):
+    """A graph made ready to run. Subclasses implement `_run` and `close`."""
+
+    def __init__(self, graph: Graph, profile: Profile) -> None:
+        self.graph = graph
+        self.profile = profile
+        self.inputs = graph.inputs
+        self.outputs = graph.outputs
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; the feeds have been checked."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the network once.
+
+        Args:
+            feeds: one array for every input, with its dtype and shape; letters agree across inputs.
+
+        Returns:
+            One C-ordered float32 array for every output.
+
+        Raises:
+            BackendError: an input is missing, unknown, or of another dtype or shape; or the runtime failed.
+            NonFiniteError: an output holds NaN or infinity.
+        """
+        self._check(feeds)
+        outputs = self._run(feeds)
+        for name, value in outputs.items():
+            if not np.isfinite(value).all():
+                raise NonFiniteError(
+                    f"output '{name}' of {self.graph.name} of model '{self.graph.model.name}' holds "
+                    f"{int(np.count_nonzero(~np.isfinite(value)))} values that are not finite; use a precision with more range"
+                )
+        return outputs
+
+    def _check(self, feeds: Mapping[str, Array]) -> None:
+        wanted = [spec.name for spec in self.inputs]
+        if set(feeds) != set(wanted):
+            raise BackendError(f"{self.graph.name} takes the inputs {', '.join(wanted)}; got {', '.join(feeds) or 'none'}")
+        # Latent cells follow from the profile for both graphs; batch and what else is free, from the first array seen.
+        width, height = self.profile.size
+        stride = self.graph.model.latent_stride
+        letters: dict[str, int] = {"H": height, "W": width, "h": height // stride, "w": width // stride}
+        letters |= {"E": self.profile.ensemble, "T": self.profile.tokens}
+        for spec in self.inputs:
+            array = feeds[spec.name]
+            letters.setdefault("B", array.shape[0] if array.ndim else 0)
+            shape = tuple(letters[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+            if array.dtype != np.dtype(spec.dtype) or array.shape != shape:
+                raise BackendError(
+                    f"input '{spec.name}' of {self.graph.name} is {array.dtype} {array.shape}; wanted {spec.dtype} {shape} "
+                    f"= ({', '.join(map(str, spec.shape))})"
+                )
+        if not 1 <= letters["B"] <= self.profile.batch:
+            raise BackendError(f"a batch of {letters['B']} images; this engine takes 1 to {self.profile.batch}")
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """A runtime.
+
+    Attributes:
+        name: what ``--backend`` calls it.
+        needs_graph: whether it runs the exported ONNX file (all do, but for the torch reference).
+    """
+
+    name: ClassVar[str]
+    needs_graph: ClassVar[bool] = True
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """None if the backend can run here, else one line that says what is missing and how to get it."""
+
+    @abstractmethod
+    def devices(self) -> tuple[str, ...]:
+        """The devices it can use here, best first: ``cpu``, ``cuda``."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """The runtime's version: part of every engine's identity."""
+
+    @abstractmethod
+    def open(self, graph: Graph, profile: Profile, device: str, threads: int | None) -> Engine:
+        """Make a graph ready for a profile on a device.
+
+        Args:
+            threads: CPU threads to use; None for the runtime's own choice.
+
+        Raises:
+            BackendError: the runtime cannot open the graph.
+        """

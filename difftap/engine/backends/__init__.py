@@ -1,0 +1,1 @@
+"""One file a runtime; `difftap.engine.registry` lists them."""

@@ -1,0 +1,135 @@
+"""Where graphs and engines are kept, and what makes them trusted.
+
+The cache folder holds one folder a model, named by its weights: hard links to (or copies of) the checkpoint's own
+weight files, the graphs that refer to them, and a manifest beside each graph and engine. So two graphs of one model,
+cut at different taps, share one copy of the weights. A checkpoint folder may also carry its graphs itself, as the
+embedded model does; those are looked for first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from difftap.digests import DigestMemo
+from difftap.engine.backend import Graph
+from difftap.errors import ArtefactError
+from difftap.manifest import FileRecord, Manifest, atomic_path, output_errors
+from difftap.model import COMPONENTS, Model
+
+__all__ = ["GRAPH_VERSION", "Cache", "default_cache_folder"]
+
+GRAPH_VERSION = 1
+"""Raised whenever the export step would write other graphs from the same checkpoint."""
+
+
+def default_cache_folder() -> Path:
+    """``$DIFFTAP_CACHE`` if it is set, else the user's cache folder."""
+    chosen = os.environ.get("DIFFTAP_CACHE")
+    return Path(chosen) if chosen else Path(user_cache_path("difftap"))
+
+
+def file_stem(name: str) -> str:
+    """A graph's name as a file name: long ones (many taps, deep module paths) are cut and end in a hash."""
+    return name if len(name) <= 80 else f"{name[:60]}~{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The artefacts of all models on this machine.
+
+    Attributes:
+        folder: the cache folder; made when first written to.
+    """
+
+    folder: Path
+
+    @property
+    def memo(self) -> DigestMemo:
+        """The memory of large files' hashes."""
+        return DigestMemo(self.folder / "digests.json")
+
+    def model_key(self, model: Model) -> str:
+        """16 hex digits for a model's weights and configuration."""
+        hashes = "\n".join(model.weights_hash(component, self.memo) for component in COMPONENTS)
+        return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+    def model_folder(self, model: Model) -> Path:
+        """Where a model's artefacts are kept."""
+        return self.folder / self.model_key(model)
+
+    @contextlib.contextmanager
+    def lock(self, folder: Path, name: str) -> Iterator[None]:
+        """Let one process at a time build an artefact; the others wait, then find it done."""
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(str(folder / f".{name}.lock"))
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def graph_identity(self, graph: Graph) -> dict[str, Any]:
+        """What a graph's manifest must say for the graph to be the one meant."""
+        return {
+            "graph_version": GRAPH_VERSION,
+            "component": graph.component,
+            "taps": list(graph.taps),
+            "weights": graph.model.weights_hash(graph.component, self.memo),
+        }
+
+    def find_graph(self, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph | None:
+        """A trusted graph of a model, from beside the checkpoint or from the cache; None if it was never exported.
+
+        Raises:
+            ArtefactError: there is one, but it is stale, foreign, truncated or tampered with.
+        """
+        graph = Graph(model, component, taps)
+        stem = file_stem(graph.name)
+        for folder in (model.folder, self.model_folder(model)):
+            path = folder / f"{stem}.json"
+            if path.is_file():
+                Manifest.load(path).check(folder, self.graph_identity(graph), self.memo.digest)
+                return Graph(model, component, taps, folder / f"{stem}.onnx")
+        return None
+
+    def place_weights(self, model: Model, component: str, folder: Path) -> tuple[Path, ...]:
+        """Put a component's weight files under ``folder``, by hard link where the file system allows it, else a copy.
+
+        Runtimes refuse symbolic links that leave the graph's folder, so a link has to be a hard one.
+        """
+        placed = []
+        for source in model.weight_files(component):
+            target = folder / component / source.name
+            placed.append(target)
+            with output_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists() and self.memo.digest(target) == self.memo.digest(source):
+                    continue
+                with atomic_path(target) as scratch:
+                    try:
+                        os.link(source, scratch)
+                    except OSError:
+                        shutil.copyfile(source, scratch)
+        return tuple(placed)
+
+    def save_graph_manifest(self, graph: Graph, weights: tuple[Path, ...], extra: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Write the manifest that makes a graph trusted; the last step of an export."""
+        if graph.path is None:
+            raise ArtefactError(f"{graph.name} has no file to write a manifest for")
+        folder = graph.path.parent
+        files = {}
+        for path in (graph.path, *weights):
+            files[path.relative_to(folder).as_posix()] = FileRecord(path.stat().st_size, self.memo.digest(path))
+        made_from = {**self.graph_identity(graph), **extra}
+        Manifest("graph", made_from, files, report).save(folder / f"{file_stem(graph.name)}.json")

@@ -1,0 +1,133 @@
+"""The streaming extractor: images in, one feature map per branch and tap out.
+
+The VAE encoder runs once per image; the ensemble's noisy latents, the tapped UNet and the ensemble's mean are one graph.
+On a CPU each image is one run whatever the batch size: the ensemble already fills the cores, and the features are then
+the same bit for bit in any company. Axis letters as in `difftap.engine.backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.coords import Geometry
+from difftap.engine.backend import Engine
+from difftap.engine.noise import draw
+from difftap.errors import InputError
+from difftap.features import FeatureMap
+from difftap.images import Image, to_input
+from difftap.model import Model
+from difftap.recipe import Branch, Recipe
+
+__all__ = ["BranchEngine", "Extractor", "Features"]
+
+
+@dataclass(frozen=True)
+class BranchEngine:
+    """What one branch runs: its UNet engine and its prompt, ``(T, D)`` float32."""
+
+    branch: Branch
+    engine: Engine
+    prompt: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Features:
+    """All of one image's feature maps.
+
+    Attributes:
+        digest: the image's identity.
+        branches: per branch of the recipe, its taps' maps by name.
+    """
+
+    digest: str
+    branches: tuple[Mapping[str, FeatureMap], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the maps take, in bytes."""
+        return sum(m.data.nbytes for maps in self.branches for m in maps.values())
+
+
+class Extractor:
+    """Streams images through a model's engines.
+
+    Args:
+        model: the checkpoint.
+        recipe: resolution, ensemble, noise, seed.
+        vae: the VAE encoder's engine.
+        branches: one per branch of the recipe.
+        batch: images per engine run; the engines' profiles must allow it.
+    """
+
+    def __init__(
+        self, model: Model, recipe: Recipe, vae: Engine, branches: Sequence[BranchEngine], batch: int = 1
+    ) -> None:
+        if batch < 1:
+            raise InputError(f"batch is {batch}; allowed: 1 or more images")
+        self._model = model
+        self._recipe = recipe
+        self._vae = vae
+        self._branches = tuple(branches)
+        self._batch = batch
+
+    def __call__(self, images: Iterable[Image]) -> Iterator[Features]:
+        """Yield each image's features, in the images' order."""
+        pending = iter(images)
+        while chunk := list(islice(pending, self._batch)):
+            yield from self._extract(chunk)
+
+    def _extract(self, images: Sequence[Image]) -> Iterator[Features]:
+        """Run one batch of images."""
+        recipe = self._recipe
+        laid = [to_input(image, recipe.size, recipe.fit) for image in images]
+        pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
+        posterior = self._vae.run({"image": pixels})
+        latent_shape = posterior["mean"].shape[1:]
+        if recipe.noise == "none":
+            noises = np.zeros((2, len(images), 1, *latent_shape), np.float32)
+        else:
+            draws = [draw(recipe.seed, image.digest, recipe.ensemble, latent_shape) for image in images]
+            noises = np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])  # (2, B, E, C, h, w)
+        outputs = [self._run_branch(branch, posterior, noises) for branch in self._branches]
+        for i, image in enumerate(images):
+            geometry = laid[i][1]
+            yield Features(image.digest, tuple(_maps(output, i, geometry) for output in outputs))
+
+    def _run_branch(
+        self, branch: BranchEngine, posterior: Mapping[str, NDArray[np.float32]], noises: NDArray[np.float32]
+    ) -> dict[str, NDArray[np.float32]]:
+        count = noises.shape[1]
+        signal, sigma = self._scales(branch.branch.timestep)
+        return branch.engine.run(
+            {
+                "mean": posterior["mean"],
+                "std": posterior["std"],
+                "posterior_noise": noises[0],
+                "noise": noises[1],
+                "signal": np.full(count, signal, np.float32),
+                "sigma": np.full(count, sigma, np.float32),
+                "timestep": np.full(count, branch.branch.timestep, np.int64),
+                "prompt": np.repeat(branch.prompt[None], count, axis=0),
+            }
+        )
+
+    def _scales(self, timestep: int) -> tuple[float, float]:
+        """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4)."""
+        scaling = self._model.scaling_factor
+        if self._recipe.noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
+            return scaling, 0.0
+        schedule = self._model.alphas_cumprod
+        if timestep >= len(schedule):
+            raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
+        alpha = float(schedule[timestep])
+        return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
+
+
+def _maps(output: Mapping[str, NDArray[np.float32]], index: int, geometry: Geometry) -> dict[str, FeatureMap]:
+    # A copy, so that keeping one image's map does not keep its whole batch in memory.
+    return {name: FeatureMap(value[index].copy(), geometry) for name, value in output.items()}

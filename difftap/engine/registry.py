@@ -1,0 +1,47 @@
+"""The backends by name. Adding one is one file in `difftap.engine.backends` and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+from difftap.engine.backend import Backend
+from difftap.errors import BackendError, InputError
+
+__all__ = ["BACKENDS", "choose_device", "get_backend"]
+
+BACKENDS = {
+    "ort": "difftap.engine.backends.ort:OrtBackend",
+    "torch": "difftap.engine.backends.torch:TorchBackend",
+}
+
+
+@cache
+def get_backend(name: str) -> Backend:
+    """The backend of a name, which need not be able to run here.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"no backend '{name}'; allowed: {', '.join(BACKENDS)}")
+    module, kind = BACKENDS[name].split(":")
+    backend: Backend = getattr(importlib.import_module(module), kind)()
+    return backend
+
+
+def choose_device(backend: Backend, device: str) -> str:
+    """The device to use: the best one for ``auto``, else the one asked for.
+
+    Raises:
+        BackendError: the backend cannot run here, or not on that device.
+    """
+    lacking = backend.missing()
+    if lacking:
+        raise BackendError(lacking)
+    present = backend.devices()
+    if device == "auto":
+        return present[0]
+    if device not in present:
+        raise BackendError(f"backend '{backend.name}' has no device '{device}' here; present: {', '.join(present)}")
+    return device

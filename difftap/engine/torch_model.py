@@ -1,0 +1,135 @@
+"""The two networks as torch modules: what the torch backend runs and what the export step traces.
+
+Taps are read with forward hooks on diffusers' own modules; no forward pass is copied. Axis letters as in
+`difftap.engine.backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difftap.errors import ModelError, require
+from difftap.model import Model
+from difftap.taps import deepest
+
+__all__ = ["TappedUNet", "VAEEncoder", "build"]
+
+
+class _Stop(Exception):
+    """Raised by the deepest tap's hook to end an eager pass: what follows feeds no tap."""
+
+
+class VAEEncoder(nn.Module):
+    """Image to the posterior of its latent."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, 3, H, W)`` in [-1, 1] to mean and standard deviation, each ``(B, C, h, w)``."""
+        posterior = self.vae.encode(image, return_dict=False)[0]
+        return posterior.mean, posterior.std
+
+
+class TappedUNet(nn.Module):
+    """A UNet that returns the ensemble mean of its taps.
+
+    Args:
+        unet: a ``UNet2DConditionModel``.
+        taps: ``(name, module path)`` of each tap, in the order of the outputs.
+        last: module path of the deepest tap.
+        stop_early: end the pass after the deepest tap (eager runs); a traced pass must run on, and loses its dead tail
+            when it is exported.
+    """
+
+    def __init__(self, unet: nn.Module, taps: Sequence[tuple[str, str]], last: str, stop_early: bool) -> None:
+        super().__init__()
+        self.unet = unet
+        self.taps = tuple(taps)
+        self.last = last
+        self.stop_early = stop_early
+
+    def forward(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        posterior_noise: Tensor,
+        noise: Tensor,
+        signal: Tensor,
+        sigma: Tensor,
+        timestep: Tensor,
+        prompt: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Feeds as in `difftap.engine.backend.unet_inputs`; gives ``(B, C, h, w)`` per tap."""
+        batch, members = noise.shape[:2]
+        latent = mean.unsqueeze(1) + std.unsqueeze(1) * posterior_noise  # (B, E, C, h, w)
+        latent = signal.view(-1, 1, 1, 1, 1) * latent + sigma.view(-1, 1, 1, 1, 1) * noise
+        values = self._tapped(
+            latent.flatten(0, 1),  # (B*E, C, h, w)
+            timestep.unsqueeze(1).expand(batch, members).flatten(0, 1),
+            prompt.unsqueeze(1).expand(-1, members, -1, -1).flatten(0, 1),
+        )
+        return tuple(value.unflatten(0, (batch, members)).mean(1) for value in values)
+
+    def _tapped(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
+        caught: dict[str, Tensor] = {}
+        handles = []
+        for path in dict.fromkeys(path for _, path in self.taps):  # two names may mean one module
+
+            def catch(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
+                # Blocks that feed skip connections return (hidden, skips); attention returns (hidden,).
+                caught[path] = output[0] if isinstance(output, tuple | list) else output
+                if self.stop_early and path == self.last:
+                    raise _Stop
+
+            handles.append(self.unet.get_submodule(path).register_forward_hook(catch))
+        try:
+            self.unet(latent, timestep, encoder_hidden_states=prompt, return_dict=False)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [caught[path] for _, path in self.taps]
+
+
+def _load(model: Model, component: str) -> nn.Module:
+    """Load one component in fp32 with diffusers; safetensors only, nothing from the network."""
+    diffusers = require("diffusers", "export", "loading a checkpoint with torch")
+    kind = diffusers.UNet2DConditionModel if component == "unet" else diffusers.AutoencoderKL
+    files = model.weight_files(component)
+    variant = "fp16" if files[0].name.endswith(".fp16.safetensors") else None
+    try:
+        loaded = kind.from_pretrained(
+            str(model.folder), subfolder=component, use_safetensors=True, local_files_only=True, variant=variant,
+            torch_dtype=torch.float32, low_cpu_mem_usage=False,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"the {component} in '{model.folder}' cannot be loaded ({str(error).splitlines()[0]})") from error
+    module: nn.Module = loaded.eval().requires_grad_(False)
+    return module
+
+
+def build(model: Model, component: str, tap_names: Sequence[str] = (), *, stop_early: bool = False) -> nn.Module:
+    """Load one network of a model as the module whose inputs and outputs the graph has.
+
+    Raises:
+        RecipeError: a tap does not exist in this UNet.
+        ModelError: the checkpoint cannot be loaded.
+    """
+    taps = [model.tap(name) for name in tap_names]
+    network = _load(model, component)
+    if component == "vae":
+        return VAEEncoder(network).eval()
+    for tap in taps:
+        try:
+            network.get_submodule(tap.module)
+        except AttributeError as error:
+            raise ModelError(f"the UNet in '{model.folder}' has no module '{tap.module}' for tap '{tap.name}'") from error
+    last = deepest(taps, model.unet).module
+    return TappedUNet(network, [(tap.name, tap.module) for tap in taps], last, stop_early).eval()

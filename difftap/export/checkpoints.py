@@ -1,0 +1,111 @@
+"""From what the user calls a model to a folder on this disk.
+
+``pocket`` and local folders need nothing but the disk. ``sd15`` and ``sd21`` stand for the published Stable Diffusion
+1.5 and 2.1: with ``random_weights`` they are built here from their published configuration, at full size, with seeded
+random weights, so that speed, memory and exactness can be measured where no checkpoint can be had. A hub id
+(``owner/name``) is downloaded, and only then is the network used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from difftap.engine.cache import Cache
+from difftap.errors import ModelError, require
+from difftap.manifest import output_errors
+from difftap.model import Model, pocket_folder
+
+__all__ = ["PRESETS", "RANDOM_MARK", "open_model"]
+
+PRESETS = ("sd15", "sd21")
+RANDOM_MARK = "_difftap_random_weights"
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_FILES = [
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    *(f"{part}/{name}" for part in ("unet", "vae", "text_encoder") for name in ("config.json", "*.safetensors.index.json")),
+    "unet/diffusion_pytorch_model*.safetensors",
+    "vae/diffusion_pytorch_model*.safetensors",
+    "text_encoder/model*.safetensors",
+]
+_GONE = "stabilityai/stable-diffusion-2-1"
+
+
+def open_model(name: str, cache: Cache, *, revision: str | None = None, random_weights: int | None = None) -> Model:
+    """Find, build or download a model.
+
+    Args:
+        name: ``pocket``, ``sd15``, ``sd21``, a folder, or a hub id.
+        cache: where built checkpoints are kept.
+        revision: branch, tag or commit of a hub id.
+        random_weights: seed; build the preset with random weights instead of loading it.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be had, or the options do not fit it.
+    """
+    if random_weights is not None:
+        if name not in PRESETS:
+            raise ModelError(f"--random-weights builds {' or '.join(PRESETS)}; got model '{name}'")
+        return Model.load(_build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})")
+    if revision is not None and (name not in PRESETS and not _HUB_ID.match(name)):
+        raise ModelError(f"--revision goes with a hub id; got model '{name}'")
+    if name == "pocket":
+        return Model.load(pocket_folder(), name)
+    if Path(name).is_dir():
+        return Model.load(Path(name), name)
+    if name in PRESETS:
+        return Model.load(_download(_preset(name)["hub"], revision), name)
+    if _HUB_ID.match(name) and not name.startswith("."):
+        return Model.load(_download(name, revision), name)
+    raise ModelError(f"no model '{name}'; allowed: pocket, {', '.join(PRESETS)}, the path of a folder, or a hub id owner/name")
+
+
+def _preset(name: str) -> dict[str, Any]:
+    text = resources.files("difftap").joinpath("assets", "configs", f"{name}.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    """Fetch a checkpoint's parts from the hub, or find them in its local cache."""
+    hub = require("huggingface_hub", "export", f"downloading model '{hub_id}'")
+    try:
+        return Path(hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*fp16*", "*non_ema*"]))
+    except (OSError, ValueError) as error:  # the hub's own errors and requests' inherit from OSError
+        hint = " (this repository was taken down: use a mirror of it, by --model)" if hub_id == _GONE else ""
+        raise ModelError(
+            f"model '{hub_id}' cannot be downloaded{hint}: {str(error).strip().splitlines()[0][:200]}; give a local folder by "
+            "--model DIR, or --random-weights SEED with sd15 or sd21 to measure speed alone"
+        ) from error
+
+
+def _build_random(name: str, seed: int, cache: Cache) -> Path:
+    """Write a full-size checkpoint with seeded random weights, once."""
+    folder = cache.folder / "checkpoints" / f"{name}-random-{seed}"
+    with cache.lock(folder.parent, folder.name):
+        if folder.is_dir():
+            return folder
+        torch = require("torch", "export", "building random weights")
+        diffusers = require("diffusers", "export", "building random weights")
+        config = _preset(name)
+        scratch = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            with output_errors(folder):
+                for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(seed)
+                        kind.from_config(config[part]).save_pretrained(scratch / part, max_shard_size="64GB")
+                (scratch / "scheduler").mkdir()
+                (scratch / "scheduler" / "scheduler_config.json").write_text(json.dumps(config["scheduler"], indent=1))
+                (scratch / "model_index.json").write_text(json.dumps({RANDOM_MARK: seed}, indent=1))
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder

@@ -1,0 +1,114 @@
+"""Exporting a graph: trace, write, hold against torch, and only then make it trusted."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from difftap.engine.backend import Graph, Profile
+from difftap.engine.cache import Cache, file_stem
+from difftap.engine.registry import get_backend
+from difftap.errors import ArtefactError, BackendError, require
+from difftap.export.parity import TensorParity, compare, example_feeds
+from difftap.manifest import atomic_path
+from difftap.model import Model
+
+__all__ = ["MAX_RELATIVE", "ensure_graph", "export_graph"]
+
+_LOG = logging.getLogger("difftap")
+MAX_RELATIVE = 1e-4
+"""Largest relative error of an fp32 graph against torch; an export beyond it is refused."""
+
+
+def parity_profile(graph: Graph) -> Profile:
+    """The shapes of the parity check: small, not square, several images and members, so that a mixed-up axis shows."""
+    step = graph.model.size_step
+    high = step * max(2, 128 // step)
+    return Profile((high * 3 // 2 // step * step, high), ensemble=2, tokens=7, batch=2)
+
+
+def check_parity(graph: Graph) -> dict[str, TensorParity]:
+    """Run a graph on onnxruntime's CPU and on the torch reference, on the same seeded feeds."""
+    profile = parity_profile(graph)
+    feeds = example_feeds(graph, profile)
+    with get_backend("torch").open(graph, profile, "cpu", None) as reference:
+        wanted = reference.run(feeds)
+    with get_backend("ort").open(graph, profile, "cpu", None) as engine:
+        got = engine.run(feeds)
+    return {name: TensorParity.of(got[name], wanted[name]) for name in wanted}
+
+
+def export_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ...] = (), folder: Path | None = None) -> tuple[Graph, dict[str, TensorParity]]:
+    """Export one network of a model.
+
+    Args:
+        cache: where graphs are kept.
+        model: the checkpoint.
+        component: ``vae`` or ``unet``.
+        taps: the UNet graph's outputs.
+        folder: write here instead, beside weights that already lie here (to ship graphs with a checkpoint).
+
+    Returns:
+        The trusted graph, and each output's parity with torch.
+
+    Raises:
+        BackendError: the graph differs from torch by more than `MAX_RELATIVE`; nothing is left behind.
+    """
+    for module in ("torch", "diffusers", "onnx", "onnxscript"):
+        require(module, "export", f"exporting the {component} of model '{model.name}'")
+    from difftap.engine.torch_model import build
+    from difftap.export.trace import locate_tensors, trace
+
+    home = folder or cache.model_folder(model)
+    if folder is None:
+        weights = cache.place_weights(model, component, home)
+    else:
+        weights = tuple(folder / component / path.name for path in model.weight_files(component))
+    graph = Graph(model, component, taps, home / f"{file_stem(Graph(model, component, taps).name)}.onnx")
+    assert graph.path is not None
+    proto = trace(graph, build(model, component, taps), locate_tensors(weights), home)
+    # The manifest comes last: until it is there, or if the check fails, the graph is not trusted by anyone.
+    with atomic_path(graph.path) as scratch:
+        scratch.write_bytes(proto.SerializeToString(deterministic=True))
+        parity = check_parity(Graph(model, component, taps, scratch))
+        worst = max(parity.values(), key=lambda p: p.relative)
+        if worst.relative > MAX_RELATIVE:
+            raise BackendError(
+                f"the exported {graph.name} of model '{model.name}' differs from torch by a relative error of "
+                f"{worst.relative:.2e}; allowed: {MAX_RELATIVE:.0e}"
+            )
+    report: dict[str, Any] = {"parity": {name: value.to_dict() for name, value in parity.items()}}
+    made_with = {module: require(module, "export", "exporting").__version__ for module in ("torch", "diffusers", "onnx")}
+    cache.save_graph_manifest(graph, weights, {"made_with": made_with, "precision": "fp32"}, report)
+    return graph, parity
+
+
+def ensure_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph:
+    """A trusted graph: the one that is there, else a new export.
+
+    A graph in the cache that is stale, cut short or tampered with is exported again, with a warning. One that was
+    shipped beside the checkpoint is refused: it is not ours to overwrite.
+    """
+    try:
+        graph = cache.find_graph(model, component, taps)
+        if graph is not None:
+            return graph
+    except ArtefactError as error:
+        _refuse_shipped(model, error)
+        _LOG.warning("%s; exporting it again", error)
+    name = Graph(model, component, taps).name
+    with cache.lock(cache.model_folder(model), file_stem(name)):
+        try:
+            graph = cache.find_graph(model, component, taps)  # another process may have made it meanwhile
+            if graph is not None:
+                return graph
+        except ArtefactError as error:
+            _refuse_shipped(model, error)
+        _LOG.info("exporting %s of model '%s'", name, model.name)
+        return export_graph(cache, model, component, taps)[0]
+
+
+def _refuse_shipped(model: Model, error: ArtefactError) -> None:
+    if f"'{model.folder}" in str(error):
+        raise ArtefactError(f"{error}; this file came with the model: install or download it again") from error

@@ -1,0 +1,84 @@
+"""Fidelity: how far a backend's outputs are from the torch reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.engine.backend import Engine, Graph, Profile
+
+__all__ = ["TensorParity", "compare", "example_feeds"]
+
+
+@dataclass(frozen=True)
+class TensorParity:
+    """One output against its reference.
+
+    Attributes:
+        max_abs: largest absolute difference.
+        relative: L2 norm of the difference over L2 norm of the reference.
+        relative_max: largest absolute difference over the reference's largest absolute value.
+        cosine_mean: mean over cells of the cosine between the two feature vectors.
+        cosine_min: the smallest of those.
+    """
+
+    max_abs: float
+    relative: float
+    relative_max: float
+    cosine_mean: float
+    cosine_min: float
+
+    @classmethod
+    def of(cls, value: NDArray[np.floating], reference: NDArray[np.floating]) -> TensorParity:
+        """Compare ``(B, C, h, w)`` arrays; cosines are over C."""
+        a, b = value.astype(np.float64), reference.astype(np.float64)
+        gap = np.abs(a - b)
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)  # (B, h, w)
+        cosine = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
+        scale = max(float(np.linalg.norm(b)), np.finfo(np.float64).tiny)
+        peak = max(float(np.abs(b).max()), np.finfo(np.float64).tiny)
+        return cls(
+            float(gap.max()), float(np.linalg.norm(a - b)) / scale, float(gap.max()) / peak, float(cosine.mean()),
+            float(cosine.min()),
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain data for a manifest."""
+        return asdict(self)
+
+
+def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Seeded inputs of the right kind for a graph: a noise picture, or a noisy latent with a unit-variance prompt."""
+    rng = np.random.default_rng(seed)
+    stride = graph.model.latent_stride
+    width, height = profile.size
+    sides = {"B": profile.batch, "E": profile.ensemble, "T": profile.tokens}
+    sides |= {"H": height, "W": width, "h": height // stride, "w": width // stride}
+    alpha = float(graph.model.alphas_cumprod[min(261, len(graph.model.alphas_cumprod) - 1)])
+    constants = {"signal": alpha**0.5 * graph.model.scaling_factor, "sigma": (1 - alpha) ** 0.5}
+    feeds: dict[str, NDArray[Any]] = {}
+    for spec in graph.inputs:
+        shape = tuple(sides[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+        if spec.dtype == "int64":
+            feeds[spec.name] = np.full(shape, 261, np.int64)
+        elif spec.name in constants:
+            feeds[spec.name] = np.full(shape, constants[spec.name], np.float32)
+        elif spec.name == "image":
+            feeds[spec.name] = rng.uniform(-1, 1, shape).astype(np.float32)
+        elif spec.name == "std":
+            feeds[spec.name] = rng.uniform(0, 0.1, shape).astype(np.float32)
+        else:
+            # A latent before scaling has a standard deviation of one over the scaling factor.
+            spread = 1 / graph.model.scaling_factor if spec.name == "mean" else 1.0
+            feeds[spec.name] = (spread * rng.standard_normal(shape)).astype(np.float32)
+    return feeds
+
+
+def compare(engine: Engine, reference: Engine, feeds: Mapping[str, NDArray[Any]]) -> dict[str, TensorParity]:
+    """Run both engines on the same feeds; gives the parity of every output."""
+    wanted, got = reference.run(feeds), engine.run(feeds)
+    return {name: TensorParity.of(got[name], wanted[name]) for name in wanted}

@@ -1,0 +1,227 @@
+"""Tracing a network to ONNX, with its weights left where they are.
+
+The graph holds no copy of the weights: its initializers point into the checkpoint's own safetensors file (ONNX external
+data is a file, an offset and a length, and safetensors keeps raw tensors). So graphs of one model share one file on
+disk, whatever its size, and half-precision checkpoints are cast up inside the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftap.engine.backend import Graph
+from difftap.errors import ModelError, require
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
+    import torch
+
+__all__ = ["TensorLocation", "locate_tensors", "trace"]
+
+OPSET = 20
+_LATENT_SIDE = 16  # cells of the example latent; a traced size carries no meaning, since the axes are free
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """Where one tensor lies in a safetensors file: path, dtype name, shape, first byte, number of bytes."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def locate_tensors(files: Sequence[Path]) -> dict[str, TensorLocation]:
+    """Read the headers of safetensors files: tensor name -> location.
+
+    Raises:
+        ModelError: a header is damaged.
+    """
+    found = {}
+    for path in files:
+        try:
+            with open(path, "rb") as handle:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                header = json.loads(handle.read(length))
+            size = path.stat().st_size
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                first, last = entry["data_offsets"]
+                if 8 + length + last > size:
+                    raise ValueError(f"tensor {name} ends after the file")
+                found[name] = TensorLocation(path, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
+        except (OSError, ValueError, KeyError, struct.error) as error:
+            raise ModelError(f"'{path}' is not a whole safetensors file ({error}); get the checkpoint again") from error
+    return found
+
+
+def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Example inputs and which of their axes are free, in the order of ``graph.inputs``."""
+    import torch
+
+    dim = torch.export.Dim
+    cells = graph.model.size_step // graph.model.latent_stride  # latent cells per coarsest cell
+    step = graph.model.size_step if graph.component == "vae" else cells
+    high, wide = dim("high", min=1, max=4096), dim("wide", min=1, max=4096)
+    free: dict[str, Any] = {
+        "B": dim("images", min=1, max=4096),
+        "E": dim("members", min=1, max=1024),
+        "T": dim("tokens", min=1, max=4096),
+    }
+    # Sides are multiples of what every block halves evenly: diffusers branches on that, and a trace takes one branch.
+    for letter in "Hh":
+        free[letter] = step * high
+    for letter in "Ww":
+        free[letter] = step * wide
+    sides = {"B": 2, "E": 3, "T": 5, "H": 2 * step, "h": 2 * step, "W": 3 * step, "w": 3 * step}
+    examples, axes = [], []
+    for spec in graph.inputs:
+        shape = [sides[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+        examples.append(torch.full(shape, 7) if spec.dtype == "int64" else torch.rand(shape))
+        axes.append({i: free[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)})
+    return tuple(examples), tuple(axes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and notices off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _free_axes(graph: Graph, model: onnx_ir.Model) -> None:
+    """Name the free axes of inputs and outputs by their letters, so that a backend can fix them by name."""
+    import onnx_ir
+
+    specs = {spec.name: spec for spec in (*graph.inputs, *graph.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        spec = specs.get(value.name or "")
+        if spec is None or value.shape is None:
+            continue
+        for i, axis in enumerate(spec.shape):
+            if isinstance(axis, str) and not isinstance(value.shape[i], int):
+                value.shape[i] = onnx_ir.SymbolicDim(axis)
+
+
+def trace(graph: Graph, module: torch.nn.Module, weights: Mapping[str, TensorLocation], folder: Path) -> onnx.ModelProto:
+    """Trace a module to ONNX with free batch, ensemble, height, width and tokens.
+
+    Args:
+        graph: what is traced: gives the names and axes of inputs and outputs.
+        module: from `difftap.engine.torch_model.build`; its parameters are named ``<component>.<tensor>``.
+        weights: tensor name -> location, for tensors of the checkpoint.
+        folder: the folder the graph will lie in; locations are written relative to it.
+
+    Returns:
+        The model. What feeds no tap is not in it.
+    """
+    torch = require("torch", "export", "exporting a checkpoint")
+    require("onnxscript", "export", "exporting a checkpoint")
+    from onnx_ir import serde
+    from onnxscript import optimizer
+
+    examples, axes = _example(graph)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module, examples, dynamo=True, input_names=[s.name for s in graph.inputs],
+            output_names=[s.name for s in graph.outputs], dynamic_shapes=axes, opset_version=OPSET, optimize=False,
+            verbose=False,
+        )
+        traced = program.model
+        parameters = _parameters_to_inputs(traced, weights, graph.component)
+        optimizer.optimize(traced)
+    _free_axes(graph, traced)
+    proto: onnx.ModelProto = serde.serialize_model(traced)
+    _strip(proto)
+    _attach_weights(proto, parameters, weights, folder)
+    return proto
+
+
+def _parameters_to_inputs(
+    model: onnx_ir.Model, weights: Mapping[str, TensorLocation], component: str
+) -> dict[str, str]:
+    """Turn the checkpoint's tensors into graph inputs for the time of optimisation; gives initializer -> tensor name.
+
+    The optimizer folds whatever it can see into new constants (a transposed weight, say), which would copy the weights
+    into the graph; an input is nothing that it can fold. A tensor that diffusers renames or reshapes on loading (the
+    attention of old VAE files) is not in the file as the network wants it, so it stays in the graph.
+    """
+    parameters = {}
+    for name in list(model.graph.initializers):
+        tensor = name.removeprefix(f"{component}.")
+        value = model.graph.initializers[name]
+        if tensor not in weights or value.shape is None or tuple(value.shape) != weights[tensor].shape:
+            continue
+        del model.graph.initializers[name]
+        value.const_value = None
+        if value.uses():
+            model.graph.inputs.append(value)
+            parameters[name] = tensor
+    return parameters
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Drop what only the exporter cares for: stack traces (they hold paths of this machine) and inferred shapes."""
+    for node in proto.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        value.ClearField("metadata_props")
+        value.ClearField("doc_string")
+    proto.ClearField("metadata_props")
+    proto.graph.ClearField("metadata_props")
+    proto.graph.ClearField("value_info")
+    proto.graph.ClearField("doc_string")
+
+
+def _attach_weights(
+    proto: onnx.ModelProto, parameters: Mapping[str, str], weights: Mapping[str, TensorLocation], folder: Path
+) -> None:
+    """Make each parameter an initializer that points into its safetensors file, cast to fp32 where it is narrower."""
+    import onnx
+
+    kinds = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16}
+    kept = [value for value in proto.graph.input if value.name not in parameters]
+    unused = {value.name for value in proto.graph.input} - {value.name for value in kept}
+    used = {name for node in proto.graph.node for name in node.input}
+    casts = []
+    for name in sorted(unused & used):
+        place = weights[parameters[name]]
+        if place.dtype not in kinds:
+            raise ModelError(f"tensor '{parameters[name]}' in '{place.path}' is {place.dtype}; allowed: {', '.join(kinds)}")
+        tensor = proto.graph.initializer.add()
+        tensor.name = name if place.dtype == "F32" else f"{name}.{place.dtype.lower()}"
+        tensor.data_type = kinds[place.dtype]
+        tensor.dims.extend(place.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        location = Path(os.path.relpath(place.path, folder)).as_posix()
+        for key, value in (("location", location), ("offset", place.offset), ("length", place.length)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+        if tensor.name != name:
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT, name=f"{name}.cast"))
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:], proto.graph.input[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.input.extend(kept)

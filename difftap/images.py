@@ -1,0 +1,132 @@
+"""Images: decode, turn upright, make 8-bit RGB, lay on the network's input; and remember the geometry.
+
+What is done to unusual files, so that every format gives one well-defined picture: EXIF orientation is applied; an
+animation gives its first frame; 16-bit grey is scaled to 8 bits; CMYK and palettes are converted; transparency is laid
+over white. Axis letters: B batch, H W image pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PIL
+from PIL import ImageOps
+
+from difftap.coords import Geometry, Size
+from difftap.errors import ImageError
+
+__all__ = ["MAX_PIXELS", "Image", "load_image", "to_input"]
+
+MAX_PIXELS = 150_000_000
+"""Largest image that is decoded, in pixels: above it, a small file could take all memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A decoded image.
+
+    Attributes:
+        pixels: uint8, ``(H, W, 3)``, RGB, upright.
+        path: where it came from, for messages; ``"<array>"`` if it was given as an array.
+    """
+
+    pixels: NDArray[np.uint8]
+    path: str = "<array>"
+
+    def __post_init__(self) -> None:
+        shape = self.pixels.shape
+        if self.pixels.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
+            raise ImageError(f"an image is a uint8 array (H, W, 3), got {self.pixels.dtype} {shape}")
+
+    @property
+    def size(self) -> Size:
+        """``(W, H)`` in pixels."""
+        return int(self.pixels.shape[1]), int(self.pixels.shape[0])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of size and pixels: the image's identity, wherever the file lies and however it was packed."""
+        header = f"{self.pixels.shape[0]}x{self.pixels.shape[1]}:".encode()
+        return hashlib.sha256(header + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+
+
+def _eight_bit(picture: PIL.Image, path: Path) -> PIL.Image:
+    """Bring a picture of any mode to 8-bit RGB."""
+    if picture.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(
+                f"'{path}' holds 32-bit values from {values.min()} to {values.max()}; allowed: 8 or 16 bits a channel; "
+                "convert it first"
+            )
+        picture = PIL.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode == "F":
+        raise ImageError(f"'{path}' holds floating-point pixels; allowed: 8 or 16 bits a channel; convert it first")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = PIL.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = PIL.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def load_image(path: str | Path) -> Image:
+    """Read an image file.
+
+    Raises:
+        ImageError: the file is missing, unreadable, empty, not an image, truncated, or larger than `MAX_PIXELS`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ImageError(f"no image at '{path}'; give the path of a JPEG, PNG or other picture file")
+    if not path.is_file():
+        raise ImageError(f"'{path}' is not a file; give the path of one picture")
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError(f"'{path}' is empty (0 bytes); give a picture file")
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures from 89 Mpixel on; our own limit decides, and is an error.
+            warnings.simplefilter("ignore", PIL.DecompressionBombWarning)
+            with PIL.open(path) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(
+                        f"'{path}' has {width} x {height} pixels; allowed: at most {MAX_PIXELS:,} in all; shrink it first"
+                    )
+                picture.load()
+                upright = ImageOps.exif_transpose(picture) or picture
+                return Image(np.array(_eight_bit(upright, path), np.uint8), str(path))
+    except ImageError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError(f"'{path}' is not a picture that can be read; give a JPEG, PNG or other picture file") from error
+    except PIL.DecompressionBombError as error:
+        raise ImageError(f"'{path}' is too large: {error}; allowed: at most {MAX_PIXELS:,} pixels") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        raise ImageError(f"'{path}' cannot be decoded ({error}); it is damaged or cut short") from error
+
+
+def to_input(image: Image, size: Size, fit: str = "stretch") -> tuple[NDArray[np.float32], Geometry]:
+    """Lay an image on the network's input.
+
+    Resized with Pillow's bicubic filter, as DIFT does; letterbox padding is mid-grey (0).
+
+    Args:
+        image: the picture.
+        size: ``(W, H)`` of the input in pixels.
+        fit: ``stretch`` or ``letterbox``.
+
+    Returns:
+        float32 ``(3, H, W)`` in [-1, 1], RGB, and the geometry that takes the image's pixels to it.
+    """
+    geometry = Geometry.stretch(image.size, size) if fit == "stretch" else Geometry.letterbox(image.size, size)
+    x0, y0, x1, y1 = (round(edge) for edge in geometry.content)
+    resized = PIL.fromarray(image.pixels).resize((x1 - x0, y1 - y0), PIL.Resampling.BICUBIC)
+    values = np.zeros((3, size[1], size[0]), np.float32)  # (3, H, W)
+    values[:, y0:y1, x0:x1] = np.asarray(resized, np.float32).transpose(2, 0, 1) / 127.5 - 1.0
+    return values, geometry

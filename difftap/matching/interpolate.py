@@ -1,0 +1,92 @@
+"""Reading a feature map between its cells.
+
+Both interpolations are separable, so everything here works one axis at a time on weights, and never on an enlarged map.
+Where cells lie is not decided here: `difftap.coords.Geometry` holds the half-pixel rule and the letterbox, and gives
+the fractional cell of every pixel. Cells beyond the border repeat the border's, as in torch's ``F.interpolate``.
+
+Axis letters: N points; P positions along an axis; C channels; W H image pixels; w h cells.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.coords import Geometry, Size
+
+__all__ = ["CUBIC_A", "axis_matrix", "axis_taps", "pixel_cells", "sample", "unit"]
+
+CUBIC_A = -0.75
+"""Keys' cubic convolution parameter; torch and OpenCV use -0.75, Pillow -0.5."""
+
+
+def axis_taps(
+    positions: NDArray[np.float64], cells: int, interpolation: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Which cells a position reads along one axis, and with what weights.
+
+    Args:
+        positions: ``(P,)`` fractional cell coordinates.
+        cells: number of cells along the axis.
+        interpolation: ``bilinear`` (2 cells) or ``bicubic`` (4 cells, Keys 1981 with a = -0.75).
+
+    Returns:
+        indices ``(P, K)``, clamped into the axis, and weights ``(P, K)`` that sum to 1; K is 2 or 4.
+    """
+    base = np.floor(positions)
+    t = positions - base
+    if interpolation == "bilinear":
+        weights = np.stack([1 - t, t], axis=-1)
+        first = 0
+    else:
+        weights = np.stack([_far(t + 1), _near(t), _near(1 - t), _far(2 - t)], axis=-1)
+        first = -1
+    indices = base.astype(np.int64)[:, None] + np.arange(first, first + weights.shape[-1])
+    return np.clip(indices, 0, cells - 1), weights  # clamping the index repeats the border cell
+
+
+def _near(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cubic convolution kernel for distances 0 to 1."""
+    return ((CUBIC_A + 2) * x - (CUBIC_A + 3)) * x * x + 1
+
+
+def _far(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cubic convolution kernel for distances 1 to 2."""
+    return ((CUBIC_A * x - 5 * CUBIC_A) * x + 8 * CUBIC_A) * x - 4 * CUBIC_A
+
+
+def axis_matrix(positions: NDArray[np.float64], cells: int, interpolation: str) -> NDArray[np.float64]:
+    """The weights of `axis_taps` as a matrix ``(P, cells)``, to be multiplied with the cells of one axis."""
+    indices, weights = axis_taps(positions, cells, interpolation)
+    matrix = np.zeros((len(positions), cells))
+    rows = np.arange(len(positions))
+    for k in range(indices.shape[1]):  # one tap at a time: clamped taps may name the same cell and must add up
+        matrix[rows, indices[:, k]] += weights[:, k]
+    return matrix
+
+
+def pixel_cells(geometry: Geometry, grid: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fractional cell columns ``(W,)`` and rows ``(H,)`` of every pixel column and row of the image."""
+    width, height = geometry.image
+    diagonal = np.arange(max(width, height), dtype=np.float64)
+    cells = geometry.to_cells(np.stack([diagonal, diagonal], axis=1), grid)
+    return cells[:width, 0], cells[:height, 1]
+
+
+def sample(data: NDArray[np.floating], cells: NDArray[np.float64], interpolation: str) -> NDArray[np.float64]:
+    """Interpolated vectors of a map ``(C, h, w)`` at fractional cells ``(N, 2)``, as ``(N, C)``."""
+    _, height, width = data.shape
+    columns, across = axis_taps(cells[:, 0], width, interpolation)
+    rows, down = axis_taps(cells[:, 1], height, interpolation)
+    vectors = np.zeros((len(cells), data.shape[0]))
+    for j in range(rows.shape[1]):
+        for i in range(columns.shape[1]):
+            vectors += (down[:, j] * across[:, i])[:, None] * data[:, rows[:, j], columns[:, i]].T
+    return vectors
+
+
+def unit(vectors: NDArray[np.floating], axis: int = -1) -> NDArray[np.float64]:
+    """Vectors scaled to length 1 along an axis; a zero vector stays zero, so that its cosines are 0."""
+    values = np.asarray(vectors, np.float64)
+    length = np.sqrt(np.sum(np.square(values), axis=axis, keepdims=True))
+    return values / np.where(length > 0, length, 1.0)

@@ -1,0 +1,187 @@
+"""A model on this disk: a diffusers-format checkpoint folder, read without any heavy library.
+
+Only what decides the numbers is read here: the components' ``config.json``, the noise schedule and the weights' hashes.
+The folder's layout is that of diffusers: ``unet/``, ``vae/`` and ``scheduler/``, and ``text_encoder/`` with
+``tokenizer/`` (Stable Diffusion) or ``prompt_table/`` (the embedded model).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.coords import Size
+from difftap.digests import DigestMemo
+from difftap.errors import ModelError, RecipeError
+from difftap.taps import Tap, resolve
+
+__all__ = ["COMPONENTS", "Model", "pocket_folder"]
+
+COMPONENTS = ("unet", "vae")
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def pocket_folder() -> Path:
+    """Where the embedded model lies."""
+    return Path(str(resources.files("difftap"))) / "assets" / "pocket"
+
+
+def _read_config(path: Path, what: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"'{path.parent.parent}' has no {what}: '{path}' is missing; a model is a diffusers-format folder with "
+            "unet/, vae/ and scheduler/"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read as JSON ({error}); get the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"'{path}' should hold a JSON object, got {type(data).__name__}; get the checkpoint again")
+    return data
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of one component; the full-precision ones if there are variants."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_config(index, "weights index").get("weight_map", {}).values()))
+        files = [folder / name for name in names]
+        lacking = [path for path in files if not path.is_file()]
+        if lacking or not files:
+            raise ModelError(f"'{index}' names weights that are missing: {lacking or 'none'}; get the checkpoint again")
+        return tuple(files)
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
+        if (folder / name).is_file():
+            return (folder / name,)
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLED)
+    if pickled:
+        raise ModelError(
+            f"'{folder}' holds pickled weights ({pickled[0]}), which can run code when loaded and are refused; "
+            "allowed: safetensors; save the model again with diffusers' save_pretrained(..., safe_serialization=True)"
+        )
+    raise ModelError(f"'{folder}' holds no weights; 'diffusion_pytorch_model.safetensors' was expected")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A diffusers-format checkpoint on this disk.
+
+    Attributes:
+        name: as it was asked for.
+        folder: the checkpoint.
+        unet: ``unet/config.json``.
+        vae: ``vae/config.json``.
+        scheduler: ``scheduler/scheduler_config.json``.
+    """
+
+    name: str
+    folder: Path
+    unet: Mapping[str, Any] = field(repr=False)
+    vae: Mapping[str, Any] = field(repr=False)
+    scheduler: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: Path, name: str | None = None) -> Model:
+        """Read a checkpoint folder's configuration and make sure that its weights are there and safe to load.
+
+        Raises:
+            ModelError: the folder is missing, lacks a component, or holds pickled weights.
+        """
+        if not folder.is_dir():
+            raise ModelError(f"no model folder at '{folder}'; give a diffusers-format folder")
+        model = cls(
+            name or str(folder),
+            folder,
+            _read_config(folder / "unet" / "config.json", "UNet"),
+            _read_config(folder / "vae" / "config.json", "VAE"),
+            _read_config(folder / "scheduler" / "scheduler_config.json", "scheduler"),
+        )
+        for config, wanted in ((model.unet, "UNet2DConditionModel"), (model.vae, "AutoencoderKL")):
+            if config.get("_class_name") != wanted:
+                raise ModelError(
+                    f"'{folder}' holds a {config.get('_class_name')!r} where a {wanted} is needed; difftap reads "
+                    "Stable Diffusion's UNet and VAE in diffusers format"
+                )
+        for component in COMPONENTS:
+            model.weight_files(component)
+        return model
+
+    def weight_files(self, component: str) -> tuple[Path, ...]:
+        """The safetensors files of ``unet`` or ``vae``."""
+        return _weight_files(self.folder / component)
+
+    def weights_hash(self, component: str, memo: DigestMemo) -> str:
+        """SHA-256 over the hashes of one component's weight files and its configuration."""
+        config = self.unet if component == "unet" else self.vae
+        # Keys that begin with "_" name the writer and its version: they do not change a number.
+        plain = {key: value for key, value in config.items() if not key.startswith("_")}
+        parts = [memo.digest(path) for path in self.weight_files(component)]
+        return hashlib.sha256("\n".join([*parts, json.dumps(plain, sort_keys=True)]).encode()).hexdigest()
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latent."""
+        return int(self.vae.get("latent_channels", 4))
+
+    @property
+    def latent_stride(self) -> int:
+        """Image pixels per latent cell."""
+        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+
+    @property
+    def size_step(self) -> int:
+        """Input sizes must be multiples of this many pixels, so that every block halves and doubles evenly."""
+        return int(self.latent_stride * 2 ** (len(self.unet["block_out_channels"]) - 1))
+
+    @property
+    def scaling_factor(self) -> float:
+        """What the latent is multiplied by before noise is added."""
+        return float(self.vae.get("scaling_factor", 0.18215))
+
+    def tap(self, name: str) -> Tap:
+        """Find a tap of this model's UNet by name; see `difftap.taps.resolve`."""
+        return resolve(name, self.unet, self.latent_stride)
+
+    def check_size(self, size: Size) -> None:
+        """Refuse an input size that the blocks cannot halve evenly.
+
+        Raises:
+            RecipeError: a side is not a multiple of `size_step`.
+        """
+        step = self.size_step
+        if any(side % step or side < step for side in size):
+            near = " x ".join(str(max(step, round(side / step) * step)) for side in size)
+            raise RecipeError(
+                f"size {size[0]} x {size[1]} does not fit model '{self.name}'; allowed: multiples of {step}, such as {near}"
+            )
+
+    @cached_property
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """The schedule's cumulative products of (1 - beta), ``(T,)``: DDPM, Ho et al. 2020, section 2.
+
+        Raises:
+            ModelError: the schedule is of a kind difftap does not know.
+        """
+        config = self.scheduler
+        steps = int(config.get("num_train_timesteps", 1000))
+        start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+        kind = config.get("beta_schedule", "linear")
+        if config.get("trained_betas") is not None:
+            betas = np.asarray(config["trained_betas"], np.float64)
+        elif kind == "scaled_linear":  # Stable Diffusion's: linear in the square root
+            betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+        elif kind == "linear":
+            betas = np.linspace(start, end, steps, dtype=np.float64)
+        else:
+            raise ModelError(f"model '{self.name}' has beta_schedule {kind!r}; allowed: scaled_linear, linear")
+        return np.cumprod(1.0 - betas)

@@ -1,0 +1,178 @@
+"""A recipe made ready: model, graphs, engines and prompts opened together, images in, feature maps and matches out.
+
+This is the one place where the rooms meet: it exports what is missing, opens the engines and joins the branches. The
+command line and the benchmarks go through it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftap.engine import (
+    Backend,
+    BranchEngine,
+    Cache,
+    Engine,
+    Extractor,
+    Features,
+    Graph,
+    Profile,
+    choose_device,
+    default_cache_folder,
+    get_backend,
+)
+from difftap.features import FeatureMap
+from difftap.images import Image
+from difftap.matching import combine
+from difftap.model import Model
+from difftap.recipe import Recipe
+
+__all__ = ["Pipeline", "Runtime"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how engines run; nothing here may change the features beyond rounding.
+
+    Attributes:
+        backend: name of a backend.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: CPU threads; None for the backend's own choice.
+        batch: images per engine run on a GPU; a CPU takes one at a time.
+        cache: the cache folder; None for the default one.
+    """
+
+    backend: str = "ort"
+    device: str = "auto"
+    threads: int | None = None
+    batch: int = 1
+    cache: Path | None = None
+
+
+class Pipeline:
+    """Everything a recipe needs, open.
+
+    Use it as a context manager, or call `close`.
+
+    >>> import difftap
+    >>> pipeline = difftap.Pipeline.open(difftap.load_recipe("pocket"))   # doctest: +SKIP
+    >>> [a, b] = pipeline.extract([difftap.load_image("a.jpg"), difftap.load_image("b.jpg")])   # doctest: +SKIP
+    """
+
+    def __init__(self, recipe: Recipe, model: Model, extractor: Extractor, engines: list[Engine], conditions: dict[str, Any]) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.conditions = conditions
+        self._extractor = extractor
+        self._engines = engines
+
+    @classmethod
+    def open(
+        cls, recipe: Recipe, runtime: Runtime | None = None, *, revision: str | None = None,
+        random_weights: int | None = None,
+    ) -> Pipeline:
+        """Find the model, export the graphs that are missing, encode the prompts and open the engines.
+
+        Raises:
+            InputError: the model, a tap, the size or the backend does not exist or does not fit.
+            MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
+            BackendError, ArtefactError: an engine cannot be opened, or a file it needs is not to be trusted.
+        """
+        from difftap.export.checkpoints import open_model
+        from difftap.prompts import encode_prompt
+
+        runtime = runtime or Runtime()
+        cache = Cache(runtime.cache or default_cache_folder())
+        backend = get_backend(runtime.backend)
+        device = choose_device(backend, runtime.device)
+        model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+        model.check_size(recipe.size)
+        for branch in recipe.branches:
+            for name in branch.taps:
+                model.tap(name)  # an unknown tap is said before anything slow starts
+        batch = 1 if device == "cpu" else runtime.batch
+        opened: dict[tuple[Any, ...], Engine] = {}
+        try:
+
+            def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
+                key = (component, taps, profile)
+                if key not in opened:
+                    graph = prepare_graph(cache, backend, model, component, taps)
+                    opened[key] = backend.open(graph, profile, device, runtime.threads)
+                return opened[key]
+
+            vae = engine("vae", (), Profile(recipe.size, batch=batch))
+            branches = []
+            for branch in recipe.branches:
+                prompt = encode_prompt(model, branch.prompt, cache)
+                profile = Profile(recipe.size, recipe.ensemble, len(prompt), batch)
+                branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), prompt))
+        except BaseException:
+            for one in opened.values():
+                one.close()
+            raise
+        extractor = Extractor(model, recipe, vae, branches, batch)
+        conditions = describe(recipe, model, cache, backend, device, runtime.threads)
+        return cls(recipe, model, extractor, list(opened.values()), conditions)
+
+    def features(self, images: Iterable[Image]) -> Iterator[Features]:
+        """Stream every branch's and tap's map of each image, in order."""
+        return self._extractor(images)
+
+    def join(self, features: Features) -> FeatureMap:
+        """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares."""
+        maps, shares = [], []
+        for branch, taps in zip(self.recipe.branches, features.branches, strict=True):
+            for tap in taps.values():
+                maps.append(tap)
+                shares.append(branch.weight / len(taps))
+        return combine(maps, shares, self.recipe.upsample)
+
+    def extract(self, images: Iterable[Image]) -> Iterator[FeatureMap]:
+        """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order."""
+        return map(self.join, self.features(images))
+
+    def close(self) -> None:
+        """Release the engines."""
+        for engine in self._engines:
+            engine.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def prepare_graph(cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph:
+    """The graph a backend opens: exported and trusted, or just named for a backend that runs the checkpoint itself."""
+    if not backend.needs_graph:
+        return Graph(model, component, taps)
+    from difftap.export.graphs import ensure_graph
+
+    return ensure_graph(cache, model, component, taps)
+
+
+def describe(
+    recipe: Recipe, model: Model, cache: Cache, backend: Backend, device: str, threads: int | None
+) -> dict[str, Any]:
+    """The conditions that go with every number: recipe, model, backend, precision, versions, machine."""
+    from difftap import __version__
+
+    return {
+        "difftap": __version__,
+        "recipe": recipe.to_dict(),
+        "recipe_key": recipe.key(),
+        "model": {"name": model.name, "key": cache.model_key(model)},
+        "backend": {
+            "name": backend.name, "version": backend.version(), "device": device, "precision": "fp32", "threads": threads,
+        },
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "machine": platform.machine(),
+    }

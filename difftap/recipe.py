@@ -1,0 +1,238 @@
+"""Recipes: everything that decides the numbers, as one frozen value.
+
+A recipe is a preset's name (``dift``), a TOML file, or a `Recipe` built in Python. `Recipe.key` names every artefact
+made with it, so two features carry the same key only if the same numbers were asked for.
+
+A TOML recipe::
+
+    model = "sd21"                     # preset name, folder, or hub id
+    size = 768                         # or [width, height]
+    ensemble = 8
+
+    [[branches]]
+    taps = ["up1"]
+    timestep = 261
+
+    [matcher]
+    name = "dense"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from difftap.coords import Size
+from difftap.errors import RecipeError
+
+__all__ = ["FITS", "INTERPOLATIONS", "MATCHERS", "NOISES", "Branch", "Matcher", "Recipe", "load_recipe", "presets"]
+
+MATCHERS = ("dense", "nn", "softargmax", "kernel-softargmax", "window-softargmax", "mutual")
+INTERPOLATIONS = ("bilinear", "bicubic")
+FITS = ("stretch", "letterbox")
+NOISES = ("independent", "none")
+MAX_SIDE = 4096
+
+
+def _check(condition: bool, what: str, got: object, allowed: str) -> None:
+    if not condition:
+        raise RecipeError(f"{what} is {got!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """The rule that turns similarities into points.
+
+    Attributes:
+        name: one of `MATCHERS`.
+        interpolation: how `dense` reads between cells, one of `INTERPOLATIONS`.
+        temperature: of the soft matchers' softmax over cosines (SD4Match: 0.04; GeoAware-SC: 0.02).
+        sigma: of `kernel-softargmax`'s Gaussian, in cells (SD4Match: 7).
+        window: side of `window-softargmax`'s window, in cells, odd (GeoAware-SC, zero-shot: 11).
+    """
+
+    name: str = "dense"
+    interpolation: str = "bilinear"
+    temperature: float = 0.04
+    sigma: float = 7.0
+    window: int = 11
+
+    def __post_init__(self) -> None:
+        _check(self.name in MATCHERS, "matcher", self.name, ", ".join(MATCHERS))
+        _check(self.interpolation in INTERPOLATIONS, "interpolation", self.interpolation, ", ".join(INTERPOLATIONS))
+        _check(0 < self.temperature < float("inf"), "temperature", self.temperature, "a number above 0")
+        _check(0 < self.sigma < float("inf"), "sigma", self.sigma, "a number of cells above 0")
+        _check(self.window >= 1 and self.window % 2 == 1, "window", self.window, "an odd number of cells")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One pass of the UNet.
+
+    Attributes:
+        taps: names of the taps to read; several are concatenated on the finest one's grid.
+        timestep: 0 to 999, of the model's training schedule.
+        prompt: text that conditions the UNet; empty for none.
+        weight: share of this branch in the combined similarity; the shares are normalised to sum to 1.
+    """
+
+    taps: tuple[str, ...]
+    timestep: int
+    prompt: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "taps", tuple(self.taps))
+        _check(len(self.taps) > 0 and all(isinstance(t, str) and t for t in self.taps), "taps", self.taps, "names")
+        _check(len(set(self.taps)) == len(self.taps), "taps", self.taps, "each tap once")
+        _check(0 <= self.timestep < 1000, "timestep", self.timestep, "0 to 999")
+        _check(0 < self.weight < float("inf"), "weight", self.weight, "a number above 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the numbers.
+
+    Attributes:
+        branches: one or more UNet passes; their maps are joined as in the poster's dual layer: each L2-normalised per
+            cell, brought to the finest grid by ``upsample``, and concatenated so that the cosine of the joined map is
+            the weighted mean of the branches' cosines.
+        model: preset name, local folder, or hub id.
+        size: the network's input, ``(W, H)`` in pixels.
+        fit: ``stretch`` (aspect not kept, as DIFT does) or ``letterbox``.
+        ensemble: noise samples averaged per image, E.
+        noise: ``independent`` draws of posterior and diffusion noise for each member, or ``none`` for a clean latent
+            (CleanDIFT), where ``ensemble`` must be 1.
+        seed: of the noise.
+        upsample: interpolation that brings maps to a common grid.
+        matcher: rule from similarities to points.
+    """
+
+    branches: tuple[Branch, ...]
+    model: str = "pocket"
+    size: Size = (768, 768)
+    fit: str = "stretch"
+    ensemble: int = 8
+    noise: str = "independent"
+    seed: int = 0
+    upsample: str = "bicubic"
+    matcher: Matcher = field(default_factory=Matcher)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "branches", tuple(self.branches))
+        object.__setattr__(self, "size", tuple(self.size))
+        _check(len(self.branches) > 0, "branches", len(self.branches), "at least one")
+        _check(bool(self.model), "model", self.model, "a preset name, a folder, or a hub id")
+        _check(
+            len(self.size) == 2 and all(isinstance(n, int) and 8 <= n <= MAX_SIDE for n in self.size),
+            "size", self.size, f"one or two whole numbers of pixels, 8 to {MAX_SIDE}",
+        )
+        _check(self.fit in FITS, "fit", self.fit, ", ".join(FITS))
+        _check(self.noise in NOISES, "noise", self.noise, ", ".join(NOISES))
+        _check(1 <= self.ensemble <= 1024, "ensemble", self.ensemble, "1 to 1024")
+        _check(
+            self.noise != "none" or self.ensemble == 1,
+            "ensemble", self.ensemble, "1 when noise is 'none', since all members would be equal",
+        )
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        _check(self.upsample in INTERPOLATIONS, "upsample", self.upsample, ", ".join(INTERPOLATIONS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data, ready for JSON or TOML; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain nested data.
+
+        Raises:
+            RecipeError: a field is unknown, missing or has a value that is not allowed.
+        """
+        values = dict(data)
+        try:
+            branches = [_build(Branch, branch, "branches") for branch in values.pop("branches", ())]
+            matcher = _build(Matcher, values.pop("matcher", {}), "matcher")
+            if isinstance(values.get("size"), int):
+                values["size"] = (values["size"], values["size"])
+            return _build(cls, {**values, "branches": tuple(branches), "matcher": matcher}, "recipe")
+        except TypeError as error:
+            raise RecipeError(f"recipe has a value of the wrong type: {error}") from error
+
+    def feature_fields(self) -> dict[str, Any]:
+        """The part that decides the features: all but the matcher and the branches' weights."""
+        data = self.to_dict()
+        del data["matcher"], data["upsample"]
+        for branch in data["branches"]:
+            del branch["weight"]
+        return data
+
+    def key(self) -> str:
+        """16 hex digits that change whenever a number could: the name of every artefact made with this recipe."""
+        return _digest(self.to_dict())
+
+    def feature_key(self) -> str:
+        """Like `key`, for artefacts that hold features alone: the matcher has no say in them."""
+        return _digest(self.feature_fields())
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:16]
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """Construct a dataclass from a mapping, checking names and plain types."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} should be a table of fields, got {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise RecipeError(f"unknown field '{unknown[0]}' in {where}; allowed: {', '.join(fields)}")
+    required = [
+        f.name for f in fields.values()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in data
+    ]
+    if required:
+        raise RecipeError(f"{where} lacks the field '{required[0]}'; it needs {', '.join(required)}")
+    plain = {"int": int, "float": (int, float), "str": str}
+    for name, value in data.items():
+        wanted = plain.get(str(fields[name].type))
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise RecipeError(f"{name} in {where} is {value!r}; allowed: a value of type {fields[name].type}")
+    if isinstance(data.get("taps"), str):
+        raise RecipeError(f"taps in {where} is {data['taps']!r}; allowed: a list of names, such as [\"{data['taps']}\"]")
+    return kind(**data)
+
+
+@cache
+def presets() -> Mapping[str, Recipe]:
+    """The recipes that ship with difftap, by name."""
+    text = resources.files("difftap").joinpath("presets.toml").read_text(encoding="utf-8")
+    return {name: Recipe.from_dict(data) for name, data in tomllib.loads(text).items()}
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A preset by name, or a recipe from a TOML file.
+
+    Raises:
+        RecipeError: neither a preset nor a readable, valid TOML file.
+    """
+    known = presets()
+    if str(name) in known:
+        return known[str(name)]
+    path = Path(name)
+    if not path.is_file():
+        raise RecipeError(f"no recipe '{name}'; presets: {', '.join(known)}; or give the path of a TOML file")
+    try:
+        return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"recipe file '{path}' cannot be read as TOML: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"recipe file '{path}': {error}") from error

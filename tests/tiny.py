@@ -1,0 +1,51 @@
+"""Tiny random checkpoints of Stable Diffusion's shape, for tests that need no trained weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 24, 32, 32),
+    "layers_per_block": 1,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+TINY_VAE = {
+    "block_out_channels": (8, 8, 16, 16),
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.5,
+}
+TINY_SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
+
+
+def write_tiny(folder: Path, seed: int = 0, *, half: bool = False) -> Path:
+    """Write a tiny checkpoint in diffusers format; its prompts come from seeded noise."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet, vae = UNet2DConditionModel(**TINY_UNET), AutoencoderKL(**TINY_VAE)
+    for module, part in ((unet, "unet"), (vae, "vae")):
+        (module.half() if half else module).save_pretrained(folder / part)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(TINY_SCHEDULE))
+    (folder / "model_index.json").write_text(json.dumps({"_difftap_random_weights": seed}))
+    return folder
