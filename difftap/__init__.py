@@ -23,7 +23,7 @@ _HOMES = {
     "mutual_matches": "difftap.matching",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

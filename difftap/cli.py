@@ -50,7 +50,12 @@ class _LazyGroup(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Say what is being done, on stderr.")
 def cli(verbose: bool) -> None:
     """Fast intermediate features of Stable Diffusion's UNet: matching, retrieval, benchmarks."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
     if not verbose:
         logging.getLogger().setLevel(logging.ERROR)  # other packages' chatter
         logging.getLogger("difftap").setLevel(logging.WARNING)

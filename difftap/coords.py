@@ -28,7 +28,8 @@ def rescale(position: ArrayLike, scale: ArrayLike, offset: ArrayLike = 0.0) -> N
     >>> rescale([0.0, 1.0], 2.0).tolist()
     [0.5, 2.5]
     """
-    return (np.asarray(position, np.float64) + 0.5) * scale + offset - 0.5
+    moved: NDArray[np.float64] = (np.asarray(position, np.float64) + 0.5) * np.asarray(scale) + np.asarray(offset) - 0.5
+    return moved
 
 
 @dataclass(frozen=True)
@@ -93,4 +94,4 @@ class Geometry:
         """Which of the points ``(N, 2)`` lie on the image, border included: ``-0.5 <= x <= W - 0.5`` and so for y."""
         xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
         inside = (xy >= -0.5) & (xy <= np.array(self.image, np.float64) - 0.5)
-        return inside.all(axis=1)
+        return np.asarray(inside.all(axis=1), np.bool_)

@@ -1,6 +1,7 @@
 """A memory of large files' hashes, so that gigabytes of weights are not read again at every start.
 
-A hash is remembered for a path as long as the file's size, modification time, change time and inode stay the same.
+A hash is remembered for a file, under whatever name (the cache holds hard links to checkpoints' weights), as long as its
+size and modification time stay the same. The change time has no say: making a hard link moves it.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class DigestMemo:
         stat = path.stat()
         if stat.st_size <= SMALL:
             return file_digest(path)
-        stamp: list[object] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        name = str(path.resolve())
+        stamp: list[object] = [stat.st_size, stat.st_mtime_ns]
+        name = f"{stat.st_dev}:{stat.st_ino}"
         known = self._load().get(name)
-        if isinstance(known, list) and known[:4] == stamp:
-            return str(known[4])
+        if isinstance(known, list) and known[:-1] == stamp:
+            return str(known[-1])
         digest = file_digest(path)
         with contextlib.suppress(OutputError, OSError):  # only a memory: without it the next start is slower
             self._path.parent.mkdir(parents=True, exist_ok=True)

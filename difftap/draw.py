@@ -20,7 +20,9 @@ __all__ = ["draw_matches", "save_picture"]
 _HEIGHT = 480  # pixels of each panel
 _GAP = 12
 _CAPTION = 26
-_STOPS = np.array([[20, 11, 52], [114, 31, 129], [205, 64, 113], [254, 159, 109], [252, 253, 191]], np.float64)  # dark to light
+_STOPS = np.array(
+    [[20, 11, 52], [114, 31, 129], [205, 64, 113], [254, 159, 109], [252, 253, 191]], np.float64
+)  # dark to light
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -43,11 +45,16 @@ def _overlay(image: Image, heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     base = np.minimum(level.astype(np.intp), len(_STOPS) - 2)
     colours = _STOPS[base] + (level - base)[..., None] * (_STOPS[base + 1] - _STOPS[base])
     grey = image.pixels.mean(axis=2, keepdims=True)
-    return np.clip(0.72 * colours + 0.28 * grey, 0, 255).astype(np.uint8)
+    mixed: NDArray[np.uint8] = np.clip(0.72 * colours + 0.28 * grey, 0, 255).astype(np.uint8)
+    return mixed
 
 
 def draw_matches(
-    source: Image, target: Image, matches: Matches, heat: tuple[int, NDArray[np.float32]] | None = None, limit: int = 400
+    source: Image,
+    target: Image,
+    matches: Matches,
+    heat: tuple[int, NDArray[np.float32]] | None = None,
+    limit: int = 400,
 ) -> PIL.Image:
     """Both images with coloured, numbered correspondences; surer matches have stronger lines.
 
@@ -100,7 +107,8 @@ def draw_matches(
 def _place(points: NDArray[np.float64], image: Image, panel: PIL.Image, left: int) -> NDArray[np.float64]:
     """Image pixels ``(N, 2)`` to canvas pixels."""
     scale = np.array([panel.width / image.size[0], panel.height / image.size[1]])
-    return (np.reshape(points, (-1, 2)) + 0.5) * scale - 0.5 + np.array([left, _CAPTION])
+    placed: NDArray[np.float64] = (np.reshape(points, (-1, 2)) + 0.5) * scale - 0.5 + np.array([left, _CAPTION])
+    return placed
 
 
 def check_format(path: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PIL
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 
 from difftap.coords import Geometry, Size
 from difftap.errors import ImageError
@@ -82,29 +82,32 @@ def load_image(path: str | Path) -> Image:
         ImageError: the file is missing, unreadable, empty, not an image, truncated, or larger than `MAX_PIXELS`.
     """
     path = Path(path)
-    if not path.exists():
-        raise ImageError(f"no image at '{path}'; give the path of a JPEG, PNG or other picture file")
-    if not path.is_file():
-        raise ImageError(f"'{path}' is not a file; give the path of one picture")
     try:
+        if not path.exists():
+            raise ImageError(f"no image at '{path}'; give the path of a JPEG, PNG or other picture file")
+        if not path.is_file():
+            raise ImageError(f"'{path}' is not a file; give the path of one picture")
         if path.stat().st_size == 0:
             raise ImageError(f"'{path}' is empty (0 bytes); give a picture file")
         with warnings.catch_warnings():
-            # Pillow warns of large pictures from 89 Mpixel on; our own limit decides, and is an error.
-            warnings.simplefilter("ignore", PIL.DecompressionBombWarning)
+            # Pillow warns of large pictures from 89 Mpixel on, where our own limit decides, and of damaged EXIF data.
+            warnings.simplefilter("ignore")
             with PIL.open(path) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(
-                        f"'{path}' has {width} x {height} pixels; allowed: at most {MAX_PIXELS:,} in all; shrink it first"
+                        f"'{path}' has {width} x {height} pixels; "
+                        f"allowed: at most {MAX_PIXELS:,} in all; shrink it first"
                     )
                 picture.load()
                 upright = ImageOps.exif_transpose(picture) or picture
                 return Image(np.array(_eight_bit(upright, path), np.uint8), str(path))
     except ImageError:
         raise
-    except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"'{path}' is not a picture that can be read; give a JPEG, PNG or other picture file") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"'{path}' is not a picture that can be read; give a JPEG, PNG or other picture file"
+        ) from error
     except PIL.DecompressionBombError as error:
         raise ImageError(f"'{path}' is too large: {error}; allowed: at most {MAX_PIXELS:,} pixels") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files

@@ -162,7 +162,8 @@ class Model:
         if any(side % step or side < step for side in size):
             near = " x ".join(str(max(step, round(side / step) * step)) for side in size)
             raise RecipeError(
-                f"size {size[0]} x {size[1]} does not fit model '{self.name}'; allowed: multiples of {step}, such as {near}"
+                f"size {size[0]} x {size[1]} does not fit model '{self.name}'; "
+                f"allowed: multiples of {step}, such as {near}"
             )
 
     @cached_property
@@ -184,4 +185,4 @@ class Model:
             betas = np.linspace(start, end, steps, dtype=np.float64)
         else:
             raise ModelError(f"model '{self.name}' has beta_schedule {kind!r}; allowed: scaled_linear, linear")
-        return np.cumprod(1.0 - betas)
+        return np.asarray(np.cumprod(1.0 - betas), np.float64)

@@ -70,7 +70,9 @@ def load_pairs(path: Path) -> list[Pair]:
     try:
         header = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"source", "target"} <= set(header):
-            raise PairsError(f"pair list '{path}' has the columns {', '.join(header) or 'none'}; allowed: source,target[,points]")
+            raise PairsError(
+                f"pair list '{path}' has the columns {', '.join(header) or 'none'}; allowed: source,target[,points]"
+            )
         reader.fieldnames = header
         for row in reader:
             where = f"pair list '{path}', line {reader.line_num}"
@@ -176,8 +178,16 @@ Finder = Callable[[FeatureMap, FeatureMap, NDArray[np.float64]], Matches]
 
 
 def run_pairs(
-    pipeline: Pipeline, pairs: Sequence[Pair], output: Path, find: Finder, *, settings: dict[str, Any],
-    threshold: Threshold, overwrite: bool = False, batch: int = 1, memory: int = 2 << 30,
+    pipeline: Pipeline,
+    pairs: Sequence[Pair],
+    output: Path,
+    find: Finder,
+    *,
+    settings: dict[str, Any],
+    threshold: Threshold,
+    overwrite: bool = False,
+    batch: int = 1,
+    memory: int = 2 << 30,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PairsRun:
     """Match many pairs into a file of JSON lines.
@@ -199,7 +209,9 @@ def run_pairs(
     """
     listing = [[str(p.source), str(p.target), [list(xy) for xy in p.points]] for p in pairs]
     conditions = {
-        **pipeline.conditions, "settings": settings, "pairs": len(pairs),
+        **pipeline.conditions,
+        "settings": settings,
+        "pairs": len(pairs),
         "pairs_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
     }
     header = {"type": "run", "schema": SCHEMA, **conditions}
@@ -209,7 +221,10 @@ def run_pairs(
         order = [path for pair in rest for path in (pair.source, pair.target)]
         shelf = _FeatureShelf(pipeline, order, memory, Path(scratch))
         failed = 0
-        with output_errors(output), open(output, "a" if done or _has_header(output, overwrite) else "w", encoding="utf-8") as handle:
+        with (
+            output_errors(output),
+            open(output, "a" if done or _has_header(output, overwrite) else "w", encoding="utf-8") as handle,
+        ):
             if handle.tell() == 0:
                 _write_line(handle, header)
             progress(done)
@@ -233,7 +248,10 @@ def _match_pair(shelf: _FeatureShelf, pair: Pair, find: Finder, threshold: Thres
         raise  # no fault of the pair: the scratch folder is full, and every further pair would fail
     except DifftapError as error:
         return {"error": " ".join(str(error).split())}
-    sizes = {name: {k: shelf.record(path)[k] for k in ("width", "height")} for name, path in (("source_size", pair.source), ("target_size", pair.target))}
+    sizes = {
+        name: {k: shelf.record(path)[k] for k in ("width", "height")}
+        for name, path in (("source_size", pair.source), ("target_size", pair.target))
+    }
     return {**sizes, "matches": match_records(threshold.keep(matches))}
 
 
@@ -253,7 +271,9 @@ def _only_writer(output: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise OutputError(f"cannot write '{output}': another run is writing it; wait for it, or choose another file") from error
+            raise OutputError(
+                f"cannot write '{output}': another run is writing it; wait for it, or choose another file"
+            ) from error
     try:
         yield
     finally:
@@ -284,11 +304,14 @@ def _finished(output: Path, header: dict[str, Any]) -> int:
             if earlier.get("type") != "run":
                 raise ValueError("its first line is not a run's")
         except (ValueError, AttributeError) as error:
-            raise OutputError(f"'{output}' exists and is no output of 'difftap match' ({error}); choose another file, or --overwrite") from error
+            raise OutputError(
+                f"'{output}' exists and is no output of 'difftap match' ({error}); choose another file, or --overwrite"
+            ) from error
         differing = [key for key in header if earlier.get(key) != json.loads(json.dumps(header[key]))]
         if differing:
             raise OutputError(
-                f"'{output}' was begun under other conditions ({', '.join(differing)} differ); choose another file, or --overwrite"
+                f"'{output}' was begun under other conditions ({', '.join(differing)} differ); "
+                "choose another file, or --overwrite"
             )
         count = 0
         end = handle.tell()

@@ -65,7 +65,9 @@ class Pipeline:
     >>> [a, b] = pipeline.extract([difftap.load_image("a.jpg"), difftap.load_image("b.jpg")])   # doctest: +SKIP
     """
 
-    def __init__(self, recipe: Recipe, model: Model, extractor: Extractor, engines: list[Engine], conditions: dict[str, Any]) -> None:
+    def __init__(
+        self, recipe: Recipe, model: Model, extractor: Extractor, engines: list[Engine], conditions: dict[str, Any]
+    ) -> None:
         self.recipe = recipe
         self.model = model
         self.conditions = conditions
@@ -74,7 +76,11 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls, recipe: Recipe, runtime: Runtime | None = None, *, revision: str | None = None,
+        cls,
+        recipe: Recipe,
+        runtime: Runtime | None = None,
+        *,
+        revision: str | None = None,
         random_weights: int | None = None,
     ) -> Pipeline:
         """Find the model, export the graphs that are missing, encode the prompts and open the engines.
@@ -171,7 +177,11 @@ def describe(
         "recipe_key": recipe.key(),
         "model": {"name": model.name, "key": cache.model_key(model)},
         "backend": {
-            "name": backend.name, "version": backend.version(), "device": device, "precision": "fp32", "threads": threads,
+            "name": backend.name,
+            "version": backend.version(),
+            "device": device,
+            "precision": "fp32",
+            "threads": threads,
         },
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "machine": platform.machine(),

@@ -24,7 +24,7 @@ def _pair(x: object, y: object, where: str) -> tuple[float, float]:
         if isinstance(x, bool) or isinstance(y, bool):
             raise ValueError
         point = (float(x), float(y))  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PointError(f"{where}: x, y is {x!r}, {y!r}; allowed: two numbers, in pixels") from error
     if not all(map(math.isfinite, point)):
         raise PointError(f"{where}: x, y is {x!r}, {y!r}; allowed: two finite numbers, in pixels")
@@ -63,7 +63,10 @@ def load_points(path: Path) -> NDArray[np.float64]:
 
 
 def _from_csv(text: str, path: Path) -> list[tuple[float, float]]:
-    rows = [(n, row) for n, row in enumerate(csv.reader(text.splitlines()), start=1) if any(c.strip() for c in row)]
+    try:
+        rows = [(n, row) for n, row in enumerate(csv.reader(text.splitlines()), start=1) if any(c.strip() for c in row)]
+    except csv.Error as error:
+        raise PointError(f"points file '{path}' is not valid CSV ({error})") from error
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0][1]]
@@ -82,7 +85,7 @@ def _from_csv(text: str, path: Path) -> list[tuple[float, float]]:
 def _from_json(text: str, path: Path) -> list[tuple[float, float]]:
     try:
         data: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PointError(f"points file '{path}' is not valid JSON ({error})") from error
     entries = data.get("points") if isinstance(data, dict) else data
     if not isinstance(entries, list):

@@ -133,14 +133,18 @@ class Recipe:
         _check(bool(self.model), "model", self.model, "a preset name, a folder, or a hub id")
         _check(
             len(self.size) == 2 and all(isinstance(n, int) and 8 <= n <= MAX_SIDE for n in self.size),
-            "size", self.size, f"one or two whole numbers of pixels, 8 to {MAX_SIDE}",
+            "size",
+            self.size,
+            f"one or two whole numbers of pixels, 8 to {MAX_SIDE}",
         )
         _check(self.fit in FITS, "fit", self.fit, ", ".join(FITS))
         _check(self.noise in NOISES, "noise", self.noise, ", ".join(NOISES))
         _check(1 <= self.ensemble <= 1024, "ensemble", self.ensemble, "1 to 1024")
         _check(
             self.noise != "none" or self.ensemble == 1,
-            "ensemble", self.ensemble, "1 when noise is 'none', since all members would be equal",
+            "ensemble",
+            self.ensemble,
+            "1 when noise is 'none', since all members would be equal",
         )
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _check(self.upsample in INTERPOLATIONS, "upsample", self.upsample, ", ".join(INTERPOLATIONS))
@@ -162,7 +166,8 @@ class Recipe:
             matcher = _build(Matcher, values.pop("matcher", {}), "matcher")
             if isinstance(values.get("size"), int):
                 values["size"] = (values["size"], values["size"])
-            return _build(cls, {**values, "branches": tuple(branches), "matcher": matcher}, "recipe")
+            recipe: Recipe = _build(cls, {**values, "branches": tuple(branches), "matcher": matcher}, "recipe")
+            return recipe
         except TypeError as error:
             raise RecipeError(f"recipe has a value of the wrong type: {error}") from error
 
@@ -196,18 +201,19 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     if unknown:
         raise RecipeError(f"unknown field '{unknown[0]}' in {where}; allowed: {', '.join(fields)}")
     required = [
-        f.name for f in fields.values()
+        f.name
+        for f in fields.values()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in data
     ]
     if required:
         raise RecipeError(f"{where} lacks the field '{required[0]}'; it needs {', '.join(required)}")
-    plain = {"int": int, "float": (int, float), "str": str}
+    plain: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     for name, value in data.items():
         wanted = plain.get(str(fields[name].type))
         if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise RecipeError(f"{name} in {where} is {value!r}; allowed: a value of type {fields[name].type}")
     if isinstance(data.get("taps"), str):
-        raise RecipeError(f"taps in {where} is {data['taps']!r}; allowed: a list of names, such as [\"{data['taps']}\"]")
+        raise RecipeError(f'taps in {where} is {data["taps"]!r}; allowed: a list of names, such as ["{data["taps"]}"]')
     return kind(**data)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 TINY_UNET = {
     "sample_size": 8,
@@ -35,16 +37,42 @@ TINY_SCHEDULE = {
 }
 
 
-def write_tiny(folder: Path, seed: int = 0, *, half: bool = False) -> Path:
+MINI_UNET = {
+    **TINY_UNET,
+    "block_out_channels": (8, 16, 16),
+    "cross_attention_dim": 6,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+"""Fewer blocks: quick to trace."""
+MINI_VAE = {
+    **TINY_VAE,
+    "block_out_channels": (4, 8),
+    "norm_num_groups": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+
+
+def write_tiny(
+    folder: Path,
+    seed: int = 0,
+    *,
+    half: bool = False,
+    unet: Mapping[str, Any] = TINY_UNET,
+    vae: Mapping[str, Any] = TINY_VAE,
+    shard: str = "10GB",
+) -> Path:
     """Write a tiny checkpoint in diffusers format; its prompts come from seeded noise."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet, vae = UNet2DConditionModel(**TINY_UNET), AutoencoderKL(**TINY_VAE)
-    for module, part in ((unet, "unet"), (vae, "vae")):
-        (module.half() if half else module).save_pretrained(folder / part)
+        modules = {"unet": UNet2DConditionModel(**unet), "vae": AutoencoderKL(**vae)}
+    for part, module in modules.items():
+        (module.half() if half else module).save_pretrained(folder / part, max_shard_size=shard)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(TINY_SCHEDULE))
     (folder / "model_index.json").write_text(json.dumps({"_difftap_random_weights": seed}))

@@ -10,7 +10,12 @@ import click
 
 from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
 
-_CACHE = click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]")
+_CACHE = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
+)
 
 
 @click.group()
@@ -37,7 +42,7 @@ def build(revision: str | None, random_weights: int | None, **options: Any) -> N
         if parity is None:
             click.echo("  ran once, all finite (torch is not installed or is the backend: no parity)")
         for name, one in (parity or {}).items():
-            click.echo(f"  {name:<16} relative {one.relative:.1e}   max abs {one.max_abs:.1e}   cosine mean {one.cosine_mean:.8f} min {one.cosine_min:.8f}")
+            click.echo(f"  {name:<16} {one.summary}")
 
 
 def _open(cache: Path | None) -> Any:
@@ -70,7 +75,7 @@ def verify(cache: Path | None) -> None:
     broken = 0
     for record in list_engines(store):
         try:
-            verify_engine(store, record)
+            verify_engine(record)
             click.echo(f"whole   {record.path.name}")
         except DifftapError as error:
             broken += 1

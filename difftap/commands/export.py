@@ -12,9 +12,22 @@ from difftap.commands.options import model_options
 
 @click.command()
 @model_options
-@click.option("--tap", "taps", multiple=True, default=("up1",), show_default=True, metavar="TAP", help="The UNet graph's outputs (repeatable); it is cut after the deepest.")
+@click.option(
+    "--tap",
+    "taps",
+    multiple=True,
+    default=("up1",),
+    show_default=True,
+    metavar="TAP",
+    help="The UNet graph's outputs (repeatable); it is cut after the deepest.",
+)
 @click.option("--beside", is_flag=True, help="Write the graphs into the model's own folder, to ship them with it.")
-@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
+)
 def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path | None, **opening: Any) -> None:
     """Export the VAE encoder and the tapped UNet, and print each output's parity with torch.
 
@@ -34,7 +47,4 @@ def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path |
         graph, parity = export_graph(store, opened, component, tuple(names), opened.folder if beside else None)
         click.echo(f"{graph.path}")
         for name, one in parity.items():
-            click.echo(
-                f"  {name:<16} relative {one.relative:.1e}   max abs {one.max_abs:.1e}   max/peak {one.relative_max:.1e}   "
-                f"cosine mean {one.cosine_mean:.8f} min {one.cosine_min:.8f}"
-            )
+            click.echo(f"  {name:<16} {one.summary}")

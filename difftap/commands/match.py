@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
     from difftap.features import FeatureMap
     from difftap.matching import Matches
-    from difftap.recipe import Matcher
+    from difftap.pipeline import Runtime
+    from difftap.recipe import Recipe
+    from difftap.results import Threshold
 
 _FILE = click.Path(path_type=Path)
 
@@ -28,25 +32,60 @@ _FILE = click.Path(path_type=Path)
 @click.command(epilog="Exit codes: 0 done; 1 done, but some pairs of the list failed; 2 bad input, nothing done.")
 @click.argument("source", type=_FILE, required=False)
 @click.argument("target", type=_FILE, required=False)
-@click.option("--point", "point_texts", multiple=True, metavar="X,Y", help="Point of the source image, in pixels (repeatable).")
+@click.option(
+    "--point", "point_texts", multiple=True, metavar="X,Y", help="Point of the source image, in pixels (repeatable)."
+)
 @click.option("--points", "points_file", type=_FILE, metavar="FILE", help="Points from a CSV (x,y) or JSON file.")
-@click.option("--grid", type=int, metavar="N", help="N x N points over the source image.  [default: 5, if no points are given]")
+@click.option(
+    "--grid", type=int, metavar="N", help="N x N points over the source image.  [default: 5, if no points are given]"
+)
 @click.option("--mutual", is_flag=True, help="Find the points too: cells that are each other's nearest.")
-@click.option("--pairs", "pairs_file", type=_FILE, metavar="FILE", help="Match many pairs: a CSV of source,target[,points].")
-@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Picture (.png, .jpg, .webp); with --pairs, the JSON lines.")
+@click.option(
+    "--pairs", "pairs_file", type=_FILE, metavar="FILE", help="Match many pairs: a CSV of source,target[,points]."
+)
+@click.option(
+    "-o", "--output", type=_FILE, metavar="FILE", help="Picture (.png, .jpg, .webp); with --pairs, the JSON lines."
+)
 @click.option("--heat", type=int, metavar="K", help="Show point K's heat map in the picture (1 is the first).")
 @click.option("--min-score", type=float, metavar="S", help="Leave out matches with a lower cosine.")
-@click.option("--min-margin", type=float, metavar="M", help="Leave out matches whose lead over the best other place is smaller.")
-@click.option("--max-cycle-error", type=float, metavar="PX", help="Leave out matches that lead back farther than this from their point.")
+@click.option(
+    "--min-margin", type=float, metavar="M", help="Leave out matches whose lead over the best other place is smaller."
+)
+@click.option(
+    "--max-cycle-error",
+    type=float,
+    metavar="PX",
+    help="Leave out matches that lead back farther than this from their point.",
+)
 @click.option("--overwrite", is_flag=True, help="With --pairs: start afresh instead of resuming FILE.")
-@click.option("--memory", type=click.IntRange(min=1), default=2048, show_default=True, metavar="MB", help="With --pairs: features kept in memory.")
+@click.option(
+    "--memory",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    metavar="MB",
+    help="With --pairs: features kept in memory.",
+)
 @recipe_options
 @runtime_options
 def match(
-    source: Path | None, target: Path | None, point_texts: tuple[str, ...], points_file: Path | None, grid: int | None,
-    mutual: bool, pairs_file: Path | None, output: Path | None, heat: int | None, min_score: float | None,
-    min_margin: float | None, max_cycle_error: float | None, overwrite: bool, memory: int, revision: str | None,
-    random_weights: int | None, **options: Any,
+    source: Path | None,
+    target: Path | None,
+    point_texts: tuple[str, ...],
+    points_file: Path | None,
+    grid: int | None,
+    mutual: bool,
+    pairs_file: Path | None,
+    output: Path | None,
+    heat: int | None,
+    min_score: float | None,
+    min_margin: float | None,
+    max_cycle_error: float | None,
+    overwrite: bool,
+    memory: int,
+    revision: str | None,
+    random_weights: int | None,
+    **options: Any,
 ) -> None:
     """Find the points of TARGET that correspond to points of SOURCE.
 
@@ -60,105 +99,134 @@ def match(
     """
     from difftap.results import Threshold
 
-    chosen = [name for name, on in (("--point", point_texts), ("--points", points_file), ("--grid", grid is not None), ("--mutual", mutual)) if on]
+    ways = {"--point": point_texts, "--points": points_file, "--grid": grid is not None, "--mutual": mutual}
+    chosen = [name for name, given in ways.items() if given]
     if len(chosen) > 1:
         raise InputError(f"{' and '.join(chosen)} exclude each other; give one way to choose points")
-    runtime_names = ("backend", "device", "threads", "batch", "cache")
-    runtime = build_runtime(**{name: options.pop(name) for name in runtime_names})
-    recipe = build_recipe(**options)
-    threshold = Threshold(min_score, min_margin, max_cycle_error)
-    how = _How(mutual, 5 if grid is None else grid)
-    opening = {"revision": revision, "random_weights": random_weights}
+    runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
+    job = _Job(
+        build_recipe(**options),
+        runtime,
+        {"revision": revision, "random_weights": random_weights},
+        Threshold(min_score, min_margin, max_cycle_error),
+        mutual,
+        5 if grid is None else grid,
+    )
     if pairs_file is not None:
         if source is not None or point_texts or points_file or heat is not None:
-            raise InputError("--pairs takes images and points from its list; leave SRC, TRG, --point, --points and --heat out")
+            raise InputError(
+                "--pairs takes images and points from its list; leave SOURCE, TARGET, --point, --points and --heat out"
+            )
         if output is None:
             raise InputError("--pairs needs -o FILE, the JSON lines to write")
-        _many(pairs_file, output, recipe, runtime, opening, how, threshold, overwrite, memory << 20)
+        _many(job, pairs_file, output, overwrite, memory << 20)
         return
     if source is None or target is None:
-        raise InputError("two images are needed: difftap match SRC TRG; or --pairs FILE for many")
+        raise InputError("two images are needed: difftap match SOURCE TARGET; or --pairs FILE for many")
     if overwrite:
         raise InputError("--overwrite goes with --pairs; a picture is always replaced")
-    _one(source, target, output, recipe, runtime, opening, how, threshold, heat, point_texts, points_file)
+    _one(job, (source, target), _read_points(point_texts, points_file), output, heat)
 
 
-class _How:
-    """How a pair's points are chosen when none are given, and matched."""
+@dataclass(frozen=True)
+class _Job:
+    """What both ways of matching need: the recipe, where it runs, and which points are matched and kept."""
 
-    def __init__(self, mutual: bool, grid: int) -> None:
-        self.mutual = mutual
-        self.grid = grid
+    recipe: Recipe
+    runtime: Runtime
+    opening: dict[str, Any]
+    threshold: Threshold
+    mutual: bool
+    grid: int
 
-    def points(self, size: tuple[int, int], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-        """Points to match, ``(N, 2)``; None if they are to be found."""
+    def choose(self, size: tuple[int, int], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+        """Points of an image of ``size`` to match, ``(N, 2)``; None if they are to be found."""
         from difftap.points import check_inside, grid_points
 
         if given is not None and len(given):
             return check_inside(given, size, "the source image")
         return None if self.mutual else grid_points(size, self.grid)
 
-    def find(self, source: FeatureMap, target: FeatureMap, matcher: Matcher, points: NDArray[np.float64] | None) -> Matches:
+    def find(self, source: FeatureMap, target: FeatureMap, points: NDArray[np.float64] | None) -> Matches:
         """Match the points, or find mutual ones."""
         from difftap.matching import match_points, mutual_matches
 
         if points is None:
-            return mutual_matches(source, target, matcher)
-        return match_points(source, target, points, matcher)
+            return mutual_matches(source, target, self.recipe.matcher)
+        return match_points(source, target, points, self.recipe.matcher)
 
 
-def _one(source_path: Path, target_path: Path, output: Path | None, recipe: Any, runtime: Any, opening: dict[str, Any], how: _How, threshold: Any, heat: int | None, point_texts: tuple[str, ...], points_file: Path | None) -> None:
+def _read_points(texts: tuple[str, ...], file: Path | None) -> NDArray[np.float64] | None:
     import numpy as np
 
+    from difftap.points import load_points, parse_point
+
+    if file is not None:
+        return load_points(file)
+    return np.array([parse_point(text) for text in texts]) if texts else None
+
+
+def _one(
+    job: _Job, paths: tuple[Path, Path], given: NDArray[np.float64] | None, output: Path | None, heat: int | None
+) -> None:
+    """Match two images: JSON to stdout, and a picture."""
     from difftap.draw import check_format, draw_matches, save_picture
     from difftap.images import load_image
     from difftap.matching import heat_map
     from difftap.pipeline import Pipeline
-    from difftap.points import load_points, parse_point
     from difftap.results import SCHEMA, image_record, match_records
 
+    # What is wrong with the input is said before anything slow starts.
     if output is not None:
         check_format(output)
     elif heat is not None:
         raise InputError("--heat draws into the picture; give -o FILE too")
-    source, target = load_image(source_path), load_image(target_path)
-    given = np.array([parse_point(text) for text in point_texts]) if point_texts else None
-    if points_file is not None:
-        given = load_points(points_file)
-    points = how.points(source.size, given)
-    with Pipeline.open(recipe, runtime, **opening) as pipeline:
+    source, target = (load_image(path) for path in paths)
+    points = job.choose(source.size, given)
+    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline:
         first, second = pipeline.extract([source, target])
-        matches = threshold.keep(how.find(first, second, recipe.matcher, points))
-        if output is not None:
-            shown = None
-            if heat is not None:
-                if not 1 <= heat <= len(matches.source):
-                    raise InputError(f"--heat is {heat}; allowed: 1 to {len(matches.source)}, the number of matches kept")
-                shown = (heat - 1, heat_map(first, second, matches.source[heat - 1], recipe.matcher))
-            save_picture(draw_matches(source, target, matches, shown), output)
-        record = {
-            "type": "match", "schema": SCHEMA, **pipeline.conditions, "source": image_record(source),
-            "target": image_record(target), "matches": match_records(matches),
-        }
+    matches = job.threshold.keep(job.find(first, second, points))
+    if output is not None:
+        shown = None
+        if heat is not None:
+            if not 1 <= heat <= len(matches):
+                raise InputError(f"--heat is {heat}; allowed: 1 to {len(matches)}, the number of matches kept")
+            shown = (heat - 1, heat_map(first, second, matches.source[heat - 1], job.recipe.matcher))
+        save_picture(draw_matches(source, target, matches, shown), output)
+    record = {
+        "type": "match",
+        "schema": SCHEMA,
+        **pipeline.conditions,
+        "source": image_record(source),
+        "target": image_record(target),
+        "matches": match_records(matches),
+    }
     click.echo(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def _many(pairs_file: Path, output: Path, recipe: Any, runtime: Any, opening: dict[str, Any], how: _How, threshold: Any, overwrite: bool, memory: int) -> None:
-    import dataclasses
-
+def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: int) -> None:
+    """Match a list of pairs into JSON lines."""
     from difftap.pairs import load_pairs, run_pairs
     from difftap.pipeline import Pipeline
 
     pairs = load_pairs(pairs_file)
-    settings = {"mutual": how.mutual, "grid": how.grid, **dataclasses.asdict(threshold)}
-    with Pipeline.open(recipe, runtime, **opening) as pipeline, _progress(len(pairs)) as advance:
+    settings = {"mutual": job.mutual, "grid": job.grid, **dataclasses.asdict(job.threshold)}
 
-        def find(source: FeatureMap, target: FeatureMap, given: NDArray[np.float64]) -> Matches:
-            return how.find(source, target, recipe.matcher, how.points(source.image_size, given))
+    def find(source: FeatureMap, target: FeatureMap, given: NDArray[np.float64]) -> Matches:
+        return job.find(source, target, job.choose(source.image_size, given))
 
+    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline, _progress(len(pairs)) as advance:
         run = run_pairs(
-            pipeline, pairs, output, find, settings=settings, threshold=threshold, overwrite=overwrite,
-            batch=runtime.batch, memory=memory, progress=advance,
+            pipeline,
+            pairs,
+            output,
+            find,
+            settings=settings,
+            threshold=job.threshold,
+            overwrite=overwrite,
+            batch=job.runtime.batch,
+            memory=memory,
+            progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""
     click.echo(f"{run.written} pairs matched into {output}{earlier}, {run.failed} failed", err=True)

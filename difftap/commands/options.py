@@ -43,21 +43,37 @@ model_options = _stack(
     [
         click.option("--model", metavar="M", help="Model: pocket, sd15, sd21, a diffusers-format folder, or a hub id."),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
-        click.option("--random-weights", type=int, metavar="SEED", help="Build sd15 or sd21 at full size with seeded random weights."),
+        click.option(
+            "--random-weights",
+            type=int,
+            metavar="SEED",
+            help="Build sd15 or sd21 at full size with seeded random weights.",
+        ),
     ]
 )
 
 recipe_options = _stack(
     [
-        click.option("--recipe", "recipe_name", metavar="R", help="Recipe: a preset ('difftap recipes') or a TOML file.  [default: pocket; dift with --model]"),
+        click.option(
+            "--recipe",
+            "recipe_name",
+            metavar="R",
+            help="Recipe: a preset ('difftap recipes') or a TOML file.  [default: pocket; dift with --model]",
+        ),
         model_options,
         click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels."),
         click.option("--ensemble", type=int, metavar="E", help="Noise samples averaged per image."),
-        click.option("--tap", "taps", multiple=True, metavar="TAP", help="Tap to read, for a recipe of one branch (repeatable)."),
+        click.option(
+            "--tap", "taps", multiple=True, metavar="TAP", help="Tap to read, for a recipe of one branch (repeatable)."
+        ),
         click.option("--timestep", type=int, metavar="T", help="Timestep, for a recipe of one branch."),
         click.option("--prompt", metavar="TEXT", help="Text that conditions every branch.  [default: the recipe's]"),
-        click.option("--matcher", metavar="NAME", help="dense, nn, softargmax, kernel-softargmax, window-softargmax or mutual."),
-        click.option("--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."),
+        click.option(
+            "--matcher", metavar="NAME", help="dense, nn, softargmax, kernel-softargmax, window-softargmax or mutual."
+        ),
+        click.option(
+            "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
+        ),
         click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
     ]
 )
@@ -67,15 +83,35 @@ runtime_options = _stack(
         click.option("--backend", default="ort", show_default=True, metavar="B", help="ort or torch."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
-        click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Images per engine run on a GPU; a CPU takes one at a time."),
-        click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]"),
+        click.option(
+            "--batch",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Images per engine run on a GPU; a CPU takes one at a time.",
+        ),
+        click.option(
+            "--cache",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
+        ),
     ]
 )
 
 
 def build_recipe(
-    *, recipe_name: str | None, model: str | None, size: tuple[int, int] | None, ensemble: int | None,
-    taps: tuple[str, ...], timestep: int | None, prompt: str | None, matcher: str | None, interpolation: str | None,
+    *,
+    recipe_name: str | None,
+    model: str | None,
+    size: tuple[int, int] | None,
+    ensemble: int | None,
+    taps: tuple[str, ...],
+    timestep: int | None,
+    prompt: str | None,
+    matcher: str | None,
+    interpolation: str | None,
     seed: int | None,
 ) -> Recipe:
     """The recipe that the options ask for: the named one, with what was given put in its place."""
@@ -83,11 +119,14 @@ def build_recipe(
 
     recipe = load_recipe(recipe_name or ("dift" if model not in (None, "pocket") else "pocket"))
     if (taps or timestep is not None) and len(recipe.branches) > 1:
-        raise InputError(f"--tap and --timestep change one branch; recipe '{recipe_name}' has {len(recipe.branches)}; write a TOML file")
+        raise InputError(
+            f"--tap and --timestep change one branch; recipe '{recipe_name}' has {len(recipe.branches)}; "
+            "write a TOML file"
+        )
     branch_changes: dict[str, Any] = {"taps": taps or None, "timestep": timestep, "prompt": prompt}
     given = {name: value for name, value in branch_changes.items() if value is not None}
     branches = tuple(dataclasses.replace(branch, **given) for branch in recipe.branches)
-    matcher_changes = {"name": matcher, "interpolation": interpolation}
+    matcher_changes: dict[str, Any] = {"name": matcher, "interpolation": interpolation}
     new_matcher = dataclasses.replace(recipe.matcher, **{k: v for k, v in matcher_changes.items() if v is not None})
     changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed}
     changes = {name: value for name, value in changes.items() if value is not None}

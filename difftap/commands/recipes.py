@@ -35,4 +35,5 @@ def recipes(name: str | None) -> None:
     for preset, recipe in presets().items():
         branches = " with ".join(f"{'+'.join(b.taps)} at t={b.timestep}" for b in recipe.branches)
         size = f"{recipe.size[0]}x{recipe.size[1]}"
-        click.echo(f"{preset:<14}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, matcher {recipe.matcher.name} ({recipe.matcher.interpolation})")
+        how = f"matcher {recipe.matcher.name} ({recipe.matcher.interpolation})"
+        click.echo(f"{preset:<14}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")

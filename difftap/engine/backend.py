@@ -21,7 +21,7 @@ from difftap.coords import Size
 from difftap.errors import BackendError, NonFiniteError
 from difftap.model import Model
 
-__all__ = ["Array", "Backend", "Engine", "Graph", "Profile", "TensorSpec", "VAE_INPUTS", "unet_inputs", "vae_outputs"]
+__all__ = ["VAE_INPUTS", "Array", "Backend", "Engine", "Graph", "Profile", "TensorSpec", "unet_inputs", "vae_outputs"]
 
 Array = NDArray[Any]
 
@@ -68,7 +68,8 @@ class Graph:
             return vae_outputs(self.model)
         taps = [self.model.tap(name) for name in self.taps]
         return tuple(
-            TensorSpec(tap.name, "float32", ("B", tap.channels or f"C{i}", f"h{i}", f"w{i}")) for i, tap in enumerate(taps)
+            TensorSpec(tap.name, "float32", ("B", tap.channels or f"C{i}", f"h{i}", f"w{i}"))
+            for i, tap in enumerate(taps)
         )
 
 
@@ -136,7 +137,7 @@ class Engine(ABC):
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; the feeds have been checked."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - not every engine holds something
         """Release what the engine holds."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -156,16 +157,19 @@ class Engine(ABC):
         outputs = self._run(feeds)
         for name, value in outputs.items():
             if not np.isfinite(value).all():
+                bad = int(np.count_nonzero(~np.isfinite(value)))
                 raise NonFiniteError(
-                    f"output '{name}' of {self.graph.name} of model '{self.graph.model.name}' holds "
-                    f"{int(np.count_nonzero(~np.isfinite(value)))} values that are not finite; use a precision with more range"
+                    f"output '{name}' of {self.graph.name} of model '{self.graph.model.name}' holds {bad} values "
+                    "that are not finite; use a precision with more range"
                 )
         return outputs
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
         wanted = [spec.name for spec in self.inputs]
         if set(feeds) != set(wanted):
-            raise BackendError(f"{self.graph.name} takes the inputs {', '.join(wanted)}; got {', '.join(feeds) or 'none'}")
+            raise BackendError(
+                f"{self.graph.name} takes the inputs {', '.join(wanted)}; got {', '.join(feeds) or 'none'}"
+            )
         # Latent cells follow from the profile for both graphs; batch and what else is free, from the first array seen.
         width, height = self.profile.size
         stride = self.graph.model.latent_stride
@@ -177,8 +181,8 @@ class Engine(ABC):
             shape = tuple(letters[axis] if isinstance(axis, str) else axis for axis in spec.shape)
             if array.dtype != np.dtype(spec.dtype) or array.shape != shape:
                 raise BackendError(
-                    f"input '{spec.name}' of {self.graph.name} is {array.dtype} {array.shape}; wanted {spec.dtype} {shape} "
-                    f"= ({', '.join(map(str, spec.shape))})"
+                    f"input '{spec.name}' of {self.graph.name} is {array.dtype} {array.shape}; "
+                    f"wanted {spec.dtype} {shape} = ({', '.join(map(str, spec.shape))})"
                 )
         if not 1 <= letters["B"] <= self.profile.batch:
             raise BackendError(f"a batch of {letters['B']} images; this engine takes 1 to {self.profile.batch}")

@@ -123,7 +123,9 @@ class Cache:
                         shutil.copyfile(source, scratch)
         return tuple(placed)
 
-    def save_graph_manifest(self, graph: Graph, weights: tuple[Path, ...], extra: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    def save_graph_manifest(
+        self, graph: Graph, weights: tuple[Path, ...], extra: Mapping[str, Any], report: Mapping[str, Any]
+    ) -> None:
         """Write the manifest that makes a graph trusted; the last step of an export."""
         if graph.path is None:
             raise ArtefactError(f"{graph.name} has no file to write a manifest for")

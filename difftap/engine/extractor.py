@@ -1,8 +1,8 @@
 """The streaming extractor: images in, one feature map per branch and tap out.
 
-The VAE encoder runs once per image; the ensemble's noisy latents, the tapped UNet and the ensemble's mean are one graph.
-On a CPU each image is one run whatever the batch size: the ensemble already fills the cores, and the features are then
-the same bit for bit in any company. Axis letters as in `difftap.engine.backend`.
+The VAE encoder runs once per image; the ensemble's noisy latents, the tapped UNet and the ensemble's mean are one
+graph. On a CPU each image is one run whatever the batch size: the ensemble already fills the cores, and the features
+are then the same bit for bit in any company. Axis letters as in `difftap.engine.backend`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class Extractor:
             return scaling, 0.0
         schedule = self._model.alphas_cumprod
         if timestep >= len(schedule):
-            raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
+            raise InputError(
+                f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}"
+            )
         alpha = float(schedule[timestep])
         return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
 

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 __all__ = ["draw"]
 
 
-def draw(seed: int, digest: str, members: int, shape: tuple[int, int, int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def draw(
+    seed: int, digest: str, members: int, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Standard normal noise for every ensemble member of one image.
 
     Args:

@@ -19,11 +19,11 @@ from difftap.taps import deepest
 __all__ = ["TappedUNet", "VAEEncoder", "build"]
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 - a signal, no error
     """Raised by the deepest tap's hook to end an eager pass: what follows feeds no tap."""
 
 
-class VAEEncoder(nn.Module):
+class VAEEncoder(nn.Module):  # type: ignore[misc]
     """Image to the posterior of its latent."""
 
     def __init__(self, vae: nn.Module) -> None:
@@ -36,7 +36,7 @@ class VAEEncoder(nn.Module):
         return posterior.mean, posterior.std
 
 
-class TappedUNet(nn.Module):
+class TappedUNet(nn.Module):  # type: ignore[misc]
     """A UNet that returns the ensemble mean of its taps.
 
     Args:
@@ -106,11 +106,18 @@ def _load(model: Model, component: str) -> nn.Module:
     variant = "fp16" if files[0].name.endswith(".fp16.safetensors") else None
     try:
         loaded = kind.from_pretrained(
-            str(model.folder), subfolder=component, use_safetensors=True, local_files_only=True, variant=variant,
-            torch_dtype=torch.float32, low_cpu_mem_usage=False,
+            str(model.folder),
+            subfolder=component,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=variant,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the {component} in '{model.folder}' cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise ModelError(
+            f"the {component} in '{model.folder}' cannot be loaded ({str(error).splitlines()[0]})"
+        ) from error
     module: nn.Module = loaded.eval().requires_grad_(False)
     return module
 
@@ -130,6 +137,8 @@ def build(model: Model, component: str, tap_names: Sequence[str] = (), *, stop_e
         try:
             network.get_submodule(tap.module)
         except AttributeError as error:
-            raise ModelError(f"the UNet in '{model.folder}' has no module '{tap.module}' for tap '{tap.name}'") from error
+            raise ModelError(
+                f"the UNet in '{model.folder}' has no module '{tap.module}' for tap '{tap.name}'"
+            ) from error
     last = deepest(taps, model.unet).module
     return TappedUNet(network, [(tap.name, tap.module) for tap in taps], last, stop_early).eval()

@@ -29,7 +29,11 @@ _HUB_FILES = [
     "model_index.json",
     "scheduler/*.json",
     "tokenizer/*",
-    *(f"{part}/{name}" for part in ("unet", "vae", "text_encoder") for name in ("config.json", "*.safetensors.index.json")),
+    *(
+        f"{part}/{name}"
+        for part in ("unet", "vae", "text_encoder")
+        for name in ("config.json", "*.safetensors.index.json")
+    ),
     "unet/diffusion_pytorch_model*.safetensors",
     "vae/diffusion_pytorch_model*.safetensors",
     "text_encoder/model*.safetensors",
@@ -63,7 +67,9 @@ def open_model(name: str, cache: Cache, *, revision: str | None = None, random_w
         return Model.load(_download(_preset(name)["hub"], revision), name)
     if _HUB_ID.match(name) and not name.startswith("."):
         return Model.load(_download(name, revision), name)
-    raise ModelError(f"no model '{name}'; allowed: pocket, {', '.join(PRESETS)}, the path of a folder, or a hub id owner/name")
+    raise ModelError(
+        f"no model '{name}'; allowed: pocket, {', '.join(PRESETS)}, the path of a folder, or a hub id owner/name"
+    )
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -76,12 +82,16 @@ def _download(hub_id: str, revision: str | None) -> Path:
     """Fetch a checkpoint's parts from the hub, or find them in its local cache."""
     hub = require("huggingface_hub", "export", f"downloading model '{hub_id}'")
     try:
-        return Path(hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*fp16*", "*non_ema*"]))
+        return Path(
+            hub.snapshot_download(
+                hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*fp16*", "*non_ema*"]
+            )
+        )
     except (OSError, ValueError) as error:  # the hub's own errors and requests' inherit from OSError
         hint = " (this repository was taken down: use a mirror of it, by --model)" if hub_id == _GONE else ""
         raise ModelError(
-            f"model '{hub_id}' cannot be downloaded{hint}: {str(error).strip().splitlines()[0][:200]}; give a local folder by "
-            "--model DIR, or --random-weights SEED with sd15 or sd21 to measure speed alone"
+            f"model '{hub_id}' cannot be downloaded{hint}: {str(error).strip().splitlines()[0][:200]}; give a local "
+            "folder by --model DIR, or --random-weights SEED with sd15 or sd21 to measure speed alone"
         ) from error
 
 

@@ -41,9 +41,16 @@ class EngineRecord:
 
 def _identity(cache: Cache, graph: Graph, backend: Backend, device: str, profile: Profile) -> dict[str, Any]:
     return {
-        **cache.graph_identity(graph), "backend": backend.name, "backend_version": backend.version(), "device": device,
-        "precision": "fp32", "size": list(profile.size), "ensemble": profile.ensemble, "tokens": profile.tokens,
-        "batch": profile.batch, "machine": platform.machine(),
+        **cache.graph_identity(graph),
+        "backend": backend.name,
+        "backend_version": backend.version(),
+        "device": device,
+        "precision": "fp32",
+        "size": list(profile.size),
+        "ensemble": profile.ensemble,
+        "tokens": profile.tokens,
+        "batch": profile.batch,
+        "machine": platform.machine(),
     }
 
 
@@ -75,7 +82,9 @@ def build_engines(
         files = {}
         if graph.path is not None:
             weights = [graph.path.parent / component / path.name for path in model.weight_files(component)]
-            files = {str(path): FileRecord(path.stat().st_size, cache.memo.digest(path)) for path in (graph.path, *weights)}
+            files = {
+                str(path): FileRecord(path.stat().st_size, cache.memo.digest(path)) for path in (graph.path, *weights)
+            }
         manifest = Manifest("engine", _identity(cache, graph, backend, device, profile), files, report)
         path = folder / f"{file_stem(graph.name)}.{backend.name}-{device}.{profile.label}.engine.json"
         with cache.lock(folder, path.name):
@@ -83,7 +92,9 @@ def build_engines(
         yield EngineRecord(path, manifest), parity
 
 
-def _measure(graph: Graph, backend: Backend, device: str, profile: Profile, threads: int | None) -> dict[str, TensorParity] | None:
+def _measure(
+    graph: Graph, backend: Backend, device: str, profile: Profile, threads: int | None
+) -> dict[str, TensorParity] | None:
     """Run the engine on seeded feeds: it must work and be finite; against torch where torch is installed."""
     feeds = example_feeds(graph, profile)
     with backend.open(graph, profile, device, threads) as engine:
@@ -106,7 +117,7 @@ def list_engines(cache: Cache) -> list[EngineRecord]:
     return records
 
 
-def verify_engine(cache: Cache, record: EngineRecord) -> None:
+def verify_engine(record: EngineRecord) -> None:
     """Read an engine's files again in full and compare them with its manifest, and its runtime with the one installed.
 
     Raises:

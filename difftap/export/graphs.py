@@ -10,7 +10,7 @@ from difftap.engine.backend import Graph, Profile
 from difftap.engine.cache import Cache, file_stem
 from difftap.engine.registry import get_backend
 from difftap.errors import ArtefactError, BackendError, require
-from difftap.export.parity import TensorParity, compare, example_feeds
+from difftap.export.parity import TensorParity, example_feeds
 from difftap.manifest import atomic_path
 from difftap.model import Model
 
@@ -39,7 +39,9 @@ def check_parity(graph: Graph) -> dict[str, TensorParity]:
     return {name: TensorParity.of(got[name], wanted[name]) for name in wanted}
 
 
-def export_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ...] = (), folder: Path | None = None) -> tuple[Graph, dict[str, TensorParity]]:
+def export_graph(
+    cache: Cache, model: Model, component: str, taps: tuple[str, ...] = (), folder: Path | None = None
+) -> tuple[Graph, dict[str, TensorParity]]:
     """Export one network of a model.
 
     Args:
@@ -65,11 +67,11 @@ def export_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ..
         weights = cache.place_weights(model, component, home)
     else:
         weights = tuple(folder / component / path.name for path in model.weight_files(component))
-    graph = Graph(model, component, taps, home / f"{file_stem(Graph(model, component, taps).name)}.onnx")
-    assert graph.path is not None
+    path = home / f"{file_stem(Graph(model, component, taps).name)}.onnx"
+    graph = Graph(model, component, taps, path)
     proto = trace(graph, build(model, component, taps), locate_tensors(weights), home)
     # The manifest comes last: until it is there, or if the check fails, the graph is not trusted by anyone.
-    with atomic_path(graph.path) as scratch:
+    with atomic_path(path) as scratch:
         scratch.write_bytes(proto.SerializeToString(deterministic=True))
         parity = check_parity(Graph(model, component, taps, scratch))
         worst = max(parity.values(), key=lambda p: p.relative)
@@ -79,7 +81,9 @@ def export_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ..
                 f"{worst.relative:.2e}; allowed: {MAX_RELATIVE:.0e}"
             )
     report: dict[str, Any] = {"parity": {name: value.to_dict() for name, value in parity.items()}}
-    made_with = {module: require(module, "export", "exporting").__version__ for module in ("torch", "diffusers", "onnx")}
+    made_with = {
+        module: require(module, "export", "exporting").__version__ for module in ("torch", "diffusers", "onnx")
+    }
     cache.save_graph_manifest(graph, weights, {"made_with": made_with, "precision": "fp32"}, report)
     return graph, parity
 

@@ -42,8 +42,19 @@ class TensorParity:
         scale = max(float(np.linalg.norm(b)), np.finfo(np.float64).tiny)
         peak = max(float(np.abs(b).max()), np.finfo(np.float64).tiny)
         return cls(
-            float(gap.max()), float(np.linalg.norm(a - b)) / scale, float(gap.max()) / peak, float(cosine.mean()),
+            float(gap.max()),
+            float(np.linalg.norm(a - b)) / scale,
+            float(gap.max()) / peak,
+            float(cosine.mean()),
             float(cosine.min()),
+        )
+
+    @property
+    def summary(self) -> str:
+        """The figures on one line, for a terminal."""
+        return (
+            f"relative {self.relative:.1e}   max abs {self.max_abs:.1e}   max/peak {self.relative_max:.1e}   "
+            f"cosine mean {self.cosine_mean:.8f} min {self.cosine_min:.8f}"
         )
 
     def to_dict(self) -> dict[str, float]:

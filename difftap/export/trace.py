@@ -63,7 +63,9 @@ def locate_tensors(files: Sequence[Path]) -> dict[str, TensorLocation]:
                 first, last = entry["data_offsets"]
                 if 8 + length + last > size:
                     raise ValueError(f"tensor {name} ends after the file")
-                found[name] = TensorLocation(path, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
+                found[name] = TensorLocation(
+                    path, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first
+                )
         except (OSError, ValueError, KeyError, struct.error) as error:
             raise ModelError(f"'{path}' is not a whole safetensors file ({error}); get the checkpoint again") from error
     return found
@@ -124,7 +126,9 @@ def _free_axes(graph: Graph, model: onnx_ir.Model) -> None:
                 value.shape[i] = onnx_ir.SymbolicDim(axis)
 
 
-def trace(graph: Graph, module: torch.nn.Module, weights: Mapping[str, TensorLocation], folder: Path) -> onnx.ModelProto:
+def trace(
+    graph: Graph, module: torch.nn.Module, weights: Mapping[str, TensorLocation], folder: Path
+) -> onnx.ModelProto:
     """Trace a module to ONNX with free batch, ensemble, height, width and tokens.
 
     Args:
@@ -144,8 +148,14 @@ def trace(graph: Graph, module: torch.nn.Module, weights: Mapping[str, TensorLoc
     examples, axes = _example(graph)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module, examples, dynamo=True, input_names=[s.name for s in graph.inputs],
-            output_names=[s.name for s in graph.outputs], dynamic_shapes=axes, opset_version=OPSET, optimize=False,
+            module,
+            examples,
+            dynamo=True,
+            input_names=[s.name for s in graph.inputs],
+            output_names=[s.name for s in graph.outputs],
+            dynamic_shapes=axes,
+            opset_version=OPSET,
+            optimize=False,
             verbose=False,
         )
         traced = program.model
@@ -209,7 +219,9 @@ def _attach_weights(
     for name in sorted(unused & used):
         place = weights[parameters[name]]
         if place.dtype not in kinds:
-            raise ModelError(f"tensor '{parameters[name]}' in '{place.path}' is {place.dtype}; allowed: {', '.join(kinds)}")
+            raise ModelError(
+                f"tensor '{parameters[name]}' in '{place.path}' is {place.dtype}; allowed: {', '.join(kinds)}"
+            )
         tensor = proto.graph.initializer.add()
         tensor.name = name if place.dtype == "F32" else f"{name}.{place.dtype.lower()}"
         tensor.data_type = kinds[place.dtype]
@@ -220,7 +232,9 @@ def _attach_weights(
             entry = tensor.external_data.add()
             entry.key, entry.value = key, str(value)
         if tensor.name != name:
-            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT, name=f"{name}.cast"))
+            casts.append(
+                onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT, name=f"{name}.cast")
+            )
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:], proto.graph.input[:]
     proto.graph.node.extend(nodes)

@@ -9,7 +9,7 @@ of a pixel p and q a unit source descriptor,
 The numerator is linear: one small map ``<q, T_i>`` per point, interpolated. The squared norm is the quadratic form
 ``sum_ij u_i u_j <T_i, T_j>``, which needs only the Gram products of cells that one pixel reads together: offsets up to
 1 cell for bilinear (5 by symmetry), up to 3 for bicubic (25). It does not depend on the point, so a `DenseTarget` holds
-it as one ``(H, W)`` image.
+it as one ``(H, W)`` image (`difftap.matching.norms`).
 
 All sums run in float64: float32 would lose the norm where neighbouring cells nearly cancel, and rounding would decide
 between pixels that tie.
@@ -25,25 +25,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.errors import InputError
 from difftap.features import FeatureMap
 from difftap.matching.confidence import RADIUS_CELLS
-from difftap.matching.interpolate import axis_matrix, pixel_cells, unit
+from difftap.matching.interpolate import SMALL, Run, axis_runs, pixel_cells, unit
+from difftap.matching.norms import inverse_norms
 
 __all__ = ["TIE", "DenseTarget", "Peaks", "project"]
 
 TIE = 1e-10
 """Cosines this close are equal: far above float64 rounding, far below what float32 features can tell apart."""
 
-VANISHING = 1e-12
-"""Interpolated vectors whose squared length is below this share of what their cells could give count as zero.
-
-Opposite cells cancel between their centres; what is left there is rounding, and its cosine would be noise.
-"""
-
-_BLOCK_BYTES = 1 << 23
+_BLOCK_BYTES = 1 << 23  # of scratch for points handled together
+_BLOCK_VALUES = 1 << 17  # of a map converted to float64 at once
 _TILE_PIXELS = 1 << 17  # one tile's float64 scores stay in a core's cache between product, norm and maximum
-_BLOCK_VALUES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -78,16 +72,19 @@ class DenseTarget:
         self.interpolation = interpolation
         width, height = features.grid
         self._columns, self._rows = pixel_cells(features.geometry, features.grid)  # (W,), (H,)
-        self._across = axis_matrix(self._columns, width, interpolation)  # (W, w)
-        self._down = axis_matrix(self._rows, height, interpolation)  # (H, h)
-        reach = 1 if interpolation == "bilinear" else 3
-        self.inverse_norm = _inverse_norm(features.data, self._down, self._across, reach)  # (H, W)
+        # Runs are cut so that the norms' products, the largest made of them, stay `SMALL`.
+        pairs = 4 if interpolation == "bilinear" else 16
+        across_longest = max(1, SMALL // (2 * pairs * height * 4))
+        down_longest = max(1, SMALL // (pairs * len(self._columns)))
+        self._across = axis_runs(self._columns, width, interpolation, across_longest)
+        self._down = axis_runs(self._rows, height, interpolation, down_longest)
+        self.inverse_norm = inverse_norms(features.data, self._down, self._across, interpolation)  # (H, W)
+        self._tiles = _tiles(self._down, max(1, _TILE_PIXELS // len(self._columns)))
 
     def heat(self, descriptor: NDArray[np.floating]) -> NDArray[np.float64]:
         """Cosine ``(H, W)`` of one descriptor ``(C,)`` with every pixel of the target."""
-        products = project(unit(descriptor)[None], self.features.data)[0]  # (h, w)
-        scores: NDArray[np.float64] = self._down @ (products @ self._across.T)  # (H, W)
-        scores *= self.inverse_norm
+        scores = np.empty(self.inverse_norm.shape)
+        self._score(self._stretch(unit(descriptor)[None])[0], scores)
         return np.clip(scores, -1.0, 1.0, out=scores)
 
     def find(self, descriptors: NDArray[np.floating], margin: bool = True) -> Peaks:
@@ -99,38 +96,45 @@ class DenseTarget:
         per_point = self.features.grid[1] * max(width, self.features.grid[0]) * 8
         block = max(1, _BLOCK_BYTES // per_point)
         for start in range(0, count, block):
-            queries = unit(descriptors[start : start + block])  # (n, C)
-            stretched = project(queries, self.features.data) @ self._across.T  # (n, h, W)
+            stretched = self._stretch(unit(descriptors[start : start + block]))  # (n, h, W)
             for n, rows in enumerate(stretched, start):
                 found.pixels[n], found.score[n], found.margin[n] = self._peak(rows, scores, margin)
         np.clip(found.score, -1.0, 1.0, out=found.score)
         np.clip(found.margin, 0.0, 2.0, out=found.margin)  # a tied place may be ahead by rounding
         return found
 
+    def _stretch(self, queries: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Dot products of unit queries ``(n, C)`` with the map, interpolated along rows only: ``(n, h, W)``."""
+        products = project(queries, self.features.data)  # (n, h, w)
+        rows = products.reshape(-1, products.shape[2])
+        stretched = np.empty((len(rows), len(self._columns)))
+        for run in self._across:
+            np.matmul(rows[:, run.low : run.high], run.weights.T, out=stretched[:, run.start : run.stop])
+        return stretched.reshape(*products.shape[:2], -1)
+
+    def _score(self, stretched: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Fill ``scores`` ``(H, W)`` from products stretched to ``(h, W)``; returns the best of each tile."""
+        best = np.empty(len(self._tiles))
+        for k, (tile, runs) in enumerate(self._tiles):
+            for run in runs:
+                np.matmul(run.weights, stretched[run.low : run.high], out=scores[run.start : run.stop])
+            np.multiply(scores[tile], self.inverse_norm[tile], out=scores[tile])
+            best[k] = scores[tile].max()
+        return best
+
     def _peak(
         self, stretched: NDArray[np.float64], scores: NDArray[np.float64], margin: bool
     ) -> tuple[tuple[int, int], float, float]:
         """Best pixel, its score and its margin, from products already stretched to ``(h, W)``; fills ``scores``."""
-        height, width = scores.shape
-        step = max(1, _TILE_PIXELS // width)
-        tiles = [slice(y, min(y + step, height)) for y in range(0, height, step)]
-        best = np.empty(len(tiles))
-        for k, tile in enumerate(tiles):
-            np.matmul(self._down[tile], stretched, out=scores[tile])
-            np.multiply(scores[tile], self.inverse_norm[tile], out=scores[tile])
-            best[k] = scores[tile].max()
+        best = self._score(stretched, scores)
         tied = best.max() - TIE
-        first = tiles[int(np.argmax(best >= tied))]
-        y, x = divmod(int(np.argmax(scores[first] >= tied)), width)
+        first = self._tiles[int(np.argmax(best >= tied))][0]
+        y, x = divmod(int(np.argmax(scores[first] >= tied)), scores.shape[1])
         y += first.start
         score = float(scores[y, x])
-        if not margin:
-            return (x, y), score, np.nan
-        return (x, y), score, score - self._second(scores, tiles, best, x, y)
+        return (x, y), score, score - self._second(scores, best, x, y) if margin else np.nan
 
-    def _second(
-        self, scores: NDArray[np.float64], tiles: list[slice], best: NDArray[np.float64], x: int, y: int
-    ) -> float:
+    def _second(self, scores: NDArray[np.float64], best: NDArray[np.float64], x: int, y: int) -> float:
         """Best score farther than the radius from ``(x, y)``, NaN if nothing is; overwrites what lies nearer."""
         right, down = self._columns - self._columns[x], self._rows - self._rows[y]  # in cells
         reach = RADIUS_CELLS + 1e-9  # a pixel exactly on the radius is near, however its coordinates were rounded
@@ -138,82 +142,35 @@ class DenseTarget:
         y0, y1 = np.searchsorted(down, [-reach, reach])
         near = np.square(down[y0:y1, None]) + np.square(right[x0:x1]) <= reach**2
         scores[y0:y1, x0:x1][near] = -np.inf
-        for k, tile in enumerate(tiles):
+        for k, (tile, _) in enumerate(self._tiles):
             if tile.start < y1 and tile.stop > y0:
                 best[k] = scores[tile].max()
         second = float(best.max())
         return second if second > -np.inf else np.nan
 
 
+def _tiles(runs: list[Run], rows: int) -> list[tuple[slice, list[Run]]]:
+    """Runs gathered into tiles of about ``rows`` pixel rows, each with the rows it covers."""
+    tiles: list[tuple[slice, list[Run]]] = []
+    for run in runs:
+        if tiles and run.stop - tiles[-1][0].start <= rows:
+            tile, members = tiles.pop()
+            tiles.append((slice(tile.start, run.stop), [*members, run]))
+        else:
+            tiles.append((slice(run.start, run.stop), [run]))
+    return tiles
+
+
 def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray[np.float64]:
     """Dot products of queries ``(N, C)`` with every cell of a map ``(C, h, w)``, as ``(N, h, w)`` float64."""
     channels, height, width = data.shape
-    cells = data.reshape(channels, -1)
-    products = np.zeros((len(queries), height * width))
-    block = max(1, _BLOCK_VALUES // cells.shape[1])
+    size = height * width
+    cells = data.reshape(channels, size)
+    products = np.zeros((len(queries), size))
+    block = SMALL // max(1, len(queries) * size)
+    if block < 8:  # many queries, or a large map: products worth sharing among threads
+        block = max(1, _BLOCK_VALUES // size)
     for start in range(0, channels, block):  # in blocks, so that no float64 copy of the whole map is made
         part = slice(start, start + block)
         products += queries[:, part] @ cells[part].astype(np.float64)
     return products.reshape(len(queries), height, width)
-
-
-def _grams(data: NDArray[np.floating], reach: int) -> dict[tuple[int, int], NDArray[np.float64]]:
-    """Dot products of cells with their neighbours, ``{(dy, dx): (h - dy, w - |dx|)}`` for offsets up to ``reach``.
-
-    Half of the offsets are enough, the products being symmetric: ``dy > 0``, or ``dy == 0`` and ``dx >= 0``. An entry
-    ``[y, x]`` belongs to the cell ``(y, x + max(0, -dx))`` and the one ``(dy, dx)`` further on.
-    """
-    channels, height, width = data.shape
-    size = height * width
-    offsets = [
-        (dy, dx)
-        for dy in range(min(reach, height - 1) + 1)
-        for dx in range(-min(reach, width - 1), min(reach, width - 1) + 1)
-        if dy > 0 or dx >= 0
-    ]
-    sums = np.zeros((len(offsets), size))
-    cells = data.reshape(channels, size)
-    block = max(1, _BLOCK_VALUES // size)
-    for start in range(0, channels, block):
-        part = cells[start : start + block].astype(np.float64)
-        for k, (dy, dx) in enumerate(offsets):
-            step = dy * width + dx  # rows follow each other, so an offset is one shift; what wraps round is cut off
-            sums[k, : size - step] += np.einsum("cp,cp->p", part[:, : size - step], part[:, step:])
-    return {
-        (dy, dx): sums[k].reshape(height, width)[: height - dy, max(0, -dx) : width - max(0, dx)]
-        for k, (dy, dx) in enumerate(offsets)
-    }
-
-
-def _inverse_norm(
-    data: NDArray[np.floating], down: NDArray[np.float64], across: NDArray[np.float64], reach: int
-) -> NDArray[np.float64]:
-    """One over the length of the interpolated vector at every pixel, ``(H, W)``; 0 where it vanishes.
-
-    Args:
-        data: ``(C, h, w)``.
-        down: interpolation weights ``(H, h)``.
-        across: interpolation weights ``(W, w)``.
-        reach: farthest two cells that one pixel reads lie apart: 1 for bilinear, 3 for bicubic.
-    """
-    grams = _grams(data, reach)
-    if not np.isfinite(grams[0, 0]).all():
-        raise InputError("the feature map holds NaN or infinity; features must be finite, so extract them again")
-    height, width = data.shape[1:]
-    squared = np.zeros((len(down), len(across)))
-    for dy in range(min(reach, height - 1) + 1):
-        # The form is separable for each offset: weights of cell pairs down, Gram products, weights of pairs across.
-        products, pairs = [], []
-        for (other, dx), gram in grams.items():
-            if other == dy:
-                x0, x1 = max(0, -dx), width - max(0, dx)
-                products.append(gram if dy == dx == 0 else 2 * gram)  # both orders of two different cells
-                pairs.append(across[:, x0:x1] * across[:, x0 + dx : x1 + dx])  # (W, w - |dx|)
-        rows = np.concatenate(products, axis=1) @ np.concatenate(pairs, axis=1).T  # (h - dy, W)
-        squared += (down[:, : height - dy] * down[:, dy:]) @ rows
-    lengths = np.sqrt(grams[0, 0])  # (h, w)
-    longest = np.abs(down) @ lengths @ np.abs(across).T  # (H, W), the length if all cells pointed the same way
-    present = squared > VANISHING * np.square(longest)
-    inverse = np.zeros_like(squared)
-    np.divide(1.0, np.sqrt(squared, where=present, out=inverse), where=present, out=inverse)
-    return inverse

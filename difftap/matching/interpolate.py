@@ -9,15 +9,43 @@ Axis letters: N points; P positions along an axis; C channels; W H image pixels;
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
 
-__all__ = ["CUBIC_A", "axis_matrix", "axis_taps", "pixel_cells", "sample", "unit"]
+__all__ = ["CUBIC_A", "SMALL", "Run", "axis_matrix", "axis_runs", "axis_taps", "pixel_cells", "sample", "unit"]
 
 CUBIC_A = -0.75
 """Keys' cubic convolution parameter; torch and OpenCV use -0.75, Pillow -0.5."""
+
+SMALL = 1 << 18
+"""Multiplications in a matrix product that OpenBLAS still does on the calling thread.
+
+Matching is many small products. Shared among threads they gain nothing, and on a busy machine each waits for a thread
+that is not scheduled: measured at 200 times slower on two busy cores. So products are cut to stay below this.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring pixels of one axis that read the same cells.
+
+    Attributes:
+        start: first pixel.
+        stop: one past the last pixel.
+        low: first cell.
+        high: one past the last cell.
+        weights: ``(stop - start, high - low)``; rows sum to 1.
+    """
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    weights: NDArray[np.float64]
 
 
 def axis_taps(
@@ -63,6 +91,29 @@ def axis_matrix(positions: NDArray[np.float64], cells: int, interpolation: str) 
     for k in range(indices.shape[1]):  # one tap at a time: clamped taps may name the same cell and must add up
         matrix[rows, indices[:, k]] += weights[:, k]
     return matrix
+
+
+def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, longest: int) -> list[Run]:
+    """The weights of `axis_taps` in runs of at most ``longest`` positions: an enlarged axis reads few cells many times.
+
+    Args:
+        positions: ``(P,)`` fractional cells, ascending.
+        cells: number of cells along the axis.
+        interpolation: ``bilinear`` or ``bicubic``.
+        longest: most positions in a run.
+    """
+    indices, weights = axis_taps(positions, cells, interpolation)
+    changes = np.flatnonzero((np.diff(indices, axis=0) != 0).any(axis=1)) + 1
+    runs = []
+    for first, last in zip([0, *changes], [*changes, len(positions)], strict=True):
+        low, high = int(indices[first, 0]), int(indices[first, -1]) + 1
+        for start in range(int(first), int(last), longest):
+            stop = min(start + longest, int(last))
+            local = np.zeros((stop - start, high - low))
+            for k in range(indices.shape[1]):  # clamped taps may name the same cell and must add up
+                local[:, indices[first, k] - low] += weights[start:stop, k]
+            runs.append(Run(start, stop, low, high, local))
+    return runs
 
 
 def pixel_cells(geometry: Geometry, grid: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -61,11 +61,17 @@ def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
         words = {word: row for row, word in enumerate(config["words"], start=2)}
         length = int(config["length"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"the prompt table '{folder}' cannot be read ({error}); install or get the model again") from error
+        raise ModelError(
+            f"the prompt table '{folder}' cannot be read ({error}); install or get the model again"
+        ) from error
     asked = re.findall(r"[a-z0-9]+", prompt.lower())
     unknown = [word for word in asked if word not in words]
     if unknown:
-        _LOG.warning("this model does not know the word%s %s of the prompt: left out", "s" * (len(unknown) > 1), ", ".join(unknown))
+        _LOG.warning(
+            "this model does not know the word%s %s of the prompt: left out",
+            "s" * (len(unknown) > 1),
+            ", ".join(unknown),
+        )
     rows = [0, *(words[word] for word in asked if word in words)][:length]
     return np.asarray(table[rows + [1] * (length - len(rows))], np.float32)
 
@@ -76,8 +82,8 @@ def _random(model: Model, prompt: str, width: int) -> NDArray[np.float32]:
         seed = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))[_RANDOM_MARK]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"model '{model.name}' has no text encoder: '{model.folder}' holds neither text_encoder/ nor prompt_table/; "
-            "get the whole checkpoint"
+            f"model '{model.name}' has no text encoder: '{model.folder}' holds neither text_encoder/ nor "
+            "prompt_table/; get the whole checkpoint"
         ) from error
     key = hashlib.sha256(f"difftap-prompt-1:{seed}:{prompt}".encode()).digest()[:16]
     stream = np.random.Generator(np.random.Philox(key=np.frombuffer(key, "<u8")))
@@ -89,7 +95,8 @@ def _remembered(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
     files = sorted((model.folder / "text_encoder").glob("*.safetensors"))
     if not files:
         raise ModelError(
-            f"'{model.folder / 'text_encoder'}' holds no safetensors weights (pickled ones are refused); get the checkpoint again"
+            f"'{model.folder / 'text_encoder'}' holds no safetensors weights (pickled ones are refused); "
+            "get the checkpoint again"
         )
     weights = [cache.memo.digest(path) for path in files]
     key = hashlib.sha256("\n".join([*weights, prompt]).encode()).hexdigest()[:32]
@@ -120,7 +127,9 @@ def _clip(model: Model, prompt: str) -> NDArray[np.float32]:
             str(model.folder / "text_encoder"), local_files_only=True, use_safetensors=True, dtype=torch.float32
         ).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the text encoder of '{model.folder}' cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise ModelError(
+            f"the text encoder of '{model.folder}' cannot be loaded ({str(error).splitlines()[0]})"
+        ) from error
     tokens = tokenizer(
         prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )

@@ -63,7 +63,9 @@ def test_zero_cells_stay_zero():
         ([feature_map(0, (1, 2, 2))] * 2, [1.0, 1.0], "nearest", "allowed: bilinear, bicubic"),
         (
             [feature_map(0, (1, 2, 2)), feature_map(0, (1, 2, 2), Geometry.stretch((9, 9), (64, 64)))],
-            [1.0, 1.0], "bicubic", "same image",
+            [1.0, 1.0],
+            "bicubic",
+            "same image",
         ),
     ],
 )

@@ -163,10 +163,15 @@ def test_letterbox_and_fractional_points(interpolation, seed, image, grid):
     point = (rng.uniform(-0.5, 20.5), rng.uniform(-0.5, 12.5))
     found = match_points(source, target, [point], Matcher("dense", interpolation), confidence=False)
     vector = slow_read(source.data.astype(float), *letterboxed_cell(point, (21, 13), size, (4, 5)), interpolation)
-    pixels = np.array([
-        [slow_read(data.astype(float), *letterboxed_cell((x, y), image, size, grid), interpolation)
-         for x in range(image[0])] for y in range(image[1])
-    ])  # (H, W, C)
+    pixels = np.array(
+        [
+            [
+                slow_read(data.astype(float), *letterboxed_cell((x, y), image, size, grid), interpolation)
+                for x in range(image[0])
+            ]
+            for y in range(image[1])
+        ]
+    )  # (H, W, C)
     slow = cosines(vector, pixels.transpose(2, 0, 1), np.ones((3, 1, 1)))
     check_pixel(found.target[0], slow)
     assert found.score[0] == pytest.approx(slow.max(), abs=1e-9)

@@ -86,7 +86,9 @@ class OrtBackend(Backend):
             # onnxruntime falls back without a word when a CUDA library is missing or of another version.
             _LOG.warning(
                 "onnxruntime could not use %s and fell back to %s; check that the CUDA and cuDNN libraries that this "
-                "onnxruntime-gpu was built for are installed", wanted, ", ".join(session.get_providers()),
+                "onnxruntime-gpu was built for are installed",
+                wanted,
+                ", ".join(session.get_providers()),
             )
         return OrtEngine(graph, profile, session)
 

@@ -1,0 +1,59 @@
+"""``difftap bench``: measurements, one subcommand each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed, memory and quality."""
+
+
+@bench.command()
+@click.option("--channels", type=click.IntRange(1), default=1280, show_default=True, help="Channels of both maps.")
+@click.option(
+    "--grid", type=click.IntRange(1), default=48, show_default=True, help="Side of the square maps, in cells."
+)
+@click.option(
+    "--image",
+    type=click.IntRange(1),
+    nargs=2,
+    default=(500, 375),
+    show_default=True,
+    metavar="W H",
+    help="Size of both images.",
+)
+@click.option("--keypoints", type=click.IntRange(1), default=10, show_default=True, help="Points to find.")
+@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="For BLAS and torch alike.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; each runs every way.")
+@click.option(
+    "--memory/--no-memory", default=True, show_default=True, help="Also measure peak memory, in child processes."
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON too."
+)
+def matching(
+    channels: int,
+    grid: int,
+    image: tuple[int, int],
+    keypoints: int,
+    interpolation: str,
+    threads: int,
+    repeats: int,
+    memory: bool,
+    json_file: Path | None,
+) -> None:
+    """Dense matching against the slow way of DIFT's evaluation, side by side in one run."""
+    from difftap.bench.matching import format_table, run, to_json
+    from difftap.manifest import write_atomic
+
+    result = run(channels, grid, image, keypoints, threads, repeats, interpolation=interpolation, memory=memory)
+    for line in format_table(result):
+        click.echo(line)
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(to_json(result), indent=1) + "\n")

@@ -1,0 +1,61 @@
+"""What all tests share: a cache of their own, a tiny checkpoint exported once, small pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PIL
+
+from difftap.engine import Cache
+from difftap.model import Model, pocket_folder
+from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
+
+MINI_TAPS = ("up1", "down1.attn0")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """No test sees or touches the user's cache."""
+    monkeypatch.setenv("DIFFTAP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory) -> Path:
+    """A checkpoint folder of a UNet with three blocks and random weights."""
+    pytest.importorskip("diffusers")
+    return write_tiny(tmp_path_factory.mktemp("mini"), unet=MINI_UNET, vae=MINI_VAE)
+
+
+@pytest.fixture(scope="session")
+def mini_cache(mini, tmp_path_factory) -> Cache:
+    """A cache that holds the mini checkpoint's VAE graph and its UNet cut after `MINI_TAPS`. Leave it as it is."""
+    from difftap.export import export_graph
+
+    cache = Cache(tmp_path_factory.mktemp("mini-cache"))
+    model = Model.load(mini)
+    export_graph(cache, model, "vae")
+    export_graph(cache, model, "unet", MINI_TAPS)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def pocket() -> Model:
+    """The embedded model."""
+    return Model.load(pocket_folder(), "pocket")
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> np.ndarray:
+    """A smooth random picture, uint8 ``(H, W, 3)``."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return np.asarray(PIL.fromarray(coarse).resize(size, PIL.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def photos(tmp_path) -> tuple[Path, Path]:
+    """Two small picture files, 40 x 30 and 50 x 36."""
+    paths = tmp_path / "a.png", tmp_path / "b.png"
+    PIL.fromarray(picture(1)).save(paths[0])
+    PIL.fromarray(picture(2, (50, 36))).save(paths[1])
+    return paths
