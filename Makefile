@@ -76,7 +76,9 @@ bench: dev
 
 # After the embedded model's weights change: its graphs, which ship beside it so that matching needs no torch.
 pocket-graphs: dev
-	$(BIN)/python -m training.ship_graphs
+	for taps in "down2.attn0" "mid" "up0" "up1" "up2" "up1 --tap up2"; do \
+	  $(BIN)/difftap export --model pocket --beside --tap $$taps || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -6,8 +6,10 @@ library function and print. stdout is data, stderr is log; bad input ends with o
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import sys
 
 import click
@@ -19,6 +21,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "bench": ("difftap.commands.bench:bench", "Measure speed, memory and quality."),
+    "data": ("difftap.commands.data:data", "Look at the benchmarks' data sets."),
     "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
@@ -74,14 +77,26 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except DifftapError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        click.echo(f"error: {' '.join(str(error).removesuffix(error.detail).split())}", err=True)
+        if error.detail:
+            click.echo(error.detail, err=True)
         sys.exit(2)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of stdout is gone; nothing is left to say
+        _drop_stdout()  # its reader is gone; nothing is left to say
         sys.exit(0)
+    except OSError as error:  # a file's is a DifftapError by now: what is left is stdout on a full disk
+        _drop_stdout()
+        click.echo(f"error: cannot write the result ({error.strerror or error})", err=True)
+        sys.exit(2)
     except MemoryError:
         click.echo("error: out of memory; use a smaller --size, --ensemble or --batch", err=True)
         sys.exit(2)
+
+
+def _drop_stdout() -> None:
+    """Let what is still buffered go nowhere, or Python would complain of it while it shuts down."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A memory of large files' hashes, so that gigabytes of weights are not read again at every start.
 
-A hash is remembered for a file, under whatever name (the cache holds hard links to checkpoints' weights), as long as its
-size and modification time stay the same. The change time has no say: making a hard link moves it.
+A hash is remembered for a file, under whatever name (the cache holds hard links to checkpoints' weights), as long as
+its size and modification time stay the same. The change time has no say: making a hard link moves it.
 """
 
 from __future__ import annotations

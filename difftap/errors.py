@@ -37,12 +37,20 @@ __all__ = [
     "PairsError",
     "PointError",
     "RecipeError",
+    "first_line",
     "require",
 ]
 
 
 class DifftapError(Exception):
-    """Base of everything difftap raises on purpose."""
+    """Base of everything difftap raises on purpose.
+
+    Attributes:
+        detail: the end of the message, where it is to stand on lines of its own (the tree of folders that was
+            expected); mostly nothing.
+    """
+
+    detail: str = ""
 
 
 class InputError(DifftapError, ValueError):
@@ -89,6 +97,12 @@ class OutputError(DifftapError, OSError):
     """A result could not be written."""
 
     # OSError swaps in its own __str__ for two arguments; one message is all we ever pass.
+
+
+def first_line(error: BaseException) -> str:
+    """What another package's error says, as the one line that fits into ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def require(module: str, extra: str, why: str) -> ModuleType:

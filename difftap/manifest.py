@@ -129,7 +129,7 @@ class Manifest:
             if data["schema"] != SCHEMA:
                 raise ArtefactError(f"manifest '{path}' has schema {data['schema']}, this difftap reads {SCHEMA}")
             files = {name: FileRecord(**record) for name, record in data["files"].items()}
-            return cls(data["kind"], data["made_from"], files, data.get("report", {}))
+            return cls(data["kind"], dict(data["made_from"]), files, dict(data.get("report", {})))
         except FileNotFoundError as error:
             raise ArtefactError(f"no manifest at '{path}'") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -54,8 +54,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of one component; the full-precision ones if there are variants."""
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_config(index, "weights index").get("weight_map", {}).values()))
-        files = [folder / name for name in names]
+        listed = _read_config(index, "weights index").get("weight_map")
+        names = set(listed.values()) if isinstance(listed, dict) else set()
+        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise ModelError(f"'{index}' names weights that are no files of its folder; get the checkpoint again")
+        files = [folder / name for name in sorted(names)]
         lacking = [path for path in files if not path.is_file()]
         if lacking or not files:
             raise ModelError(f"'{index}' names weights that are missing: {lacking or 'none'}; get the checkpoint again")
@@ -70,6 +73,38 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             "allowed: safetensors; save the model again with diffusers' save_pretrained(..., safe_serialization=True)"
         )
     raise ModelError(f"'{folder}' holds no weights; 'diffusion_pytorch_model.safetensors' was expected")
+
+
+def _check_config(part: str, config: Mapping[str, Any], folder: Path) -> None:
+    """Make sure of every entry that difftap reads itself, so that a damaged file is named here and not where it hurts.
+
+    Raises:
+        ModelError: an entry is missing or makes no sense.
+    """
+
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and value > 0
+
+    def per_block(value: object) -> bool:
+        return isinstance(value, list) and len(value) == count
+
+    widths = config.get("block_out_channels")
+    count = len(widths) if isinstance(widths, list) and all(map(whole, widths)) else 0
+    good = {"block_out_channels": count > 0}
+    if part == "unet":
+        layers = config.get("layers_per_block", 2)
+        good |= {key: per_block(config.get(key)) for key in ("down_block_types", "up_block_types")}
+        good["cross_attention_dim"] = whole(config.get("cross_attention_dim"))
+        good["layers_per_block"] = whole(layers) or (per_block(layers) and all(map(whole, layers)))
+    else:
+        good["latent_channels"] = whole(config.get("latent_channels", 4))
+        good["scaling_factor"] = isinstance(config.get("scaling_factor", 1.0), int | float)
+    for key, fine in good.items():
+        if not fine:
+            raise ModelError(
+                f"'{folder / part / 'config.json'}' has {key} = {config.get(key)!r}, which makes no sense; "
+                "get the checkpoint again"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,7 +147,8 @@ class Model:
                     f"'{folder}' holds a {config.get('_class_name')!r} where a {wanted} is needed; difftap reads "
                     "Stable Diffusion's UNet and VAE in diffusers format"
                 )
-        for component in COMPONENTS:
+        for component, config in zip(COMPONENTS, (model.unet, model.vae), strict=True):
+            _check_config(component, config, folder)
             model.weight_files(component)
         return model
 
@@ -174,15 +210,26 @@ class Model:
             ModelError: the schedule is of a kind difftap does not know.
         """
         config = self.scheduler
-        steps = int(config.get("num_train_timesteps", 1000))
-        start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
         kind = config.get("beta_schedule", "linear")
-        if config.get("trained_betas") is not None:
-            betas = np.asarray(config["trained_betas"], np.float64)
+        try:
+            steps = int(config.get("num_train_timesteps", 1000))
+            start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+            trained = config.get("trained_betas")
+            given = None if trained is None else np.asarray(trained, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"the scheduler of model '{self.name}' cannot be read ({error}); get the checkpoint again"
+            ) from error
+        if given is not None:
+            betas = given
         elif kind == "scaled_linear":  # Stable Diffusion's: linear in the square root
             betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
         elif kind == "linear":
             betas = np.linspace(start, end, steps, dtype=np.float64)
         else:
             raise ModelError(f"model '{self.name}' has beta_schedule {kind!r}; allowed: scaled_linear, linear")
-        return np.asarray(np.cumprod(1.0 - betas), np.float64)
+        alphas = np.asarray(np.cumprod(1.0 - betas), np.float64)
+        if config.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1: the last step is pure noise
+            root = np.sqrt(alphas)
+            alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return alphas

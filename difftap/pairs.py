@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from difftap.coords import Geometry
-from difftap.errors import DifftapError, ImageError, OutputError, PairsError
+from difftap.errors import DifftapError, OutputError, PairsError
 from difftap.features import FeatureMap
-from difftap.images import Image, load_image
 from difftap.manifest import output_errors
 from difftap.matching import Matches
 from difftap.pipeline import Pipeline
 from difftap.points import parse_point
-from difftap.results import SCHEMA, Threshold, image_record, match_records
+from difftap.results import SCHEMA, Threshold, match_records
+from difftap.shelf import FeatureShelf
 
 __all__ = ["Pair", "PairsRun", "load_pairs", "run_pairs"]
 
@@ -93,86 +92,6 @@ def load_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-class _FeatureShelf:
-    """Each image's joined map, from when it is first needed to when no pair needs it any more.
-
-    At most ``budget`` bytes stay in memory; what is used least recently beyond that lies in a scratch folder.
-    """
-
-    def __init__(self, pipeline: Pipeline, order: Sequence[Path], budget: int, scratch: Path) -> None:
-        self._pipeline = pipeline
-        self._order = list(order)
-        self._uses = Counter(order)
-        self._budget = budget
-        self._scratch = scratch
-        self._maps: OrderedDict[Path, FeatureMap] = OrderedDict()
-        self._spilled: dict[Path, tuple[Path, Geometry]] = {}
-        self._records: dict[Path, dict[str, Any]] = {}
-        self._faults: dict[Path, DifftapError] = {}
-        self._cursor = 0
-
-    def record(self, path: Path) -> dict[str, Any]:
-        """What identifies the image; it must have been got before."""
-        return self._records[path]
-
-    def get(self, path: Path, ahead: int) -> FeatureMap:
-        """An image's map, made with those of up to ``ahead`` images that come next if it is not there yet.
-
-        Raises:
-            DifftapError: the image cannot be used; the same each time it is asked for.
-        """
-        if path not in self._maps and path not in self._spilled and path not in self._faults:
-            self._make(path, ahead)
-        if path in self._faults:
-            raise self._faults[path]
-        if path not in self._maps:
-            file, geometry = self._spilled.pop(path)
-            self._keep(path, FeatureMap(np.load(file, allow_pickle=False), geometry))
-            file.unlink()
-        self._maps.move_to_end(path)
-        return self._maps[path]
-
-    def release(self, *paths: Path) -> None:
-        """One use of each image is over; drop what has no use left."""
-        for path in paths:
-            self._uses[path] -= 1
-            if self._uses[path] <= 0:
-                self._maps.pop(path, None)
-                if path in self._spilled:
-                    self._spilled.pop(path)[0].unlink()
-
-    def _make(self, path: Path, ahead: int) -> None:
-        wanted = [path]
-        for other in dict.fromkeys(self._order[self._cursor :]):
-            if len(wanted) >= ahead:
-                break
-            known = other in self._maps or other in self._spilled or other in self._faults
-            if other not in wanted and not known and self._uses[other] > 0:
-                wanted.append(other)
-        images: dict[Path, Image] = {}
-        for one in wanted:
-            try:
-                images[one] = load_image(one)
-                self._records[one] = image_record(images[one])
-            except ImageError as error:
-                self._faults[one] = error
-        for one, features in zip(images, self._pipeline.extract(images.values()), strict=True):
-            self._keep(one, features)
-
-    def advance(self, count: int) -> None:
-        """Tell how many entries of the order are over."""
-        self._cursor = count
-
-    def _keep(self, path: Path, features: FeatureMap) -> None:
-        self._maps[path] = features
-        while len(self._maps) > 2 and sum(m.data.nbytes for m in self._maps.values()) > self._budget:
-            oldest, spilled = self._maps.popitem(last=False)
-            file = self._scratch / f"{hashlib.sha256(str(oldest).encode()).hexdigest()[:32]}.npy"
-            with output_errors(file):
-                np.save(file, spilled.data)
-            self._spilled[oldest] = (file, spilled.geometry)
-
-
 Finder = Callable[[FeatureMap, FeatureMap, NDArray[np.float64]], Matches]
 """From two maps and the pair's points (possibly none) to matches."""
 
@@ -219,7 +138,7 @@ def run_pairs(
         done = 0 if overwrite else _finished(output, header)
         rest = pairs[done:]
         order = [path for pair in rest for path in (pair.source, pair.target)]
-        shelf = _FeatureShelf(pipeline, order, memory, Path(scratch))
+        shelf = FeatureShelf(pipeline, order, memory, Path(scratch))
         failed = 0
         with (
             output_errors(output),
@@ -239,7 +158,7 @@ def run_pairs(
     return PairsRun(len(rest), failed, done)
 
 
-def _match_pair(shelf: _FeatureShelf, pair: Pair, find: Finder, threshold: Threshold, batch: int) -> dict[str, Any]:
+def _match_pair(shelf: FeatureShelf, pair: Pair, find: Finder, threshold: Threshold, batch: int) -> dict[str, Any]:
     """One pair's record: its matches, or why there are none."""
     try:
         source, target = shelf.get(pair.source, batch), shelf.get(pair.target, batch)
@@ -256,8 +175,12 @@ def _match_pair(shelf: _FeatureShelf, pair: Pair, find: Finder, threshold: Thres
 
 
 def _write_line(handle: TextIO, record: dict[str, Any]) -> None:
-    handle.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    handle.write(_line(record))
     handle.flush()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -266,7 +189,9 @@ def _only_writer(output: Path) -> Iterator[None]:
     lock_path = output.with_name(f".{output.name}.lock")
     with output_errors(output):
         if output.is_dir():
-            raise IsADirectoryError(21, "Is a directory")
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        if not output.parent.exists():  # the lock would make it without a word
+            raise FileNotFoundError(errno.ENOENT, "No such folder")
         lock = FileLock(str(lock_path))
         try:
             lock.acquire(timeout=0)
@@ -277,9 +202,9 @@ def _only_writer(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
         with contextlib.suppress(OSError):
-            lock_path.unlink()
+            lock_path.unlink()  # while it is still held: nobody else's lock is taken away
+        lock.release()
 
 
 def _has_header(output: Path, overwrite: bool) -> bool:
@@ -296,7 +221,7 @@ def _finished(output: Path, header: dict[str, Any]) -> int:
         return 0
     with output_errors(output), open(output, "rb+") as handle:
         first = handle.readline()
-        if not first.endswith(b"\n"):
+        if not first.endswith(b"\n") and _line(header).encode().startswith(first):
             handle.truncate(0)  # killed while writing the very first line
             return 0
         try:

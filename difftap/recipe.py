@@ -208,10 +208,13 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     if required:
         raise RecipeError(f"{where} lacks the field '{required[0]}'; it needs {', '.join(required)}")
     plain: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    data = dict(data)
     for name, value in data.items():
         wanted = plain.get(str(fields[name].type))
         if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise RecipeError(f"{name} in {where} is {value!r}; allowed: a value of type {fields[name].type}")
+        if wanted == plain["float"]:
+            data[name] = float(value)  # 1 and 1.0 are one number, so they must give one key
     if isinstance(data.get("taps"), str):
         raise RecipeError(f'taps in {where} is {data["taps"]!r}; allowed: a list of names, such as ["{data["taps"]}"]')
     return kind(**data)
@@ -234,7 +237,11 @@ def load_recipe(name: str | Path) -> Recipe:
     if str(name) in known:
         return known[str(name)]
     path = Path(name)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # too long a name for the file system
+        found = False
+    if not found:
         raise RecipeError(f"no recipe '{name}'; presets: {', '.join(known)}; or give the path of a TOML file")
     try:
         return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))

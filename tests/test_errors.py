@@ -25,7 +25,11 @@ def _drawn() -> dict[str, tuple[str, str | None]]:
 
 def test_the_tree_is_as_drawn():
     drawn = _drawn()
-    classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, DifftapError)}
+    classes = {
+        name: value
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, DifftapError)
+    }
     assert set(drawn) == set(classes)
     for name, (parent, builtin) in drawn.items():
         assert classes[name].__bases__[0].__name__ == parent

@@ -20,7 +20,12 @@ from tests.conftest import picture
 def test_missing_folder_empty_and_foreign_files_say_so(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("hello, I am no picture")
-    for name, words in (("none.png", "no image at"), ("", "not a file"), ("empty.png", "0 bytes"), ("text.png", "not a picture")):
+    for name, words in (
+        ("none.png", "no image at"),
+        ("", "not a file"),
+        ("empty.png", "0 bytes"),
+        ("text.png", "not a picture"),
+    ):
         with pytest.raises(ImageError, match=words) as caught:
             load_image(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -45,7 +50,14 @@ def test_truncated_files_are_refused(tmp_path, kind):
 def _samples(folder):
     """The bytes of one small file per format."""
     found = {}
-    for kind, save in (("png", {}), ("jpg", {}), ("gif", {}), ("webp", {}), ("tif", {"compression": "tiff_lzw"}), ("bmp", {})):
+    for kind, save in (
+        ("png", {}),
+        ("jpg", {}),
+        ("gif", {}),
+        ("webp", {}),
+        ("tif", {"compression": "tiff_lzw"}),
+        ("bmp", {}),
+    ):
         exif = PIL.Exif()
         exif[0x0112] = 6
         PIL.fromarray(picture(0, (9, 7))).save(folder / f"s.{kind}", exif=exif, **save)
@@ -146,7 +158,12 @@ def test_sixteen_bit_rgb_tiff(tmp_path):
     entries = b"".join(struct.pack("<HHII", t, kind, n, place.get(t, v)) for t, kind, n, v in tags)
     path = tmp_path / "a.tif"
     path.write_bytes(
-        b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + struct.pack("<HHH", 16, 16, 16) + values.tobytes()
+        b"II*\0"
+        + struct.pack("<IH", 8, len(tags))
+        + entries
+        + struct.pack("<I", 0)
+        + struct.pack("<HHH", 16, 16, 16)
+        + values.tobytes()
     )
     assert np.abs(load_image(path).pixels - values / 257).max() <= 1
 
@@ -230,14 +247,17 @@ def test_digest_tells_pixels_and_shapes_apart():
     assert len({Image(a).digest for a in (flat, changed, flat.reshape(3, 4, 3), flat.reshape(6, 2, 3))}) == 4
 
 
-@pytest.mark.parametrize("bad", [np.zeros((3, 3), np.uint8), np.zeros((3, 3, 4), np.uint8), np.zeros((3, 3, 3)), np.zeros((0, 3, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "bad",
+    [np.zeros((3, 3), np.uint8), np.zeros((3, 3, 4), np.uint8), np.zeros((3, 3, 3)), np.zeros((0, 3, 3), np.uint8)],
+)
 def test_arrays_of_another_kind_are_refused(bad):
     with pytest.raises(ImageError, match="uint8 array"):
         Image(bad)
 
 
 def _bicubic_slow(values: np.ndarray, size: int) -> np.ndarray:
-    """Pillow's bicubic (a = -0.5, widened when it shrinks), one axis, the plain way: ``(n, ...)`` to ``(size, ...)``."""
+    """Pillow's bicubic (a = -0.5, widened when it shrinks), one axis, the plain way: ``(n, ...)``."""
     count = len(values)
     scale = count / size
     width = max(scale, 1.0)
@@ -245,7 +265,11 @@ def _bicubic_slow(values: np.ndarray, size: int) -> np.ndarray:
     for i in range(size):
         centre = (i + 0.5) * scale - 0.5
         gaps = np.abs(np.arange(count) - centre) / width
-        weights = np.where(gaps < 1, (1.5 * gaps - 2.5) * gaps**2 + 1, np.where(gaps < 2, -0.5 * (((gaps - 5) * gaps + 8) * gaps - 4), 0))
+        weights = np.where(
+            gaps < 1,
+            (1.5 * gaps - 2.5) * gaps**2 + 1,
+            np.where(gaps < 2, -0.5 * (((gaps - 5) * gaps + 8) * gaps - 4), 0),
+        )
         out[i] = np.tensordot(weights / weights.sum(), values, 1)
     return out
 

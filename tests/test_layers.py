@@ -22,7 +22,7 @@ FORBIDDEN = {
 
 
 def _imports(path: Path, *, top: bool = False) -> set[str]:
-    """Absolute names of the modules that a file imports, anywhere in it or at module level only; not under TYPE_CHECKING."""
+    """Names of the modules that a file imports, anywhere or at module level only; not under TYPE_CHECKING."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found: set[str] = set()
 
@@ -61,8 +61,22 @@ def test_matching_needs_numpy_and_the_vocabulary_alone():
 
 
 def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
-    heavy = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "openvino", "tensorrt", "faiss", "huggingface_hub", "onnxruntime"}
-    allowed = {"engine/torch_model.py"}  # torch modules themselves; imported by the torch backend and the export step alone
+    heavy = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "onnx_ir",
+        "openvino",
+        "tensorrt",
+        "faiss",
+        "huggingface_hub",
+        "onnxruntime",
+    }
+    allowed = {
+        "engine/torch_model.py"
+    }  # torch modules themselves; imported by the torch backend and the export step alone
     for path in sorted(ROOT.rglob("*.py")):
         found = {name.split(".")[0] for name in _imports(path, top=True)} & heavy
         assert not found or path.relative_to(ROOT).as_posix() in allowed, f"{path}: {found}"
@@ -73,5 +87,7 @@ def test_only_the_command_line_prints():
         if path.relative_to(ROOT).parts[0] in ("commands", "cli.py"):
             continue
         calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        names = {f.id for f in calls if isinstance(f, ast.Name)} | {ast.unparse(f) for f in calls if isinstance(f, ast.Attribute)}
+        names = {f.id for f in calls if isinstance(f, ast.Name)} | {
+            ast.unparse(f) for f in calls if isinstance(f, ast.Attribute)
+        }
         assert not names & {"print", "exit", "sys.exit", "click.echo"}, path

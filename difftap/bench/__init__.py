@@ -1,0 +1,1 @@
+"""What difftap measures: speed, memory, and how right its matches are."""

@@ -179,6 +179,8 @@ def _one(
     # What is wrong with the input is said before anything slow starts.
     if output is not None:
         check_format(output)
+        if any(output.exists() and path.exists() and output.samefile(path) for path in paths):
+            raise InputError(f"-o '{output}' is one of the two images; allowed: another file")
     elif heat is not None:
         raise InputError("--heat draws into the picture; give -o FILE too")
     source, target = (load_image(path) for path in paths)

@@ -33,7 +33,7 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tu
     if value is None:
         return None
     parts = value.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
+    if len(parts) not in (1, 2) or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r} is not a size; allowed: N or WxH in pixels, such as 512 or 640x480")
     numbers = [int(part) for part in parts]
     return (numbers[0], numbers[-1])

@@ -88,20 +88,32 @@ class Cache:
             "weights": graph.model.weights_hash(graph.component, self.memo),
         }
 
-    def find_graph(self, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph | None:
-        """A trusted graph of a model, from beside the checkpoint or from the cache; None if it was never exported.
+    def shipped_graph(self, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph | None:
+        """The trusted graph that lies beside a checkpoint's own files, if it brought one.
+
+        Raises:
+            ArtefactError: there is one, but it cannot be trusted; it is not ours to overwrite.
+        """
+        try:
+            return self._graph_in(model.folder, Graph(model, component, taps))
+        except ArtefactError as error:
+            raise ArtefactError(f"{error}; this file came with the model: install or download it again") from error
+
+    def cached_graph(self, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph | None:
+        """The trusted graph in the cache; None if it was never exported.
 
         Raises:
             ArtefactError: there is one, but it is stale, foreign, truncated or tampered with.
         """
-        graph = Graph(model, component, taps)
+        return self._graph_in(self.model_folder(model), Graph(model, component, taps))
+
+    def _graph_in(self, folder: Path, graph: Graph) -> Graph | None:
         stem = file_stem(graph.name)
-        for folder in (model.folder, self.model_folder(model)):
-            path = folder / f"{stem}.json"
-            if path.is_file():
-                Manifest.load(path).check(folder, self.graph_identity(graph), self.memo.digest)
-                return Graph(model, component, taps, folder / f"{stem}.onnx")
-        return None
+        manifest = folder / f"{stem}.json"
+        if not manifest.is_file():
+            return None
+        Manifest.load(manifest).check(folder, self.graph_identity(graph), self.memo.digest)
+        return Graph(graph.model, graph.component, graph.taps, folder / f"{stem}.onnx")
 
     def place_weights(self, model: Model, component: str, folder: Path) -> tuple[Path, ...]:
         """Put a component's weight files under ``folder``, by hard link where the file system allows it, else a copy.

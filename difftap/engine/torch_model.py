@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from difftap.errors import ModelError, require
+from difftap.errors import ModelError, first_line, require
 from difftap.model import Model
 from difftap.taps import deepest
 
@@ -114,10 +115,8 @@ def _load(model: Model, component: str) -> nn.Module:
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(
-            f"the {component} in '{model.folder}' cannot be loaded ({str(error).splitlines()[0]})"
-        ) from error
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"the {component} in '{model.folder}' cannot be loaded ({first_line(error)})") from error
     module: nn.Module = loaded.eval().requires_grad_(False)
     return module
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.engine.cache import Cache
-from difftap.errors import ModelError, require
+from difftap.errors import ModelError, first_line, require
 from difftap.manifest import output_errors
 from difftap.model import Model, pocket_folder
 
@@ -61,7 +61,7 @@ def open_model(name: str, cache: Cache, *, revision: str | None = None, random_w
         raise ModelError(f"--revision goes with a hub id; got model '{name}'")
     if name == "pocket":
         return Model.load(pocket_folder(), name)
-    if Path(name).is_dir():
+    if _is_folder(name):
         return Model.load(Path(name), name)
     if name in PRESETS:
         return Model.load(_download(_preset(name)["hub"], revision), name)
@@ -70,6 +70,13 @@ def open_model(name: str, cache: Cache, *, revision: str | None = None, random_w
     raise ModelError(
         f"no model '{name}'; allowed: pocket, {', '.join(PRESETS)}, the path of a folder, or a hub id owner/name"
     )
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long a name for the file system
+        return False
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors and requests' inherit from OSError
         hint = " (this repository was taken down: use a mirror of it, by --model)" if hub_id == _GONE else ""
         raise ModelError(
-            f"model '{hub_id}' cannot be downloaded{hint}: {str(error).strip().splitlines()[0][:200]}; give a local "
+            f"model '{hub_id}' cannot be downloaded{hint}: {first_line(error)}; give a local "
             "folder by --model DIR, or --random-weights SEED with sd15 or sd21 to measure speed alone"
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -94,25 +95,20 @@ def ensure_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ..
     A graph in the cache that is stale, cut short or tampered with is exported again, with a warning. One that was
     shipped beside the checkpoint is refused: it is not ours to overwrite.
     """
-    try:
-        graph = cache.find_graph(model, component, taps)
-        if graph is not None:
-            return graph
-    except ArtefactError as error:
-        _refuse_shipped(model, error)
-        _LOG.warning("%s; exporting it again", error)
+    shipped = cache.shipped_graph(model, component, taps)
+    if shipped is not None:
+        return shipped
     name = Graph(model, component, taps).name
+    try:
+        known = cache.cached_graph(model, component, taps)
+        if known is not None:
+            return known
+    except ArtefactError as error:
+        _LOG.warning("%s; exporting it again", error)
     with cache.lock(cache.model_folder(model), file_stem(name)):
-        try:
-            graph = cache.find_graph(model, component, taps)  # another process may have made it meanwhile
-            if graph is not None:
-                return graph
-        except ArtefactError as error:
-            _refuse_shipped(model, error)
+        with contextlib.suppress(ArtefactError):
+            known = cache.cached_graph(model, component, taps)  # another process may have made it meanwhile
+            if known is not None:
+                return known
         _LOG.info("exporting %s of model '%s'", name, model.name)
         return export_graph(cache, model, component, taps)[0]
-
-
-def _refuse_shipped(model: Model, error: ArtefactError) -> None:
-    if f"'{model.folder}" in str(error):
-        raise ArtefactError(f"{error}; this file came with the model: install or download it again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,12 +40,10 @@ class TensorParity:
         gap = np.abs(a - b)
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)  # (B, h, w)
         cosine = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
-        scale = max(float(np.linalg.norm(b)), np.finfo(np.float64).tiny)
-        peak = max(float(np.abs(b).max()), np.finfo(np.float64).tiny)
         return cls(
             float(gap.max()),
-            float(np.linalg.norm(a - b)) / scale,
-            float(gap.max()) / peak,
+            _share(float(np.linalg.norm(gap)), float(np.linalg.norm(b))),
+            _share(float(gap.max()), float(np.abs(b).max())),
             float(cosine.mean()),
             float(cosine.min()),
         )
@@ -60,6 +59,13 @@ class TensorParity:
     def to_dict(self) -> dict[str, float]:
         """Plain data for a manifest."""
         return asdict(self)
+
+
+def _share(error: float, whole: float) -> float:
+    """Error over whole; infinite for an error where there should be nothing."""
+    if whole == 0:
+        return math.inf if error else 0.0
+    return error / whole
 
 
 def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, NDArray[Any]]:

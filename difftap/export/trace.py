@@ -53,10 +53,12 @@ def locate_tensors(files: Sequence[Path]) -> dict[str, TensorLocation]:
     found = {}
     for path in files:
         try:
+            size = path.stat().st_size
             with open(path, "rb") as handle:
                 (length,) = struct.unpack("<Q", handle.read(8))
+                if length > size:
+                    raise ValueError(f"its header should take {length} bytes")
                 header = json.loads(handle.read(length))
-            size = path.stat().st_size
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue
@@ -66,7 +68,7 @@ def locate_tensors(files: Sequence[Path]) -> dict[str, TensorLocation]:
                 found[name] = TensorLocation(
                     path, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first
                 )
-        except (OSError, ValueError, KeyError, struct.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise ModelError(f"'{path}' is not a whole safetensors file ({error}); get the checkpoint again") from error
     return found
 

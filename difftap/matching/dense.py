@@ -14,8 +14,8 @@ it as one ``(H, W)`` image (`difftap.matching.norms`).
 All sums run in float64: float32 would lose the norm where neighbouring cells nearly cancel, and rounding would decide
 between pixels that tie.
 
-Tie rule: cosines within `TIE` of the best count as equal, and the first pixel in row-major order wins. (Rounding
-exceeds `TIE` only where opposite cells cancel to a thousandth of their length; equal cosines there may go either way.)
+Tie rule: cosines within `TIE` of the best count as equal, and the first pixel in row-major order wins. Pixels beyond
+the outermost cells' centres repeat the border's and so tie; of those the ones nearest the image's top left win.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from difftap.matching.norms import inverse_norms
 
 __all__ = ["TIE", "DenseTarget", "Peaks", "project"]
 
-TIE = 1e-10
+TIE = 1e-9
 """Cosines this close are equal: far above float64 rounding, far below what float32 features can tell apart."""
 
 _BLOCK_BYTES = 1 << 23  # of scratch for points handled together
-_BLOCK_VALUES = 1 << 17  # of a map converted to float64 at once
 _TILE_PIXELS = 1 << 17  # one tile's float64 scores stay in a core's cache between product, norm and maximum
 
 
@@ -167,10 +166,15 @@ def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray
     size = height * width
     cells = data.reshape(channels, size)
     products = np.zeros((len(queries), size))
-    block = SMALL // max(1, len(queries) * size)
-    if block < 8:  # many queries, or a large map: products worth sharing among threads
-        block = max(1, _BLOCK_VALUES // size)
-    for start in range(0, channels, block):  # in blocks, so that no float64 copy of the whole map is made
-        part = slice(start, start + block)
-        products += queries[:, part] @ cells[part].astype(np.float64)
+    for first in range(0, len(queries), 64):
+        here = slice(first, first + 64)
+        count = len(queries[here])
+        block, step = SMALL // (count * size), size  # few queries: whole rows of products, a few channels at a time
+        if block < 8:
+            block = 64
+            step = max(1, SMALL // (count * block))
+        for start in range(0, channels, block):  # in blocks, so that no float64 copy of the whole map is made
+            part = cells[start : start + block].astype(np.float64)
+            for low in range(0, size, step):
+                products[here, low : low + step] += queries[here, start : start + block] @ part[:, low : low + step]
     return products.reshape(len(queries), height, width)

@@ -16,10 +16,27 @@ from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
 
-__all__ = ["CUBIC_A", "SMALL", "Run", "axis_matrix", "axis_runs", "axis_taps", "pixel_cells", "sample", "unit"]
+__all__ = [
+    "CUBIC_A",
+    "SMALL",
+    "VANISHING",
+    "Run",
+    "axis_matrix",
+    "axis_runs",
+    "axis_taps",
+    "pixel_cells",
+    "sample",
+    "unit",
+]
 
 CUBIC_A = -0.75
 """Keys' cubic convolution parameter; torch and OpenCV use -0.75, Pillow -0.5."""
+
+VANISHING = 1e-6
+"""Interpolated vectors shorter than this share of what their cells could give count as zero.
+
+Opposite cells cancel between their centres; what is left there is rounding, and its cosine would be noise.
+"""
 
 SMALL = 1 << 18
 """Multiplications in a matrix product that OpenBLAS still does on the calling thread.
@@ -61,6 +78,10 @@ def axis_taps(
     Returns:
         indices ``(P, K)``, clamped into the axis, and weights ``(P, K)`` that sum to 1; K is 2 or 4.
     """
+    # A pixel on a cell's centre reads that cell alone. Rounding would add a trace of the next, and beside a zero cell
+    # the trace is all that the cosine sees.
+    centres = np.rint(positions)
+    positions = np.where(np.abs(positions - centres) < 1e-9, centres, positions)
     base = np.floor(positions)
     t = positions - base
     if interpolation == "bilinear":
@@ -125,14 +146,18 @@ def pixel_cells(geometry: Geometry, grid: Size) -> tuple[NDArray[np.float64], ND
 
 
 def sample(data: NDArray[np.floating], cells: NDArray[np.float64], interpolation: str) -> NDArray[np.float64]:
-    """Interpolated vectors of a map ``(C, h, w)`` at fractional cells ``(N, 2)``, as ``(N, C)``."""
+    """Interpolated vectors of a map ``(C, h, w)`` at fractional cells ``(N, 2)``, as ``(N, C)``; see `VANISHING`."""
     _, height, width = data.shape
     columns, across = axis_taps(cells[:, 0], width, interpolation)
     rows, down = axis_taps(cells[:, 1], height, interpolation)
-    vectors = np.zeros((len(cells), data.shape[0]))
+    vectors, possible = np.zeros((len(cells), data.shape[0])), np.zeros(len(cells))
     for j in range(rows.shape[1]):
         for i in range(columns.shape[1]):
-            vectors += (down[:, j] * across[:, i])[:, None] * data[:, rows[:, j], columns[:, i]].T
+            part = (down[:, j] * across[:, i])[:, None] * data[:, rows[:, j], columns[:, i]].T
+            vectors += part
+            possible += np.sqrt(np.einsum("nc,nc->n", part, part))
+    length = np.sqrt(np.einsum("nc,nc->n", vectors, vectors))
+    vectors[length <= VANISHING * possible] = 0.0
     return vectors
 
 

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import InputError
-from difftap.matching.interpolate import Run
+from difftap.matching.interpolate import VANISHING, Run
 
-__all__ = ["VANISHING", "gram_products", "inverse_norms"]
+__all__ = ["DOUBTFUL", "gram_products", "inverse_norms"]
 
-VANISHING = 1e-12
-"""Interpolated vectors whose squared length is below this share of what their cells could give count as zero.
+DOUBTFUL = 1e-2
+"""Vectors shorter than this share of what their cells could give are read directly.
 
-Opposite cells cancel between their centres; what is left there is rounding, and its cosine would be noise.
+There the quadratic form has lost digits to cancellation, and rounding would decide between pixels that tie.
 """
 
 _BLOCK_VALUES = 1 << 17  # float64 channels converted at once: they stay in a core's cache for all offsets
@@ -69,6 +69,8 @@ def inverse_norms(
         across: how pixel columns read columns of cells.
         interpolation: ``bilinear`` or ``bicubic``.
 
+    Vectors below `DOUBTFUL`, which real features hardly have, are interpolated one by one.
+
     Raises:
         InputError: the map holds NaN or infinity.
     """
@@ -86,15 +88,25 @@ def inverse_norms(
         products = grams[..., run.low : run.high].reshape((reach + 1) * height, -1)  # (dy h, dx X)
         rows[..., here] = (products @ pairs.reshape(products.shape[1], -1)).reshape(reach + 1, height, -1)
         longest[:, here] = lengths[:, run.low : run.high] @ np.abs(run.weights.T)
+    owner = np.repeat(np.arange(len(across)), [run.stop - run.start for run in across])  # (W,), the run of a column
     inverse = np.zeros((down[-1].stop, across[-1].stop))
     for run in down:
         pairs = _pair_weights(run.weights, range(reach + 1))  # (dy, Y, run)
         below = rows[:, run.low : run.high].reshape(-1, rows.shape[2])  # (dy Y, W)
         squared = pairs.reshape(len(below), -1).T @ below  # (run, W)
         possible = np.abs(run.weights) @ longest[run.low : run.high]  # the length if all cells pointed the same way
-        present = squared > VANISHING * np.square(possible)
+        present = squared > np.square(VANISHING * possible)
+        for p, x in np.argwhere(present & (squared < np.square(DOUBTFUL * possible))):
+            squared[p, x] = _squared_length(data, run, p, across[owner[x]], x)
         np.divide(1.0, np.sqrt(np.maximum(squared, 0.0)), out=inverse[run.start : run.stop], where=present)
     return inverse
+
+
+def _squared_length(data: NDArray[np.floating], down: Run, row: int, across: Run, column: int) -> float:
+    """Squared length of the vector at the run's pixel ``row`` and the image's pixel ``column``, read directly."""
+    patch = data[:, down.low : down.high, across.low : across.high].astype(np.float64)
+    vector = down.weights[row] @ patch @ across.weights[column - across.start]  # (C,)
+    return float(vector @ vector)
 
 
 def _pair_weights(weights: NDArray[np.float64], offsets: range) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -160,7 +161,8 @@ def heat_map(
         InputError: as `match_points`.
     """
     _check_channels(source, _features(target))
-    xy = check_points(np.reshape(np.asarray(point), (1, -1)), source)
+    one: Any = [point]  # a list of one point, whatever kind of pair it is
+    xy = check_points(one, source)
     if len(xy) != 1:
         raise PointError("no point was given for the heat map; give one (x, y) in source pixels")
     descriptor = sample(source.data, source.to_cells(xy), matcher.interpolation)[0]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.engine.cache import Cache
-from difftap.errors import ModelError, OutputError, require
+from difftap.errors import ModelError, OutputError, first_line, require
 from difftap.manifest import atomic_path
 from difftap.model import Model
 
@@ -121,15 +121,15 @@ def _clip(model: Model, prompt: str) -> NDArray[np.float32]:
     """Run the checkpoint's CLIP text encoder: the last hidden state of the padded sentence, as the pipelines use it."""
     torch = require("torch", "export", f"encoding a prompt for model '{model.name}'")
     transformers = require("transformers", "export", f"encoding a prompt for model '{model.name}'")
+    from safetensors import SafetensorError
+
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(str(model.folder / "tokenizer"), local_files_only=True)
         encoder = transformers.CLIPTextModel.from_pretrained(
             str(model.folder / "text_encoder"), local_files_only=True, use_safetensors=True, dtype=torch.float32
         ).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"the text encoder of '{model.folder}' cannot be loaded ({str(error).splitlines()[0]})"
-        ) from error
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the text encoder of '{model.folder}' cannot be loaded ({first_line(error)})") from error
     tokens = tokenizer(
         prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )

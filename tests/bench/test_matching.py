@@ -25,7 +25,12 @@ def test_ways_find_the_same_pixels(result):
 
 def test_times_are_consistent(result):
     assert set(result.times) == {
-        "dift", "dift-search", "once", "difftap", "difftap-prepared", "difftap-confidence",
+        "dift",
+        "dift-search",
+        "once",
+        "difftap",
+        "difftap-prepared",
+        "difftap-confidence",
     }
     for name, timing in result.times.items():
         assert len(timing.seconds) == (10 if name.startswith("difftap") else 2)
@@ -87,7 +92,7 @@ def test_bad_values():
 
 def test_without_torch_the_pip_line_is_given(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r"difftap\[export\]"):
+    with pytest.raises(MissingExtraError, match=r"difftap\[bench\]"):
         run(channels=2, grid=2, image=(4, 4), keypoints=1)
 
 

@@ -119,6 +119,31 @@ def test_a_planted_match_is_found_in_pixels(name):
     np.testing.assert_allclose(match.margin, [1 - max(far_cells)], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_score_is_the_cosine_at_the_place_found(name):
+    rng = np.random.default_rng(6)
+    source, target = (rng.standard_normal((4, 5, 7)).astype(np.float32) for _ in range(2))
+    near = FeatureMap(source, Geometry.stretch((70, 50), (64, 64)))
+    far = FeatureMap(target, Geometry.stretch((140, 25), (64, 64)))
+    points = rng.uniform(5, 44, (6, 2))
+    matches = match_points(near, far, points, Matcher(name, temperature=0.3))
+
+    def read(data, x, y):
+        """Four neighbours by the textbook; x and y in cells, away from the border's outer half."""
+        x0, y0 = min(int(x), data.shape[2] - 2), min(int(y), data.shape[1] - 2)
+        top = (1 - x + x0) * data[:, y0, x0] + (x - x0) * data[:, y0, x0 + 1]
+        bottom = (1 - x + x0) * data[:, y0 + 1, x0] + (x - x0) * data[:, y0 + 1, x0 + 1]
+        return (1 - y + y0) * top + (y - y0) * bottom
+
+    for point, found, score in zip(points, matches.target, matches.score, strict=True):
+        a = read(source.astype(float), (point[0] + 0.5) / 10 - 0.5, (point[1] + 0.5) / 10 - 0.5)
+        b = read(target.astype(float), (found[0] + 0.5) / 20 - 0.5, (found[1] + 0.5) / 5 - 0.5)
+        assert score == pytest.approx(a @ b / math.sqrt((a @ a) * (b @ b)), abs=1e-6)
+    back = match_points(far, near, matches.target, Matcher(name, temperature=0.3))
+    np.testing.assert_allclose(matches.cycle_error, np.hypot(*(back.target - points).T))
+    assert (matches.cycle_error > 0).all()
+
+
 @pytest.mark.parametrize("name", [*NAMES, "mutual"])
 def test_laws(name):
     rng = np.random.default_rng(1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from difftap.engine.backend import Array, Backend, Engine, Graph, Profile
-from difftap.errors import BackendError
+from difftap.errors import BackendError, first_line
 
 _LOG = logging.getLogger("difftap")
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -30,7 +30,7 @@ class OrtEngine(Engine):
         try:
             values = self._session.run(names, {k: np.ascontiguousarray(v) for k, v in feeds.items() if k in used})
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"onnxruntime failed on {self.graph.name}: {_first_line(error)}") from error
+            raise BackendError(f"onnxruntime failed on {self.graph.name}: {first_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class OrtBackend(Backend):
         try:
             session = onnxruntime.InferenceSession(str(graph.path), options, providers=providers)
         except Exception as error:
-            raise BackendError(f"onnxruntime cannot open '{graph.path}': {_first_line(error)}") from error
+            raise BackendError(f"onnxruntime cannot open '{graph.path}': {first_line(error)}") from error
         if wanted not in session.get_providers():
             # onnxruntime falls back without a word when a CUDA library is missing or of another version.
             _LOG.warning(
@@ -91,7 +91,3 @@ class OrtBackend(Backend):
                 ", ".join(session.get_providers()),
             )
         return OrtEngine(graph, profile, session)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from difftap.engine.backend import Array, Backend, Engine, Graph, Profile
-from difftap.errors import BackendError
+from difftap.errors import BackendError, first_line
 
 
 class TorchEngine(Engine):
@@ -32,7 +32,7 @@ class TorchEngine(Engine):
                 tensors = [torch.from_numpy(np.ascontiguousarray(feeds[s.name])).to(self._device) for s in self.inputs]
                 values = self._module(*tensors)
         except RuntimeError as error:
-            raise BackendError(f"torch failed on {self.graph.name}: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"torch failed on {self.graph.name}: {first_line(error)}") from error
         finally:
             torch.set_num_threads(before)
         return {s.name: np.ascontiguousarray(v.cpu().numpy()) for s, v in zip(self.outputs, values, strict=True)}

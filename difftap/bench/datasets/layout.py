@@ -1,0 +1,99 @@
+"""A data set's folder: what is expected in it, where a listed file lies, and the errors that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from difftap.errors import InputError
+
+__all__ = ["BadPairError", "DatasetError", "Problem", "Tree", "draw_tree", "locate", "one_of", "require_files"]
+
+Tree = tuple[tuple[str, str], ...]
+"""Files that a data set consists of: a glob pattern under its root, and what it is."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A pair that was listed but left out.
+
+    Attributes:
+        kind: ``missing-image``, ``unreadable-image``, ``missing-annotation``, ``malformed``, ``size-mismatch`` or
+            ``no-keypoints``.
+        pair: the pair's name, or the list and line it was read from.
+        message: what is wrong, in words.
+        path: the file to blame, if it is one.
+    """
+
+    kind: str
+    pair: str
+    message: str
+    path: Path | None = None
+
+
+class DatasetError(InputError):
+    """A data set's folder cannot be used.
+
+    Attributes:
+        summary: one line: what is wrong, got, allowed, and how to mend it.
+        detail: further lines: the expected tree, or the list of what is broken. ``str(error)`` is both.
+        problems: the broken pairs, if that is the reason.
+    """
+
+    def __init__(self, summary: str, detail: str = "", problems: tuple[Problem, ...] = ()) -> None:
+        super().__init__(f"{summary}\n{detail}" if detail else summary)
+        self.summary = summary
+        self.detail = detail
+        self.problems = problems
+
+
+class BadPairError(InputError):
+    """A pair that cannot be used; the collector makes a `Problem` of it."""
+
+    def __init__(self, kind: str, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.path = path
+
+
+def one_of(what: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not among those allowed."""
+    if value not in allowed:
+        raise InputError(f"{what} '{value}' does not exist; allowed: {', '.join(allowed)}")
+
+
+def draw_tree(root: Path, tree: Tree) -> str:
+    """The expected files under a root, one a line, with a mark on those that are not there."""
+    width = max(len(pattern) for pattern, _ in tree)
+    lines = [f"expected:\n{root}/"]
+    for pattern, meaning in tree:
+        there = root.is_dir() and next(root.glob(pattern), None) is not None
+        lines.append(f"|-- {pattern:<{width}}  {meaning}" + ("" if there else "  [not found]"))
+    return "\n".join([*lines[:-1], "`" + lines[-1][1:]])
+
+
+def require_files(name: str, root: Path, tree: Tree, *wanted: Path) -> None:
+    """Refuse a root that does not exist or lacks one of the files wanted, and draw what is expected."""
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise DatasetError(f"'{root}' {what}; give the folder that holds the data set '{name}'", draw_tree(root, tree))
+    for path in wanted:
+        if not path.exists():
+            place = path.relative_to(root) if path.is_relative_to(root) else path
+            raise DatasetError(
+                f"the data set '{name}' in '{root}' lacks '{place}'; complete it, or give the folder that holds it",
+                draw_tree(root, tree),
+            )
+
+
+def locate(root: Path, relative: str) -> Path:
+    """A file that a list names, though the root may be one of the folders inside its path.
+
+    The name's leading folders are dropped until a file is there; if none is, the path as given, under the root.
+    """
+    parts = [part for part in PurePosixPath(relative.strip().replace("\\", "/")).parts if part != "/"]
+    if not parts or ".." in parts:
+        raise BadPairError("malformed", f"'{relative}' is not the name of a file inside the data set")
+    candidates = (root.joinpath(*parts[skip:]) for skip in range(len(parts)))
+    return next((path for path in candidates if path.exists()), root.joinpath(*parts))
