@@ -1,0 +1,103 @@
+"""Feature maps of `pocket` for validation, and its validation figures. Letters: B batch, C channels, h w cells."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F  # noqa: N812
+
+from training.data import ImageCache
+from training.model import Pocket, Taps, scheduler
+from training.pairs import held_out_indices, score, validation_pairs
+from training.teacher import TargetCache, to_pixels
+
+
+def stretched(images: list[np.ndarray], size: int) -> torch.Tensor:
+    """Images (H, W, 3) uint8 stretched to squares: (B, 3, size, size) in [-1, 1]."""
+    rows = [np.asarray(Image.fromarray(i).resize((size, size), Image.BICUBIC)) for i in images]
+    return to_pixels(np.stack(rows))
+
+
+@torch.no_grad()
+def extract(
+    pocket: Pocket, taps: Taps, std: float, images: list[np.ndarray], size: int, timestep: int,
+    ensemble: int = 1, device: str = "cpu", chunk: int = 8,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Maps of whole images, empty prompt, mean over `ensemble` noise draws.
+
+    Returns {"latent": (B, C, h, w), "up1": ..., "up2": ...} float32. Noise is seeded by the image's own pixels and the
+    member: noise shared by two images would tell where a cell is, which lifts every score, an untrained network's too.
+    """
+    alpha = scheduler().alphas_cumprod[timestep]
+    out: dict[str, list[torch.Tensor]] = {"latent": [], "up1": [], "up2": []}
+    for start in range(0, len(images), chunk):
+        part = images[start : start + chunk]
+        keys = [zlib.crc32(image.tobytes()) for image in part]
+        pixels = stretched(part, size).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            mean = pocket.vae.encode(pixels).latent_dist.mean.float() / std
+            b = len(mean)
+            prompt = pocket.prompts([""] * b)
+            sums: dict[str, torch.Tensor] = {}
+            for member in range(ensemble):
+                seeds = [torch.Generator().manual_seed(1000 * key + member) for key in keys]
+                noise = torch.stack([torch.randn(mean.shape[1:], generator=seed) for seed in seeds]).to(device)
+                noisy = alpha.sqrt() * mean + (1 - alpha).sqrt() * noise
+                _, maps = taps.run(noisy, torch.full((b,), timestep, device=device), prompt, cut=True)
+                for name, value in maps.items():
+                    sums[name] = sums.get(name, 0) + value.float() / ensemble
+        out["latent"].append(mean.cpu())
+        for name, value in sums.items():
+            out[name].append(value.cpu())
+    return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+@torch.no_grad()
+def noise_prediction(
+    pocket: Pocket, std: float, pixels: torch.Tensor, timesteps: list[int], device: str = "cpu", chunk: int = 32
+) -> dict[int, float]:
+    """Mean squared error of the predicted noise on images (B, 3, R, R), empty prompt, by timestep."""
+    alphas, out = scheduler().alphas_cumprod, {}
+    means = torch.cat([pocket.vae.encode(p.to(device)).latent_dist.mean / std for p in pixels.split(chunk)])
+    for timestep in timesteps:
+        generator = torch.Generator().manual_seed(timestep)
+        total = 0.0
+        for mean in means.split(chunk):
+            noise = torch.randn(mean.shape, generator=generator).to(device)
+            noisy = alphas[timestep].sqrt() * mean + (1 - alphas[timestep]).sqrt() * noise
+            prompt = pocket.prompts([""] * len(mean))
+            with torch.autocast(device, torch.bfloat16):
+                predicted = pocket.unet(noisy, timestep, encoder_hidden_states=prompt).sample
+            total += (predicted.float() - noise).square().mean((1, 2, 3)).sum().item()
+        out[timestep] = round(total / len(means), 5)
+    return out
+
+
+def validate(
+    pocket: Pocket, taps: Taps, std: float, images: ImageCache, targets: TargetCache,
+    config: dict[str, Any], device: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Quick figures on held-out photographs: PCK of warp and aligned pairs, alignment, noise prediction."""
+    one_in, size = config["data"]["held_out_one_in"], 256
+    for module in pocket.modules().values():
+        module.eval()
+    pairs = validation_pairs(images, one_in, 50, size)
+    both = extract(pocket, taps, std, [p.a for p in pairs] + [p.b for p in pairs], size, 20, device=device)
+    row: dict[str, Any] = {}
+    for tap in ("up1", "up2"):
+        for kind, value in score(pairs, lambda _, tap=tap: list(both[tap])).items():
+            row[f"{tap}_{kind}"] = [round(100 * float(v), 2) for v in value]
+    held = np.array(held_out_indices(images, one_in)[::8])
+    maps = extract(pocket, taps, std, [images.whole(i, size) for i in held], size, 20, device=device)["up2"]
+    target = F.interpolate(targets.get(held, np.zeros(len(held))), maps.shape[2:], mode="bilinear", align_corners=False)
+    row["align_up2"] = round(1 - float(F.cosine_similarity(maps, target[:, : maps.shape[1]], dim=1).mean()), 4)
+    pixels = stretched([images.image(i) for i in held], 128)
+    row["noise"] = {str(k): v for k, v in noise_prediction(pocket, std, pixels, [50, 200, 500, 900], device).items()}
+    row["latent_std"] = round(std, 4)
+    for module in pocket.modules().values():
+        module.train()
+    return row
