@@ -1,6 +1,6 @@
 # Everything happens in .venv; `make setup` makes it, and every other target makes it first if it is not there.
 #   make match [SRC=a.jpg TRG=b.jpg]   match two photographs: out/match.png and out/match.json
-#   make test | lint | engines | bench | gpu-check
+#   make test | lint | engines | bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := constraints.txt
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: setup base dev match test slow-test lint format engines bench pocket-graphs clean
+.PHONY: setup base dev match test slow-test lint format engines bench reproduce pocket-graphs clean
 .DELETE_ON_ERROR:
 
 setup: dev
@@ -28,27 +28,33 @@ setup: dev
 # The base install: enough to match, with no torch.
 base: $(VENV)/.base
 $(VENV)/.base: pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c $(CONSTRAINTS) -e .
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11; give another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@echo 'setting up $(VENV) ...'
+	@$(PIP) install -c $(CONSTRAINTS) -e .
+	@touch $@
 
 # Torch first, of the right kind, so that nothing after it pulls another.
 dev: $(VENV)/.dev
 $(VENV)/.dev: $(VENV)/.base
+	@echo 'adding torch and the tools for tests ...'
 ifeq ($(HAS_GPU),yes)
-	$(PIP) install "torch==$(TORCH_VERSION)"
+	@$(PIP) install "torch==$(TORCH_VERSION)"
 else ifeq ($(shell uname -s),Linux)
-	$(PIP) install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	@$(PIP) install "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
 	  || $(PIP) install "torch==$(TORCH_VERSION)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
 else
-	$(PIP) install "torch==$(TORCH_VERSION)"
+	@$(PIP) install "torch==$(TORCH_VERSION)"
 endif
-	$(PIP) install -c $(CONSTRAINTS) -e '.[export,bench,dev]'
-	touch $@
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[export,bench,dev]'
+	@touch $@
 
 match: base
-	mkdir -p $(OUT)
-	$(BIN)/difftap match $(SRC) $(TRG) $(POINTS) --heat 1 --recipe $(RECIPE) -o $(OUT)/match.png > $(OUT)/match.json
+	@mkdir -p "$(OUT)"
+	@$(BIN)/difftap match "$(SRC)" "$(TRG)" $(POINTS) --heat 1 --recipe "$(RECIPE)" -o "$(OUT)/match.png" \
+	  > "$(OUT)/.match.json.part" || { rm -f "$(OUT)/.match.json.part"; exit 2; }
+	@mv "$(OUT)/.match.json.part" "$(OUT)/match.json"
 	@echo "wrote $(OUT)/match.png and $(OUT)/match.json"
 
 test: dev
@@ -69,6 +75,14 @@ format: dev
 
 engines: dev
 	$(BIN)/difftap engines build --recipe $(RECIPE)
+
+# The poster's table, on whatever is at hand: data sets by SPAIR=, PF_PASCAL=, PF_WILLOW=, a checkpoint by MODEL=.
+SPAIR ?= $(wildcard ../shared/data/spair-mini)
+PF_WILLOW ?= $(wildcard ../shared/data/pf-willow-half)
+reproduce: dev
+	$(BIN)/difftap bench reproduce -o "$(OUT)/reproduce" $(if $(SPAIR),--spair "$(SPAIR)") \
+	  $(if $(PF_PASCAL),--pf-pascal "$(PF_PASCAL)") $(if $(PF_WILLOW),--pf-willow "$(PF_WILLOW)") \
+	  $(if $(SPAIR)$(PF_PASCAL)$(PF_WILLOW),,--synthetic examples) $(if $(MODEL),--model "$(MODEL)") $(REPRODUCE)
 
 bench: dev
 	mkdir -p $(OUT)

@@ -1,21 +1,20 @@
 #!/usr/bin/env python3
-"""Launcher: ``./cli.py match ...`` is ``difftap match ...``, from a checkout with its .venv or any environment."""
+"""Launcher: ``./cli.py match ...`` is ``difftap match ...``, run by the checkout's own .venv where there is one."""
 
 import os
 import sys
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
-_OWN_PYTHON = _HERE / ".venv" / "bin" / "python"
+HERE = Path(__file__).resolve().parent
+VENV = HERE / ".venv"
+PYTHON = VENV / "bin" / "python"
 
 if __name__ == "__main__":
+    if PYTHON.exists() and Path(sys.prefix).resolve() != VENV:
+        os.execv(PYTHON, [str(PYTHON), str(HERE / "cli.py"), *sys.argv[1:]])
+    sys.path.insert(0, str(HERE))
     try:
-        import click  # noqa: F401 - the cheapest sign of an environment that has our requirements
-    except ImportError:
-        if _OWN_PYTHON.exists() and Path(sys.prefix) != _HERE / ".venv":
-            os.execv(_OWN_PYTHON, [str(_OWN_PYTHON), str(_HERE / "cli.py"), *sys.argv[1:]])
-        sys.exit("error: difftap's requirements are not installed; run 'make setup' first")
-    sys.path.insert(0, str(_HERE))
-    from difftap.cli import main
-
+        from difftap.cli import main
+    except ImportError as error:
+        sys.exit(f"error: difftap's requirements are not installed ({error}); run 'make setup' first")
     main()

@@ -81,9 +81,6 @@ def main() -> None:
         if error.detail:
             click.echo(error.detail, err=True)
         sys.exit(2)
-    except BrokenPipeError:
-        _drop_stdout()  # its reader is gone; nothing is left to say
-        sys.exit(0)
     except OSError as error:  # a file's is a DifftapError by now: what is left is stdout on a full disk
         _drop_stdout()
         click.echo(f"error: cannot write the result ({error.strerror or error})", err=True)

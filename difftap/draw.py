@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from difftap.images import Image
 from difftap.manifest import atomic_path
 from difftap.matching import Matches
 
-__all__ = ["draw_matches", "save_picture"]
+__all__ = ["check_output", "draw_matches", "save_picture"]
 
 _HEIGHT = 480  # pixels of each panel
 _GAP = 12
@@ -111,12 +112,20 @@ def _place(points: NDArray[np.float64], image: Image, panel: PIL.Image, left: in
     return placed
 
 
-def check_format(path: Path) -> str:
-    """The picture format that a file name asks for.
+def check_output(path: Path, inputs: Sequence[Path] = ()) -> None:
+    """Make sure that a picture can be written, before it is made.
 
     Raises:
-        OutputError: its ending is none we write.
+        OutputError: its ending is none we write, its folder does not exist, or it is one of the inputs.
     """
+    _format(path)
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write '{path}': its folder does not exist; make it first")
+    if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
+        raise OutputError(f"cannot write '{path}': it is one of the images to match; choose another file")
+
+
+def _format(path: Path) -> str:
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise OutputError(f"cannot write '{path}': its ending is '{path.suffix}'; allowed: {', '.join(_FORMATS)}")
@@ -129,6 +138,6 @@ def save_picture(picture: PIL.Image, path: Path) -> None:
     Raises:
         OutputError: the ending is unknown, or the file cannot be written.
     """
-    kind = check_format(path)
+    kind = _format(path)
     with atomic_path(path) as scratch, open(scratch, "wb") as handle:
         picture.save(handle, kind, quality=92)

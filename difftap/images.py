@@ -110,7 +110,9 @@ def load_image(path: str | Path) -> Image:
         ) from error
     except PIL.DecompressionBombError as error:
         raise ImageError(f"'{path}' is too large: {error}; allowed: at most {MAX_PIXELS:,} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+    except MemoryError as error:
+        raise ImageError(f"'{path}' does not fit into memory; shrink it first") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise ImageError(f"'{path}' cannot be decoded ({error}); it is damaged or cut short") from error
 
 

@@ -61,8 +61,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with output_errors(path):
             yield scratch
-            with open(scratch, "rb") as handle:
-                os.fsync(handle.fileno())
+            if os.name != "nt":  # Windows syncs only what is open for writing
+                with open(scratch, "rb") as handle:
+                    os.fsync(handle.fileno())
             os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):
@@ -71,8 +72,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file at once; readers see the old one or the new one, never part of either."""
+    content = data.encode() if isinstance(data, str) else data
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
+        with output_errors(path):
+            path.write_bytes(content)
+        return
     with atomic_path(path) as scratch:
-        scratch.write_bytes(data.encode() if isinstance(data, str) else data)
+        scratch.write_bytes(content)
 
 
 def file_digest(path: Path) -> str:
@@ -102,7 +108,7 @@ class Manifest:
     """What an artefact is, what it was made from, and what its files must look like.
 
     Attributes:
-        kind: ``graph`` or ``engine``.
+        kind: ``graph``, ``engine`` or ``prompt``.
         made_from: every condition that decides the artefact's bytes or numbers.
         files: path relative to the manifest's folder -> record.
         report: what was measured when it was made (fidelity), for people; not part of its identity.

@@ -24,9 +24,11 @@ from difftap.digests import DigestMemo
 from difftap.errors import ModelError, RecipeError
 from difftap.taps import Tap, resolve
 
-__all__ = ["COMPONENTS", "Model", "pocket_folder"]
+__all__ = ["COMPONENTS", "RANDOM_MARK", "Model", "pocket_folder"]
 
 COMPONENTS = ("unet", "vae")
+RANDOM_MARK = "_difftap_random_weights"
+"""Entry of ``model_index.json`` that holds the seed of a checkpoint built with random weights."""
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -107,6 +109,26 @@ def _check_config(part: str, config: Mapping[str, Any], folder: Path) -> None:
             )
 
 
+def _check_kind(model: Model) -> None:
+    """Refuse UNets that need inputs which difftap does not feed.
+
+    Raises:
+        ModelError: an inpainting UNet, or one with conditions besides timestep and prompt (SDXL).
+    """
+    channels = model.unet.get("in_channels", 4)
+    if channels != model.latent_channels:
+        raise ModelError(
+            f"the UNet of '{model.name}' takes {channels} channels and its VAE's latent has {model.latent_channels}; "
+            "allowed: equal numbers (an inpainting model's UNet takes a mask too: use the base model)"
+        )
+    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
+        if model.unet.get(key) is not None:
+            raise ModelError(
+                f"the UNet of '{model.name}' has {key} = {model.unet[key]!r}; allowed: conditions on timestep and "
+                "prompt alone, as in Stable Diffusion 1.x and 2.x"
+            )
+
+
 @dataclass(frozen=True)
 class Model:
     """A diffusers-format checkpoint on this disk.
@@ -150,6 +172,7 @@ class Model:
         for component, config in zip(COMPONENTS, (model.unet, model.vae), strict=True):
             _check_config(component, config, folder)
             model.weight_files(component)
+        _check_kind(model)
         return model
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
@@ -157,11 +180,18 @@ class Model:
         return _weight_files(self.folder / component)
 
     def weights_hash(self, component: str, memo: DigestMemo) -> str:
-        """SHA-256 over the hashes of one component's weight files and its configuration."""
+        """SHA-256 over the hashes of one component's weight files and its configuration.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
         config = self.unet if component == "unet" else self.vae
         # Keys that begin with "_" name the writer and its version: they do not change a number.
         plain = {key: value for key, value in config.items() if not key.startswith("_")}
-        parts = [memo.digest(path) for path in self.weight_files(component)]
+        try:
+            parts = [memo.digest(path) for path in self.weight_files(component)]
+        except OSError as error:
+            raise ModelError(f"the weights of the {component} in '{self.folder}' cannot be read ({error})") from error
         return hashlib.sha256("\n".join([*parts, json.dumps(plain, sort_keys=True)]).encode()).hexdigest()
 
     @property

@@ -45,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairsRun:
-    """What a run did: pairs written now, of them failed, and pairs that an earlier run had already written."""
+    """What a run did: pairs written now, failed pairs in the whole file, and pairs an earlier run had written."""
 
     written: int
     failed: int
@@ -135,14 +135,15 @@ def run_pairs(
     }
     header = {"type": "run", "schema": SCHEMA, **conditions}
     with _only_writer(output), tempfile.TemporaryDirectory(prefix="difftap-") as scratch:
-        done = 0 if overwrite else _finished(output, header)
+        done, failed = (0, 0) if overwrite else _finished(output, header)
         rest = pairs[done:]
         order = [path for pair in rest for path in (pair.source, pair.target)]
         shelf = FeatureShelf(pipeline, order, memory, Path(scratch))
-        failed = 0
         with (
             output_errors(output),
-            open(output, "a" if done or _has_header(output, overwrite) else "w", encoding="utf-8") as handle,
+            open(
+                output, "a" if done or _has_header(output, overwrite) else "w", encoding="utf-8", newline="\n"
+            ) as handle,
         ):
             if handle.tell() == 0:
                 _write_line(handle, header)
@@ -167,11 +168,11 @@ def _match_pair(shelf: FeatureShelf, pair: Pair, find: Finder, threshold: Thresh
         raise  # no fault of the pair: the scratch folder is full, and every further pair would fail
     except DifftapError as error:
         return {"error": " ".join(str(error).split())}
-    sizes = {
-        name: {k: shelf.record(path)[k] for k in ("width", "height")}
-        for name, path in (("source_size", pair.source), ("target_size", pair.target))
+    images = {
+        name: {k: shelf.record(path)[k] for k in ("width", "height", "sha256")}
+        for name, path in (("source_image", pair.source), ("target_image", pair.target))
     }
-    return {**sizes, "matches": match_records(threshold.keep(matches))}
+    return {**images, "matches": match_records(threshold.keep(matches))}
 
 
 def _write_line(handle: TextIO, record: dict[str, Any]) -> None:
@@ -180,16 +181,16 @@ def _write_line(handle: TextIO, record: dict[str, Any]) -> None:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager
 def _only_writer(output: Path) -> Iterator[None]:
     """Hold the output for this process alone."""
-    lock_path = output.with_name(f".{output.name}.lock")
     with output_errors(output):
         if output.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        lock_path = output.with_name(f".{output.name}.lock")
         if not output.parent.exists():  # the lock would make it without a word
             raise FileNotFoundError(errno.ENOENT, "No such folder")
         lock = FileLock(str(lock_path))
@@ -211,19 +212,19 @@ def _has_header(output: Path, overwrite: bool) -> bool:
     return not overwrite and output.is_file() and output.stat().st_size > 0
 
 
-def _finished(output: Path, header: dict[str, Any]) -> int:
-    """How many pairs an earlier run wrote; cuts a partial last line off.
+def _finished(output: Path, header: dict[str, Any]) -> tuple[int, int]:
+    """How many pairs an earlier run wrote, and how many of them failed; cuts a partial last line off.
 
     Raises:
         OutputError: the file is no output of ours, or that of a run with other conditions.
     """
     if not _has_header(output, False):
-        return 0
+        return 0, 0
     with output_errors(output), open(output, "rb+") as handle:
         first = handle.readline()
         if not first.endswith(b"\n") and _line(header).encode().startswith(first):
             handle.truncate(0)  # killed while writing the very first line
-            return 0
+            return 0, 0
         try:
             earlier = json.loads(first)
             if earlier.get("type") != "run":
@@ -238,13 +239,14 @@ def _finished(output: Path, header: dict[str, Any]) -> int:
                 f"'{output}' was begun under other conditions ({', '.join(differing)} differ); "
                 "choose another file, or --overwrite"
             )
-        count = 0
+        count = failed = 0
         end = handle.tell()
         for line in handle:
             if not line.endswith(b"\n"):
                 break
             count += 1
+            failed += b', "error": ' in line
             end += len(line)
         handle.truncate(end)
         os.fsync(handle.fileno())
-    return count
+    return count, failed

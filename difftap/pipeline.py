@@ -6,6 +6,7 @@ command line and the benchmarks go through it.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from difftap.engine import (
     choose_device,
     default_cache_folder,
     get_backend,
+    members_per_run,
 )
+from difftap.errors import RecipeError
 from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.matching import combine
@@ -43,7 +46,7 @@ class Runtime:
     Attributes:
         backend: name of a backend.
         device: ``auto``, ``cpu`` or ``cuda``.
-        threads: CPU threads; None for the backend's own choice.
+        threads: CPU threads; None for all that the process may use.
         batch: images per engine run on a GPU; a CPU takes one at a time.
         cache: the cache folder; None for the default one.
     """
@@ -58,6 +61,12 @@ class Runtime:
 class Pipeline:
     """Everything a recipe needs, open.
 
+    Attributes:
+        recipe: what decides the numbers.
+        model: the checkpoint.
+        conditions: what must go with every number made here: recipe, model, backend, device, threads, versions.
+        batch: images per engine run: 1 on a CPU.
+
     Use it as a context manager, or call `close`.
 
     >>> import difftap
@@ -66,11 +75,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, recipe: Recipe, model: Model, extractor: Extractor, engines: list[Engine], conditions: dict[str, Any]
+        self,
+        recipe: Recipe,
+        model: Model,
+        extractor: Extractor,
+        engines: list[Engine],
+        conditions: dict[str, Any],
+        batch: int = 1,
     ) -> None:
         self.recipe = recipe
         self.model = model
         self.conditions = conditions
+        self.batch = batch
         self._extractor = extractor
         self._engines = engines
 
@@ -97,12 +113,9 @@ class Pipeline:
         cache = Cache(runtime.cache or default_cache_folder())
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
+        threads = runtime.threads or available_cores()
         model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
-        model.check_size(recipe.size)
-        for branch in recipe.branches:
-            for name in branch.taps:
-                model.tap(name)  # an unknown tap is said before anything slow starts
-        batch = 1 if device == "cpu" else runtime.batch
+        check_fits(recipe, model)
         opened: dict[tuple[Any, ...], Engine] = {}
         try:
 
@@ -110,22 +123,25 @@ class Pipeline:
                 key = (component, taps, profile)
                 if key not in opened:
                     graph = prepare_graph(cache, backend, model, component, taps)
-                    opened[key] = backend.open(graph, profile, device, runtime.threads)
+                    opened[key] = backend.open(graph, profile, device, threads)
                 return opened[key]
 
-            vae = engine("vae", (), Profile(recipe.size, batch=batch))
+            vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch))
+            device = vae.device  # a runtime may have fallen back, and then the rest follows it
             branches = []
+            members = members_per_run(model, recipe.size, recipe.ensemble)
             for branch in recipe.branches:
                 prompt = encode_prompt(model, branch.prompt, cache)
-                profile = Profile(recipe.size, recipe.ensemble, len(prompt), batch)
+                profile = Profile(recipe.size, members, len(prompt), runtime.batch)
                 branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), prompt))
+            batch = 1 if device == "cpu" else runtime.batch
+            extractor = Extractor(model, recipe, vae, branches, batch)
+            conditions = describe(recipe, model, cache, backend, device, threads)
         except BaseException:
             for one in opened.values():
                 one.close()
             raise
-        extractor = Extractor(model, recipe, vae, branches, batch)
-        conditions = describe(recipe, model, cache, backend, device, runtime.threads)
-        return cls(recipe, model, extractor, list(opened.values()), conditions)
+        return cls(recipe, model, extractor, list(opened.values()), conditions, batch)
 
     def features(self, images: Iterable[Image]) -> Iterator[Features]:
         """Stream every branch's and tap's map of each image, in order."""
@@ -156,6 +172,30 @@ class Pipeline:
         self.close()
 
 
+def available_cores() -> int:
+    """The processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def check_fits(recipe: Recipe, model: Model) -> None:
+    """Make sure, before anything slow starts, that a model can do what a recipe asks.
+
+    Raises:
+        RecipeError: the size, a tap or a timestep does not fit the model.
+        ModelError: its noise schedule is of an unknown kind.
+    """
+    model.check_size(recipe.size)
+    steps = len(model.alphas_cumprod)
+    for branch in recipe.branches:
+        if branch.timestep >= steps:
+            raise RecipeError(
+                f"timestep is {branch.timestep}; allowed: 0 to {steps - 1}, the schedule of '{model.name}'"
+            )
+        for name in branch.taps:
+            model.tap(name)
+
+
 def prepare_graph(cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph:
     """The graph a backend opens: exported and trusted, or just named for a backend that runs the checkpoint itself."""
     if not backend.needs_graph:
@@ -165,9 +205,7 @@ def prepare_graph(cache: Cache, backend: Backend, model: Model, component: str, 
     return ensure_graph(cache, model, component, taps)
 
 
-def describe(
-    recipe: Recipe, model: Model, cache: Cache, backend: Backend, device: str, threads: int | None
-) -> dict[str, Any]:
+def describe(recipe: Recipe, model: Model, cache: Cache, backend: Backend, device: str, threads: int) -> dict[str, Any]:
     """The conditions that go with every number: recipe, model, backend, precision, versions, machine."""
     from difftap import __version__
 

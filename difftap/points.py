@@ -126,6 +126,6 @@ def check_inside(points: ArrayLike, size: Size, what: str) -> NDArray[np.float64
         x, y = xy[outside[0]]
         raise PointError(
             f"point {x:g},{y:g} lies outside {what}, which is {size[0]} x {size[1]} pixels; "
-            f"allowed: x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1}"
+            f"allowed: x from -0.5 to {size[0] - 0.5:g}, y from -0.5 to {size[1] - 0.5:g}"
         )
     return xy

@@ -180,7 +180,7 @@ class Recipe:
         return data
 
     def key(self) -> str:
-        """16 hex digits that change whenever a number could: the name of every artefact made with this recipe."""
+        """16 hex digits of everything asked for: with the model's key, the name of every artefact made with it."""
         return _digest(self.to_dict())
 
     def feature_key(self) -> str:

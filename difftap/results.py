@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from difftap.images import Image
 from difftap.matching import Matches
@@ -32,9 +33,9 @@ class Threshold:
     min_margin: float | None = None
     max_cycle_error: float | None = None
 
-    def keep(self, matches: Matches) -> Matches:
-        """The matches that pass; those without a target pass only if no threshold is set."""
-        passed = np.ones(len(matches.source), bool)
+    def passed(self, matches: Matches) -> NDArray[np.bool_]:
+        """Which of N matches pass, ``(N,)``; those without a target pass only if no threshold is set."""
+        passed = np.ones(len(matches), np.bool_)
         # A NaN compares false: a match that has no such figure does not pass a threshold on it.
         if self.min_score is not None:
             passed &= matches.score >= self.min_score
@@ -42,6 +43,11 @@ class Threshold:
             passed &= matches.margin >= self.min_margin
         if self.max_cycle_error is not None:
             passed &= matches.cycle_error <= self.max_cycle_error
+        return passed
+
+    def keep(self, matches: Matches) -> Matches:
+        """The matches that pass."""
+        passed = self.passed(matches)
         return Matches(**{f.name: getattr(matches, f.name)[passed] for f in dataclasses.fields(matches)})
 
 

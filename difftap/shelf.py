@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from difftap.coords import Geometry
-from difftap.errors import DifftapError, ImageError
+from difftap.errors import DifftapError, ImageError, OutputError
 from difftap.features import FeatureMap
 from difftap.images import Image, load_image
 from difftap.manifest import output_errors
@@ -90,8 +90,20 @@ class FeatureShelf:
                 self._records[one] = image_record(images[one])
             except ImageError as error:
                 self._faults[one] = error
-        for one, features in zip(images, self._pipeline.extract(images.values()), strict=True):
-            self._keep(one, features)
+        try:
+            for one, features in zip(images, list(self._pipeline.extract(images.values())), strict=True):
+                self._keep(one, features)
+        except OutputError:
+            raise
+        except DifftapError:
+            # One of them spoils the batch; alone, each gets its own features or its own fault.
+            for one, image in images.items():
+                try:
+                    self._keep(one, next(iter(self._pipeline.extract([image]))))
+                except OutputError:
+                    raise
+                except DifftapError as error:
+                    self._faults[one] = error
 
     def advance(self, count: int) -> None:
         """Tell how many entries of the order are over."""

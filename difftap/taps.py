@@ -14,8 +14,8 @@ name               module path                         what it is
 ``down2.res0``     ``down_blocks.2.resnets.0``         one residual layer, in any block
 =================  ==================================  ==========================================
 
-Any other module path inside those blocks (``up_blocks.1.attentions.2.transformer_blocks.0.attn1``) works too; its
-channels and stride are found when it is exported.
+Any other module path inside those blocks that gives a map (``up_blocks.1.resnets.0.conv1``) works too; its channels and
+stride are found when it is run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ __all__ = ["Tap", "deepest", "depth", "named_taps", "resolve"]
 LATENT_STRIDE = 8
 """Image pixels per latent cell when a VAE's config does not say otherwise (Stable Diffusion's)."""
 
-_SHORT = re.compile(r"^(?P<block>down(?P<down>\d+)|up(?P<up>\d+)|mid)(?:\.(?P<kind>attn|res)(?P<layer>\d+))?$")
 _PATH = re.compile(r"^(?P<block>(?:down_blocks|up_blocks)\.\d+|mid_block)(?:\.[A-Za-z_0-9]+)*$")
 
 
@@ -131,9 +130,3 @@ def depth(module: str, unet: Mapping[str, Any]) -> tuple[int, ...]:
 def deepest(taps: Sequence[Tap], unet: Mapping[str, Any]) -> Tap:
     """The tap that the network finishes last: where the exported graph is cut."""
     return max(taps, key=lambda tap: depth(tap.module, unet))
-
-
-def block_of(name: str) -> str | None:
-    """The short name's block (``"up1"`` of ``"up1.attn0"``), or None if ``name`` is a module path."""
-    match = _SHORT.match(name)
-    return match["block"] if match else None

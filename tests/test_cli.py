@@ -230,7 +230,7 @@ def test_bad_images(refused, photos, tmp_path, monkeypatch, name, place):
         (("-o", "out.gif"), r"'.gif'; allowed: .png"),
         (("-o", "none/out.png"), "folder does not exist"),
         (("-o", "folder.png"), "a folder stands there"),
-        (("-o", "bad.csv/out.png"), "part of its path is a file"),
+        (("-o", "bad.csv/out.png"), "its folder does not exist"),
         (("--overwrite",), "--overwrite goes with --pairs"),
         (("--recipe", "dual", "--tap", "up1"), "--tap and --timestep change one branch"),
     ],
@@ -439,11 +439,13 @@ def test_engines_are_built_listed_verified_and_cleaned(call, tmp_path, monkeypat
     monkeypatch.setenv("DIFFTAP_CACHE", "cache")  # relative, as a user may well write it
     code, out, err = call("engines", "build", *QUICK)
     assert code == 0, err
-    assert "0 engines" not in call("engines", "list")[1]
+    assert "2 graphs and engines" in call("engines", "list")[1]
     code, out, _ = call("engines", "verify")
     assert (code, out.count("whole")) == (0, 2), out
-    _flip(next(Path("cache").rglob("unet*.engine.json")))
-    assert "1 engines" in call("engines", "list")[1]
+    next(Path("cache").rglob("unet*.engine.json")).write_text("no manifest")
+    assert "BROKEN" in call("engines", "list")[1]
+    code, out, _ = call("engines", "verify")
+    assert (code, out.count("whole"), out.count("BROKEN")) == (1, 1, 1), out
     code, out, _ = call("engines", "clean")
     assert code == 0
-    assert "0 engines" in call("engines", "list")[1]
+    assert "0 graphs and engines" in call("engines", "list")[1]

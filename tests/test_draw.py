@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from difftap.draw import _CAPTION, _GAP, _HEIGHT, _colour, check_format, draw_matches, save_picture
+from difftap.draw import _CAPTION, _GAP, _HEIGHT, _colour, check_output, draw_matches, save_picture
 from difftap.errors import OutputError
 from difftap.images import Image
 from difftap.matching import Matches
@@ -109,7 +109,7 @@ def test_formats(tmp_path, name, kind):
 @pytest.mark.parametrize("name", ["a.gif", "a", "a.png.txt", ".png"])
 def test_other_endings_list_the_allowed_ones(tmp_path, name):
     with pytest.raises(OutputError, match=r"allowed: \.png, \.jpg, \.jpeg, \.webp"):
-        check_format(tmp_path / name)
+        check_output(tmp_path / name)
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

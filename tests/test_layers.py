@@ -9,16 +9,23 @@ import pytest
 import difftap
 
 ROOT = Path(difftap.__file__).parent
-VOCABULARY = {"taps", "recipe", "coords", "images", "manifest", "errors", "digests", "features", "model"}
-ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "pipeline", "pairs", "draw", "results"}
+VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
+COMPOSED = {"pipeline", "engines", "pairs", "shelf", "draw", "results"}
+ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
     "matching": ROOMS - {"matching"},
-    "prompts": {"bench", "commands", "cli", "pipeline", "pairs", "draw", "results", "matching"},
-    "export": {"bench", "commands", "cli"},
+    "prompts": {"bench", "commands", "cli", "export", "matching", *COMPOSED},
+    "export": {"bench", "commands", "cli", "matching", "prompts", *COMPOSED},
+    **{part: {"bench", "commands", "cli"} for part in sorted(COMPOSED)},
     "bench": {"commands", "cli"},
     **dict.fromkeys(VOCABULARY, ROOMS),
 }
+
+
+def test_every_module_has_its_place():
+    known = VOCABULARY | ROOMS | {"__init__", "assets", "presets", "py"}
+    assert {path.name.split(".")[0] for path in ROOT.iterdir() if not path.name.startswith("__pycache__")} <= known
 
 
 def _imports(path: Path, *, top: bool = False) -> set[str]:

@@ -95,7 +95,8 @@ def test_one_line_a_pair_in_the_lists_order(folder):
         (i, str(p.source), str(p.target)) for i, p in enumerate(pairs)
     ]
     assert all(r["type"] == "pair" and len(r["matches"]) == 4 for r in rest)
-    assert rest[0]["source_size"] == dict(zip(("width", "height"), load_image(pairs[0].source).size, strict=True))
+    first = load_image(pairs[0].source)
+    assert rest[0]["source_image"] == {"width": first.size[0], "height": first.size[1], "sha256": first.digest}
 
 
 def test_memory_and_batch_do_not_change_a_byte(folder):

@@ -3,7 +3,7 @@
 import pytest
 
 from difftap.errors import RecipeError
-from difftap.taps import block_of, deepest, depth, named_taps, resolve
+from difftap.taps import deepest, depth, named_taps, resolve
 from tests.tiny import MINI_UNET, TINY_UNET
 
 STRIDE = 8
@@ -144,7 +144,3 @@ def test_index_one_of_dift_in_stable_diffusion():
         ]
         tap = resolve("up1", config)
         assert (tap.module, tap.channels, tap.stride) == ("up_blocks.1", 1280, 16)
-
-
-def test_block_of():
-    assert [block_of(name) for name in ("up1", "up1.attn0", "mid", "down_blocks.0")] == ["up1", "up1", "mid", None]

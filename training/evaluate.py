@@ -25,7 +25,7 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from training.data import ImageCache
-from training.features import extract, noise_prediction, stretched
+from training.features import extract, noise_prediction, reconstruction, stretched
 from training.model import Pocket, Taps, build, load
 from training.pairs import held_out_indices, pck, score, validation_pairs
 from training.teacher import Target, TargetCache
@@ -114,7 +114,8 @@ def choose(name: str, candidates: Iterator[tuple[str, Extract]], pairs: list) ->
         log.info("%s: %s: %.3f %s", name, setting, mean, found)
         if best is None or mean > best[2]["mean"]:
             best = (setting, function, found | {"mean": mean})
-    assert best is not None
+    if best is None:
+        raise ValueError(f"{name}: no such setting; leave out --setting to try them all")
     return best
 
 
@@ -130,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(config: dict[str, Any], data: Path, count: int, only: list[str]) -> None:
+def run(config: dict[str, Any], data: Path, count: int, only: list[str], settings: list[str]) -> None:
     """Choose on validation pairs, score PF-WILLOW, write the table."""
     torch.set_num_threads(config["run"]["threads"])
     folder, one_in = Path(config["run"]["folder"]), config["data"]["held_out_one_in"]
@@ -155,8 +156,11 @@ def run(config: dict[str, Any], data: Path, count: int, only: list[str]) -> None
     for name, candidates in methods.items():
         if only and name not in only:
             continue
-        setting, function, found = choose(name, candidates, pairs)
-        rows[name] = {"name": name, "setting": setting, **found, "willow": list(benchmark(data, function))}
+        kept = (c for c in candidates if not settings or c[0] in settings)
+        setting, function, found = choose(name, kept, pairs)
+        details: list = []
+        rows[name] = {"name": name, "setting": setting, **found, "willow": list(benchmark(data, function, details))}
+        rows[name]["classes"] = by_class(details)
         log.info("%s", rows[name])
     same = {k: list(v) for k, v in score_position(pairs).items()}
     name = "same relative position"
@@ -166,10 +170,19 @@ def run(config: dict[str, Any], data: Path, count: int, only: list[str]) -> None
         held = held_out_indices(images, one_in)[::2]
         pixels = stretched([images.image(i) for i in held], 256)
         report |= {"noise_images": len(held), "noise": noise_prediction(pocket, std, pixels, NOISE_TIMESTEPS)}
+        report["reconstruction"] = reconstruction(pocket, pixels)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, default=float))
     (folder / "table.md").write_text(table(report["results"]))
     print(table(report["results"]), json.dumps(report.get("noise", {})))
+
+
+def by_class(details: list) -> dict[str, list[float]]:
+    """Mean PCK per PF-WILLOW class from rows (pair, predicted, PCK)."""
+    rows: dict[str, list[np.ndarray]] = {}
+    for pair, _, value in details:
+        rows.setdefault(pair.a.split("/")[1], []).append(value)
+    return {name: [float(x) for x in np.mean(values, 0)] for name, values in rows.items()}
 
 
 def score_position(pairs: list) -> dict[str, np.ndarray]:
@@ -187,10 +200,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=60, help="validation pairs of each kind")
     parser.add_argument("--only", action="append", default=[], help="a method's name; may be repeated")
+    parser.add_argument("--setting", action="append", default=[], help='one candidate, such as "up2, 256 px, t=1"')
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
-        run(tomllib.loads(args.config.read_text()), args.data, args.pairs, args.only)
+        run(tomllib.loads(args.config.read_text()), args.data, args.pairs, args.only, args.setting)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -77,6 +77,18 @@ def noise_prediction(
     return out
 
 
+@torch.no_grad()
+def reconstruction(pocket: Pocket, pixels: torch.Tensor, chunk: int = 16) -> float:
+    """Mean absolute error of decoding the posterior mean of images (B, 3, R, R) in [-1, 1]."""
+    total = 0.0
+    for part in pixels.split(chunk):
+        with torch.autocast(part.device.type, torch.bfloat16):
+            decoded = pocket.vae.decode(pocket.vae.encode(part).latent_dist.mean).sample
+        total += (decoded.float() - part).abs().mean((1, 2, 3)).sum().item()
+    return round(total / len(pixels), 4)
+
+
+@torch.no_grad()
 def validate(
     pocket: Pocket, taps: Taps, std: float, images: ImageCache, targets: TargetCache,
     config: dict[str, Any], device: str,

@@ -191,15 +191,16 @@ class Trainer:
         }
 
 
-def export_only(config: dict[str, Any], data: Path, untrained: bool) -> None:
-    """Export the run's last checkpoint, or the untrained model, without training."""
+def export_only(config: dict[str, Any], data: Path, which: str) -> None:
+    """Export, without training: "average" or "latest" weights of the last checkpoint, or the "untrained" model."""
     images = ImageCache(data, Path(config["run"]["cache"]), config["data"]["max_short_side"])
     trainer = Trainer(config, images, "cpu")
-    if untrained:
+    if which == "untrained":
         trainer.latent_std = torch.tensor(1.0)
     else:
         trainer.restore(Path(config["run"]["folder"]) / "checkpoint.pt")
-        trainer.average.swap()
+        if which == "average":
+            trainer.average.swap()
     size = export(trainer.pocket, 1 / float(trainer.latent_std), Path(config["run"]["export"]))
     log.info("exported step %d, %.1f MB", trainer.step, size / 1e6)
 
@@ -269,13 +270,15 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds train/caltech101 and the rest")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--export-only", choices=["checkpoint", "untrained"], help="write the model folder and stop")
+    parser.add_argument(
+        "--export-only", choices=["average", "latest", "untrained"], help="write the model folder and stop"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
         config = tomllib.loads(args.config.read_text())
         if args.export_only:
-            export_only(config, args.data, args.export_only == "untrained")
+            export_only(config, args.data, args.export_only)
         else:
             run(config, args.data, args.device)
     except (ValueError, FileNotFoundError) as error:

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import click
 
+from difftap.commands.pck import compare, dense_speed, pck, table
+from difftap.commands.reproduce import reproduce
+
 
 @click.group()
 def bench() -> None:
     """Measure speed, memory and quality."""
+
+
+for _command in (pck, compare, table, dense_speed, reproduce):
+    bench.add_command(_command)
 
 
 @bench.command()

@@ -8,14 +8,7 @@ from typing import Any
 
 import click
 
-from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
-
-_CACHE = click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
-)
+from difftap.commands.options import build_recipe, build_runtime, cache_option, recipe_options, runtime_options
 
 
 @click.group()
@@ -33,7 +26,7 @@ def build(revision: str | None, random_weights: int | None, **options: Any) -> N
     difftap engines build
     difftap engines build --model path/to/checkpoint --size 512
     """
-    from difftap.export.engines import build_engines
+    from difftap.engines import build_engines
 
     runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
     recipe = build_recipe(**options)
@@ -52,43 +45,48 @@ def _open(cache: Path | None) -> Any:
 
 
 @engines.command("list")
-@_CACHE
+@cache_option
 def list_(cache: Path | None) -> None:
-    """List the engines in the cache."""
-    from difftap.export.engines import list_engines
+    """List the graphs and engines in the cache, with the size of the files they use (weights may be shared)."""
+    from difftap.engines import Artefact, list_artefacts
 
     store = _open(cache)
-    records = list_engines(store)
-    click.echo(f"{len(records)} engines in {store.folder}")
-    for record in records:
-        click.echo(f"{record.size / 1e6:>9.1f} MB  {record.path.parent.name}/{record.path.name}")
+    found = list_artefacts(store)
+    click.echo(f"{len(found)} graphs and engines in {store.folder}")
+    for one in found:
+        if isinstance(one, Artefact):
+            click.echo(f"{one.manifest.kind:<7}{one.size / 1e6:>9.1f} MB  {one.path.parent.name}/{one.path.name}")
+        else:
+            click.echo(f"BROKEN  {one}")
 
 
-@engines.command()
-@_CACHE
+@engines.command(epilog="Exit codes: 0 all whole; 1 something is broken.")
+@cache_option
 def verify(cache: Path | None) -> None:
-    """Read every engine's files again in full and compare them with their manifests."""
+    """Read the files of every graph and engine again in full and compare them with their manifests."""
+    from difftap.engines import Artefact, list_artefacts, verify_artefact
     from difftap.errors import DifftapError
-    from difftap.export.engines import list_engines, verify_engine
 
     store = _open(cache)
     broken = 0
-    for record in list_engines(store):
+    for one in list_artefacts(store):
         try:
-            verify_engine(record)
-            click.echo(f"whole   {record.path.name}")
+            if not isinstance(one, Artefact):
+                raise one
+            verify_artefact(one)
+            click.echo(f"whole   {one.path.name}")
         except DifftapError as error:
             broken += 1
-            click.echo(f"BROKEN  {record.path.name}: {error}")
+            click.echo(f"BROKEN  {error}")
     if broken:
         sys.exit(1)
 
 
 @engines.command()
-@_CACHE
+@cache_option
 def clean(cache: Path | None) -> None:
     """Remove every graph and engine from the cache; checkpoints and packaged models stay."""
-    from difftap.export.engines import clean as remove
+    from difftap.engines import clean as remove
 
     store = _open(cache)
     click.echo(f"freed {remove(store) / 1e6:.1f} MB in {store.folder}")

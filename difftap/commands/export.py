@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from difftap.commands.options import model_options
+from difftap.commands.options import cache_option, model_options
+from difftap.errors import InputError
 
 
 @click.command()
@@ -22,12 +23,7 @@ from difftap.commands.options import model_options
     help="The UNet graph's outputs (repeatable); it is cut after the deepest.",
 )
 @click.option("--beside", is_flag=True, help="Write the graphs into the model's own folder, to ship them with it.")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
-)
+@cache_option
 def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path | None, **opening: Any) -> None:
     """Export the VAE encoder and the tapped UNet, and print each output's parity with torch.
 
@@ -39,12 +35,14 @@ def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path |
     from difftap.export.checkpoints import open_model
     from difftap.export.graphs import export_graph
 
+    if beside and model is None:
+        raise InputError("--beside writes into the model's folder; say which by --model")
     store = Cache(cache or default_cache_folder())
     opened = open_model(model or "pocket", store, **opening)
     for name in taps:
         opened.tap(name)
     for component, names in (("vae", ()), ("unet", taps)):
         graph, parity = export_graph(store, opened, component, tuple(names), opened.folder if beside else None)
-        click.echo(f"{graph.path}")
+        click.echo(f"{graph.path}" + (f"  (cut after {graph.cut})" if graph.cut else ""))
         for name, one in parity.items():
             click.echo(f"  {name:<16} {one.summary}")

@@ -139,6 +139,11 @@ class _Job:
     mutual: bool
     grid: int
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides, besides the recipe, which matches are written."""
+        return {"mutual": self.mutual, "grid": self.grid, **dataclasses.asdict(self.threshold)}
+
     def choose(self, size: tuple[int, int], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
         """Points of an image of ``size`` to match, ``(N, 2)``; None if they are to be found."""
         from difftap.points import check_inside, grid_points
@@ -170,7 +175,7 @@ def _one(
     job: _Job, paths: tuple[Path, Path], given: NDArray[np.float64] | None, output: Path | None, heat: int | None
 ) -> None:
     """Match two images: JSON to stdout, and a picture."""
-    from difftap.draw import check_format, draw_matches, save_picture
+    from difftap.draw import check_output, draw_matches, save_picture
     from difftap.images import load_image
     from difftap.matching import heat_map
     from difftap.pipeline import Pipeline
@@ -178,32 +183,36 @@ def _one(
 
     # What is wrong with the input is said before anything slow starts.
     if output is not None:
-        check_format(output)
-        if any(output.exists() and path.exists() and output.samefile(path) for path in paths):
-            raise InputError(f"-o '{output}' is one of the two images; allowed: another file")
+        check_output(output, paths)
     elif heat is not None:
         raise InputError("--heat draws into the picture; give -o FILE too")
     source, target = (load_image(path) for path in paths)
     points = job.choose(source.size, given)
+    if heat is not None and (heat < 1 or (points is not None and heat > len(points))):
+        raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
     with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline:
         first, second = pipeline.extract([source, target])
-    matches = job.threshold.keep(job.find(first, second, points))
+    found = job.find(first, second, points)
+    matches = job.threshold.keep(found)
     if output is not None:
         shown = None
         if heat is not None:
-            if not 1 <= heat <= len(matches):
-                raise InputError(f"--heat is {heat}; allowed: 1 to {len(matches)}, the number of matches kept")
-            shown = (heat - 1, heat_map(first, second, matches.source[heat - 1], job.recipe.matcher))
+            passed = job.threshold.passed(found)
+            if heat > len(passed) or not passed[heat - 1]:
+                raise InputError(f"--heat is {heat}, but point {heat} of {len(passed)} was not found or not kept")
+            picture = heat_map(first, second, found.source[heat - 1], job.recipe.matcher)
+            shown = (int(passed[: heat - 1].sum()), picture)
         save_picture(draw_matches(source, target, matches, shown), output)
     record = {
         "type": "match",
         "schema": SCHEMA,
         **pipeline.conditions,
+        "settings": job.settings,
         "source": image_record(source),
         "target": image_record(target),
         "matches": match_records(matches),
     }
-    click.echo(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
+    click.echo(json.dumps(record, indent=1, allow_nan=False))
 
 
 def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: int) -> None:
@@ -212,7 +221,6 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
     from difftap.pipeline import Pipeline
 
     pairs = load_pairs(pairs_file)
-    settings = {"mutual": job.mutual, "grid": job.grid, **dataclasses.asdict(job.threshold)}
 
     def find(source: FeatureMap, target: FeatureMap, given: NDArray[np.float64]) -> Matches:
         return job.find(source, target, job.choose(source.image_size, given))
@@ -223,15 +231,15 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
             pairs,
             output,
             find,
-            settings=settings,
+            settings=job.settings,
             threshold=job.threshold,
             overwrite=overwrite,
-            batch=job.runtime.batch,
+            batch=pipeline.batch,
             memory=memory,
             progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""
-    click.echo(f"{run.written} pairs matched into {output}{earlier}, {run.failed} failed", err=True)
+    click.echo(f"{run.written} pairs matched into {output}{earlier}, {run.failed} failed in all", err=True)
     if run.failed:
         sys.exit(1)
 

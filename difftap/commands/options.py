@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from difftap.pipeline import Runtime
     from difftap.recipe import Recipe
 
-__all__ = ["build_recipe", "build_runtime", "model_options", "recipe_options", "runtime_options"]
+__all__ = ["build_recipe", "build_runtime", "cache_option", "model_options", "recipe_options", "runtime_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -38,6 +38,13 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tu
     numbers = [int(part) for part in parts]
     return (numbers[0], numbers[-1])
 
+
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
+)
 
 model_options = _stack(
     [
@@ -91,12 +98,7 @@ runtime_options = _stack(
             metavar="N",
             help="Images per engine run on a GPU; a CPU takes one at a time.",
         ),
-        click.option(
-            "--cache",
-            type=click.Path(path_type=Path),
-            metavar="DIR",
-            help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
-        ),
+        cache_option,
     ]
 )
 

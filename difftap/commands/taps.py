@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from difftap.commands.options import model_options
+from difftap.commands.options import cache_option, model_options
 
 
 @click.command()
 @model_options
-def taps(model: str | None, **opening: Any) -> None:
+@cache_option
+def taps(model: str | None, cache: Path | None, **opening: Any) -> None:
     """List a model's taps: name, channels, image pixels per cell, module path.
 
     \b
@@ -21,7 +23,7 @@ def taps(model: str | None, **opening: Any) -> None:
     from difftap.export.checkpoints import open_model
     from difftap.taps import named_taps
 
-    opened = open_model(model or "pocket", Cache(default_cache_folder()), **opening)
+    opened = open_model(model or "pocket", Cache(cache or default_cache_folder()), **opening)
     click.echo(f"{'tap':<14}{'channels':>9}{'stride':>8}  module")
     for tap in named_taps(opened.unet, opened.latent_stride):
         click.echo(f"{tap.name:<14}{tap.channels:>9}{tap.stride:>8}  {tap.module}")

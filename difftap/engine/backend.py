@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from difftap.coords import Size
 from difftap.errors import BackendError, NonFiniteError
 from difftap.model import Model
+from difftap.taps import deepest
 
 __all__ = ["VAE_INPUTS", "Array", "Backend", "Engine", "Graph", "Profile", "TensorSpec", "unet_inputs", "vae_outputs"]
 
@@ -55,6 +56,13 @@ class Graph:
     def name(self) -> str:
         """The file's stem: ``vae``, or ``unet.`` and the taps."""
         return ".".join([self.component, *(["+".join(self.taps)] if self.taps else [])])
+
+    @property
+    def cut(self) -> str | None:
+        """The tap that the network finishes last, after which it is cut; None for the VAE."""
+        if not self.taps:
+            return None
+        return deepest([self.model.tap(name) for name in self.taps], self.model.unet).name
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -125,11 +133,20 @@ class Profile:
 
 
 class Engine(ABC):
-    """A graph made ready to run. Subclasses implement `_run` and `close`."""
+    """A graph made ready to run. Subclasses implement `_run` and `close`.
 
-    def __init__(self, graph: Graph, profile: Profile) -> None:
+    Attributes:
+        graph: what it runs.
+        profile: the shapes it takes.
+        device: where it really runs, whatever was asked for.
+        inputs: what it is fed.
+        outputs: what it gives.
+    """
+
+    def __init__(self, graph: Graph, profile: Profile, device: str) -> None:
         self.graph = graph
         self.profile = profile
+        self.device = device
         self.inputs = graph.inputs
         self.outputs = graph.outputs
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from difftap.digests import DigestMemo
@@ -27,6 +28,8 @@ from difftap.manifest import FileRecord, Manifest, atomic_path, output_errors
 from difftap.model import COMPONENTS, Model
 
 __all__ = ["GRAPH_VERSION", "Cache", "default_cache_folder"]
+
+_LOG = logging.getLogger("difftap")
 
 GRAPH_VERSION = 1
 """Raised whenever the export step would write other graphs from the same checkpoint."""
@@ -73,7 +76,11 @@ class Cache:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(str(folder / f".{name}.lock"))
-            lock.acquire()
+            try:
+                lock.acquire(timeout=2)
+            except Timeout:
+                _LOG.warning("another process is making '%s'; waiting for it", folder / name)
+                lock.acquire()
         try:
             yield
         finally:
@@ -130,7 +137,7 @@ class Cache:
                     continue
                 with atomic_path(target) as scratch:
                     try:
-                        os.link(source, scratch)
+                        os.link(source.resolve(), scratch)  # a hub snapshot is made of symbolic links
                     except OSError:
                         shutil.copyfile(source, scratch)
         return tuple(placed)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.coords import Geometry
+from difftap.coords import Geometry, Size
 from difftap.engine.backend import Engine
 from difftap.engine.noise import draw
 from difftap.errors import InputError
@@ -23,12 +24,33 @@ from difftap.images import Image, to_input
 from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["BranchEngine", "Extractor", "Features"]
+__all__ = ["BranchEngine", "Extractor", "Features", "members_per_run"]
+
+
+ATTENTION_BUDGET = 1 << 30
+"""Bytes that the largest attention table of one UNet run may take; about three of that size live at once."""
+
+
+def members_per_run(model: Model, size: Size, ensemble: int) -> int:
+    """How many ensemble members one UNet run takes: all, or as large a divisor of E as memory allows.
+
+    Self-attention on the finest grid makes a table of (heads, cells, cells) per member: 1.7 GB at 768 px for Stable
+    Diffusion 2.1. The answer depends on nothing but model and recipe, so it does not make features differ between
+    machines.
+    """
+    heads = model.unet.get("num_attention_heads") or model.unet.get("attention_head_dim", 8)
+    finest = int(heads[0] if isinstance(heads, list) else heads)
+    cells = (size[0] // model.latent_stride) * (size[1] // model.latent_stride)
+    most = max(1, ATTENTION_BUDGET // (4 * finest * cells**2))
+    return max(d for d in range(1, ensemble + 1) if ensemble % d == 0 and d <= most)
 
 
 @dataclass(frozen=True)
 class BranchEngine:
-    """What one branch runs: its UNet engine and its prompt, ``(T, D)`` float32."""
+    """What one branch runs: its UNet engine and its prompt, ``(T, D)`` float32.
+
+    The engine's profile says how many members it takes at once; the ensemble must be a multiple of that.
+    """
 
     branch: Branch
     engine: Engine
@@ -46,11 +68,6 @@ class Features:
 
     digest: str
     branches: tuple[Mapping[str, FeatureMap], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the maps take, in bytes."""
-        return sum(m.data.nbytes for maps in self.branches for m in maps.values())
 
 
 class Extractor:
@@ -101,20 +118,24 @@ class Extractor:
     def _run_branch(
         self, branch: BranchEngine, posterior: Mapping[str, NDArray[np.float32]], noises: NDArray[np.float32]
     ) -> dict[str, NDArray[np.float32]]:
-        count = noises.shape[1]
+        count, members = noises.shape[1:3]
         signal, sigma = self._scales(branch.branch.timestep)
-        return branch.engine.run(
-            {
-                "mean": posterior["mean"],
-                "std": posterior["std"],
-                "posterior_noise": noises[0],
-                "noise": noises[1],
-                "signal": np.full(count, signal, np.float32),
-                "sigma": np.full(count, sigma, np.float32),
-                "timestep": np.full(count, branch.branch.timestep, np.int64),
-                "prompt": np.repeat(branch.prompt[None], count, axis=0),
-            }
-        )
+        feeds: dict[str, NDArray[Any]] = {
+            "mean": posterior["mean"],
+            "std": posterior["std"],
+            "signal": np.full(count, signal, np.float32),
+            "sigma": np.full(count, sigma, np.float32),
+            "timestep": np.full(count, branch.branch.timestep, np.int64),
+            "prompt": np.repeat(branch.prompt[None], count, axis=0),
+        }
+        together = branch.engine.profile.ensemble
+        total: dict[str, NDArray[np.float32]] = {}
+        for start in range(0, members, together):
+            part = slice(start, start + together)
+            means = branch.engine.run({**feeds, "posterior_noise": noises[0][:, part], "noise": noises[1][:, part]})
+            total = {name: total[name] + mean for name, mean in means.items()} if total else means
+        runs = members // together
+        return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
 
     def _scales(self, timestep: int) -> tuple[float, float]:
         """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4)."""

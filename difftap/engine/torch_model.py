@@ -13,15 +13,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from difftap.errors import ModelError, first_line, require
+from difftap.errors import ModelError, RecipeError, first_line, require
 from difftap.model import Model
-from difftap.taps import deepest
 
 __all__ = ["TappedUNet", "VAEEncoder", "build"]
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, no error
-    """Raised by the deepest tap's hook to end an eager pass: what follows feeds no tap."""
+    """Raised by the last tap's hook to end an eager pass: what follows feeds no tap."""
 
 
 class VAEEncoder(nn.Module):  # type: ignore[misc]
@@ -43,16 +42,14 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
     Args:
         unet: a ``UNet2DConditionModel``.
         taps: ``(name, module path)`` of each tap, in the order of the outputs.
-        last: module path of the deepest tap.
-        stop_early: end the pass after the deepest tap (eager runs); a traced pass must run on, and loses its dead tail
-            when it is exported.
+        stop_early: end the pass once every tap is there (eager runs); a traced pass must run on, and loses its dead
+            tail when it is exported.
     """
 
-    def __init__(self, unet: nn.Module, taps: Sequence[tuple[str, str]], last: str, stop_early: bool) -> None:
+    def __init__(self, unet: nn.Module, taps: Sequence[tuple[str, str]], stop_early: bool) -> None:
         super().__init__()
         self.unet = unet
         self.taps = tuple(taps)
-        self.last = last
         self.stop_early = stop_early
 
     def forward(
@@ -80,12 +77,13 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
     def _tapped(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
         caught: dict[str, Tensor] = {}
         handles = []
-        for path in dict.fromkeys(path for _, path in self.taps):  # two names may mean one module
+        paths = list(dict.fromkeys(path for _, path in self.taps))  # two names may mean one module
+        for path in paths:
 
             def catch(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
                 # Blocks that feed skip connections return (hidden, skips); attention returns (hidden,).
                 caught[path] = output[0] if isinstance(output, tuple | list) else output
-                if self.stop_early and path == self.last:
+                if self.stop_early and len(caught) == len(paths):
                     raise _Stop
 
             handles.append(self.unet.get_submodule(path).register_forward_hook(catch))
@@ -96,6 +94,14 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
         finally:
             for handle in handles:
                 handle.remove()
+        for name, path in self.taps:
+            shape = tuple(caught[path].shape) if isinstance(caught.get(path), Tensor) else None
+            if shape is None or len(shape) != 4:
+                got = "is not run, or gives no tensor" if shape is None else f"gives a tensor of {len(shape)} axes"
+                raise RecipeError(
+                    f"tap '{name}' cannot be read: module '{path}' {got}; allowed: a module that gives a map "
+                    "(B, C, h, w), such as a block, a residual or an attention layer"
+                )
         return [caught[path] for _, path in self.taps]
 
 
@@ -125,7 +131,7 @@ def build(model: Model, component: str, tap_names: Sequence[str] = (), *, stop_e
     """Load one network of a model as the module whose inputs and outputs the graph has.
 
     Raises:
-        RecipeError: a tap does not exist in this UNet.
+        RecipeError: a tap does not exist in this UNet. (One that exists and gives no map is refused when it is run.)
         ModelError: the checkpoint cannot be loaded.
     """
     taps = [model.tap(name) for name in tap_names]
@@ -139,5 +145,4 @@ def build(model: Model, component: str, tap_names: Sequence[str] = (), *, stop_e
             raise ModelError(
                 f"the UNet in '{model.folder}' has no module '{tap.module}' for tap '{tap.name}'"
             ) from error
-    last = deepest(taps, model.unet).module
-    return TappedUNet(network, [(tap.name, tap.module) for tap in taps], last, stop_early).eval()
+    return TappedUNet(network, [(tap.name, tap.module) for tap in taps], stop_early).eval()

@@ -18,12 +18,11 @@ from typing import Any
 from difftap.engine.cache import Cache
 from difftap.errors import ModelError, first_line, require
 from difftap.manifest import output_errors
-from difftap.model import Model, pocket_folder
+from difftap.model import RANDOM_MARK, Model, pocket_folder
 
-__all__ = ["PRESETS", "RANDOM_MARK", "open_model"]
+__all__ = ["PRESETS", "open_model"]
 
 PRESETS = ("sd15", "sd21")
-RANDOM_MARK = "_difftap_random_weights"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = [
     "model_index.json",
@@ -89,12 +88,12 @@ def _download(hub_id: str, revision: str | None) -> Path:
     """Fetch a checkpoint's parts from the hub, or find them in its local cache."""
     hub = require("huggingface_hub", "export", f"downloading model '{hub_id}'")
     try:
-        return Path(
-            hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*fp16*", "*non_ema*"]
-            )
-        )
-    except (OSError, ValueError) as error:  # the hub's own errors and requests' inherit from OSError
+        wanted = {"revision": revision, "allow_patterns": _HUB_FILES}
+        folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*fp16*", "*non_ema*"], **wanted))
+        if not any((folder / "unet").glob("*.safetensors")):  # a repository of half-precision weights alone
+            folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*non_ema*"], **wanted))
+        return folder
+    except Exception as error:  # the hub's, its HTTP client's and the system's errors share no base class
         hint = " (this repository was taken down: use a mirror of it, by --model)" if hub_id == _GONE else ""
         raise ModelError(
             f"model '{hub_id}' cannot be downloaded{hint}: {first_line(error)}; give a local "

@@ -9,9 +9,8 @@ from typing import Any
 
 from difftap.engine.backend import Graph, Profile
 from difftap.engine.cache import Cache, file_stem
-from difftap.engine.registry import get_backend
 from difftap.errors import ArtefactError, BackendError, require
-from difftap.export.parity import TensorParity, example_feeds
+from difftap.export.parity import TensorParity, measure
 from difftap.manifest import atomic_path
 from difftap.model import Model
 
@@ -30,14 +29,8 @@ def parity_profile(graph: Graph) -> Profile:
 
 
 def check_parity(graph: Graph) -> dict[str, TensorParity]:
-    """Run a graph on onnxruntime's CPU and on the torch reference, on the same seeded feeds."""
-    profile = parity_profile(graph)
-    feeds = example_feeds(graph, profile)
-    with get_backend("torch").open(graph, profile, "cpu", None) as reference:
-        wanted = reference.run(feeds)
-    with get_backend("ort").open(graph, profile, "cpu", None) as engine:
-        got = engine.run(feeds)
-    return {name: TensorParity.of(got[name], wanted[name]) for name in wanted}
+    """A graph on onnxruntime's CPU against the torch reference, at the small shapes of `parity_profile`."""
+    return measure(graph, parity_profile(graph), "ort", "cpu", None)
 
 
 def export_graph(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.engine.backend import Engine, Graph, Profile
+from difftap.engine.backend import Graph, Profile
+from difftap.engine.registry import get_backend
 
-__all__ = ["TensorParity", "compare", "example_feeds"]
+__all__ = ["TensorParity", "example_feeds", "measure"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,14 @@ def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, ND
     return feeds
 
 
-def compare(engine: Engine, reference: Engine, feeds: Mapping[str, NDArray[Any]]) -> dict[str, TensorParity]:
-    """Run both engines on the same feeds; gives the parity of every output."""
-    wanted, got = reference.run(feeds), engine.run(feeds)
+def measure(graph: Graph, profile: Profile, backend: str, device: str, threads: int | None) -> dict[str, TensorParity]:
+    """Run a graph on a backend and on the torch reference (CPU), on the same seeded feeds: the parity of every output.
+
+    One after the other, so that only one of them is in memory.
+    """
+    feeds = example_feeds(graph, profile)
+    with get_backend("torch").open(graph, profile, "cpu", threads) as reference:
+        wanted = reference.run(feeds)
+    with get_backend(backend).open(graph, profile, device, threads) as engine:
+        got = engine.run(feeds)
     return {name: TensorParity.of(got[name], wanted[name]) for name in wanted}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftap.engine.backend import Graph
-from difftap.errors import ModelError, require
+from difftap.errors import DifftapError, ModelError, first_line, require
 
 if TYPE_CHECKING:
     import onnx
@@ -141,6 +141,10 @@ def trace(
 
     Returns:
         The model. What feeds no tap is not in it.
+
+    Raises:
+        RecipeError: a tapped module gives no map.
+        ModelError: the network cannot be traced, or a weight has a dtype that cannot be read.
     """
     torch = require("torch", "export", "exporting a checkpoint")
     require("onnxscript", "export", "exporting a checkpoint")
@@ -149,17 +153,20 @@ def trace(
 
     examples, axes = _example(graph)
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            examples,
-            dynamo=True,
-            input_names=[s.name for s in graph.inputs],
-            output_names=[s.name for s in graph.outputs],
-            dynamic_shapes=axes,
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                module,
+                examples,
+                dynamo=True,
+                input_names=[s.name for s in graph.inputs],
+                output_names=[s.name for s in graph.outputs],
+                dynamic_shapes=axes,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as error:  # whatever the network's own code raises while it is traced
+            raise _root_cause(error, graph) from error
         traced = program.model
         parameters = _parameters_to_inputs(traced, weights, graph.component)
         optimizer.optimize(traced)
@@ -168,6 +175,15 @@ def trace(
     _strip(proto)
     _attach_weights(proto, parameters, weights, folder)
     return proto
+
+
+def _root_cause(error: BaseException, graph: Graph) -> DifftapError:
+    """Our own error from inside the traced network, or one line on what went wrong there."""
+    while error.__cause__ is not None and not isinstance(error, DifftapError):
+        error = error.__cause__
+    if isinstance(error, DifftapError):
+        return error
+    return ModelError(f"the {graph.component} of model '{graph.model.name}' cannot be traced ({first_line(error)})")
 
 
 def _parameters_to_inputs(

@@ -15,6 +15,7 @@ from difftap.matching.dense import DenseTarget, Peaks
 from difftap.matching.grid import GridTarget, clip_to_image, first_best
 from difftap.matching.interpolate import sample, unit
 from difftap.matching.mutual import mutual_nearest
+from difftap.points import check_inside
 from difftap.recipe import Matcher
 
 __all__ = ["Matches", "check_points", "heat_map", "match_points", "mutual_matches"]
@@ -61,16 +62,7 @@ def check_points(points: ArrayLike, features: FeatureMap) -> NDArray[np.float64]
         return np.zeros((0, 2))
     if array.ndim != 2 or array.shape[1] != 2:
         raise PointError(f"points have shape {array.shape}; give (N, 2): x, y in pixels")
-    bad = np.flatnonzero(~features.geometry.contains(array))  # NaN and infinity are never contained
-    if len(bad):
-        x, y = array[bad[0]]
-        width, height = features.image_size
-        more = f", and {len(bad) - 1} more points are bad too" if len(bad) > 1 else ""
-        raise PointError(
-            f"point {bad[0]} is ({x:g}, {y:g}), not on the source image of {width} x {height} pixels; allowed: "
-            f"x from -0.5 to {width - 0.5:g}, y from -0.5 to {height - 0.5:g}{more}; give pixels of the original image"
-        )
-    return array
+    return check_inside(array, features.image_size, "the source image")
 
 
 def match_points(

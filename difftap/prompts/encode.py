@@ -17,15 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.engine.cache import Cache
-from difftap.errors import ModelError, OutputError, first_line, require
-from difftap.manifest import atomic_path
-from difftap.model import Model
+from difftap.errors import ArtefactError, ModelError, OutputError, first_line, require
+from difftap.manifest import FileRecord, Manifest, atomic_path
+from difftap.model import RANDOM_MARK, Model
 
 __all__ = ["encode_prompt"]
 
 _LOG = logging.getLogger("difftap")
 _RANDOM_TOKENS = 77  # CLIP's sequence length
-_RANDOM_MARK = "_difftap_random_weights"
 
 
 def encode_prompt(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
@@ -79,7 +78,7 @@ def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
 def _random(model: Model, prompt: str, width: int) -> NDArray[np.float32]:
     """Seeded noise with a layer norm's unit variance, for models built with random weights."""
     try:
-        seed = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))[_RANDOM_MARK]
+        seed = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))[RANDOM_MARK]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"model '{model.name}' has no text encoder: '{model.folder}' holds neither text_encoder/ nor "
@@ -98,20 +97,27 @@ def _remembered(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
             f"'{model.folder / 'text_encoder'}' holds no safetensors weights (pickled ones are refused); "
             "get the checkpoint again"
         )
-    weights = [cache.memo.digest(path) for path in files]
-    key = hashlib.sha256("\n".join([*weights, prompt]).encode()).hexdigest()[:32]
+    # The tokenizer and the encoder's configuration decide the embedding as much as the weights do.
+    files += sorted(
+        p for part in ("text_encoder", "tokenizer") for p in (model.folder / part).glob("*.[jt]*") if p.is_file()
+    )
+    made_from = {"files": [cache.memo.digest(path) for path in files], "prompt": prompt}
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     path = cache.folder / "prompts" / f"{key}.npy"
-    if path.is_file():
+    manifest = path.with_suffix(".json")
+    if manifest.is_file():
         try:
+            Manifest.load(manifest).check(path.parent, made_from)
             known: NDArray[np.float32] = np.load(path, allow_pickle=False)
             return known
-        except (OSError, ValueError):
-            _LOG.warning("'%s' is damaged; encoding the prompt again", path)
+        except (ArtefactError, OSError, ValueError, EOFError) as error:
+            _LOG.warning("%s; encoding the prompt again", error)
     embedding = _clip(model, prompt)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as scratch, open(scratch, "wb") as handle:
             np.save(handle, embedding)
+        Manifest("prompt", made_from, {path.name: FileRecord.of(path)}).save(manifest)
     except (OSError, OutputError) as error:  # only a memory: the embedding is at hand
         _LOG.warning("the prompt's embedding could not be kept: %s", error)
     return embedding

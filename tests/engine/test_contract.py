@@ -5,9 +5,10 @@ import pytest
 
 from difftap.engine import BACKENDS, Backend, Engine, Graph, Profile, choose_device, get_backend
 from difftap.errors import BackendError, InputError, NonFiniteError
-from difftap.export.parity import compare, example_feeds
+from difftap.export.parity import example_feeds
 from difftap.model import Model
 from tests.conftest import MINI_TAPS
+from tests.parity import compare
 
 PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=3)
 

@@ -19,11 +19,13 @@ _QUIET = 3  # onnxruntime's log level for errors
 class OrtEngine(Engine):
     """One ONNX Runtime session."""
 
-    def __init__(self, graph: Graph, profile: Profile, session: Any) -> None:
-        super().__init__(graph, profile)
+    def __init__(self, graph: Graph, profile: Profile, device: str, session: Any) -> None:
+        super().__init__(graph, profile, device)
         self._session: Any = session
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if self._session is None:
+            raise BackendError(f"the engine of {self.graph.name} is closed; open it again")
         # The exporter drops inputs that no tap depends on (a prompt, for a tap before the first attention).
         used = {value.name for value in self._session.get_inputs()}
         names = [spec.name for spec in self.outputs]
@@ -77,12 +79,16 @@ class OrtBackend(Backend):
             options.add_free_dimension_override_by_name(letter, side)
             options.add_free_dimension_override_by_name(letter.lower(), side // stride)
         wanted = _PROVIDERS[device]
-        providers = [wanted] if device == "cpu" else [wanted, _PROVIDERS["cpu"]]
+        providers: list[Any] = [_PROVIDERS["cpu"]]
+        if device == "cuda":
+            # TF32 would be fp32 in name only, and an algorithm chosen by timing would differ from run to run.
+            providers.insert(0, (wanted, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}))
         try:
             session = onnxruntime.InferenceSession(str(graph.path), options, providers=providers)
         except Exception as error:
             raise BackendError(f"onnxruntime cannot open '{graph.path}': {first_line(error)}") from error
         if wanted not in session.get_providers():
+            device = "cpu"
             # onnxruntime falls back without a word when a CUDA library is missing or of another version.
             _LOG.warning(
                 "onnxruntime could not use %s and fell back to %s; check that the CUDA and cuDNN libraries that this "
@@ -90,4 +96,4 @@ class OrtBackend(Backend):
                 wanted,
                 ", ".join(session.get_providers()),
             )
-        return OrtEngine(graph, profile, session)
+        return OrtEngine(graph, profile, device, session)

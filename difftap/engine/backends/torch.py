@@ -15,7 +15,7 @@ class TorchEngine(Engine):
     """One torch module in fp32."""
 
     def __init__(self, graph: Graph, profile: Profile, module: Any, device: str, threads: int | None) -> None:
-        super().__init__(graph, profile)
+        super().__init__(graph, profile, device)
         self._module: Any = module.to(device)
         self._device = device
         self._threads = threads
@@ -23,12 +23,14 @@ class TorchEngine(Engine):
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
+        if self._module is None:
+            raise BackendError(f"the engine of {self.graph.name} is closed; open it again")
         before = torch.get_num_threads()
         try:
             # The count is the process's, so it is set for our own call alone.
             if self._threads:
                 torch.set_num_threads(self._threads)
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
                 tensors = [torch.from_numpy(np.ascontiguousarray(feeds[s.name])).to(self._device) for s in self.inputs]
                 values = self._module(*tensors)
         except RuntimeError as error:

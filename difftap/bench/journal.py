@@ -1,0 +1,136 @@
+"""A file of JSON lines that a run appends to and can take up again: its conditions, then one line a record.
+
+A line is complete or absent: a partial last line (the run was killed, the disk was full) is cut off on resuming.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+
+from difftap.errors import InputError, OutputError
+from difftap.manifest import output_errors
+
+__all__ = ["Journal", "open_journal", "read_journal"]
+
+
+class Journal:
+    """An open journal; use `open_journal`.
+
+    Attributes:
+        done: records that an earlier run had written.
+    """
+
+    def __init__(self, handle: TextIO, done: int) -> None:
+        self._handle = handle
+        self.done = done
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; it is on its way to the disk when this returns."""
+        self._handle.write(_line(record))
+        self._handle.flush()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+@contextlib.contextmanager
+def open_journal(path: Path, header: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Journal]:
+    """Begin a journal, or take up one that was begun under the same conditions.
+
+    Args:
+        path: the file.
+        header: the run's conditions; an earlier header must hold the same.
+        overwrite: start afresh whatever is there.
+
+    Raises:
+        OutputError: it cannot be written, is another run's, or is being written.
+    """
+    lock_path = path.with_name(f".{path.name}.lock")
+    with output_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        if not path.parent.exists():  # the lock would make it without a word
+            raise FileNotFoundError(errno.ENOENT, "No such folder")
+        lock = FileLock(str(lock_path))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                f"cannot write '{path}': another run is writing it; wait for it, or choose another"
+            ) from error
+    try:
+        done = 0 if overwrite else _finished(path, header)
+        with output_errors(path), open(path, "w" if overwrite else "a", encoding="utf-8") as handle:
+            journal = Journal(handle, done)
+            if handle.tell() == 0:
+                journal.write(header)
+            yield journal
+            os.fsync(handle.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            lock_path.unlink()  # while it is still held: nobody else's lock is taken away
+        lock.release()
+
+
+def _finished(path: Path, header: Mapping[str, Any]) -> int:
+    """How many whole records there are; cuts a partial last line off."""
+    if not path.is_file() or not path.stat().st_size:
+        return 0
+    with output_errors(path), open(path, "rb+") as handle:
+        first = handle.readline()
+        if not first.endswith(b"\n") and _line(header).encode().startswith(first):
+            handle.truncate(0)  # killed while writing the very first line
+            return 0
+        earlier = _header(first, path)
+        wanted = json.loads(json.dumps(header))
+        differing = [key for key in {**wanted, **earlier} if earlier.get(key) != wanted.get(key)]
+        if differing:
+            raise OutputError(
+                f"'{path}' was begun under other conditions ({', '.join(differing)} differ); choose another file, or "
+                "--overwrite"
+            )
+        count, end = 0, handle.tell()
+        for line in handle:
+            if not line.endswith(b"\n"):
+                break
+            count, end = count + 1, end + len(line)
+        handle.truncate(end)
+    return count
+
+
+def _header(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+        if isinstance(header, dict) and header.get("type") == "run":
+            return header
+    except ValueError:
+        pass
+    raise OutputError(f"'{path}' exists and its first line is no run's header; choose another file, or --overwrite")
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A journal's header and its whole records; a partial last line is left out.
+
+    Raises:
+        InputError: the file is missing or no journal.
+    """
+    try:
+        with open(path, "rb") as handle:
+            lines = handle.read().split(b"\n")[:-1]  # what follows the last line end is partial, or nothing
+        header, *records = [json.loads(line) for line in lines]
+        if header.get("type") != "run" or not all(isinstance(record, dict) for record in records):
+            raise ValueError("its first line is no run's header")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"'{path}' cannot be read as predictions ({error}); give a file that 'difftap bench pck' wrote"
+        ) from error
+    return header, records

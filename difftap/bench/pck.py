@@ -1,0 +1,189 @@
+"""PCK, the percentage of correct keypoints, as pure functions on arrays. Fractions, never percent.
+
+Everything that is averaged derives from two counts per pair: its points, and those of them that are right. A pair
+without a point has no share of its own: it takes no part in any mean, and is counted.
+
+Axis letters: T points of one pair; P pairs; K thresholds; B bootstrap draws; M the target's visible keypoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from difftap.bench.protocols import AGGREGATES
+from difftap.errors import InputError
+
+__all__ = ["TIE", "Interval", "Tally", "aggregate", "box_side", "draws", "extent", "intervals", "rival", "within"]
+
+TIE = 1e-9
+"""Distances this close to a threshold, in pixels and as a share of it, are on it: the rest is rounding.
+
+``0.1 * 70`` is 7.000000000000001 in binary; a point exactly 7 pixels away is on that threshold, not below it.
+"""
+
+_DRAWS = 256  # resamplings handled together
+
+
+def box_side(box: Sequence[float]) -> float:
+    """Longer side of a box ``(x1, y1, x2, y2)`` in pixels; 0 for one that is empty or turned inside out."""
+    return max(0.0, box[2] - box[0], box[3] - box[1])
+
+
+def extent(points: ArrayLike) -> float:
+    """Longer side of the box around points ``(T, 2)``; rows that are not finite (padding) have no say; 0 if none is."""
+    xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
+    xy = xy[np.isfinite(xy).all(axis=1)]
+    return float(np.max(np.ptp(xy, axis=0))) if len(xy) else 0.0
+
+
+def within(distance: ArrayLike, length: ArrayLike, alphas: ArrayLike, strict: bool) -> NDArray[np.bool_]:
+    """Which points are right: distance against alpha times length, ``(T, K)``.
+
+    Args:
+        distance: ``(T,)``; infinite or NaN where nothing was found, which is never right.
+        length: one, or ``(T,)``: what alpha is a share of, in the distances' unit.
+        alphas: ``(K,)``.
+        strict: ``<`` rather than ``<=``.
+    """
+    limit = np.reshape(np.asarray(length, np.float64), (-1, 1)) * np.asarray(alphas, np.float64)  # (T or 1, K)
+    slack = TIE * (1.0 + limit)
+    far = np.reshape(np.asarray(distance, np.float64), (-1, 1))
+    right: NDArray[np.bool_] = far < limit - slack if strict else far <= limit + slack
+    return right
+
+
+def rival(found: NDArray[np.float64], others: NDArray[np.float64], same: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Distance ``(T,)`` from each place found to the nearest other visible keypoint; infinite if there is none.
+
+    PCK-dagger (Aygun and Mac Aodha, ECCV 2022) takes a point as right only if no other keypoint is nearer to the place
+    found than the one that was meant.
+
+    Args:
+        found: ``(T, 2)``.
+        others: ``(M, 2)``, all visible keypoints of the target.
+        same: ``(T, M)``, true where the two are the same keypoint.
+    """
+    if not len(others):
+        return np.full(len(found), np.inf)
+    apart = np.linalg.norm(found[:, None, :] - others[None, :, :], axis=2)  # (T, M)
+    nearest: NDArray[np.float64] = np.where(same | ~np.isfinite(apart), np.inf, apart).min(axis=1)
+    return nearest
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was counted, pair by pair.
+
+    Attributes:
+        classes: names of the classes.
+        members: ``(P,)``, each pair's class as an index into ``classes``.
+        points: ``(P,)``, points of the pair.
+        hits: ``(P, K)``, those that are right, for each threshold.
+    """
+
+    classes: tuple[str, ...]
+    members: NDArray[np.int64]
+    points: NDArray[np.int64]
+    hits: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if not (len(self.members) == len(self.points) == len(self.hits)) or self.hits.ndim != 2:
+            raise InputError(
+                f"{len(self.members)} classes, {len(self.points)} counts and {self.hits.shape} hits differ"
+            )
+        if (self.hits > self.points[:, None]).any() or (self.hits < 0).any():
+            raise InputError("a pair has more points right than it has points")
+
+    def select(self, chosen: NDArray[np.bool_]) -> Tally:
+        """The pairs of a mask ``(P,)``."""
+        return Tally(self.classes, self.members[chosen], self.points[chosen], self.hits[chosen])
+
+
+def aggregate(tally: Tally, by: str, weights: NDArray[np.integer] | None = None) -> NDArray[np.float64]:
+    """PCK of all pairs, ``(K,)``, or ``(B, K)`` for weights ``(B, P)``: how often each pair was drawn.
+
+    NaN where there is nothing to average. A class without points takes no part in a mean over classes.
+
+    Args:
+        tally: the counts.
+        by: one of `AGGREGATES`.
+        weights: counts of a resampling; None for every pair once.
+    """
+    if by not in AGGREGATES:
+        raise InputError(f"aggregate is {by!r}; allowed: {', '.join(AGGREGATES)}")
+    if weights is not None and len(weights) > _DRAWS:  # in blocks, so that no float64 copy of all draws is made
+        blocks = [aggregate(tally, by, weights[start : start + _DRAWS]) for start in range(0, len(weights), _DRAWS)]
+        return np.concatenate(blocks)
+    drawn = np.ones((1, len(tally.points))) if weights is None else np.asarray(weights, np.float64)
+    points = tally.points.astype(np.float64)
+    some = points > 0
+    if by.endswith("image"):
+        top = tally.hits / np.where(some, points, 1.0)[:, None]  # (P, K), each pair's share
+        bottom = some.astype(np.float64)
+    else:
+        top, bottom = tally.hits.astype(np.float64), points
+    if not by.startswith("class"):
+        result = _ratio(drawn @ top, drawn @ bottom)
+    else:
+        shares = []
+        for k in range(len(tally.classes)):
+            inside = tally.members == k
+            shares.append(_ratio(drawn[:, inside] @ top[inside], drawn[:, inside] @ bottom[inside]))  # (B, K)
+        stacked = np.stack(shares) if shares else np.full((1, len(drawn), tally.hits.shape[1]), np.nan)
+        present = ~np.isnan(stacked)
+        result = _ratio(np.where(present, stacked, 0.0).sum(axis=0), present.sum(axis=0).astype(np.float64))
+    return result[0] if weights is None else result
+
+
+def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
+    if bottom.ndim < top.ndim:
+        bottom = bottom[..., None]
+    result = np.full(np.broadcast_shapes(top.shape, bottom.shape), np.nan)
+    np.divide(top, bottom, out=result, where=bottom > 0)
+    return result
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A percentile interval from resampling, bounds ``(K,)``."""
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def draws(pairs: int, count: int = 1000, seed: int = 0) -> NDArray[np.uint16]:
+    """How often each pair is drawn in each of ``count`` resamplings with replacement, ``(B, P)``.
+
+    Made from the seed alone, so two results over the same pairs are resampled alike.
+    """
+    stream = np.random.Generator(np.random.Philox(key=np.array([seed, pairs], np.uint64)))
+    weights = np.empty((count, pairs), np.uint16)
+    for b in range(count):
+        weights[b] = np.bincount(stream.integers(0, pairs, pairs), minlength=pairs) if pairs else 0
+    return weights
+
+
+def intervals(tally: Tally, by: str, weights: NDArray[np.integer], level: float = 0.95) -> Interval:
+    """Bootstrap over pairs (Efron's percentile interval) of `aggregate`.
+
+    Pairs share images, so they are not independent and the true spread is somewhat wider.
+
+    Args:
+        tally: the counts.
+        by: one of `AGGREGATES`.
+        weights: `draws`, ``(B, P)``.
+        level: share of the draws inside.
+    """
+    if not 0 < level < 1:
+        raise InputError(f"level is {level}; allowed: between 0 and 1")
+    values = aggregate(tally, by, weights)  # (B, K)
+    values = values[~np.isnan(values).all(axis=1)]
+    if not len(values):
+        nothing = np.full(tally.hits.shape[1], np.nan)
+        return Interval(nothing, nothing)
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Interval(low, high)

@@ -1,0 +1,183 @@
+"""Benchmark protocols as data: where distances are measured, what a threshold is a share of, and what is averaged.
+
+Facts are from the public evaluation code of each system; ``inferred`` names what that code leaves open. A protocol
+judges predictions that are given in pixels of the original images, so one run can be scored under all of them.
+
+=============  =================================================================================
+basis          the length that alpha is a share of
+=============  =================================================================================
+``box``        longer side of the target object's box as annotated, also where it leaves the image
+``image``      longer side of the target image
+``extent``     longer side of the box around the pair's target keypoints, finite ones only
+=============  =================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.coords import Size
+from difftap.errors import InputError
+
+__all__ = ["AGGREGATES", "BASES", "FRAMES", "PROTOCOLS", "Protocol", "get_protocols"]
+
+FRAMES = ("original", "square", "letterbox")
+BASES = ("box", "image", "extent")
+AGGREGATES = ("image", "point", "class-image", "class-point")
+"""Mean over pairs of each pair's share; share of all points; and the mean over classes of either."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a benchmark scores.
+
+    Attributes:
+        name: what it is called here.
+        origin: whose evaluation it is.
+        frame: where distances are measured: ``original`` pixels; ``square``, the image stretched to a square of
+            ``side`` pixels; ``letterbox``, the image's longer side scaled to ``side``, aspect kept.
+        side: of the frame in pixels; 0 for ``original``.
+        bases: data set's name to basis; ``"*"`` stands for any other.
+        strict: a point is right if its distance is below the threshold (``<``); otherwise also on it (``<=``).
+        headline: the one of `AGGREGATES` that the authors quote.
+        alphas: the authors' thresholds, as shares of the basis.
+        clip: target keypoints are moved into ``[clip, side - 1 - clip]`` of the frame; None leaves them.
+        inferred: what the authors' code does not settle and is chosen here.
+    """
+
+    name: str
+    origin: str
+    frame: str
+    side: int
+    bases: Mapping[str, str]
+    strict: bool
+    headline: str
+    alphas: tuple[float, ...]
+    clip: float | None = None
+    inferred: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, got, allowed in (
+            ("frame", self.frame, FRAMES),
+            ("headline", self.headline, AGGREGATES),
+            *(("basis", basis, BASES) for basis in self.bases.values()),
+        ):
+            if got not in allowed:
+                raise InputError(f"protocol '{self.name}': {what} is {got!r}; allowed: {', '.join(allowed)}")
+        if (self.side > 0) == (self.frame == "original"):
+            raise InputError(f"protocol '{self.name}': side is {self.side}; allowed: 0 for original, else above 0")
+        if not self.alphas or not all(0 < alpha < float("inf") for alpha in self.alphas):
+            raise InputError(f"protocol '{self.name}': alphas are {self.alphas}; allowed: numbers above 0")
+
+    def basis(self, dataset: str) -> str | None:
+        """What alpha is a share of on a data set; None where the protocol does not apply."""
+        return self.bases.get(dataset, self.bases.get("*"))
+
+    def to_frame(self, points: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
+        """Original pixels ``(N, 2)`` of an image of ``(W, H)`` to the frame's.
+
+        Only differences count, so the half-pixel shift and the letterbox's offset, equal for both points, are left out.
+        """
+        if self.frame == "original":
+            return points
+        scale = self.side / (np.array(size, np.float64) if self.frame == "square" else float(max(size)))
+        return points * scale
+
+    def clipped(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Target keypoints ``(N, 2)`` of the frame, moved into it if the protocol says so."""
+        return points if self.clip is None else np.clip(points, self.clip, self.side - 1 - self.clip)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every condition, as plain data."""
+        return {
+            "name": self.name,
+            "origin": self.origin,
+            "frame": self.frame,
+            "side": self.side,
+            "bases": dict(self.bases),
+            "comparison": "<" if self.strict else "<=",
+            "headline": self.headline,
+            "alphas": list(self.alphas),
+            "clip": self.clip,
+            "inferred": list(self.inferred),
+        }
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "dift",
+            "DIFT (Tang et al., NeurIPS 2023), eval_spair.py",
+            frame="original",
+            side=0,
+            bases={"spair": "box", "pf-pascal": "image", "pf-willow": "extent", "synthetic": "image", "*": "box"},
+            strict=False,
+            headline="image",
+            alphas=(0.05, 0.10, 0.15),
+            inferred=("its code covers SPair-71k at alpha 0.10 alone: other alphas, and the bases of other sets",),
+        ),
+        Protocol(
+            "sd4match",
+            "SD4Match (Li et al., CVPR 2024), utils/evaluator.py",
+            frame="square",
+            side=768,
+            bases={"spair": "box", "pf-pascal": "image", "pf-willow": "extent", "synthetic": "image", "*": "box"},
+            strict=False,
+            headline="image",
+            alphas=(0.05, 0.10, 0.15),
+            clip=1e-4,
+            inferred=("the basis of the synthetic set",),
+        ),
+        Protocol(
+            "geoaware",
+            "GeoAware-SC (Zhang et al., CVPR 2024), pck_train.py",
+            frame="letterbox",
+            side=960,
+            bases={"spair": "box", "pf-pascal": "image", "pf-willow": "extent", "synthetic": "image", "*": "box"},
+            strict=True,
+            headline="image",
+            alphas=(0.01, 0.05, 0.10),
+            inferred=("the bases of PF-WILLOW and the synthetic set",),
+        ),
+        Protocol(
+            "distilldift",
+            "DistillDIFT (Fundel et al., WACV 2025), eval.py, PCK_bbox",
+            frame="original",
+            side=0,
+            bases={"spair": "box", "pf-willow": "extent", "pf-pascal": "image", "synthetic": "image", "*": "box"},
+            strict=False,
+            headline="point",
+            alphas=(0.05, 0.10),
+            inferred=("alpha 0.05", "the bases of PF-PASCAL and the synthetic set"),
+        ),
+        Protocol(
+            "distilldift-img",
+            "DistillDIFT (Fundel et al., WACV 2025), eval.py, PCK_img",
+            frame="original",
+            side=0,
+            bases={"*": "image"},
+            strict=False,
+            headline="point",
+            alphas=(0.05, 0.10),
+            inferred=("alpha 0.05",),
+        ),
+    )
+}
+
+
+def get_protocols(names: Sequence[str] = ()) -> list[Protocol]:
+    """The protocols of these names, all of them if none is given.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    unknown = [name for name in names if name not in PROTOCOLS]
+    if unknown:
+        raise InputError(f"no protocol '{unknown[0]}'; allowed: {', '.join(PROTOCOLS)}")
+    return [PROTOCOLS[name] for name in names] if names else list(PROTOCOLS.values())

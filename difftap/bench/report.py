@@ -1,0 +1,300 @@
+"""Results for people and for papers: terminal tables, results.json, Markdown and LaTeX in the poster's layout.
+
+Fractions become percent here and nowhere else. A number stands with its conditions: protocol, mean, threshold, counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from difftap.bench.published import SPAIR_CLASSES, PublishedRow, published
+from difftap.errors import InputError
+
+__all__ = ["FORMATS", "ResultTable", "dump_results", "format_results", "result_table"]
+
+FORMATS = ("markdown", "latex")
+
+
+def dump_results(results: Mapping[str, Any]) -> str:
+    """results.json as text: indented, but for the per-pair lists, which stand on a line each."""
+    head = {key: value for key, value in results.items() if key != "pairs"}
+    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    pairs = results["pairs"]
+    lines = [f'  "{key}": {_compact(pairs[key])}' for key in ("names", "classes", "points")]
+    hits = [
+        f'   "{protocol}": {{\n' + ",\n".join(f'    "{a}": {_compact(row)}' for a, row in by_alpha.items()) + "\n   }"
+        for protocol, by_alpha in pairs["hits"].items()
+    ]
+    lines.append('  "hits": {\n' + ",\n".join(hits) + "\n  }" if hits else '  "hits": {}')
+    return text[:-2] + ',\n "pairs": {\n' + ",\n".join(lines) + "\n }\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _cell(figure: Mapping[str, float | None]) -> str:
+    if figure["value"] is None:
+        return "-"
+    return f"{_percent(figure['value'])} [{_percent(figure['low'], 1)}, {_percent(figure['high'], 1)}]"
+
+
+def conditions_line(results: Mapping[str, Any]) -> str:
+    """What a reader must know of every figure, on one line."""
+    at, counts = results["conditions"], results["counts"]
+    recipe, matching, data = at["recipe"], at["matching"], at["dataset"]
+    matcher = recipe["matcher"]
+    reading = f" {matcher['interpolation']}" if matcher["name"] == "dense" else ""
+    branches = " + ".join(f"{'+'.join(b['taps'])} @ t={b['timestep']}" for b in recipe["branches"])
+    joined = f", {matching['combine']}" if len(recipe["branches"]) > 1 else ""
+    size = f"{recipe['size'][0]} x {recipe['size'][1]}"
+    return (
+        f"{data['name']} {data.get('split', '')}: {counts['pairs_scored']} pairs, {counts['points']} points, "
+        f"{counts['images']} images; model {at['model']['name']}, {branches}{joined}, {size}, E={recipe['ensemble']}, "
+        f"seed {recipe['seed']}; {matcher['name']}{reading}, by {matching['reading']}; backend {at['backend']['name']} "
+        f"{at['backend']['precision']}; recipe {at['recipe_key']}"
+    )
+
+
+def format_results(results: Mapping[str, Any], *, show_published: bool = True) -> list[str]:
+    """The results as lines for a terminal."""
+    lines = [conditions_line(results), ""]
+    boot = results["bootstrap"]
+    lines.append(
+        f"PCK in %, with {100 * boot['level']:g} % intervals ({boot['draws']} bootstrap draws over pairs); * marks the "
+        "mean that the protocol's authors quote"
+    )
+    heads = ("image", "point", "class-image", "class-point")
+    lines.append(f"{'protocol':16}{'alpha':>6}  " + "".join(f"{head:24}" for head in heads) + "image, dagger")
+    for name, result in results["protocols"].items():
+        headline = result["conditions"]["headline"]
+        for alpha, figures in _by_alpha(result["pck"]):
+            cells = [("*" if head == headline else " ") + _cell(figures[head]) for head in heads]
+            dagger = _cell(result["pck_dagger"][alpha]["image"])
+            lines.append(f"{name:16}{alpha:>6}  " + "".join(f"{cell:24}" for cell in cells) + dagger)
+    lines += [f"{name:16}does not apply: {reason}" for name, reason in results["not_applied"].items()]
+    lines += _protocol_notes(results)
+    lines += _flag_lines(results)
+    lines += _confidence_lines(results)
+    if show_published:
+        lines += _published_lines(results)
+    return [line.rstrip() for line in [*lines, *_count_lines(results)]]
+
+
+def _by_alpha(figures: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    return [(key, value) for key, value in figures.items() if key not in ("pairs", "points")]
+
+
+def _protocol_notes(results: Mapping[str, Any]) -> list[str]:
+    lines = [""]
+    for name, result in results["protocols"].items():
+        at = result["conditions"]
+        where = "original pixels" if at["frame"] == "original" else f"{at['frame']} of {at['side']} pixels"
+        zero = result["counts"]["pairs_with_zero_threshold"]
+        more = f"; {zero} pairs have a threshold of 0" if zero else ""
+        lines.append(f"{name:16}{at['comparison']} alpha x {at['basis']}, in {where}{more}")
+    return lines
+
+
+def _main(results: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The protocol and threshold that cuts are shown for: the first protocol, at 0.1 or its highest alpha."""
+    for name, result in results["protocols"].items():
+        alphas = [alpha for alpha, _ in _by_alpha(result["pck"])]
+        return name, "0.1" if "0.1" in alphas else alphas[-1]
+    return None
+
+
+def _flag_lines(results: Mapping[str, Any]) -> list[str]:
+    chosen = _main(results)
+    if chosen is None or not results["protocols"][chosen[0]]["by_flag"]:
+        return []
+    name, alpha = chosen
+    lines = ["", f"by flag, {name} per image at alpha {alpha}"]
+    for flag, values in results["protocols"][name]["by_flag"].items():
+        cells = [f"{value}: {_cell(cut[alpha]['image'])} ({cut['pairs']} pairs)" for value, cut in values.items()]
+        lines.append(f"{flag:22}" + "   ".join(cells))
+    return lines
+
+
+def _confidence_lines(results: Mapping[str, Any]) -> list[str]:
+    chosen = _main(results)
+    if chosen is None:
+        return []
+    name, alpha = chosen
+    figures = results["protocols"][name]["calibration"].get(alpha, {})
+    lines = ["", f"is a match right? {name} at alpha {alpha}; precision in % when so much of what is right is kept"]
+    for confidence, one in figures.items():
+        bars = "  ".join(
+            f"{float(r):.0%}: {_percent(bar['precision'], 1)}" for r, bar in one["precision_at_recall"].items()
+        )
+        area = "-" if one["auc"] is None else f"{one['auc']:.3f}"
+        error = "-" if one["calibration_error"] is None else f"{one['calibration_error']:.3f}"
+        lines.append(f"{confidence:14}AUC {area}  calibration error {error}  n={one['matches']}  {bars}")
+    return lines if figures else []
+
+
+def _published_lines(results: Mapping[str, Any]) -> list[str]:
+    data = results["conditions"]["dataset"]
+    alphas = {float(a) for result in results["protocols"].values() for a, _ in _by_alpha(result["pck"])}
+    rows = [row for a in sorted(alphas) for row in published(data["name"], str(data.get("split", "")), a)]
+    if not rows:
+        return []
+    lines = ["", "published, not ours (their pairs, their conditions):"]
+    return lines + [f"{row.alpha:>6g}  {_percent(row.value):>6}  {row.method:28}{row.conditions}" for row in rows]
+
+
+def _count_lines(results: Mapping[str, Any]) -> list[str]:
+    counts = results["counts"]
+    said = {
+        "pairs_failed": "pairs failed and take no part",
+        "pairs_pending": "pairs are not done yet",
+        "pairs_without_points": "pairs have no keypoint",
+        "points_unmatched": "points were refused by the matcher and count as wrong",
+        "points_read_at_the_border": "source points lie outside their image and were read at its border",
+    }
+    lines = [f"{counts[key]} {text}" for key, text in said.items() if counts[key]]
+    left_out = results["conditions"]["dataset"].get("left_out", {})
+    lines += [f"{count} listed pairs were left out by the loader: {kind}" for kind, count in left_out.items()]
+    lines += [f"  {one['pair']}: {one['error']}" for one in counts["failures"][:10]]
+    return ["", *lines] if lines else []
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table of methods by classes.
+
+    Attributes:
+        caption: every condition that the rows share, and what the marks mean.
+        heads: the columns' names, "All" last.
+        rows: per method, its figures as fractions; None where there is none.
+        marks: per method, ``ours`` or ``published``.
+    """
+
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    marks: tuple[str, ...]
+
+    def _best(self, column: int) -> float | None:
+        figures = [row[column] for _, row in self.rows if row[column] is not None]
+        return max((round(100 * figure, 2) for figure in figures if figure is not None), default=None)
+
+    def _texts(self, bold: tuple[str, str]) -> list[list[str]]:
+        best = [self._best(k) for k in range(len(self.heads))]
+        texts = []
+        for _, row in self.rows:
+            cells = []
+            for figure, top in zip(row, best, strict=True):
+                text = _percent(figure)
+                cells.append(
+                    f"{bold[0]}{text}{bold[1]}" if figure is not None and round(100 * figure, 2) == top else text
+                )
+            texts.append(cells)
+        return texts
+
+    def markdown(self) -> str:
+        """A Markdown table; the best of each column is bold."""
+        lines = ["| method | " + " | ".join(self.heads) + " |", "|---|" + "---:|" * len(self.heads)]
+        for (name, _), mark, cells in zip(self.rows, self.marks, self._texts(("**", "**")), strict=True):
+            label = name if mark == "ours" else f"{name} ({mark})"
+            lines.append("| " + " | ".join([label.replace("|", "\\|"), *cells]) + " |")
+        return "\n".join([*lines, "", self.caption, ""])
+
+    def latex(self) -> str:
+        """A LaTeX tabular for booktabs; the best of each column is bold, published rows are in italics."""
+        lines = [
+            "\\begin{table}",
+            f"\\caption{{{_tex(self.caption)}}}",
+            "\\begin{tabular}{l" + "r" * len(self.heads) + "}",
+            "\\toprule",
+            "method & " + " & ".join(_tex(head) for head in self.heads) + " \\\\",
+            "\\midrule",
+        ]
+        for (name, _), mark, cells in zip(self.rows, self.marks, self._texts(("\\textbf{", "}")), strict=True):
+            label = _tex(name) if mark == "ours" else f"\\textit{{{_tex(name)} ({mark})}}"
+            lines.append(" & ".join([label, *cells]) + " \\\\")
+        return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+_TEX = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "\\textless{}"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(one, f"\\{one}" if one in "&%$#_{}" else one) for one in text)
+
+
+def result_table(
+    runs: Sequence[tuple[str, Mapping[str, Any]]],
+    protocol: str,
+    alpha: float,
+    by: str = "image",
+    *,
+    show_published: bool = False,
+) -> ResultTable:
+    """The poster's table: methods by SPair-71k's 18 classes, or the data set's own, and All.
+
+    Args:
+        runs: per method, its name and its results.
+        protocol: whose figures.
+        alpha: the threshold.
+        by: ``image`` or ``point``.
+        show_published: add what was published for this data set, threshold, mean and basis, labelled.
+
+    Raises:
+        InputError: a run lacks the protocol or the threshold, or there is no run.
+    """
+    if by not in ("image", "point") or not runs:
+        raise InputError(f"{len(runs)} results averaged by {by!r}; allowed: at least one, by image or point")
+    key = f"{alpha:g}"
+    for name, results in runs:
+        have = results["protocols"].get(protocol)
+        if have is None or key not in have["pck"]:
+            alphas = ", ".join(a for a, _ in _by_alpha(have["pck"])) if have else "none"
+            raise InputError(f"'{name}' has no {protocol} figures at alpha {key}; it has {alphas}; score it again")
+    data = runs[0][1]["conditions"]["dataset"]
+    present = {name for _, results in runs for name in results["protocols"][protocol]["by_class"]}
+    spair = data["name"] == "spair" and present <= set(SPAIR_CLASSES)
+    classes = list(SPAIR_CLASSES) if spair else sorted(present)
+    rows, marks = [], []
+    basis = runs[0][1]["protocols"][protocol]["conditions"]["basis"]
+    # Only what was averaged alike and has the same threshold may stand in one table.
+    extra = published(data["name"], str(data.get("split", "")), alpha, by, basis) if show_published else []
+    for row in extra:
+        rows.append((row.method, _published_figures(row, classes)))
+        marks.append("published")
+    for name, results in runs:
+        result = results["protocols"][protocol]
+        figures = [result["by_class"][one][key][by]["value"] if one in result["by_class"] else None for one in classes]
+        rows.append((name, (*figures, result["pck"][key][by]["value"])))
+        marks.append("ours")
+    heads = tuple(SPAIR_CLASSES[one] if spair else one for one in classes)
+    return ResultTable(_caption(runs, protocol, key, by, bool(extra)), (*heads, "All"), tuple(rows), tuple(marks))
+
+
+def _published_figures(row: PublishedRow, classes: Sequence[str]) -> tuple[float | None, ...]:
+    known = row.classes or {}
+    return (*(known.get(one) for one in classes), row.value)
+
+
+def _caption(
+    runs: Sequence[tuple[str, Mapping[str, Any]]], protocol: str, alpha: str, by: str, with_published: bool
+) -> str:
+    results = runs[0][1]
+    at, data = results["protocols"][protocol]["conditions"], results["conditions"]["dataset"]
+    counts = sorted({(r["counts"]["pairs_scored"], r["counts"]["points"]) for _, r in runs})
+    numbers = "; ".join(f"{pairs} pairs, {points} points" for pairs, points in counts)
+    where = "original pixels" if at["frame"] == "original" else f"a {at['frame']} of {at['side']} pixels"
+    models = ", ".join(sorted({r["conditions"]["model"]["name"] for _, r in runs}))
+    note = " Published rows are the papers' own, under their conditions." if with_published else ""
+    return (
+        f"{data['name']} {data.get('split', '')}, PCK@{alpha} per {by} in %, protocol {protocol} ({at['comparison']} "
+        f"alpha times the {at['basis']}, in {where}); {numbers}; model {models}; difftap "
+        f"{results['conditions']['difftap']}. Best of each column in bold.{note}"
+    )

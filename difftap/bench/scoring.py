@@ -1,0 +1,242 @@
+"""One run's predictions scored under every protocol that applies: PCK with counts and intervals, cut several ways.
+
+Axis letters: N points of a pair; P pairs; K thresholds; B bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.bench.calibration import calibrate
+from difftap.bench.pck import Tally, aggregate, box_side, draws, extent, intervals, rival, within
+from difftap.bench.predictions import Prediction, Predictions
+from difftap.bench.protocols import AGGREGATES, Protocol
+
+__all__ = ["CURVE", "SCHEMA", "Measured", "Settings", "measure", "reason_against", "score"]
+
+SCHEMA = "difftap.bench.pck/1"
+CURVE = tuple(i / 200 for i in range(1, 41))
+"""Alphas of the PCK-over-alpha curve: 0.005 to 0.2."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How results are resampled and calibrated.
+
+    Attributes:
+        draws: bootstrap resamplings of the pairs.
+        seed: of the resampling.
+        level: of the intervals.
+        alphas: thresholds scored beside each protocol's own.
+    """
+
+    draws: int = 1000
+    seed: int = 0
+    level: float = 0.95
+    alphas: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pair under one protocol, in the frame's units.
+
+    Attributes:
+        distance: ``(N,)`` from each target keypoint to the place found; infinite where nothing was found.
+        rival: ``(N,)`` from the place found to the nearest other visible keypoint.
+        length: what alpha is a share of.
+    """
+
+    distance: NDArray[np.float64]
+    rival: NDArray[np.float64]
+    length: float
+
+    def hits(self, alphas: Sequence[float], strict: bool) -> NDArray[np.bool_]:
+        """Which points are right, ``(N, K)``."""
+        return within(self.distance, self.length, alphas, strict)
+
+    def dagger(self) -> NDArray[np.bool_]:
+        """Whether no other visible keypoint is nearer to the place found, ``(N,)``; ties do not count against it."""
+        return self.distance <= self.rival + 1e-9
+
+
+def reason_against(pairs: Sequence[Prediction], protocol: Protocol, dataset: str) -> str | None:
+    """Why a protocol does not apply to these pairs; None if it does."""
+    basis = protocol.basis(dataset)
+    if basis is None:
+        return f"it has no threshold for data set '{dataset}'"
+    if basis == "box" and any(pair.target_box is None for pair in pairs):
+        return "its threshold is a share of the target's box, and some pairs have none"
+    return None
+
+
+def measure(pair: Prediction, protocol: Protocol, dataset: str) -> Measured:
+    """Distances of one pair; the protocol must apply (`reason_against`)."""
+    size = pair.target_size
+    truth = protocol.to_frame(pair.target_points, size)
+    basis = protocol.basis(dataset)
+    if basis == "box":
+        assert pair.target_box is not None  # noqa: S101 - reason_against
+        corners = protocol.to_frame(np.reshape(np.array(pair.target_box, np.float64), (2, 2)), size)
+        length = box_side(corners.ravel().tolist())
+    elif basis == "image":
+        length = float(protocol.to_frame(np.array([size], np.float64), size).max())
+    else:
+        length = extent(truth)
+    truth = protocol.clipped(truth)
+    found = protocol.to_frame(pair.found, size)
+    distance = np.linalg.norm(found - truth, axis=1)
+    others = protocol.clipped(protocol.to_frame(pair.target_visible, size))
+    same = np.array([[one == other for other in pair.target_ids] for one in pair.keypoint_ids], bool)
+    nearest = rival(found, others, same.reshape(len(truth), len(others)))
+    return Measured(np.where(np.isfinite(distance), distance, np.inf), nearest, length)
+
+
+def score(predictions: Predictions, protocols: Sequence[Protocol], settings: Settings | None = None) -> dict[str, Any]:
+    """Everything that can be said of one run, as plain data; docs/benchmark.md describes it.
+
+    Pairs without a prediction (their images were missing, say) take no part in any mean and are listed.
+    """
+    settings = settings or Settings()
+    good = [pair for pair in predictions.pairs if pair.error is None]
+    weights = draws(len(good), settings.draws, settings.seed)
+    applied: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    hits: dict[str, dict[str, list[int]]] = {}
+    dataset = predictions.dataset
+    for protocol in protocols:
+        reason = reason_against(good, protocol, dataset)
+        if reason:
+            refused[protocol.name] = reason
+            continue
+        measured = [measure(pair, protocol, dataset) for pair in good]
+        applied[protocol.name], hits[protocol.name] = _under(protocol, dataset, good, measured, weights, settings)
+    return {
+        "schema": SCHEMA,
+        "conditions": dict(predictions.conditions),
+        "counts": _counts(predictions),
+        "bootstrap": {"unit": "pair", "draws": settings.draws, "seed": settings.seed, "level": settings.level},
+        "protocols": applied,
+        "not_applied": refused,
+        "pairs": {
+            "names": [pair.name for pair in good],
+            "classes": [pair.category for pair in good],
+            "points": [len(pair.target_points) for pair in good],
+            "hits": hits,
+        },
+    }
+
+
+def _counts(predictions: Predictions) -> dict[str, Any]:
+    pairs = predictions.pairs
+    failed = [pair for pair in pairs if pair.error is not None]
+    good = [pair for pair in pairs if pair.error is None]
+    listed = int(predictions.conditions.get("pairs", len(pairs)))
+    return {
+        "pairs_listed": listed,
+        "pairs_pending": listed - len(pairs),
+        "pairs_failed": len(failed),
+        "pairs_without_points": sum(not len(pair.target_points) for pair in good),
+        "pairs_scored": sum(len(pair.target_points) > 0 for pair in good),
+        "points": sum(len(pair.target_points) for pair in good),
+        "points_unmatched": sum(int((~np.isfinite(pair.found).all(axis=1)).sum()) for pair in good),
+        "points_read_at_the_border": sum(pair.clamped for pair in good),
+        "images": len({image for pair in good for image in (pair.source, pair.target)}),
+        "failures": [{"pair": pair.name, "error": pair.error} for pair in failed],
+    }
+
+
+def _under(
+    protocol: Protocol,
+    dataset: str,
+    pairs: Sequence[Prediction],
+    measured: Sequence[Measured],
+    weights: NDArray[np.uint16],
+    settings: Settings,
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """One protocol's results, and each pair's hits by alpha."""
+    alphas = sorted({*protocol.alphas, *settings.alphas})
+    right = [one.hits(alphas, protocol.strict) for one in measured]
+    dagger = [hit & one.dagger()[:, None] for hit, one in zip(right, measured, strict=True)]
+    tally = _tally(pairs, right, len(alphas))
+    strictly = _tally(pairs, dagger, len(alphas))
+    curve = _tally(pairs, [one.hits(CURVE, protocol.strict) for one in measured], len(CURVE))
+    flags = sorted({flag for pair in pairs for flag in pair.flags})
+    everything = np.ones(len(pairs), bool)
+    level = settings.level
+
+    def cut(chosen: NDArray[np.bool_], which: Sequence[str]) -> dict[str, Any]:
+        return _figures(tally, chosen, weights, alphas, which, level)
+
+    results = {
+        "conditions": {**protocol.to_dict(), "basis": protocol.basis(dataset)},
+        "counts": {
+            "pairs": int((tally.points > 0).sum()),
+            "points": int(tally.points.sum()),
+            "classes": len(tally.classes),
+            "pairs_with_zero_threshold": sum(not one.length for one in measured),
+        },
+        "pck": cut(everything, AGGREGATES),
+        "pck_dagger": _figures(strictly, everything, weights, alphas, AGGREGATES, level),
+        "by_class": {name: cut(tally.members == k, ("image", "point")) for k, name in enumerate(tally.classes)},
+        "by_flag": {
+            flag: {
+                str(value): cut(chosen, ("image", "point"))
+                for value in sorted({pair.flags[flag] for pair in pairs if flag in pair.flags})
+                for chosen in [np.array([pair.flags.get(flag) == value for pair in pairs], bool)]
+            }
+            for flag in flags
+        },
+        "curve": {
+            "alphas": list(CURVE),
+            **{by: plain(aggregate(curve, by).tolist()) for by in ("image", "point")},
+        },
+        "calibration": {
+            f"{alpha:g}": calibrate(pairs, [hit[:, k] for hit in right], settings.seed)
+            for k, alpha in enumerate(alphas)
+        },
+    }
+    return results, {f"{alpha:g}": tally.hits[:, k].tolist() for k, alpha in enumerate(alphas)}
+
+
+def _tally(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], alphas: int) -> Tally:
+    classes = tuple(sorted({pair.category for pair in pairs}))
+    number = {name: k for k, name in enumerate(classes)}
+    return Tally(
+        classes,
+        np.array([number[pair.category] for pair in pairs], np.int64),
+        np.array([len(pair.target_points) for pair in pairs], np.int64),
+        np.array([hit.sum(axis=0) for hit in right], np.int64).reshape(len(pairs), alphas),
+    )
+
+
+def _figures(
+    tally: Tally,
+    chosen: NDArray[np.bool_],
+    weights: NDArray[np.uint16],
+    alphas: Sequence[float],
+    which: Sequence[str],
+    level: float,
+) -> dict[str, Any]:
+    """Values and intervals of the chosen pairs, by alpha and aggregate, with their counts."""
+    part, drawn = tally.select(chosen), weights[:, chosen]
+    figures: dict[str, Any] = {"pairs": int((part.points > 0).sum()), "points": int(part.points.sum())}
+    spans = {by: (aggregate(part, by), intervals(part, by, drawn, level)) for by in which}
+    for k, alpha in enumerate(alphas):
+        figures[f"{alpha:g}"] = {
+            by: {"value": plain(value[k]), "low": plain(span.low[k]), "high": plain(span.high[k])}
+            for by, (value, span) in spans.items()
+        }
+    return figures
+
+
+def plain(value: Any) -> Any:
+    """Numbers ready for JSON: NaN and infinity become None."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,157 @@
+"""A benchmark from a data set's folder to the files of one run: what ``bench pck`` and ``bench reproduce`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from difftap.bench.datasets import load
+from difftap.bench.predictions import Predictions, load_predictions
+from difftap.bench.protocols import Protocol
+from difftap.bench.report import dump_results, result_table
+from difftap.bench.runner import Opener, PredictRun, plan, predict, subset
+from difftap.bench.samples import Sample
+from difftap.bench.scoring import Settings, score
+from difftap.bench.targets import Joining
+from difftap.manifest import output_errors, write_atomic
+from difftap.recipe import Recipe
+
+__all__ = ["Pairs", "Selection", "load_pairs", "make_folder", "match_pairs", "write_results"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pairs are asked for.
+
+    Attributes:
+        name: the data set.
+        root: its folder.
+        options: of its loader, ``split`` and such.
+        allow_missing: leave broken pairs out, and count them.
+        limit: the first so many pairs.
+        per_class: so many of each class, evenly spaced.
+    """
+
+    name: str
+    root: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    allow_missing: bool = False
+    limit: int | None = None
+    per_class: int | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs, and what there is to say of them.
+
+    Attributes:
+        samples: the pairs.
+        about: name, split, options, and what was left out: part of the conditions of every figure.
+    """
+
+    samples: Sequence[Sample]
+    about: Mapping[str, Any]
+
+    def images(self, recipe: Recipe) -> int:
+        """How many times an image goes through the networks."""
+        return plan(self.samples, recipe).images(self.samples)
+
+
+def make_folder(path: Path) -> Path:
+    """A folder, made if it is not there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def load_pairs(chosen: Selection, made: Path) -> Pairs:
+    """Read the pairs; targets that a data set has to make (the synthetic one does) are written to ``made``.
+
+    Raises:
+        InputError: the folder is not laid out as expected, or pairs are broken and may not be.
+    """
+    data = load(chosen.name, chosen.root, allow_missing=chosen.allow_missing, cache=made, **chosen.options)
+    about = {
+        "name": data.name,
+        **chosen.options,
+        "split": data.split,
+        "listed": len(data) + len(data.problems),
+        "left_out": data.problem_counts(),
+        "problems": [{"pair": one.pair, "kind": one.kind, "message": one.message} for one in data.problems],
+        "notes": list(data.notes),
+        "subset": {"limit": chosen.limit, "per_class": chosen.per_class},
+    }
+    return Pairs(subset(data, chosen.limit, chosen.per_class), about)
+
+
+def match_pairs(
+    pairs: Pairs,
+    recipe: Recipe,
+    folder: Path,
+    opener: Opener,
+    *,
+    joining: Joining | None = None,
+    confidence: bool = True,
+    overwrite: bool = False,
+    memory: int = 2 << 30,
+    batch: int = 1,
+    features: Path | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> PredictRun:
+    """Fill ``predictions.jsonl`` of a run's folder; arguments as `difftap.bench.runner.predict`."""
+    return predict(
+        pairs.samples,
+        recipe,
+        make_folder(folder) / "predictions.jsonl",
+        opener,
+        dataset=pairs.about,
+        joining=joining or Joining.of(recipe),
+        confidence=confidence,
+        overwrite=overwrite,
+        memory=memory,
+        batch=batch,
+        features=features,
+        progress=progress,
+    )
+
+
+def write_results(
+    folder: Path,
+    protocols: Sequence[Protocol],
+    settings: Settings | None = None,
+    *,
+    show_published: bool = True,
+    plots: bool = False,
+    gallery: int = 0,
+) -> dict[str, Any]:
+    """Score a run's predictions; write ``results.json``, the tables, and the pictures asked for.
+
+    The tables are of the first protocol that applies, at alpha 0.05 where it has that.
+
+    Returns:
+        the results.
+    """
+    predictions: Predictions = load_predictions(folder / "predictions.jsonl")
+    results = score(predictions, protocols, settings)
+    write_atomic(folder / "results.json", dump_results(results))
+    for name, result in results["protocols"].items():
+        alpha = 0.05 if "0.05" in result["pck"] else result["conditions"]["alphas"][0]
+        table = result_table([(folder.name, results)], name, alpha, show_published=show_published)
+        write_atomic(folder / "table.md", table.markdown())
+        write_atomic(folder / "table.tex", table.latex())
+        break
+    if plots:
+        from difftap.bench.plots import save_plots
+
+        save_plots([(folder.name, results)], folder / "plots")
+    if gallery:
+        from difftap.bench.gallery import save_gallery
+
+        save_gallery(predictions, protocols[0], folder / "gallery", gallery)
+    return results

@@ -1,0 +1,250 @@
+"""``difftap bench pck`` and its kin: point-matching benchmarks scored as their authors defined them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+
+if TYPE_CHECKING:
+    from difftap.bench.session import Selection
+    from difftap.pipeline import Pipeline
+    from difftap.recipe import Recipe
+
+__all__ = ["compare", "dense_speed", "pck", "table"]
+
+_FILE = click.Path(path_type=Path)
+_JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the result as JSON too.")
+
+
+@click.command(epilog="Exit codes: 0 done; 1 done, but some pairs failed and take no part; 2 bad input, nothing done.")
+@click.argument("dataset", metavar="NAME")
+@click.argument("root", type=_FILE)
+@click.option("-o", "--output", type=_FILE, required=True, metavar="DIR", help="Folder for all that is written.")
+@click.option("--split", metavar="SPLIT", help="trn, val or test, where the data set has them.  [default: test]")
+@click.option("--layout", metavar="KIND", help="SPair-71k's list of pairs: large or small.")
+@click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing or broken, and say so.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N pairs only.")
+@click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
+@click.option("--protocol", "protocols", multiple=True, metavar="P", help="Score under P (repeatable).  [default: all]")
+@click.option("--alpha", "alphas", multiple=True, type=float, metavar="A", help="Score at A too (repeatable).")
+@click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap resamplings.")
+@click.option(
+    "--combine",
+    metavar="KIND",
+    help="Of several branches: concat, score-sum or score-product.  [default: the recipe's]",
+)
+@click.option(
+    "--reading", default="centres", show_default=True, help="Pixels to cells: centres, or corners (SD4Match's rule)."
+)
+@click.option(
+    "--confidence/--no-confidence", default=True, show_default=True, help="Also margin and cycle error; matching x 2."
+)
+@click.option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
+@click.option("--features", type=_FILE, metavar="DIR", help="Keep features there, with their provenance, and use them.")
+@click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
+@click.option("--score-only", is_flag=True, help="Score the predictions that are there; no model is opened.")
+@click.option("--plots", is_flag=True, help="Draw PCK over alpha, per class and by flag.")
+@click.option(
+    "--gallery", type=click.IntRange(0), default=0, metavar="N", help="Draw the N best, median and worst pairs."
+)
+@click.option("--published/--no-published", default=True, show_default=True, help="Show published figures beside ours.")
+@recipe_options
+@runtime_options
+def pck(
+    dataset: str,
+    root: Path,
+    output: Path,
+    split: str | None,
+    layout: str | None,
+    allow_missing: bool,
+    limit: int | None,
+    per_class: int | None,
+    protocols: tuple[str, ...],
+    alphas: tuple[float, ...],
+    draws: int,
+    overwrite: bool,
+    score_only: bool,
+    plots: bool,
+    gallery: int,
+    published: bool,
+    **options: Any,
+) -> None:
+    """Match a data set's annotated keypoints and score them under every protocol that applies.
+
+    NAME is spair, pf-pascal, pf-willow or synthetic; ROOT is its folder. The folder of -o gets predictions.jsonl, which
+    a later run continues, results.json, table.md and table.tex, and the pictures asked for.
+
+    \b
+    difftap bench pck pf-willow ../shared/data/pf-willow-half -o out/willow
+    difftap bench pck spair SPair-71k --recipe dift --model sd21/ -o out/dift
+    """
+    from difftap.bench.protocols import get_protocols
+    from difftap.bench.report import format_results
+    from difftap.bench.scoring import Settings
+    from difftap.bench.session import Selection, make_folder, write_results
+
+    chosen = get_protocols(protocols)  # a wrong name is said before anything slow starts
+    settings = Settings(draws=draws, alphas=_checked(alphas))
+    folder = make_folder(output)
+    if not score_only:
+        extra = {name: value for name, value in (("split", split), ("layout", layout)) if value is not None}
+        _predict(Selection(dataset, root, extra, allow_missing, limit, per_class), folder, overwrite, options)
+    results = write_results(folder, chosen, settings, show_published=published, plots=plots, gallery=gallery)
+    for line in format_results(results, show_published=published):
+        click.echo(line)
+    click.echo(f"wrote {folder}", err=True)
+    if results["counts"]["pairs_failed"]:
+        sys.exit(1)
+
+
+def _checked(alphas: tuple[float, ...]) -> tuple[float, ...]:
+    from difftap.errors import InputError
+
+    for alpha in alphas:
+        if not 0 < alpha <= 10:
+            raise InputError(f"--alpha is {alpha}; allowed: a share above 0, up to 10, such as 0.1")
+    return alphas
+
+
+def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str, Any]) -> None:
+    """Fill the file of predictions."""
+    from difftap.bench.session import load_pairs, match_pairs
+    from difftap.bench.targets import Joining
+    from difftap.pipeline import Pipeline as Opened
+
+    runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
+    opening = {name: options.pop(name) for name in ("revision", "random_weights")}
+    combining, reading, confidence, memory, features = (
+        options.pop(name) for name in ("combine", "reading", "confidence", "memory", "features")
+    )
+    recipe = build_recipe(**options)
+    joining = Joining.of(recipe, combining, reading)
+    pairs = load_pairs(chosen, folder / "targets")
+
+    def opener(filled: Recipe) -> Pipeline:
+        return Opened.open(filled, runtime, **opening)
+
+    click.echo(f"{len(pairs.samples)} pairs, {pairs.images(recipe)} images to extract", err=True)
+    with _progress(len(pairs.samples)) as advance:
+        run = match_pairs(
+            pairs,
+            recipe,
+            folder,
+            opener,
+            joining=joining,
+            confidence=confidence,
+            overwrite=overwrite,
+            memory=memory << 20,
+            batch=runtime.batch,
+            features=features,
+            progress=advance,
+        )
+    earlier = f", {run.skipped} already there" if run.skipped else ""
+    click.echo(f"{run.written} pairs in {run.seconds:.1f} s{earlier}, {run.failed} failed", err=True)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A progress bar with time left on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("pairs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("pairs", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@click.command()
+@click.argument("first", metavar="A.json", type=_FILE)
+@click.argument("second", metavar="B.json", type=_FILE)
+@click.option(
+    "--by", multiple=True, metavar="MEAN", help="image, point, class-image, class-point.  [default: headline]"
+)
+@click.option("--draws", type=click.IntRange(1), default=10000, show_default=True, help="Bootstrap resamplings.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resampling.")
+@_JSON
+def compare(first: Path, second: Path, by: tuple[str, ...], draws: int, seed: int, json_file: Path | None) -> None:
+    """Two results over the same pairs: is the difference real? A paired bootstrap over pairs."""
+    import json
+
+    from difftap.bench.compare import compare as run
+    from difftap.bench.compare import format_comparison, load_results, to_json
+    from difftap.manifest import write_atomic
+
+    comparison = run(load_results(first), load_results(second), by=by, count=draws, seed=seed)
+    for line in format_comparison(comparison):
+        click.echo(line)
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(to_json(comparison), indent=1) + "\n")
+
+
+@click.command()
+@click.argument("files", metavar="RESULTS.json...", type=_FILE, nargs=-1, required=True)
+@click.option("--name", "names", multiple=True, help="A row's name, in the files' order.  [default: the file's folder]")
+@click.option("--protocol", default="dift", show_default=True, metavar="P", help="Whose figures.")
+@click.option("--alpha", type=float, default=0.05, show_default=True, metavar="A", help="At which threshold.")
+@click.option("--by", type=click.Choice(["image", "point"]), default="image", show_default=True, help="Which mean.")
+@click.option("--format", "kind", type=click.Choice(["markdown", "latex"]), default="markdown", show_default=True)
+@click.option("--published/--no-published", default=True, show_default=True, help="Add published rows, labelled.")
+@click.option("--plots", type=_FILE, metavar="DIR", help="Draw all results into the same plots.")
+def table(
+    files: tuple[Path, ...],
+    names: tuple[str, ...],
+    protocol: str,
+    alpha: float,
+    by: str,
+    kind: str,
+    published: bool,
+    plots: Path | None,
+) -> None:
+    """Several results in one table, in the poster's layout, best of each column in bold."""
+    from difftap.bench.compare import load_results
+    from difftap.bench.report import result_table
+    from difftap.errors import InputError
+
+    if names and len(names) != len(files):
+        raise InputError(f"{len(names)} names for {len(files)} results; give one --name for each, or none")
+    labels = names or tuple(file.resolve().parent.name for file in files)
+    runs = [(label, load_results(file)) for label, file in zip(labels, files, strict=True)]
+    made = result_table(runs, protocol, alpha, by, show_published=published)
+    click.echo(made.markdown() if kind == "markdown" else made.latex(), nl=False)
+    if plots is not None:
+        from difftap.bench.plots import save_plots
+
+        save_plots(runs, plots, protocol=protocol)
+
+
+@click.command()
+@click.option("--pairs", type=click.IntRange(1), default=200, show_default=True, help="Pairs to match.")
+@click.option("--images", type=click.IntRange(2), default=27, show_default=True, help="Images they are drawn from.")
+@click.option("--keypoints", type=click.IntRange(1), default=7, show_default=True, help="Per pair.")
+@click.option("--channels", type=click.IntRange(1), default=1280, show_default=True)
+@click.option("--grid", type=click.IntRange(1), default=48, show_default=True, help="Side of the maps, in cells.")
+@click.option("--image", "size", type=click.IntRange(1), nargs=2, default=(500, 375), show_default=True, metavar="W H")
+@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True)
+@click.option("--confidence/--no-confidence", default=False, show_default=True, help="Also margin and cycle error.")
+@click.option("--memory", type=click.IntRange(1), default=512, show_default=True, metavar="MB", help="For maps.")
+@_JSON
+def dense_speed(json_file: Path | None, **case: Any) -> None:
+    """Dense matching from cached maps: pairs a second and peak memory, on generated maps of a benchmark's size."""
+    import json
+
+    from difftap.bench.densespeed import SpeedCase, format_speed, run, to_json
+    from difftap.manifest import write_atomic
+
+    result = run(SpeedCase(**case))
+    for line in format_speed(result):
+        click.echo(line)
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(to_json(result), indent=1) + "\n")

@@ -1,0 +1,165 @@
+"""Engines: a recipe's graphs opened on a backend, run once, held against torch, and recorded in a manifest.
+
+For ONNX Runtime the engine's file is the graph itself with its shapes fixed when it is opened; backends that compile
+will put their own file beside the same manifest.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from difftap.engine import (
+    Backend,
+    Cache,
+    Graph,
+    Profile,
+    choose_device,
+    default_cache_folder,
+    get_backend,
+    members_per_run,
+)
+from difftap.engine.cache import file_stem
+from difftap.errors import ArtefactError, BackendError
+from difftap.export.checkpoints import open_model
+from difftap.export.parity import TensorParity, example_feeds, measure
+from difftap.manifest import FileRecord, Manifest, output_errors
+from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
+from difftap.prompts import encode_prompt
+from difftap.recipe import Recipe
+
+__all__ = ["Artefact", "build_engines", "clean", "list_artefacts", "verify_artefact"]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A graph or an engine in the cache: its manifest's path and content."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files it uses; weights may be shared with other engines."""
+        return sum(record.size for record in self.manifest.files.values())
+
+
+def _identity(cache: Cache, graph: Graph, backend: Backend, device: str, profile: Profile) -> dict[str, Any]:
+    return {
+        **cache.graph_identity(graph),
+        "backend": backend.name,
+        "backend_version": backend.version(),
+        "device": device,
+        "precision": "fp32",
+        "size": list(profile.size),
+        "ensemble": profile.ensemble,
+        "tokens": profile.tokens,
+        "batch": profile.batch,
+        "machine": platform.machine(),
+    }
+
+
+def build_engines(
+    recipe: Recipe, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
+) -> Iterator[tuple[Artefact, dict[str, TensorParity] | None]]:
+    """Make a recipe's engines on one backend: yields each one's record and, where torch is installed, its parity.
+
+    Raises:
+        DifftapError: as `difftap.pipeline.Pipeline.open` does.
+    """
+    cache = Cache(runtime.cache or default_cache_folder())
+    backend = get_backend(runtime.backend)
+    device = choose_device(backend, runtime.device)
+    threads = runtime.threads or available_cores()
+    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+    check_fits(recipe, model)
+    wanted: dict[tuple[str, tuple[str, ...], Profile], None] = {
+        ("vae", (), Profile(recipe.size, batch=runtime.batch)): None
+    }
+    members = members_per_run(model, recipe.size, recipe.ensemble)
+    for branch in recipe.branches:
+        tokens = len(encode_prompt(model, branch.prompt, cache))
+        wanted[("unet", branch.taps, Profile(recipe.size, members, tokens, runtime.batch))] = None
+    for component, taps, profile in wanted:
+        graph = prepare_graph(cache, backend, model, component, taps)
+        small = replace(profile, ensemble=1, batch=1)  # the fidelity of one member is that of many, in less memory
+        parity = None
+        if backend.name == "torch" or get_backend("torch").missing():
+            with backend.open(graph, small, device, threads) as engine:
+                engine.run(example_feeds(graph, small))  # it must at least work, and be finite
+        else:
+            parity = measure(graph, small, backend.name, device, threads)
+        yield Artefact(*_record(cache, graph, backend, device, profile, parity)), parity
+
+
+def _record(
+    cache: Cache, graph: Graph, backend: Backend, device: str, profile: Profile, parity: dict[str, TensorParity] | None
+) -> tuple[Path, Manifest]:
+    """Write an engine's manifest: what it was made for, its files' hashes, and what was measured."""
+    files = {}
+    if graph.path is not None:
+        weights = [graph.path.parent / graph.component / p.name for p in graph.model.weight_files(graph.component)]
+        files = {str(path): FileRecord(path.stat().st_size, cache.memo.digest(path)) for path in (graph.path, *weights)}
+    report = {} if parity is None else {"parity": {name: one.to_dict() for name, one in parity.items()}}
+    manifest = Manifest("engine", _identity(cache, graph, backend, device, profile), files, report)
+    folder = cache.model_folder(graph.model)
+    path = folder / f"{file_stem(graph.name)}.{backend.name}-{device}.{profile.label}.engine.json"
+    with cache.lock(folder, path.name):
+        manifest.save(path)
+    return path, manifest
+
+
+def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:
+    """Every graph and engine in the cache, in the order of their names; a damaged manifest gives its error."""
+    records: list[Artefact | ArtefactError] = []
+    for path in sorted(cache.folder.glob("*/*.json")):
+        try:
+            records.append(Artefact(path, Manifest.load(path)))
+        except ArtefactError as error:
+            records.append(error)
+    return records
+
+
+def verify_artefact(artefact: Artefact) -> None:
+    """Read an artefact's files again in full and compare them with its manifest, and its runtime with the one here.
+
+    Raises:
+        ArtefactError: a file is missing or changed, or an engine was made with another version of its runtime.
+        InputError, BackendError: an engine's backend does not exist, or cannot run here.
+    """
+    # A graph's files lie beside its manifest; an engine may use files that were shipped with a checkpoint.
+    artefact.manifest.check(artefact.path.parent if artefact.manifest.kind == "graph" else Path("/"), {})
+    if artefact.manifest.kind == "graph":
+        return
+    made_from = artefact.manifest.made_from
+    backend = get_backend(str(made_from.get("backend")))
+    lacking = backend.missing()
+    if lacking:
+        raise BackendError(lacking)
+    if backend.version() != made_from.get("backend_version"):
+        raise ArtefactError(
+            f"engine '{artefact.path.name}' was made with {backend.name} {made_from.get('backend_version')}, "
+            f"installed is {backend.version()}; build it again"
+        )
+
+
+def clean(cache: Cache) -> int:
+    """Remove every model's graphs, engines and linked weights from the cache; gives the bytes freed.
+
+    Checkpoints stay, those with random weights that were built into the cache too.
+
+    Raises:
+        OutputError: something cannot be removed.
+    """
+    freed = 0
+    for folder in sorted(cache.folder.glob("*")):
+        # Only folders that bear a model's key are ours to remove.
+        if folder.is_dir() and len(folder.name) == 16 and set(folder.name) <= set("0123456789abcdef"):
+            freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
+            with output_errors(folder):
+                shutil.rmtree(folder)
+    return freed

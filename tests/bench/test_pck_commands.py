@@ -1,0 +1,147 @@
+"""``difftap bench pck`` and its kin on a small data set: what is written, what is said, exit codes."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image as PIL
+
+from difftap.bench.protocols import get_protocols
+from difftap.bench.report import dump_results
+from difftap.bench.scoring import score
+from difftap.commands.pck import compare, dense_speed, pck, table
+from difftap.errors import InputError
+from tests.bench.pck_cases import FakePipeline, predictions, random_pairs
+
+
+@pytest.fixture
+def willow(tmp_path):
+    """A PF-WILLOW of one class with three images and their six pairs."""
+    root = tmp_path / "willow"
+    (root / "PF-dataset" / "car(G)").mkdir(parents=True)
+    names = []
+    for k in range(3):
+        name = f"PF-dataset/car(G)/{k}.png"
+        coarse = np.random.default_rng(k).integers(0, 256, (4, 5, 3), np.uint8)
+        PIL.fromarray(coarse).resize((60 + 5 * k, 50), PIL.Resampling.BICUBIC).save(root / name)
+        names.append(name)
+    points = [np.random.default_rng(10 + k).uniform(5, 45, (10, 2)) for k in range(3)]
+    head = ",".join(["imageA", "imageB", *(f"{a}{s}{i}" for s in "AB" for a in "XY" for i in range(1, 11))])
+    lines = [head]
+    for i in range(3):
+        for j in range(3):
+            if i != j:
+                numbers = [f"{v:.3f}" for k in (i, j) for axis in (0, 1) for v in points[k][:, axis]]
+                lines.append(",".join([names[i], names[j], *numbers]))
+    (root / "test_pairs.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    monkeypatch.setattr("difftap.pipeline.Pipeline.open", lambda recipe, *_, **__: FakePipeline(recipe))
+
+
+def invoke(command, *arguments):
+    return CliRunner().invoke(command, [str(a) for a in arguments])
+
+
+def test_pck_writes_everything_and_resumes(tmp_path, willow):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    done = invoke(pck, "pf-willow", willow, "-o", out, "--gallery", 1, "--plots", "--alpha", 0.2)
+    assert done.exit_code == 0, done.output + str(done.exception)
+    for words in ("pf-willow test: 6 pairs, 60 points", "PCK in %", "6 pairs in", "published, not ours", "sd4match"):
+        assert words in done.output, words
+    data = json.loads((out / "results.json").read_text())
+    assert set(data["protocols"]) == {"dift", "sd4match", "geoaware", "distilldift", "distilldift-img"}
+    assert data["protocols"]["dift"]["conditions"]["basis"] == "extent"
+    assert "0.2" in data["protocols"]["dift"]["pck"]
+    assert (out / "table.md").read_text().startswith("| method |")
+    assert len(list((out / "gallery").glob("*.png"))) == 3
+    assert len(list((out / "plots").glob("*.png"))) == 3
+    again = invoke(pck, "pf-willow", willow, "-o", out, "--alpha", 0.2)
+    assert "0 pairs in" in again.output
+    assert "6 already there" in again.output
+    assert json.loads((out / "results.json").read_text()) == data
+    only = invoke(pck, "pf-willow", willow, "-o", out, "--score-only", "--protocol", "dift", "--no-published")
+    assert only.exit_code == 0
+    assert set(json.loads((out / "results.json").read_text())["protocols"]) == {"dift"}
+    assert "published" not in only.output
+
+
+def test_pck_with_a_missing_image(tmp_path, willow):
+    (willow / "PF-dataset" / "car(G)" / "1.png").unlink()
+    refused = invoke(pck, "pf-willow", willow, "-o", tmp_path / "out")
+    assert isinstance(refused.exception, InputError)
+    done = invoke(pck, "pf-willow", willow, "-o", tmp_path / "out", "--allow-missing")
+    assert done.exit_code == 0
+    assert "4 listed pairs were left out by the loader" in done.output
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert data["conditions"]["dataset"]["listed"] == 6
+    assert len(data["conditions"]["dataset"]["problems"]) == 4
+    assert data["counts"]["pairs_scored"] == 2
+
+
+def test_pck_refuses_before_anything_slow(tmp_path, willow):
+    for arguments, message in (
+        (("pf-willow", willow, "--protocol", "dfit"), "no protocol 'dfit'"),
+        (("pf-willow", willow, "--alpha", "-1"), "--alpha is -1"),
+        (("pf-willow", willow, "--combine", "sum"), "combine is 'sum'"),
+        (("pf-wilow", willow), "no data set 'pf-wilow'"),
+        (("pf-willow", willow, "--score-only"), "cannot be read as predictions"),
+    ):
+        done = invoke(pck, *arguments, "-o", tmp_path / "out")
+        assert isinstance(done.exception, InputError)
+        assert message in str(done.exception)
+
+
+def test_subset_is_part_of_the_conditions(tmp_path, willow):
+    assert invoke(pck, "pf-willow", willow, "-o", tmp_path / "a", "--limit", 2).exit_code == 0
+    data = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert data["counts"]["pairs_scored"] == 2
+    assert data["conditions"]["dataset"]["subset"] == {"limit": 2, "per_class": None}
+
+
+def test_compare_and_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        text = dump_results(score(predictions(random_pairs(1, 20, spread=6.0 * seed)), get_protocols()))
+        (tmp_path / name / "results.json").write_text(text)
+    files = tmp_path / "a" / "results.json", tmp_path / "b" / "results.json"
+    done = invoke(compare, *files, "--draws", 200, "--json", tmp_path / "c.json")
+    assert done.exit_code == 0, done.exception
+    assert "20 common pairs" in done.output
+    assert json.loads((tmp_path / "c.json").read_text())["draws"] == 200
+    made = invoke(table, *files, "--name", "first", "--name", "second", "--plots", tmp_path / "plots")
+    assert made.exit_code == 0, made.exception
+    assert made.output.splitlines()[-3].startswith("| second |")
+    assert "(published)" in made.output
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 4
+    assert invoke(table, *files, "--format", "latex").output.startswith("\\begin{table}")
+    wrong = invoke(table, *files, "--name", "one")
+    assert "1 names for 2 results" in str(wrong.exception)
+
+
+def test_dense_speed(tmp_path):
+    done = invoke(
+        dense_speed,
+        "--pairs",
+        3,
+        "--images",
+        3,
+        "--channels",
+        4,
+        "--grid",
+        4,
+        "--image",
+        20,
+        16,
+        "--json",
+        tmp_path / "s.json",
+    )
+    assert done.exit_code == 0, done.exception
+    assert "pairs/s" in done.output
+    assert json.loads((tmp_path / "s.json").read_text())["case"]["pairs"] == 3

@@ -1,0 +1,97 @@
+"""The poster's table: its rows, the estimate, resuming, rows that cannot run, published rows where they compare."""
+
+import pytest
+from click.testing import CliRunner
+
+from difftap.bench.reproduce import PROMPT, estimate, format_estimates, poster_rows, reproduce, stand_in_rows
+from difftap.bench.session import Pairs
+from difftap.commands.reproduce import reproduce as command
+from difftap.errors import InputError, MissingExtraError
+from tests.bench.pck_cases import FakePipeline, samples
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    FakePipeline.opened.clear()
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return Pairs(samples(tmp_path / "data"), {"name": "spair", "split": "test"})
+
+
+def opener(recipe):
+    return FakePipeline(recipe, ((12, 6), (8, 12))[: len(recipe.branches)])
+
+
+def test_rows():
+    rows = poster_rows("folder/sd21")
+    assert [row.name for row in rows] == ["dift", "dift-bicubic", "dual"]
+    for row in rows:
+        assert row.recipe.model == "folder/sd21"
+        assert {branch.prompt for branch in row.recipe.branches} == {PROMPT}
+        assert row.recipe.size == (768, 768)
+        assert row.joining.combine == row.combine
+    assert rows[1].recipe.matcher.interpolation == "bicubic"
+    assert [branch.timestep for branch in rows[2].recipe.branches] == [261, 50]
+    assert [row.combine for row in stand_in_rows()] == ["concat", "concat", "score-sum"]
+    assert stand_in_rows(128)[0].recipe.size == (128, 128)
+
+
+def test_estimate_then_run_then_nothing_left(tmp_path, pairs):
+    rows = stand_in_rows(96)
+    folder = tmp_path / "out"
+    first = [estimate(row, pairs, folder / "spair" / row.name, opener, {}) for row in rows]
+    for one in first:
+        assert (one.pairs, one.prompts, one.refusal) == (6, 2, None)
+        assert one.images > 0
+        assert one.seconds > 0
+    text = "\n".join(format_estimates(first))
+    assert "pocket-bicubic" in text
+    assert "in all about" in text
+    made = reproduce(rows, [pairs], folder, opener)
+    assert set(made["spair"]) == {"pocket", "pocket-bicubic", "pocket-dual"}
+    table = (folder / "spair" / "table.md").read_text()
+    assert "## dift" in table
+    assert "## distilldift-img" in table
+    before = (folder / "spair" / "pocket" / "results.json").read_bytes()
+    left = [estimate(row, pairs, folder / "spair" / row.name, opener, {}) for row in rows]
+    assert [(one.pairs, one.images, one.seconds) for one in left] == [(0, 0, 0.0)] * 3
+    said = []
+    reproduce(rows, [pairs], folder, opener, say=said.append)
+    assert any("0 pairs in" in line and "6 already there" in line for line in said)
+    assert (folder / "spair" / "pocket" / "results.json").read_bytes() == before
+
+
+def test_published_rows_stand_only_where_they_compare(tmp_path, pairs):
+    reproduce(stand_in_rows(96)[:1], [pairs], tmp_path, opener)
+    sections = dict(part.split("\n", 1) for part in (tmp_path / "spair" / "table.md").read_text().split("## ")[1:])
+    assert "(published)" in sections["dift"]
+    assert "(published)" in sections["sd4match"]
+    for name in ("distilldift", "distilldift-img"):  # per point
+        assert "(published)" not in sections[name]
+
+
+def test_rows_that_cannot_run_are_said(tmp_path, pairs):
+    def partly(recipe):
+        if len(recipe.branches) > 1:
+            raise MissingExtraError("exporting needs torch")
+        return opener(recipe)
+
+    rows = stand_in_rows(96)
+    estimates = [estimate(row, pairs, tmp_path / row.name, partly, {}) for row in rows]
+    assert estimates[2].refusal == "exporting needs torch"
+    assert "pocket-dual       cannot run here: exporting needs torch" in "\n".join(format_estimates(estimates))
+    said = []
+    made = reproduce(rows, [pairs], tmp_path, partly, say=said.append)
+    assert set(made["spair"]) == {"pocket", "pocket-bicubic"}
+    assert any("pocket-dual left out: exporting needs torch" in line for line in said)
+    with pytest.raises(InputError, match="nothing to reproduce"):
+        reproduce(rows, [], tmp_path, opener)
+
+
+def test_command_refuses_before_anything_slow(tmp_path):
+    none = CliRunner().invoke(command, ["-o", str(tmp_path)])
+    assert "no data set was given" in str(none.exception)
+    both = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--model", "m", "--size", "64"])
+    assert "--size is the stand-in's" in str(both.exception)

@@ -1,0 +1,381 @@
+"""The runner: each image once per prompt, bounded memory, kill and resume, failures counted; and the whole way."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from difftap.bench.maps import Made, MapShelf, View, load_view
+from difftap.bench.predictions import Prediction, load_predictions
+from difftap.bench.protocols import get_protocols
+from difftap.bench.report import dump_results
+from difftap.bench.runner import for_category, plan, predict, subset
+from difftap.bench.scoring import score
+from difftap.bench.targets import Joining
+from difftap.coords import Geometry
+from difftap.errors import ArtefactError, ImageError, InputError, OutputError
+from difftap.features import FeatureMap
+from difftap.images import load_image
+from difftap.recipe import Matcher
+from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, samples
+
+DATASET = {"name": "spair", "split": "test"}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    FakePipeline.opened.clear()
+
+
+def run(pairs, output, recipe=None, opener=FakePipeline, joining=None, **more):
+    recipe = recipe or fake_recipe()
+    return predict(pairs, recipe, output, opener, dataset=DATASET, joining=joining or Joining.of(recipe), **more)
+
+
+def results(file):
+    return dump_results(score(load_predictions(file), get_protocols()))
+
+
+def images_of(pairs):
+    return len({(p.source, False) for p in pairs} | {(p.target, p.mirrored) for p in pairs})
+
+
+def test_every_image_once(tmp_path):
+    pairs = samples(tmp_path / "data")
+    done = run(pairs, tmp_path / "p.jsonl")
+    assert (done.written, done.failed, done.skipped) == (6, 0, 0)
+    assert (
+        done.images
+        == images_of(pairs)
+        == sum(p.images for p in FakePipeline.opened)
+        == plan(pairs, fake_recipe()).images(pairs)
+    )
+    assert len(FakePipeline.opened) == 1
+    found = load_predictions(tmp_path / "p.jsonl")
+    assert [p.name for p in found.pairs] == [p.name for p in pairs]
+    for prediction, pair in zip(found.pairs, pairs, strict=True):
+        np.testing.assert_array_equal(prediction.target_points, pair.target_points)
+        assert np.isfinite(prediction.found).all()
+        assert np.isfinite(prediction.cycle_error).all()
+        assert prediction.target_box == pair.target_box
+    assert found.conditions["recipe_key"] == fake_recipe().key()
+    assert found.conditions["matching"] == {"combine": "concat", "reading": "centres", "confidence": True}
+
+
+def test_prompt_per_class(tmp_path):
+    """One pipeline a prompt, features once per (image, prompt), and the prompts are filled in."""
+    pairs = samples(tmp_path / "data", 8)
+    mixed = [pairs[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+    recipe = fake_recipe(("a photo of a {category}",))
+    assert [(c, len(i)) for c, i in plan(mixed, recipe).groups] == [("cat", 4), ("dog", 4)]
+    run(mixed, tmp_path / "p.jsonl", recipe)
+    assert [p.recipe.branches[0].prompt for p in FakePipeline.opened] == ["a photo of a cat", "a photo of a dog"]
+    assert sum(p.images for p in FakePipeline.opened) == plan(mixed, recipe).images(mixed)
+    found = load_predictions(tmp_path / "p.jsonl")
+    assert [p.name for p in found.pairs] == [p.name for p in mixed]  # sorted back
+    assert found.conditions["recipe"]["branches"][0]["prompt"] == "a photo of a {category}"
+    lines = [json.loads(line)["category"] for line in (tmp_path / "p.jsonl").read_text().splitlines()[1:]]
+    assert lines == ["cat"] * 4 + ["dog"] * 4
+    cats = [pair for pair in mixed if pair.category == "cat"]
+    run(cats, tmp_path / "cats.jsonl", fake_recipe(("a photo of a cat",)))
+    for a, b in zip(
+        load_predictions(tmp_path / "cats.jsonl").pairs, [p for p in found.pairs if p.category == "cat"], strict=True
+    ):
+        np.testing.assert_array_equal(a.found, b.found)
+
+
+@pytest.mark.parametrize("recipe", [fake_recipe(), fake_recipe(("a {category}",))], ids=["plain", "per-class"])
+def test_kill_and_resume_gives_the_same_bytes(tmp_path, recipe):
+    pairs = samples(tmp_path / "data", 7)
+    whole = tmp_path / "whole.jsonl"
+    run(pairs, whole, recipe)
+    text = whole.read_bytes()
+    for cut in (0, 10, len(text) // 3, len(text) // 2, len(text) - 1, len(text)):
+        part = tmp_path / f"part{cut}.jsonl"
+        part.write_bytes(text[:cut])
+        done = run(pairs, part, recipe)
+        assert part.read_bytes() == text
+        assert done.written + done.skipped == 7
+        assert results(part) == results(whole)
+
+
+def test_killed_in_the_middle(tmp_path):
+    pairs = samples(tmp_path / "data")
+    run(pairs, tmp_path / "whole.jsonl")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(count, seen=[0]):  # noqa: B006
+        seen[0] += count
+        if seen[0] == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(pairs, tmp_path / "p.jsonl", progress=stop)
+    partial = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["dift"]))
+    assert partial["counts"]["pairs_pending"] == 3
+    assert run(pairs, tmp_path / "p.jsonl").skipped == 3
+    assert results(tmp_path / "p.jsonl") == results(tmp_path / "whole.jsonl")
+
+
+def test_memory_limit_changes_nothing_but_memory(tmp_path):
+    pairs = samples(tmp_path / "data", 12)
+    run(pairs, tmp_path / "all.jsonl")
+    for batch in (1, 3):
+        done = run(pairs, tmp_path / f"tight{batch}.jsonl", memory=1, batch=batch)
+        assert done.images == images_of(pairs)  # spilled, not made again
+        assert (tmp_path / f"tight{batch}.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+
+
+def test_another_run_is_refused(tmp_path):
+    pairs = samples(tmp_path / "data")
+    run(pairs, tmp_path / "p.jsonl")
+    for other, recipe in ((pairs[:5], None), (pairs, fake_recipe(seed=3)), (pairs, fake_recipe(matcher="nn"))):
+        with pytest.raises(OutputError, match="begun under other conditions"):
+            run(other, tmp_path / "p.jsonl", recipe)
+    moved = [dataclasses.replace(pairs[0], target_points=pairs[0].target_points + 1), *pairs[1:]]
+    with pytest.raises(OutputError, match="pairs_sha256"):
+        run(moved, tmp_path / "p.jsonl")
+    assert run(pairs[:5], tmp_path / "p.jsonl", overwrite=True).written == 5
+    (tmp_path / "x.jsonl").write_text("something of the user's\n")
+    with pytest.raises(OutputError, match="no run's header"):
+        run(pairs, tmp_path / "x.jsonl")
+    with pytest.raises(OutputError, match="folder does not exist"):
+        run(pairs, tmp_path / "nowhere" / "p.jsonl")
+    with pytest.raises(InputError, match="holds no pair"):
+        run([], tmp_path / "e.jsonl")
+
+
+def test_missing_and_misfitting_images_are_recorded(tmp_path):
+    pairs = samples(tmp_path / "data", 6)
+    gone = pairs[0].source
+    gone.unlink()
+    pairs[5] = dataclasses.replace(pairs[5], target_size=(7, 7))
+    done = run(pairs, tmp_path / "p.jsonl")
+    broken = [p for p in pairs if gone in (p.source, p.target)]
+    assert done.failed == len(broken) + 1
+    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["dift"]))
+    assert data["counts"]["pairs_failed"] == done.failed
+    assert data["counts"]["pairs_scored"] == 6 - done.failed
+    said = {one["pair"]: one["error"] for one in data["counts"]["failures"]}
+    assert "no image at" in said["000"]
+    assert "its annotation says 7 x 7" in said["005"]
+
+
+def test_mirrored_target_is_flipped(tmp_path):
+    pairs = samples(tmp_path / "data")
+    flipped = load_view(View(pairs[3].target, True))
+    np.testing.assert_array_equal(flipped.pixels, load_image(pairs[3].target).pixels[:, ::-1])
+    run([pairs[3], dataclasses.replace(pairs[3], name="plain", mirrored=False)], tmp_path / "p.jsonl")
+    mirrored, plain = load_predictions(tmp_path / "p.jsonl").pairs
+    assert (mirrored.found != plain.found).any()
+
+
+def test_fused_recipes_run_and_match_the_joined_ones(tmp_path):
+    pairs = samples(tmp_path / "data")
+    recipe = fake_recipe(("", ""))
+
+    def opener(filled):
+        return FakePipeline(filled, ((12, 6), (8, 12)))
+
+    for combine in ("concat", "score-sum", "score-product"):
+        run(pairs, tmp_path / f"{combine}.jsonl", recipe, opener, Joining.of(recipe, combine))
+    joined, fused, product = (
+        load_predictions(tmp_path / f"{c}.jsonl") for c in ("concat", "score-sum", "score-product")
+    )
+    for a, b in zip(joined.pairs, fused.pairs, strict=True):
+        np.testing.assert_allclose(a.found, b.found, atol=1e-3)
+        np.testing.assert_allclose(a.score, b.score, atol=2e-6)
+    assert any((a.found != b.found).any() for a, b in zip(joined.pairs, product.pairs, strict=True))
+
+
+def test_prediction_survives_json(tmp_path):
+    pairs = samples(tmp_path / "data", 2)
+    run(pairs, tmp_path / "p.jsonl", confidence=False)
+    (first, _) = load_predictions(tmp_path / "p.jsonl").pairs
+    assert np.isnan(first.margin).all()
+    again = Prediction.from_dict(json.loads(json.dumps(first.to_dict())))
+    for field in dataclasses.fields(Prediction):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(first, field.name))
+    with pytest.raises(InputError, match="lacks or misstates"):
+        Prediction.from_dict({})
+
+
+def test_damaged_predictions_are_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="cannot be read as predictions"):
+        load_predictions(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"type":"run","schema":"other/9"}\n')
+    with pytest.raises(InputError, match="schema 'other/9'"):
+        load_predictions(tmp_path / "p.jsonl")
+
+
+def test_subset(tmp_path):
+    pairs = samples(tmp_path / "data", 10)
+    assert [p.name for p in subset(pairs, 3)] == ["000", "001", "002"]
+    assert [p.name for p in subset(pairs, None, 2)] == ["000", "002", "005", "007"]
+    assert len(subset(pairs, None, 99)) == 10
+    assert [p.name for p in subset(pairs, 3, 2)] == ["000", "002", "005"]
+
+
+def test_for_category_leaves_other_prompts():
+    recipe = fake_recipe(("{category}, {category}", "plain"))
+    assert [b.prompt for b in for_category(recipe, "cow").branches] == ["cow, cow", "plain"]
+
+
+def shelf_over(tmp_path, order, budget, faults=()):
+    made = []
+
+    def make(views):
+        for view in views:
+            made.append(view)
+            if view in faults:
+                yield ImageError(f"no {view.path}")
+            else:
+                yield Made(
+                    (FeatureMap(np.full((2, 4, 4), len(made), np.float32), Geometry.stretch((4, 4), (8, 8))),), (4, 4)
+                )
+
+    return MapShelf(make, order, budget, tmp_path), made
+
+
+def test_shelf_evicts_what_is_needed_last(tmp_path):
+    a, b, c, d = (View(tmp_path / name) for name in "abcd")
+    order = [a, b, a, c, a, d, b, a]
+    shelf, made = shelf_over(tmp_path, order, 3 * 128)
+    for first, second in ((a, b), (a, c)):
+        shelf.get(first), shelf.get(second)
+        shelf.done(first, second)
+    assert not shelf.holds(c)  # no use left
+    shelf.get(a), shelf.get(d)
+    assert shelf.holds(b)
+    shelf.done(a, d)
+    shelf.get(b), shelf.get(a)
+    assert made == [a, b, c, d]
+    assert set(shelf.done(b, a)) == {a, b}
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_shelf_spills_and_reads_back(tmp_path):
+    views = [View(tmp_path / str(k)) for k in range(4)]
+    order = [*views, *views]
+    shelf, made = shelf_over(tmp_path, order, 1)
+    values = {}
+    for first, second in (order[i : i + 2] for i in range(0, 8, 2)):
+        for view in (first, second):
+            value = float(shelf.get(view).maps[0].data[0, 0, 0])
+            assert values.setdefault(view, value) == value
+        assert sum(shelf.holds(view) for view in views) <= 2
+        shelf.done(first, second)
+    assert len(made) == 4
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_shelf_remembers_faults(tmp_path):
+    a, b = View(tmp_path / "a"), View(tmp_path / "b")
+    shelf, made = shelf_over(tmp_path, [a, b, a, b], 1 << 20, faults=(a,))
+    for _ in range(2):
+        with pytest.raises(ImageError, match="no "):
+            shelf.get(a)
+    assert made == [a]
+
+
+def test_end_to_end_with_the_embedded_model(tmp_path):
+    from difftap.pipeline import Pipeline, Runtime
+    from difftap.recipe import Branch, Recipe
+
+    pairs = samples(tmp_path / "data", 4)
+    recipe = Recipe((Branch(("up1",), 20, "a photo of a {category}"),), "pocket", (128, 128), ensemble=1)
+
+    def opener(filled):
+        return Pipeline.open(filled, Runtime(threads=1))
+
+    run(pairs, tmp_path / "p.jsonl", recipe, opener)
+    text = (tmp_path / "p.jsonl").read_bytes()
+    shutil.copy(tmp_path / "p.jsonl", tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_bytes(text[: len(text) * 2 // 3])
+    run(pairs, tmp_path / "q.jsonl", recipe, opener)
+    assert results(tmp_path / "q.jsonl") == results(tmp_path / "p.jsonl")
+    data = json.loads(results(tmp_path / "p.jsonl"))
+    assert data["counts"]["pairs_scored"] == 4
+    assert data["conditions"]["model"]["name"] == "pocket"
+
+
+def test_features_are_kept_with_their_provenance(tmp_path):
+    pairs = samples(tmp_path / "data")
+    recipe = fake_recipe(("a {category}", ""))
+
+    def opener(filled):
+        return FakePipeline(filled, ((12, 6), (8, 12)))
+
+    def extracted():
+        return sum(pipeline.images for pipeline in FakePipeline.opened)
+
+    first = run(pairs, tmp_path / "a.jsonl", recipe, opener, features=tmp_path / "kept")
+    whole = extracted()
+    assert whole == first.images
+    folders = sorted((tmp_path / "kept").iterdir())
+    assert len(folders) == 2  # one a prompt
+    notes = [json.loads((folder / "provenance.json").read_text()) for folder in folders]
+    assert {note["features"]["branches"][0]["prompt"] for note in notes} == {"a cat", "a dog"}
+    assert all(note["model"] == {"name": "fake", "key": "0"} for note in notes)
+    # Another joining and matcher, the same features: nothing is extracted again.
+    other = dataclasses.replace(recipe, matcher=Matcher("nn"))
+    run(pairs, tmp_path / "b.jsonl", other, opener, Joining.of(other, "score-sum"), features=tmp_path / "kept")
+    assert extracted() == whole
+    run(pairs, tmp_path / "c.jsonl", recipe, opener, features=tmp_path / "kept")
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+    # Another seed is another provenance; a damaged file is made again.
+    run(pairs, tmp_path / "d.jsonl", fake_recipe(("a {category}", ""), seed=5), opener, features=tmp_path / "kept")
+    assert extracted() == 2 * whole
+    damaged = next(folders[0].glob("*.npz"))
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    run(pairs, tmp_path / "e.jsonl", recipe, opener, features=tmp_path / "kept")
+    assert extracted() == 2 * whole + 1
+    assert (tmp_path / "e.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+    (folders[0] / "provenance.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="another provenance"):
+        run(pairs, tmp_path / "f.jsonl", recipe, opener, features=tmp_path / "kept")
+
+
+def test_pck_per_pair_against_difts_loop_on_the_same_maps(tmp_path):
+    """The whole way, image files to PCK, against one plain loop: enlarge both maps, argmax, count."""
+    pairs = samples(tmp_path / "data", 8, seed=3)
+    run(pairs, tmp_path / "p.jsonl", confidence=False)
+    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["dift"]))["pairs"]
+    for k, pair in enumerate(pairs):
+        maps = []
+        for path, flip in ((pair.source, False), (pair.target, pair.mirrored)):
+            image = load_view(View(path, flip))
+            maps.append((image_map(image, "", 12, 6), image.size))
+        (source, (sw, sh)), (target, (tw, th)) = maps
+        up_source, up_target = enlarged(source, sw, sh), enlarged(target, tw, th)
+        x1, y1, x2, y2 = pair.target_box
+        for alpha in (0.05, 0.1, 0.15):
+            correct = 0
+            for (sx, sy), (tx, ty) in zip(pair.source_points.astype(int), pair.target_points, strict=True):
+                query = up_source[:, sy, sx] / np.linalg.norm(up_source[:, sy, sx])
+                cosine = np.tensordot(query, up_target / np.linalg.norm(up_target, axis=0), 1)
+                py, px = np.unravel_index(cosine.argmax(), cosine.shape)
+                correct += ((px - tx) ** 2 + (py - ty) ** 2) ** 0.5 / max(y2 - y1, x2 - x1) <= alpha
+            ours = data["hits"]["dift"][f"{alpha:g}"][k] / data["points"][k]
+            assert ours == pytest.approx(correct / len(pair.source_points), abs=1e-6)
+
+
+def enlarged(data, width, height):
+    """Bilinear, half-pixel centres, borders repeated: one pixel at a time."""
+    _, h, w = data.shape
+    large = np.empty((len(data), height, width))
+    for y in range(height):
+        for x in range(width):
+            gx, gy = max(0.0, (x + 0.5) * w / width - 0.5), max(0.0, (y + 0.5) * h / height - 0.5)
+            x0, y0 = min(int(gx), w - 1), min(int(gy), h - 1)
+            x1, y1 = min(x0 + 1, w - 1), min(y0 + 1, h - 1)
+            fx, fy = gx - x0, gy - y0
+            large[:, y, x] = (1 - fy) * ((1 - fx) * data[:, y0, x0] + fx * data[:, y0, x1]) + fy * (
+                (1 - fx) * data[:, y1, x0] + fx * data[:, y1, x1]
+            )
+    return large
