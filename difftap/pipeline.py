@@ -148,7 +148,17 @@ class Pipeline:
         return self._extractor(images)
 
     def join(self, features: Features) -> FeatureMap:
-        """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares."""
+        """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
+
+        Its cosines are those of ``concat`` and ``score-sum`` alike.
+
+        Raises:
+            RecipeError: the recipe asks for ``score-product``, which no single map can give.
+        """
+        if self.recipe.combine == "score-product" and len(features.branches) > 1:
+            raise RecipeError(
+                "combine is 'score-product', which 'bench pck' alone offers; allowed here: concat, score-sum"
+            )
         maps, shares = [], []
         for branch, taps in zip(self.recipe.branches, features.branches, strict=True):
             for tap in taps.values():

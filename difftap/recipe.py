@@ -33,10 +33,22 @@ from typing import Any
 from difftap.coords import Size
 from difftap.errors import RecipeError
 
-__all__ = ["FITS", "INTERPOLATIONS", "MATCHERS", "NOISES", "Branch", "Matcher", "Recipe", "load_recipe", "presets"]
+__all__ = [
+    "COMBINES",
+    "FITS",
+    "INTERPOLATIONS",
+    "MATCHERS",
+    "NOISES",
+    "Branch",
+    "Matcher",
+    "Recipe",
+    "load_recipe",
+    "presets",
+]
 
 MATCHERS = ("dense", "nn", "softargmax", "kernel-softargmax", "window-softargmax", "mutual")
 INTERPOLATIONS = ("bilinear", "bicubic")
+COMBINES = ("concat", "score-sum", "score-product")
 FITS = ("stretch", "letterbox")
 NOISES = ("independent", "none")
 MAX_SIDE = 4096
@@ -113,6 +125,8 @@ class Recipe:
             (CleanDIFT), where ``ensemble`` must be 1.
         seed: of the noise.
         upsample: interpolation that brings maps to a common grid.
+        combine: ``concat`` joins the branches' maps into one; ``score-sum`` gives the same without storing the joined
+            map, where that saves memory; ``score-product`` takes the share-weighted geometric mean of the cosines.
         matcher: rule from similarities to points.
     """
 
@@ -124,6 +138,7 @@ class Recipe:
     noise: str = "independent"
     seed: int = 0
     upsample: str = "bicubic"
+    combine: str = "concat"
     matcher: Matcher = field(default_factory=Matcher)
 
     def __post_init__(self) -> None:
@@ -147,6 +162,7 @@ class Recipe:
             "1 when noise is 'none', since all members would be equal",
         )
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        _check(self.combine in COMBINES, "combine", self.combine, ", ".join(COMBINES))
         _check(self.upsample in INTERPOLATIONS, "upsample", self.upsample, ", ".join(INTERPOLATIONS))
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,9 +188,9 @@ class Recipe:
             raise RecipeError(f"recipe has a value of the wrong type: {error}") from error
 
     def feature_fields(self) -> dict[str, Any]:
-        """The part that decides the features: all but the matcher and the branches' weights."""
+        """The part that decides the features: all but the matcher, and how the branches are joined."""
         data = self.to_dict()
-        del data["matcher"], data["upsample"]
+        del data["matcher"], data["upsample"], data["combine"]
         for branch in data["branches"]:
             del branch["weight"]
         return data

@@ -83,7 +83,7 @@ def test_a_recipe_is_frozen_all_the_way_down():
 CHANGES = {
     "branches": (Branch(("up1",), 20), Branch(("up2",), 50)),
     "model": "sd21", "size": (768, 512), "fit": "letterbox", "ensemble": 4, "noise": "none", "seed": 1,
-    "upsample": "bilinear", "matcher": Matcher("nn"),
+    "upsample": "bilinear", "combine": "score-sum", "matcher": Matcher("nn"),
 }  # fmt: skip
 MATCHER_CHANGES = {"name": "nn", "interpolation": "bicubic", "temperature": 0.1, "sigma": 3.0, "window": 5}
 BRANCH_CHANGES = {"taps": ("up2",), "timestep": 21, "prompt": "a cat", "weight": 2.0}

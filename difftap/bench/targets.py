@@ -26,11 +26,10 @@ from difftap.matching import window_softargmax as window
 from difftap.matching.confidence import cell_margins, cycle_error
 from difftap.matching.grid import GridTarget, first_best
 from difftap.matching.interpolate import sample, unit
-from difftap.recipe import Matcher, Recipe
+from difftap.recipe import COMBINES, Matcher, Recipe
 
-__all__ = ["COMBINES", "READINGS", "CornerGeometry", "Joining", "Ready", "choose_cells", "find"]
+__all__ = ["READINGS", "CornerGeometry", "Joining", "Ready", "choose_cells", "find"]
 
-COMBINES = ("concat", "score-sum", "score-product")
 READINGS = ("centres", "corners")
 
 
@@ -81,7 +80,7 @@ class Joining:
     def of(cls, recipe: Recipe, combining: str | None = None, reading: str = "centres") -> Joining:
         """What a recipe asks for; ``combining`` takes the place of its own."""
         shares = [branch.weight / len(branch.taps) for branch in recipe.branches for _ in branch.taps]
-        chosen = combining or str(getattr(recipe, "combine", "concat"))
+        chosen = combining or recipe.combine
         if reading == "corners" and recipe.fit != "stretch":
             raise InputError(f"reading by corners needs a stretched image; the recipe's fit is '{recipe.fit}'")
         return cls(recipe.matcher, tuple(shares), recipe.upsample, chosen, reading)
