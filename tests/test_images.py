@@ -290,3 +290,16 @@ def test_to_input_against_the_slow_way(size, fit):
     if fit == "letterbox":
         assert (values[:, :y0] == 0).all()
         assert (values[:, :, :x0] == 0).all()
+
+
+@pytest.mark.parametrize("fault", [struct.error("unpack"), RuntimeError("decoder"), IndexError(), MemoryError()])
+def test_whatever_a_decoder_raises_is_one_clear_line(tmp_path, monkeypatch, fault):
+    path = tmp_path / "a.png"
+    PIL.fromarray(picture(0)).save(path)
+
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr("difftap.images._eight_bit", fail)
+    with pytest.raises(ImageError, match=r"a\.png' (cannot be decoded|does not fit into memory)"):
+        load_image(path)

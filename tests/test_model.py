@@ -182,3 +182,17 @@ def test_sizes_that_the_blocks_cannot_halve_are_refused(pocket):
 
 def test_every_damage_is_ours():
     assert issubclass(ModelError, DifftapError)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"in_channels": 9}, "takes 9 channels"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+        ({"class_embed_type": "projection"}, "class_embed_type"),
+    ],
+)
+def test_networks_that_need_other_inputs_are_refused(copy, change, words):
+    path = copy / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    _refused(copy, words)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,3 +327,26 @@ def test_killed_at_random_moments_and_resumed_the_output_is_the_same(tmp_path):
     assert last.returncode == 0, log
     assert path.read_bytes() == want
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_a_fault_is_blamed_on_its_own_image_whatever_the_batch(folder, batch):
+    shutil.copy(folder / "4.png", folder / "broken-engine.png")
+    pairs = [Pair(folder / "0.png", folder / "1.png"), Pair(folder / "2.png", folder / "broken-engine.png")]
+    pairs += [Pair(folder / "3.png", folder / "0.png")]
+    done = run(folder, pairs, f"{batch}.jsonl", batch=batch)
+    assert ["error" in record for record in lines(folder / f"{batch}.jsonl")[1:]] == [False, True, False]
+    assert done.failed == 1
+
+
+def test_a_finished_list_still_counts_its_failures(folder):
+    pairs = [Pair(folder / "0.png", folder / "none.png"), Pair(folder / "0.png", folder / "1.png")]
+    assert run(folder, pairs).failed == 1
+    again = run(folder, pairs)
+    assert (again.written, again.skipped, again.failed) == (0, 2, 1)
+
+
+def test_the_current_folder_is_no_output(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(OutputError, match="a folder stands there"):
+        run_pairs(FakePipeline(), every_pair(folder), Path(), find, settings={}, threshold=Threshold())

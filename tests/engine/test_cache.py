@@ -199,3 +199,18 @@ def test_two_processes_that_export_the_same_graph_both_end_well(mini, tmp_path):
     graph = Cache(tmp_path / "shared").cached_graph(model, "vae")
     assert graph is not None
     assert not list((tmp_path / "shared").rglob("*.part"))
+
+
+def test_weights_behind_symbolic_links_are_placed_as_files(mini, cache, tmp_path):
+    """A hub's snapshot folder is made of relative symbolic links."""
+    blobs = tmp_path / "blobs"
+    shutil.copytree(mini, blobs)
+    for path in blobs.rglob("*"):
+        if path.is_file():
+            link = tmp_path / "snapshot" / path.relative_to(blobs)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(path, link.parent))
+    (placed,) = cache.place_weights(Model.load(tmp_path / "snapshot"), "unet", tmp_path / "home")
+    assert placed.is_file()
+    assert not placed.is_symlink()
+    assert placed.read_bytes() == (mini / "unet" / placed.name).read_bytes()

@@ -1,12 +1,13 @@
 """Features: the same bits in any company, and the numbers that plain diffusers gives."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from difftap.engine import BranchEngine, Extractor, Profile, get_backend
+from difftap.engine import BranchEngine, Extractor, Profile, get_backend, members_per_run
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.images import Image
@@ -159,3 +160,25 @@ def test_a_batch_below_one_and_a_timestep_beyond_the_schedule(recipe, mini, mini
 
 def test_no_images_no_features(recipe, mini_cache):
     assert run(recipe, [], mini_cache) == []
+
+
+def test_members_run_in_equal_parts_when_memory_asks_for_it(recipe, mini_cache, monkeypatch):
+    recipe = dataclasses.replace(recipe, ensemble=6)
+    [whole] = run(recipe, IMAGES[:1], mini_cache)
+    sizes = []
+    model = Model.load(Path(recipe.model))
+    table = 4 * model.unet["attention_head_dim"] * (SIZE[0] * SIZE[1] // model.latent_stride**2) ** 2  # bytes
+    for budget in (1, 2 * table):
+        monkeypatch.setattr("difftap.engine.extractor.ATTENTION_BUDGET", budget)
+        sizes.append(members_per_run(model, SIZE, 6))
+        [parts] = run(recipe, IMAGES[:1], mini_cache)
+        for a, b in zip(whole, parts, strict=True):
+            assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+    assert sizes == [1, 2]
+
+
+def test_full_size_networks_stay_within_memory():
+    heads = {"attention_head_dim": [5, 10, 20, 20]}
+    sd21 = Model("sd21", Path(), heads, {"block_out_channels": [128, 256, 512, 512]}, {})
+    assert members_per_run(sd21, (768, 768), 8) == 1
+    assert members_per_run(sd21, (256, 256), 8) == 8

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from difftap.engine import Graph, Profile, get_backend
-from difftap.errors import ModelError
+from difftap.errors import ModelError, RecipeError
 from difftap.export.parity import example_feeds
 from difftap.model import Model
 
@@ -66,3 +66,21 @@ def test_the_number_of_threads_is_put_back(mini):
     with get_backend("torch").open(Graph(Model.load(mini), "vae"), profile, "cpu", before + 1) as engine:
         engine.run(example_feeds(engine.graph, profile))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("path", ["up_blocks.1.resnets", "up_blocks.1.attentions.0.transformer_blocks.0.attn1"])
+def test_a_module_that_gives_no_map_is_no_tap(mini, path):
+    graph = Graph(Model.load(mini), "unet", (path,))
+    profile = Profile((24, 16), tokens=3)
+    with (
+        get_backend("torch").open(graph, profile, "cpu", None) as engine,
+        pytest.raises(RecipeError, match=r"cannot be read: module .* allowed: a module that gives a map"),
+    ):
+        engine.run(example_feeds(graph, profile))
+
+
+def test_a_layer_and_its_part_are_both_read(mini):
+    graph = Graph(Model.load(mini), "unet", ("up_blocks.1.resnets.0.conv1", "up1.res0"))
+    profile = Profile((24, 16), tokens=3)
+    with get_backend("torch").open(graph, profile, "cpu", None) as engine:
+        assert set(engine.run(example_feeds(graph, profile))) == set(graph.taps)
