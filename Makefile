@@ -6,11 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= pocket
 OUT ?= out
-POINTS ?= --points examples/collins.csv
+POINTS ?= --points examples/collins.csv --heat 1
 SRC ?= examples/collins.jpg
 TRG ?= examples/hopper.jpg
 ifneq ($(SRC),examples/collins.jpg)
-POINTS := --grid 5
+POINTS := --grid 5 --heat 13
 endif
 # Where PyTorch's CPU builds are found if the package index at hand has none. Without a GPU, the default Linux build
 # would bring gigabytes of CUDA libraries that nothing uses.
@@ -52,7 +52,7 @@ endif
 
 match: base
 	@mkdir -p "$(OUT)"
-	@$(BIN)/difftap match "$(SRC)" "$(TRG)" $(POINTS) --heat 1 --recipe "$(RECIPE)" -o "$(OUT)/match.png" \
+	@$(BIN)/difftap match "$(SRC)" "$(TRG)" $(POINTS) --recipe "$(RECIPE)" -o "$(OUT)/match.png" \
 	  > "$(OUT)/.match.json.part" || { rm -f "$(OUT)/.match.json.part"; exit 2; }
 	@mv "$(OUT)/.match.json.part" "$(OUT)/match.json"
 	@echo "wrote $(OUT)/match.png and $(OUT)/match.json"

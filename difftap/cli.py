@@ -50,18 +50,12 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="difftap")
-@click.option("-v", "--verbose", is_flag=True, help="Say what is being done, on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more of what is being done, on stderr.")
 def cli(verbose: bool) -> None:
     """Fast intermediate features of Stable Diffusion's UNet: matching, retrieval, benchmarks."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
-    if not verbose:
-        logging.getLogger().setLevel(logging.ERROR)  # other packages' chatter
-        logging.getLogger("difftap").setLevel(logging.WARNING)
+    # Other packages' chatter stays out: they log by the hundred while a network is exported.
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("difftap").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def main() -> None:

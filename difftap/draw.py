@@ -55,7 +55,7 @@ def draw_matches(
     target: Image,
     matches: Matches,
     heat: tuple[int, NDArray[np.float32]] | None = None,
-    limit: int = 400,
+    limit: int = 60,
 ) -> PIL.Image:
     """Both images with coloured, numbered correspondences; surer matches have stronger lines.
 
@@ -64,45 +64,66 @@ def draw_matches(
         target: right panel.
         matches: in pixels of the two images; those without a target are hollow rings.
         heat: index of one match and its ``(H, W)`` cosine map over the target, shown as a third panel.
-        limit: at most this many matches are drawn, the first ones.
+        limit: at most this many matches are drawn, those of the largest margin; the caption says so.
     """
+    chosen = _surest(matches, limit, None if heat is None else heat[0])
     panels = [_panel(source.pixels), _panel(target.pixels)]
     captions = ["source", "target"]
+    if len(chosen) < len(matches):
+        captions[0] += f"; {len(chosen)} of {len(matches)} matches drawn"
     if heat is not None:
         panels.append(_panel(_overlay(target, heat[1])))
         captions.append(f"cosine to point {heat[0] + 1}: {heat[1].min():.2f} (dark) to {heat[1].max():.2f} (light)")
-    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
-    canvas = PIL.new("RGB", (width, _HEIGHT + _CAPTION), (250, 250, 250))
+    canvas, lefts = _lay_out(panels, captions)
+    starts = _place(matches.source, source, panels[0], lefts[0])
+    ends = _place(matches.target, target, panels[1], lefts[1])
+    found: NDArray[np.bool_] = np.asarray(np.isfinite(ends).all(axis=1))
+    lines = PIL.new("RGBA", canvas.size, (0, 0, 0, 0))
+    pen = ImageDraw.Draw(lines)
+    marks: list[tuple[float, float, int, bool]] = []  # x, y, match, filled
+    for i in chosen:
+        marks.append((*starts[i], i, bool(found[i])))
+        if found[i]:
+            # The margin says how far the best place stands above the next one; 0.2 is as good as certain.
+            strength = 110 + round(140 * float(np.clip(np.nan_to_num(matches.margin[i]) / 0.2, 0, 1)))
+            ways = [tuple(starts[i]), tuple(ends[i])]
+            pen.line(ways, fill=(0, 0, 0, strength // 2), width=4)  # a dark edge, to be seen on white
+            pen.line(ways, fill=(*_colour(i), strength), width=2)
+            marks.append((*ends[i], i, True))
+    canvas.paste(lines, (0, 0), lines)
+    if heat is not None and found[heat[0]]:
+        marks.append((ends[heat[0]][0] + lefts[2] - lefts[1], ends[heat[0]][1], heat[0], True))
+    _mark(canvas, marks, numbered=len(chosen) <= 30)
+    return canvas
+
+
+def _surest(matches: Matches, limit: int, wanted: int | None) -> list[int]:
+    """Indices of at most ``limit`` matches, those of the largest margin and the wanted one, in their own order."""
+    order = np.argsort(-np.nan_to_num(matches.margin, nan=-1.0), kind="stable")[:limit].tolist()
+    if wanted is not None and wanted not in order:
+        order[-1:] = [wanted]
+    return sorted(order)
+
+
+def _lay_out(panels: Sequence[PIL.Image], captions: Sequence[str]) -> tuple[PIL.Image, list[int]]:
+    """Panels side by side under their captions, and each one's left edge."""
     lefts = [sum(p.width for p in panels[:i]) + _GAP * i for i in range(len(panels))]
-    font = ImageFont.load_default(15)
+    canvas = PIL.new("RGB", (lefts[-1] + panels[-1].width, _HEIGHT + _CAPTION), (225, 225, 225))
     pen = ImageDraw.Draw(canvas)
     for panel, left, caption in zip(panels, lefts, captions, strict=True):
         canvas.paste(panel, (left, _CAPTION))
-        pen.text((left + 4, 4), caption, fill=(40, 40, 40), font=font)
-    starts = _place(matches.source, source, panels[0], lefts[0])
-    ends = _place(matches.target, target, panels[1], lefts[1])
-    lines = PIL.new("RGBA", canvas.size, (0, 0, 0, 0))
-    line_pen = ImageDraw.Draw(lines)
-    shown = min(len(starts), limit)
-    marks = []
-    for i in range(shown):
-        found = bool(np.isfinite(ends[i]).all())
-        if found:
-            # The margin says how far the best place stands above the next one; 0.2 is as good as certain.
-            sure = float(np.clip(np.nan_to_num(matches.margin[i]) / 0.2, 0, 1))
-            line_pen.line([tuple(starts[i]), tuple(ends[i])], fill=(*_colour(i), 90 + round(140 * sure)), width=2)
-        marks.append((tuple(starts[i]), _colour(i), found, i))
-        if found:
-            marks.append((tuple(ends[i]), _colour(i), True, i))
-    canvas.paste(lines, (0, 0), lines)
-    if heat is not None and np.isfinite(ends[heat[0]]).all():
-        shift = lefts[2] - lefts[1]
-        marks.append(((ends[heat[0]][0] + shift, ends[heat[0]][1]), _colour(heat[0]), True, heat[0]))
-    for (x, y), colour, filled, i in marks:
-        pen.ellipse([x - 6, y - 6, x + 6, y + 6], fill=colour if filled else None, outline=(0, 0, 0), width=2)
-        if shown <= 40:
-            pen.text((x + 8, y - 9), str(i + 1), fill=(255, 255, 255), font=font, stroke_width=2, stroke_fill=(0, 0, 0))
-    return canvas
+        pen.text((left + 4, 4), caption, fill=(40, 40, 40), font=ImageFont.load_default(15))
+    return canvas, lefts
+
+
+def _mark(canvas: PIL.Image, marks: Sequence[tuple[float, float, int, bool]], numbered: bool) -> None:
+    """Dots in each match's colour, rings where there is no match, and their numbers."""
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(15)
+    for x, y, i, filled in marks:
+        pen.ellipse([x - 6, y - 6, x + 6, y + 6], fill=_colour(i) if filled else None, outline=(0, 0, 0), width=2)
+    for x, y, i, _ in marks if numbered else ():  # after all dots, so that none covers a number
+        pen.text((x + 8, y - 9), str(i + 1), fill=(255, 255, 255), font=font, stroke_width=2, stroke_fill=(0, 0, 0))
 
 
 def _place(points: NDArray[np.float64], image: Image, panel: PIL.Image, left: int) -> NDArray[np.float64]:

@@ -147,19 +147,30 @@ def verify_artefact(artefact: Artefact) -> None:
         )
 
 
-def clean(cache: Cache) -> int:
-    """Remove every model's graphs, engines and linked weights from the cache; gives the bytes freed.
+def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:
+    """Remove every model's graphs, engines and linked weights from the cache.
 
-    Checkpoints stay, those with random weights that were built into the cache too.
+    Args:
+        cache: what to clean.
+        checkpoints: remove checkpoints that were built into the cache with random weights too.
+
+    Returns:
+        Bytes freed, and bytes of such checkpoints that stay.
 
     Raises:
         OutputError: something cannot be removed.
     """
-    freed = 0
-    for folder in sorted(cache.folder.glob("*")):
-        # Only folders that bear a model's key are ours to remove.
-        if folder.is_dir() and len(folder.name) == 16 and set(folder.name) <= set("0123456789abcdef"):
-            freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
-            with output_errors(folder):
-                shutil.rmtree(folder)
-    return freed
+    built = cache.folder / "checkpoints"
+    # Only folders that bear a model's key are ours to remove.
+    folders = [p for p in cache.folder.glob("*") if len(p.name) == 16 and set(p.name) <= set("0123456789abcdef")]
+    before = _size(cache.folder)
+    for folder in [*folders, *([built] if checkpoints and built.is_dir() else [])]:
+        with output_errors(folder):
+            shutil.rmtree(folder)
+    return before - _size(cache.folder), _size(built)
+
+
+def _size(folder: Path) -> int:
+    """Bytes on disk below a folder; what has several names there counts once."""
+    files = {(s.st_dev, s.st_ino): s.st_size for s in (p.stat() for p in folder.rglob("*") if p.is_file())}
+    return sum(files.values())

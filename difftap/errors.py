@@ -121,5 +121,5 @@ def require(module: str, extra: str, why: str) -> ModuleType:
     except ImportError as error:
         raise MissingExtraError(
             f"{why} needs the package '{module}', which cannot be imported here ({error}); "
-            f"install it with: pip install 'difftap[{extra}]'"
+            f"install it with: pip install 'difftap[{extra}]' (in a checkout: make setup)"
         ) from error

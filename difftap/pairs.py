@@ -34,6 +34,9 @@ from difftap.shelf import FeatureShelf
 __all__ = ["Pair", "PairsRun", "load_pairs", "run_pairs"]
 
 
+_REASONS = 5  # of failures, told at the end of a run; the file has them all
+
+
 @dataclass(frozen=True)
 class Pair:
     """One line of the list: two image files and, perhaps, points of the source ``(N, 2)`` in pixels."""
@@ -45,11 +48,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairsRun:
-    """What a run did: pairs written now, failed pairs in the whole file, and pairs an earlier run had written."""
+    """What a run did: pairs written now, failures in the whole file, pairs already there, and why the first failed."""
 
     written: int
     failed: int
     skipped: int
+    reasons: tuple[str, ...] = ()
 
 
 def load_pairs(path: Path) -> list[Pair]:
@@ -135,6 +139,7 @@ def run_pairs(
     }
     header = {"type": "run", "schema": SCHEMA, **conditions}
     with _only_writer(output), tempfile.TemporaryDirectory(prefix="difftap-") as scratch:
+        reasons: list[str] = []
         done, failed = (0, 0) if overwrite else _finished(output, header)
         rest = pairs[done:]
         order = [path for pair in rest for path in (pair.source, pair.target)]
@@ -151,12 +156,14 @@ def run_pairs(
             for index, pair in enumerate(rest):
                 shelf.advance(2 * index)
                 line = _match_pair(shelf, pair, find, threshold, batch)
-                failed += "error" in line
+                if "error" in line:
+                    failed += 1
+                    reasons.append(f"pair {done + index}: {line['error']}")
                 shown = {"source": str(pair.source), "target": str(pair.target)}
                 _write_line(handle, {"type": "pair", "index": done + index, **shown, **line})
                 shelf.release(pair.source, pair.target)
                 progress(1)
-    return PairsRun(len(rest), failed, done)
+    return PairsRun(len(rest), failed, done, tuple(reasons[:_REASONS]))
 
 
 def _match_pair(shelf: FeatureShelf, pair: Pair, find: Finder, threshold: Threshold, batch: int) -> dict[str, Any]:

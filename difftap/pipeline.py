@@ -6,6 +6,7 @@ command line and the benchmarks go through it.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -36,7 +37,9 @@ from difftap.matching import combine
 from difftap.model import Model
 from difftap.recipe import Recipe
 
-__all__ = ["Pipeline", "Runtime"]
+__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph"]
+
+_LOG = logging.getLogger("difftap")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Pipeline:
                 if key not in opened:
                     graph = prepare_graph(cache, backend, model, component, taps)
                     opened[key] = backend.open(graph, profile, device, threads)
+                    _LOG.debug("opened %s on %s (%s) for %s", graph.name, backend.name, device, profile.label)
                 return opened[key]
 
             vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch))

@@ -95,7 +95,7 @@ def test_an_image_matches_itself(call, photos):
     for match in matches:
         assert abs(match["source"]["x"] - match["target"]["x"]) <= 0.5
         assert abs(match["source"]["y"] - match["target"]["y"]) <= 0.5
-        assert match["score"] > 0.999
+        assert match["score"] > 0.99  # a fractional point is read between pixels
 
 
 def test_every_way_to_choose_points(call, photos, tmp_path):
@@ -145,7 +145,7 @@ def test_options_change_the_recipe_and_its_key(call, photos):
         ("--timestep", "30"),
         ("--interpolation", "bicubic"),
         ("--prompt", "a photo of a cat"),
-        ("--ensemble", "2"),
+        ("--ensemble", "3"),
     ]
     for change in changes:
         code, out, err = call("match", *photos, "--size", "64", "--grid", "1", *change)
@@ -302,10 +302,10 @@ def test_a_copy_of_the_embedded_model_gives_the_same_matches(call, photos, copie
             "pickled",
         ),
         (lambda m: (m / "unet" / "config.json").write_text("{"), "JSON"),
-        (lambda m: (m / "unet.up1.onnx").write_bytes((m / "unet.up1.onnx").read_bytes()[:1000]), "1000 bytes"),
-        (lambda m: _flip(m / "unet.up1.onnx"), "SHA-256 differs"),
+        (lambda m: (m / "unet.up2.onnx").write_bytes((m / "unet.up2.onnx").read_bytes()[:1000]), "1000 bytes"),
+        (lambda m: _flip(m / "unet.up2.onnx"), "SHA-256 differs"),
         (lambda m: _flip(m / "unet" / "diffusion_pytorch_model.safetensors"), "came with the model"),
-        (lambda m: (m / "unet.up1.json").write_text("{"), "damaged"),
+        (lambda m: (m / "unet.up2.json").write_text("{"), "damaged"),
         (lambda m: (m / "vae.onnx").unlink(), "is missing"),
         (lambda m: (m / "prompt_table" / "model.safetensors").write_bytes(b"abc"), "prompt table"),
         (lambda m: shutil.rmtree(m / "prompt_table"), "text encoder"),
@@ -401,7 +401,8 @@ def test_pairs_report_a_bad_one_and_exit_with_one(call, photos, tmp_path):
     arguments = ("match", "--pairs", tmp_path / "pairs.csv", "-o", tmp_path / "out.jsonl", *QUICK, "--grid", "2")
     code, out, err = call(*arguments)
     assert (code, out) == (1, "")
-    assert "3 pairs matched" in err
+    assert "3 pairs written" in err
+    assert "pair 1: no image at" in err
     assert "1 failed" in err
     header, *rest = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert header["settings"]["grid"] == 2

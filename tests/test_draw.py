@@ -1,12 +1,13 @@
 """The picture: marks where the matches are, in every format, written whole or not at all."""
 
+import dataclasses
 import errno
 
 import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from difftap.draw import _CAPTION, _GAP, _HEIGHT, _colour, check_output, draw_matches, save_picture
+from difftap.draw import _CAPTION, _GAP, _HEIGHT, _colour, _surest, check_output, draw_matches, save_picture
 from difftap.errors import OutputError
 from difftap.images import Image
 from difftap.matching import Matches
@@ -91,9 +92,16 @@ def test_a_flat_heat_map_and_extreme_shapes_are_drawn():
 def test_no_more_marks_than_the_limit():
     many = matches(np.tile([[20.0, 20.0]], (5, 1)), np.tile([[20.0, 20.0]], (5, 1)))
     few = matches(np.tile([[20.0, 20.0]], (3, 1)), np.tile([[20.0, 20.0]], (3, 1)))
-    assert (
-        np.asarray(draw_matches(SOURCE, TARGET, many, limit=3)) == np.asarray(draw_matches(SOURCE, TARGET, few))
-    ).all()
+    drawn, whole = (np.asarray(draw_matches(SOURCE, TARGET, found, limit=3)) for found in (many, few))
+    assert (drawn[_CAPTION:] == whole[_CAPTION:]).all()
+    assert (drawn[:_CAPTION] != whole[:_CAPTION]).any()  # the caption says that not all are drawn
+
+
+def test_those_of_the_largest_margin_are_drawn_and_the_one_asked_for():
+    found = dataclasses.replace(matches(np.zeros((4, 2)), np.zeros((4, 2))), margin=np.array([0.1, np.nan, 0.3, 0.2]))
+    assert _surest(found, 2, None) == [2, 3]
+    assert _surest(found, 2, 1) == [1, 2]
+    assert _surest(found, 9, None) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

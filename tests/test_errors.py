@@ -50,5 +50,5 @@ def test_require_gives_the_module_or_the_pip_line():
         require("no_such_module_at_all", "export", "exporting a checkpoint")
     text = str(caught.value)
     assert text.startswith("exporting a checkpoint needs the package 'no_such_module_at_all'")
-    assert text.endswith("pip install 'difftap[export]'")
+    assert text.endswith("pip install 'difftap[export]' (in a checkout: make setup)")
     assert isinstance(caught.value, ImportError)

@@ -87,9 +87,9 @@ def test_matching_two_photographs(tmp_path):
     "arguments",
     [
         ("export",),
-        ("export", "--tap", "up2"),
+        ("export", "--tap", "up3"),
         ("match", EXAMPLES / "collins.jpg", EXAMPLES / "hopper.jpg", "--backend", "torch"),
-        ("match", EXAMPLES / "collins.jpg", EXAMPLES / "hopper.jpg", "--tap", "up2"),
+        ("match", EXAMPLES / "collins.jpg", EXAMPLES / "hopper.jpg", "--tap", "up3"),
         ("taps", "--model", "sd15"),
         ("taps", "--model", "sd15", "--random-weights", "0"),
         ("taps", "--model", "someone/checkpoint"),

@@ -83,10 +83,14 @@ def verify(cache: Path | None) -> None:
 
 
 @engines.command()
+@click.option("--checkpoints", is_flag=True, help="Also remove checkpoints built with random weights.")
 @cache_option
-def clean(cache: Path | None) -> None:
-    """Remove every graph and engine from the cache; checkpoints and packaged models stay."""
+def clean(cache: Path | None, checkpoints: bool) -> None:
+    """Remove every graph and engine from the cache; your own checkpoints and the embedded model stay."""
     from difftap.engines import clean as remove
 
     store = _open(cache)
-    click.echo(f"freed {remove(store) / 1e6:.1f} MB in {store.folder}")
+    freed, kept = remove(store, checkpoints)
+    click.echo(f"freed {freed / 1e6:.1f} MB in {store.folder}")
+    if kept:
+        click.echo(f"kept {kept / 1e6:.1f} MB of checkpoints with random weights (--checkpoints removes them)")

@@ -142,7 +142,8 @@ class _Job:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides, besides the recipe, which matches are written."""
-        return {"mutual": self.mutual, "grid": self.grid, **dataclasses.asdict(self.threshold)}
+        grid = None if self.mutual else self.grid
+        return {"mutual": self.mutual, "grid": grid, **dataclasses.asdict(self.threshold)}
 
     def choose(self, size: tuple[int, int], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
         """Points of an image of ``size`` to match, ``(N, 2)``; None if they are to be found."""
@@ -239,7 +240,11 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
             progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""
-    click.echo(f"{run.written} pairs matched into {output}{earlier}, {run.failed} failed in all", err=True)
+    click.echo(f"{run.written} pairs written to {output}{earlier}; {run.failed} failed in all", err=True)
+    for line in run.reasons:
+        click.echo(f"  {line}", err=True)
+    if run.failed > len(run.reasons):
+        click.echo("  (every failure is in its pair's place in the file; --overwrite tries them again)", err=True)
     if run.failed:
         sys.exit(1)
 

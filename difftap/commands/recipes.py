@@ -37,4 +37,10 @@ def recipes(name: str | None) -> None:
         branches = " with ".join(f"{'+'.join(b.taps)} at t={b.timestep}" for b in recipe.branches)
         size = f"{recipe.size[0]}x{recipe.size[1]}"
         how = f"matcher {recipe.matcher.name} ({recipe.matcher.interpolation})"
+        if len(recipe.branches) > 1:
+            how += f", {recipe.combine}"
+        if recipe.combine == "score-product":
+            how += " (bench pck only)"
+        if recipe.noise != "independent":
+            how += f", noise {recipe.noise}"
         click.echo(f"{preset:<14}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")

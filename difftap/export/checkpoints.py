@@ -9,6 +9,7 @@ random weights, so that speed, memory and exactness can be measured where no che
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from importlib import resources
@@ -23,6 +24,7 @@ from difftap.model import RANDOM_MARK, Model, pocket_folder
 __all__ = ["PRESETS", "open_model"]
 
 PRESETS = ("sd15", "sd21")
+_LOG = logging.getLogger("difftap")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = [
     "model_index.json",
@@ -109,6 +111,7 @@ def _build_random(name: str, seed: int, cache: Cache) -> Path:
             return folder
         torch = require("torch", "export", "building random weights")
         diffusers = require("diffusers", "export", "building random weights")
+        _LOG.info("building %s at full size with random weights: 3.6 GB in '%s'", name, folder)
         config = _preset(name)
         scratch = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(scratch, ignore_errors=True)

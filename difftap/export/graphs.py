@@ -53,6 +53,7 @@ def export_graph(
     """
     for module in ("torch", "diffusers", "onnx", "onnxscript"):
         require(module, "export", f"exporting the {component} of model '{model.name}'")
+    _LOG.info("exporting the %s of model '%s' (half a minute or more, once)", component, model.name)
     from difftap.engine.torch_model import build
     from difftap.export.trace import locate_tensors, trace
 
@@ -103,5 +104,4 @@ def ensure_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ..
             known = cache.cached_graph(model, component, taps)  # another process may have made it meanwhile
             if known is not None:
                 return known
-        _LOG.info("exporting %s of model '%s'", name, model.name)
         return export_graph(cache, model, component, taps)[0]
