@@ -1,6 +1,6 @@
 """Training photographs: index, uint8 cache, hold-out split, augmentation.
 
-Layout expected under the data root (shared/data in this project's README):
+Layout expected under the data root:
 
     train/caltech101/<class folder>/*.jpg
     train/imagenet_sample/<wnid>_<class name>.jpg

@@ -184,6 +184,8 @@ class ResultTable:
 
     def _best(self, column: int) -> float | None:
         figures = [row[column] for _, row in self.rows if row[column] is not None]
+        if len(self.rows) < 2:  # with one row there is nothing to be better than
+            return None
         return max((round(100 * figure, 2) for figure in figures if figure is not None), default=None)
 
     def _texts(self, bold: tuple[str, str]) -> list[list[str]]:
@@ -293,8 +295,9 @@ def _caption(
     where = "original pixels" if at["frame"] == "original" else f"a {at['frame']} of {at['side']} pixels"
     models = ", ".join(sorted({r["conditions"]["model"]["name"] for _, r in runs}))
     note = " Published rows are the papers' own, under their conditions." if with_published else ""
+    best = "Best of each column in bold." if len(runs) > 1 or with_published else ""
     return (
         f"{data['name']} {data.get('split', '')}, PCK@{alpha} per {by} in %, protocol {protocol} ({at['comparison']} "
         f"alpha times the {at['basis']}, in {where}); {numbers}; model {models}; difftap "
-        f"{results['conditions']['difftap']}. Best of each column in bold.{note}"
+        f"{results['conditions']['difftap']}. {best}{note}"
     )

@@ -82,7 +82,7 @@ def pck(
     a later run continues, results.json, table.md and table.tex, and the pictures asked for.
 
     \b
-    difftap bench pck pf-willow ../shared/data/pf-willow-half -o out/willow
+    difftap bench pck pf-willow PF-WILLOW -o out/willow
     difftap bench pck spair SPair-71k --recipe dift --model sd21/ -o out/dift
     """
     from difftap.bench.protocols import get_protocols
@@ -131,7 +131,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime, **opening)
 
-    click.echo(f"{len(pairs.samples)} pairs, {pairs.images(recipe)} images to extract", err=True)
+    click.echo(f"{len(pairs.samples)} pairs, {pairs.images(recipe)} images, less what is there already", err=True)
     with _progress(len(pairs.samples)) as advance:
         run = match_pairs(
             pairs,

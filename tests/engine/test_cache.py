@@ -194,7 +194,7 @@ def test_two_processes_that_export_the_same_graph_both_end_well(mini, tmp_path):
     done = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0], done
     assert done[0][0] == done[1][0]
-    assert sum(err.count("exporting vae") for _, err in done) == 1, "both exported it"
+    assert sum(err.count("exporting the vae") for _, err in done) == 1, "both exported it"
     model = Model.load(mini)
     graph = Cache(tmp_path / "shared").cached_graph(model, "vae")
     assert graph is not None
