@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from difftap.features import FeatureMap
 from difftap.matching.confidence import RADIUS_CELLS
+from difftap.matching.halves import sum_in_halves
 from difftap.matching.interpolate import SMALL, Run, axis_runs, pixel_cells, unit
 from difftap.matching.norms import inverse_norms
 
@@ -165,16 +166,21 @@ def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray
     channels, height, width = data.shape
     size = height * width
     cells = data.reshape(channels, size)
-    products = np.zeros((len(queries), size))
-    for first in range(0, len(queries), 64):
-        here = slice(first, first + 64)
-        count = len(queries[here])
-        block, step = SMALL // (count * size), size  # few queries: whole rows of products, a few channels at a time
-        if block < 8:
-            block = 64
-            step = max(1, SMALL // (count * block))
-        for start in range(0, channels, block):  # in blocks, so that no float64 copy of the whole map is made
-            part = cells[start : start + block].astype(np.float64)
-            for low in range(0, size, step):
-                products[here, low : low + step] += queries[here, start : start + block] @ part[:, low : low + step]
-    return products.reshape(len(queries), height, width)
+
+    def over(some: range) -> NDArray[np.float64]:
+        products = np.zeros((len(queries), size))
+        for first in range(0, len(queries), 64):
+            here = slice(first, first + 64)
+            count = len(queries[here])
+            block, step = SMALL // (count * size), size  # few queries: whole rows of products, a few channels at a time
+            if block < 8:
+                block = 64
+                step = max(1, SMALL // (count * block))
+            for start in some[::block]:  # in blocks, so that no float64 copy of the whole map is made
+                stop = min(start + block, some.stop)
+                part = cells[start:stop].astype(np.float64)
+                for low in range(0, size, step):
+                    products[here, low : low + step] += queries[here, start:stop] @ part[:, low : low + step]
+        return products
+
+    return sum_in_halves(channels, over).reshape(len(queries), height, width)

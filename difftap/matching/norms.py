@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import InputError
+from difftap.matching.halves import sum_in_halves
 from difftap.matching.interpolate import VANISHING, Run
 
 __all__ = ["DOUBTFUL", "gram_products", "inverse_norms"]
@@ -43,14 +44,19 @@ def gram_products(data: NDArray[np.floating], reach: int) -> NDArray[np.float64]
     size = height * width
     across, down = min(reach, width - 1), min(reach, height - 1)
     offsets = [(dy, dx) for dy in range(down + 1) for dx in range(-across, across + 1) if dy > 0 or dx >= 0]
-    sums = np.zeros((len(offsets), size))
     cells = data.reshape(channels, size)
     block = max(1, _BLOCK_VALUES // size)
-    for start in range(0, channels, block):
-        part = cells[start : start + block].astype(np.float64)
-        for k, (dy, dx) in enumerate(offsets):
-            step = dy * width + dx  # rows follow each other, so an offset is one shift; what wraps round is cut below
-            sums[k, : size - step] += np.einsum("cp,cp->p", part[:, : size - step], part[:, step:])
+
+    def products(some: range) -> NDArray[np.float64]:
+        sums = np.zeros((len(offsets), size))
+        for start in some[::block]:
+            part = cells[start : min(start + block, some.stop)].astype(np.float64)
+            for k, (dy, dx) in enumerate(offsets):
+                step = dy * width + dx  # rows follow each other: an offset is one shift; what wraps round is cut below
+                sums[k, : size - step] += np.einsum("cp,cp->p", part[:, : size - step], part[:, step:])
+        return sums
+
+    sums = sum_in_halves(channels, products)
     grams = np.zeros((reach + 1, height, 2 * reach + 1, width))
     for k, (dy, dx) in enumerate(offsets):
         inside = slice(max(0, -dx), width - max(0, dx))
