@@ -1,7 +1,7 @@
 """Sums over channels, taken in two halves at once.
 
-Most of dense matching's time goes into passes over the channels of a map, which numpy does on one core; here two threads
-share them. The split is the same on every machine, so that sums do not differ by rounding between them.
+Most of dense matching's time goes into passes over the channels of a map, which numpy does on one core; here two
+threads share them. The split is the same on every machine, so that sums do not differ by rounding between them.
 """
 
 from __future__ import annotations
