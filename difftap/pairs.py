@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from difftap.errors import DifftapError, OutputError, PairsError
+from difftap.errors import DifftapError, InputError, NonFiniteError, OutputError, PairsError
 from difftap.features import FeatureMap
 from difftap.manifest import output_errors
 from difftap.matching import Matches
@@ -171,9 +171,7 @@ def _match_pair(shelf: FeatureShelf, pair: Pair, find: Finder, threshold: Thresh
     try:
         source, target = shelf.get(pair.source, batch), shelf.get(pair.target, batch)
         matches = find(source, target, np.reshape(np.array(pair.points, np.float64), (-1, 2)))
-    except OutputError:
-        raise  # no fault of the pair: the scratch folder is full, and every further pair would fail
-    except DifftapError as error:
+    except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair
         return {"error": " ".join(str(error).split())}
     images = {
         name: {k: shelf.record(path)[k] for k in ("width", "height", "sha256")}

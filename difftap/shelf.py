@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from difftap.coords import Geometry
-from difftap.errors import DifftapError, ImageError, OutputError
+from difftap.errors import DifftapError, ImageError, NonFiniteError
 from difftap.features import FeatureMap
 from difftap.images import Image, load_image
 from difftap.manifest import output_errors
@@ -93,16 +93,12 @@ class FeatureShelf:
         try:
             for one, features in zip(images, list(self._pipeline.extract(images.values())), strict=True):
                 self._keep(one, features)
-        except OutputError:
-            raise
-        except DifftapError:
+        except NonFiniteError:
             # One of them spoils the batch; alone, each gets its own features or its own fault.
             for one, image in images.items():
                 try:
                     self._keep(one, next(iter(self._pipeline.extract([image]))))
-                except OutputError:
-                    raise
-                except DifftapError as error:
+                except NonFiniteError as error:
                     self._faults[one] = error
 
     def advance(self, count: int) -> None:

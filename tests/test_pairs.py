@@ -16,7 +16,7 @@ import pytest
 from PIL import Image as PIL
 
 from difftap.coords import Geometry
-from difftap.errors import BackendError, OutputError, PairsError
+from difftap.errors import BackendError, NonFiniteError, OutputError, PairsError
 from difftap.features import FeatureMap
 from difftap.images import load_image
 from difftap.matching import match_points
@@ -43,7 +43,9 @@ class FakePipeline:
         for image in images:
             self.seen[image.path] += 1
             if image.path.endswith("broken-engine.png"):
-                raise BackendError("the engine\nfailed")
+                raise NonFiniteError("the engine\nfailed")
+            if image.path.endswith("dead-machine.png"):
+                raise BackendError("out of memory")
             data = np.asarray(PIL.fromarray(image.pixels).resize((6, 5)), np.float32).transpose(2, 0, 1)
             yield FeatureMap(np.ascontiguousarray(data), Geometry.stretch(image.size, (48, 40)))
 
@@ -350,3 +352,11 @@ def test_the_current_folder_is_no_output(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(OutputError, match="a folder stands there"):
         run_pairs(FakePipeline(), every_pair(folder), Path(), find, settings={}, threshold=Threshold())
+
+
+def test_a_fault_of_the_machine_ends_the_run_and_blames_no_pair(folder):
+    shutil.copy(folder / "4.png", folder / "dead-machine.png")
+    pairs = [Pair(folder / "0.png", folder / "1.png"), Pair(folder / "2.png", folder / "dead-machine.png")]
+    with pytest.raises(BackendError, match="out of memory"):
+        run(folder, pairs)
+    assert [record.get("index") for record in lines(folder / "out.jsonl")[1:]] == [0]

@@ -180,8 +180,9 @@ def _rows(
     values = [aggregate(tally, by) for tally in (first, second)]
     spread = aggregate(second, by, weights) - aggregate(first, by, weights)  # (B, K)
     low, high = np.nanquantile(spread, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    below, above = (spread <= 0).mean(axis=0), (spread >= 0).mean(axis=0)
-    p = np.clip(2 * np.minimum(below, above), 1 / (len(weights) + 1), 1.0)
+    below, above = (spread <= 0).sum(axis=0), (spread >= 0).sum(axis=0)
+    # Two-sided, and never below what so many draws can tell: the observed data count as one of them.
+    p = np.minimum(2 * (np.minimum(below, above) + 1) / (len(weights) + 1), 1.0)
     return [
         Row(
             protocol,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from difftap.coords import Geometry, Size
-from difftap.errors import DifftapError, ImageError
+from difftap.errors import DifftapError, ImageError, NonFiniteError
 from difftap.features import FeatureMap
 from difftap.images import Image, load_image
 from difftap.manifest import output_errors
@@ -141,12 +141,33 @@ class MapShelf:
                 break
             if other not in self._kept and other not in self._spilled and other not in self._faults:
                 wanted.setdefault(other)
-        for one, made in zip(wanted, self._make(list(wanted)), strict=True):
+        try:
+            everything = list(self._make(list(wanted)))
+        except NonFiniteError as error:
+            if len(wanted) == 1:
+                self._faults[view] = error
+                return
+            # One of them spoils the batch; alone, each gets its own maps or its own fault.
+            for one in wanted:
+                self._fill_alone(one)
+            return
+        for one, made in zip(wanted, everything, strict=True):
             if isinstance(made, DifftapError):
                 self._faults[one] = made
             else:
                 self.made += 1
                 self._keep(one, made)
+
+    def _fill_alone(self, view: View) -> None:
+        try:
+            (made,) = self._make([view])
+        except NonFiniteError as error:
+            made = error
+        if isinstance(made, DifftapError):
+            self._faults[view] = made
+        else:
+            self.made += 1
+            self._keep(view, made)
 
     def _keep(self, view: View, made: Made) -> None:
         self._kept[view] = made

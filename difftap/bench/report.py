@@ -53,11 +53,14 @@ def conditions_line(results: Mapping[str, Any]) -> str:
     matcher = recipe["matcher"]
     reading = f" {matcher['interpolation']}" if matcher["name"] == "dense" else ""
     branches = " + ".join(f"{'+'.join(b['taps'])} @ t={b['timestep']}" for b in recipe["branches"])
+    prompts = sorted({b["prompt"] for b in recipe["branches"]})
+    asked = ", ".join(f"'{prompt}'" if prompt else "empty" for prompt in prompts)
     joined = f", {matching['combine']}" if len(recipe["branches"]) > 1 else ""
     size = f"{recipe['size'][0]} x {recipe['size'][1]}"
     return (
         f"{data['name']} {data.get('split', '')}: {counts['pairs_scored']} pairs, {counts['points']} points, "
-        f"{counts['images']} images; model {at['model']['name']}, {branches}{joined}, {size}, E={recipe['ensemble']}, "
+        f"{counts['images']} images; model {at['model']['name']}, {branches}{joined}, prompt {asked}, {size}, "
+        f"E={recipe['ensemble']}, "
         f"seed {recipe['seed']}; {matcher['name']}{reading}, by {matching['reading']}; backend {at['backend']['name']} "
         f"{at['backend']['precision']}; recipe {at['recipe_key']}"
     )

@@ -77,7 +77,8 @@ def stand_in_rows(size: int | None = None) -> list[Row]:
     branch = dataclasses.replace(recipe.branches[0], prompt=PROMPT)
     recipe = dataclasses.replace(recipe, branches=(branch,))
     bicubic = dataclasses.replace(recipe, matcher=dataclasses.replace(recipe.matcher, interpolation="bicubic"))
-    dual = dataclasses.replace(recipe, branches=(branch, Branch(("up2",), branch.timestep, PROMPT)))
+    layers = tuple(Branch((tap,), branch.timestep, PROMPT) for tap in ("up1", "up2"))
+    dual = dataclasses.replace(recipe, branches=layers)
     return [Row("pocket", recipe), Row("pocket-bicubic", bicubic), Row("pocket-dual", dual, "score-sum")]
 
 

@@ -24,7 +24,7 @@ from difftap.bench.maps import Made, MapShelf, View, extractor
 from difftap.bench.predictions import SCHEMA, Prediction
 from difftap.bench.samples import Sample
 from difftap.bench.targets import Joining, Ready, find
-from difftap.errors import DifftapError, ImageError, InputError, OutputError
+from difftap.errors import ImageError, InputError, NonFiniteError
 from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.pipeline import Pipeline
@@ -266,9 +266,7 @@ class _Group:
                 ready.append(prepared)
             found, clamped = find(ready[0], ready[1], sample.source_points, sample.source_size, confidence)
             return Prediction.of(index, sample, found, clamped)
-        except OutputError:
-            raise  # no fault of the pair: the scratch folder is full, and every further pair would fail
-        except DifftapError as error:
+        except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair
             _LOG.warning("pair %s: %s", sample.name, error)
             return Prediction.of(index, sample, None, error=" ".join(str(error).split()))
         finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from difftap.bench.datasets import load
+from difftap.bench.datasets import load, loader
 from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
@@ -15,6 +16,7 @@ from difftap.bench.runner import Opener, PredictRun, plan, predict, subset
 from difftap.bench.samples import Sample
 from difftap.bench.scoring import Settings, score
 from difftap.bench.targets import Joining
+from difftap.errors import InputError
 from difftap.manifest import output_errors, write_atomic
 from difftap.recipe import Recipe
 
@@ -76,6 +78,9 @@ def load_pairs(chosen: Selection, made: Path) -> Pairs:
     Raises:
         InputError: the folder is not laid out as expected, or pairs are broken and may not be.
     """
+    unknown = set(chosen.options) - set(inspect.signature(loader(chosen.name).load).parameters)
+    if unknown:
+        raise InputError(f"data set '{chosen.name}' has no option --{min(unknown)}; leave it out")
     data = load(chosen.name, chosen.root, allow_missing=chosen.allow_missing, cache=made, **chosen.options)
     about = {
         "name": data.name,
