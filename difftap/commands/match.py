@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
@@ -226,7 +225,7 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
     def find(source: FeatureMap, target: FeatureMap, given: NDArray[np.float64]) -> Matches:
         return job.find(source, target, job.choose(source.image_size, given))
 
-    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline, _progress(len(pairs)) as advance:
+    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline, progress_bar(len(pairs)) as advance:
         run = run_pairs(
             pipeline,
             pairs,
@@ -247,18 +246,3 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
         click.echo("  (every failure is in its pair's place in the file; --overwrite tries them again)", err=True)
     if run.failed:
         sys.exit(1)
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A progress bar with time left on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("pairs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("pairs", total=total)
-        yield lambda count: bar.advance(task, count)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from difftap.bench.session import Selection
@@ -132,7 +131,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
         return Opened.open(filled, runtime, **opening)
 
     click.echo(f"{len(pairs.samples)} pairs, {pairs.images(recipe)} images, less what is there already", err=True)
-    with _progress(len(pairs.samples)) as advance:
+    with progress_bar(len(pairs.samples)) as advance:
         run = match_pairs(
             pairs,
             recipe,
@@ -148,21 +147,6 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""
     click.echo(f"{run.written} pairs in {run.seconds:.1f} s{earlier}, {run.failed} failed", err=True)
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A progress bar with time left on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("pairs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("pairs", total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 @click.command()
