@@ -129,6 +129,7 @@ def run_pairs(
 
     Raises:
         OutputError: the output cannot be written, belongs to another run, or is being written by one.
+        BackendError: the runtime failed, which is no pair's fault; what was written stays, and a later run goes on.
     """
     listing = [[str(p.source), str(p.target), [list(xy) for xy in p.points]] for p in pairs]
     conditions = {
