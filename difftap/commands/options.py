@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from difftap.pipeline import Runtime
     from difftap.recipe import Recipe
 
-__all__ = ["build_recipe", "build_runtime", "cache_option", "model_options", "recipe_options", "runtime_options"]
+__all__ = ["build_recipe", "cache_option", "model_options", "recipe_options", "runtime_options", "take_runtime"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -89,6 +89,13 @@ runtime_options = _stack(
     [
         click.option("--backend", default="ort", show_default=True, metavar="B", help="ort or torch."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--precision",
+            default="fp32",
+            show_default=True,
+            metavar="P",
+            help="fp32, fp16, bf16, int8 or fp8, as far as the backend has it.",
+        ),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
         click.option(
             "--batch",
@@ -135,8 +142,9 @@ def build_recipe(
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)
 
 
-def build_runtime(*, backend: str, device: str, threads: int | None, batch: int, cache: Path | None) -> Runtime:
-    """The runtime that the options ask for."""
+def take_runtime(options: dict[str, Any]) -> Runtime:
+    """The runtime that a command's options ask for; takes what `runtime_options` added out of them."""
     from difftap.pipeline import Runtime
 
-    return Runtime(backend, device, threads, batch, cache)
+    names = ("backend", "device", "threads", "batch", "cache", "precision")
+    return Runtime(**{name: options.pop(name) for name in names})

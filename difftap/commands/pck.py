@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+from difftap.commands.options import build_recipe, recipe_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     from difftap.bench.targets import Joining
     from difftap.pipeline import Pipeline as Opened
 
-    runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
+    runtime = take_runtime(options)
     opening = {name: options.pop(name) for name in ("revision", "random_weights")}
     combining, reading, confidence, memory, features = (
         options.pop(name) for name in ("combine", "reading", "confidence", "memory", "features")

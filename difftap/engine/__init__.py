@@ -3,7 +3,7 @@
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
 from difftap.engine.extractor import BranchEngine, Extractor, Features, members_per_run
-from difftap.engine.registry import BACKENDS, choose_device, get_backend
+from difftap.engine.registry import BACKENDS, check_precision, choose_device, get_backend
 
 __all__ = [
     "BACKENDS",
@@ -16,6 +16,7 @@ __all__ = [
     "Graph",
     "Profile",
     "TensorSpec",
+    "check_precision",
     "choose_device",
     "default_cache_folder",
     "get_backend",
