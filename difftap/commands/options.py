@@ -48,13 +48,18 @@ cache_option = click.option(
 
 model_options = _stack(
     [
-        click.option("--model", metavar="M", help="Model: pocket, sd15, sd21, a diffusers-format folder, or a hub id."),
+        click.option(
+            "--model",
+            metavar="M",
+            help="Model: pocket, sd15, sd21, sdxl, a diffusers-format folder, or a hub id; and +FILE.safetensors for "
+            "another UNet's weights in it (CleanDIFT).",
+        ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
         click.option(
             "--random-weights",
             type=int,
             metavar="SEED",
-            help="Build sd15 or sd21 at full size with seeded random weights.",
+            help="Build sd15, sd21 or sdxl at full size with seeded random weights.",
         ),
     ]
 )

@@ -112,7 +112,8 @@ def unet_inputs(model: Model) -> tuple[TensorSpec, ...]:
     """What a tapped UNet is fed, per image; the graph forms every member's noisy latent itself.
 
     ``latent = signal * (mean + std * posterior_noise) + sigma * noise``, where ``signal`` is the square root of the
-    schedule's cumulative alpha times the VAE's scaling factor and ``sigma`` the square root of one minus it.
+    schedule's cumulative alpha times the VAE's scaling factor and ``sigma`` the square root of one minus it. For SDXL
+    the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
     """
     posterior: tuple[int | str, ...] = ("B", model.latent_channels, "h", "w")
     members: tuple[int | str, ...] = ("B", "E", model.latent_channels, "h", "w")
@@ -124,7 +125,7 @@ def unet_inputs(model: Model) -> tuple[TensorSpec, ...]:
         TensorSpec("signal", "float32", ("B",)),
         TensorSpec("sigma", "float32", ("B",)),
         TensorSpec("timestep", "int64", ("B",)),
-        TensorSpec("prompt", "float32", ("B", "T", int(model.unet["cross_attention_dim"]))),
+        TensorSpec("prompt", "float32", ("B", "T", model.prompt_width)),
     )
 
 
