@@ -143,8 +143,8 @@ def _filled(recipe: Recipe, category: str | None) -> Recipe:
 
     if category is not None and not wants_category(recipe.branches):
         raise InputError(
-            "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt such "
-            "as 'a photo of a {category}'"
+            "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt "
+            "such as 'a photo of a {category}'"
         )
     return fill(recipe, Subject(category))
 
