@@ -196,7 +196,7 @@ class Pipeline:
         """
         if self.recipe.combine == "score-product" and len(features.branches) > 1:
             raise RecipeError(
-                "combine is 'score-product', which 'bench pck' alone offers; allowed here: concat, score-sum"
+                "combine is 'score-product', which no single map can give; allowed here: concat, score-sum"
             )
         maps, shares = [], []
         for branch, taps in zip(self.recipe.branches, features.branches, strict=True):
@@ -204,6 +204,12 @@ class Pipeline:
                 maps.append(tap)
                 shares.append(branch.weight / len(taps))
         return combine(maps, shares, self.recipe.upsample)
+
+    def maps(self, images: Iterable[Image], category: str | None = None) -> Iterator[tuple[FeatureMap, ...]]:
+        """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.Joining`; as `extract`."""
+        prompts = None if category is None else choose_prompts(self.recipe, Subject(category))
+        for features in self.features(images, prompts):
+            yield tuple(one for taps in features.branches for one in taps.values())
 
     def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
         """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order.
