@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, recipe_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    build_recipe,
+    category_option,
+    recipe_options,
+    runtime_options,
+    take_runtime,
+)
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
@@ -19,9 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difftap.features import FeatureMap
-    from difftap.matching import Matches
-    from difftap.pipeline import Runtime
+    from difftap.matching import Joining, Matches, Ready
+    from difftap.pipeline import Pipeline, Runtime
     from difftap.recipe import Recipe
     from difftap.results import Threshold
 
@@ -66,6 +71,7 @@ _FILE = click.Path(path_type=Path)
     help="With --pairs: features kept in memory.",
 )
 @recipe_options
+@category_option
 @runtime_options
 def match(
     source: Path | None,
@@ -82,6 +88,7 @@ def match(
     max_cycle_error: float | None,
     overwrite: bool,
     memory: int,
+    category: str | None,
     revision: str | None,
     random_weights: int | None,
     **options: Any,
@@ -103,13 +110,15 @@ def match(
     if len(chosen) > 1:
         raise InputError(f"{' and '.join(chosen)} exclude each other; give one way to choose points")
     runtime = take_runtime(options)
+    recipe = build_recipe(**options)
     job = _Job(
-        build_recipe(**options),
+        _filled(recipe, category),
         runtime,
         {"revision": revision, "random_weights": random_weights},
         Threshold(min_score, min_margin, max_cycle_error),
         mutual,
         5 if grid is None else grid,
+        _empty_prompt(recipe) if category is None else "",
     )
     if pairs_file is not None:
         if source is not None or point_texts or points_file or heat is not None:
@@ -127,6 +136,26 @@ def match(
     _one(job, (source, target), _read_points(point_texts, points_file), output, heat)
 
 
+def _filled(recipe: Recipe, category: str | None) -> Recipe:
+    """The recipe with the category in its prompts, so that its key and record name what was really asked."""
+    from difftap.prompts import Subject, fill, wants_category
+
+    if category is not None and not wants_category(recipe.branches):
+        raise InputError(
+            "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt "
+            "such as 'a photo of a {category}'"
+        )
+    return fill(recipe, Subject(category))
+
+
+def _empty_prompt(recipe: Recipe) -> str:
+    """What to say of a prompt that asks for a category when none is given."""
+    from difftap.prompts import wants_category
+
+    asked = [branch.prompt for branch in recipe.branches if wants_category([branch])]
+    return f"the recipe's prompt is '{asked[0]}': it stays empty without --category WORD" if asked else ""
+
+
 @dataclass(frozen=True)
 class _Job:
     """What both ways of matching need: the recipe, where it runs, and which points are matched and kept."""
@@ -137,6 +166,26 @@ class _Job:
     threshold: Threshold
     mutual: bool
     grid: int
+    note: str = ""
+
+    def open(self) -> Pipeline:
+        """The recipe made ready; then, bad input being out of the way, says what there is to say."""
+        from difftap.pipeline import Pipeline
+
+        pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+        if self.note:
+            click.echo(self.note, err=True)
+        return pipeline
+
+    @property
+    def joining(self) -> Joining:
+        """How branches are combined; self-found matches compare all cells with all, which takes a joined map."""
+        from difftap.matching import Joining
+
+        several = sum(len(branch.taps) for branch in self.recipe.branches) > 1
+        if self.mutual and several and self.recipe.combine == "score-product":
+            raise InputError("--mutual needs branches that add up; combine is 'score-product': give points instead")
+        return Joining.of(self.recipe, "concat" if self.mutual else None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -152,13 +201,9 @@ class _Job:
             return check_inside(given, size, "the source image")
         return None if self.mutual else grid_points(size, self.grid)
 
-    def find(self, source: FeatureMap, target: FeatureMap, points: NDArray[np.float64] | None) -> Matches:
+    def find(self, source: Ready, target: Ready, points: NDArray[np.float64] | None) -> Matches:
         """Match the points, or find mutual ones."""
-        from difftap.matching import match_points, mutual_matches
-
-        if points is None:
-            return mutual_matches(source, target, self.recipe.matcher)
-        return match_points(source, target, points, self.recipe.matcher)
+        return source.mutual(target) if points is None else source.match(target, points)
 
 
 def _read_points(texts: tuple[str, ...], file: Path | None) -> NDArray[np.float64] | None:
@@ -177,8 +222,6 @@ def _one(
     """Match two images: JSON to stdout, and a picture."""
     from difftap.draw import check_output, draw_matches, save_picture
     from difftap.images import load_image
-    from difftap.matching import heat_map
-    from difftap.pipeline import Pipeline
     from difftap.results import SCHEMA, image_record, match_records
 
     # What is wrong with the input is said before anything slow starts.
@@ -190,8 +233,9 @@ def _one(
     points = job.choose(source.size, given)
     if heat is not None and (heat < 1 or (points is not None and heat > len(points))):
         raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
-    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline:
-        first, second = pipeline.extract([source, target])
+    joining = job.joining
+    with job.open() as pipeline:
+        first, second = (joining.ready(joining.kept(maps)) for maps in pipeline.maps([source, target]))
     found = job.find(first, second, points)
     matches = job.threshold.keep(found)
     if output is not None:
@@ -200,7 +244,7 @@ def _one(
             passed = job.threshold.passed(found)
             if heat > len(passed) or not passed[heat - 1]:
                 raise InputError(f"--heat is {heat}, but point {heat} of {len(passed)} was not found or not kept")
-            picture = heat_map(first, second, found.source[heat - 1], job.recipe.matcher)
+            picture = first.heat(second, found.source[heat - 1])
             shown = (int(passed[: heat - 1].sum()), picture)
         save_picture(draw_matches(source, target, matches, shown), output)
     record = {
@@ -218,19 +262,20 @@ def _one(
 def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: int) -> None:
     """Match a list of pairs into JSON lines."""
     from difftap.pairs import load_pairs, run_pairs
-    from difftap.pipeline import Pipeline
 
     pairs = load_pairs(pairs_file)
+    joining = job.joining
 
-    def find(source: FeatureMap, target: FeatureMap, given: NDArray[np.float64]) -> Matches:
+    def find(source: Ready, target: Ready, given: NDArray[np.float64]) -> Matches:
         return job.find(source, target, job.choose(source.image_size, given))
 
-    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline, progress_bar(len(pairs)) as advance:
+    with job.open() as pipeline, progress_bar(len(pairs)) as advance:
         run = run_pairs(
             pipeline,
             pairs,
             output,
             find,
+            joining=joining,
             settings=job.settings,
             threshold=job.threshold,
             overwrite=overwrite,

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from difftap.pipeline import Runtime
     from difftap.recipe import Recipe
 
-__all__ = ["build_recipe", "cache_option", "model_options", "recipe_options", "runtime_options", "take_runtime"]
+__all__ = [
+    "build_recipe",
+    "cache_option",
+    "category_option",
+    "model_options",
+    "recipe_options",
+    "runtime_options",
+    "take_runtime",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -88,6 +96,12 @@ recipe_options = _stack(
         ),
         click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
     ]
+)
+
+category_option = click.option(
+    "--category",
+    metavar="WORD",
+    help="What the images show: fills {category} in the recipe's prompt.  [default: such a prompt stays empty]",
 )
 
 runtime_options = _stack(
