@@ -60,17 +60,20 @@ class Graph:
         component: ``vae`` or ``unet``.
         taps: names of the tapped tensors, the UNet graph's outputs; empty for the VAE.
         path: the ONNX file; None where it has not been exported (the torch backend needs none).
+        precision: the types inside: ``fp32`` as exported, or the half type of a variant (`difftap.export.variants`).
     """
 
     model: Model
     component: str
     taps: tuple[str, ...] = ()
     path: Path | None = None
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
-        """The file's stem: ``vae``, or ``unet.`` and the taps."""
-        return ".".join([self.component, *(["+".join(self.taps)] if self.taps else [])])
+        """The file's stem: ``vae``, or ``unet.`` and the taps; then the types inside, if they are not float32."""
+        kind = [self.precision] if self.precision != "fp32" else []
+        return ".".join([self.component, *(["+".join(self.taps)] if self.taps else []), *kind])
 
     @property
     def cut(self) -> str | None:
@@ -251,6 +254,10 @@ class Backend(ABC):
     def precisions(self, device: str) -> tuple[str, ...]:
         """What it can compute in on a device, exact first."""
         return ("fp32",)
+
+    def graph_precision(self, profile: Profile, device: str) -> str:
+        """The types of the graph it opens for a profile: a half type, if it computes in what the graph says."""
+        return "fp32"
 
     def builds(self, profile: Profile, device: str) -> bool:
         """Whether such an engine is files made beforehand by `build`; else `open` needs the graph alone."""
