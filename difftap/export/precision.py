@@ -6,8 +6,8 @@ what lies between them are in the half type; what half precision is bad at stays
 - normalisations, whose sums of squares leave fp16's range (65504) long before their results do;
 - softmax, which sums thousands of small numbers;
 - the noisy latent, the timestep's sines, and the mean over the ensemble;
-- with ``attention="float"``, the attention logits too. The exported graph multiplies queries and keys by the fourth root
-  of 1/d each before their product, so logits in half precision overflow only where their true values do, while
+- with ``attention="float"``, the attention logits too. The exported graph multiplies queries and keys by the fourth
+  root of 1/d each before their product, so logits in half precision overflow only where their true values do, while
   Stable Diffusion 2.1 overflows in implementations that scale after the product.
 
 A graph whose values overflow nevertheless gives outputs that are not finite, and `Engine.run` refuses those.
@@ -114,7 +114,7 @@ class _Halver:
                     )
                 )
                 # Whoever else reads it reads it before it was widened.
-                self.casts[name, True] = f"{name}.half"
+                self.casts[name, True] = narrow_name
             else:
                 self.half.add(name)
 
