@@ -107,14 +107,13 @@ class _Halver:
             if name not in self.floats:
                 continue
             if name in outputs:
-                node.output[i] = f"{name}.half"
+                narrower = f"{name}.half"
+                node.output[i] = narrower
                 self.nodes.append(
-                    onnx.helper.make_node(
-                        "Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT, name=f"{name}.out"
-                    )
+                    onnx.helper.make_node("Cast", [narrower], [name], to=onnx.TensorProto.FLOAT, name=f"{name}.out")
                 )
                 # Whoever else reads it reads it before it was widened.
-                self.casts[name, True] = narrow_name
+                self.casts[name, True] = narrower
             else:
                 self.half.add(name)
 
