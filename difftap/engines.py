@@ -68,7 +68,7 @@ def build_engines(
         tokens = len(embed(model, prompt, cache))
         wanted[("unet", branch.taps, Profile(recipe.size, members, tokens, runtime.batch, runtime.precision))] = None
     for component, taps, profile in wanted:
-        graph = prepare_graph(cache, backend, model, component, taps)
+        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
         built = ensure_built(cache, graph, backend, profile, device)
         # What is built is measured as it is; elsewhere the fidelity of one member is that of many, in less memory.
         small = profile if built else replace(profile, ensemble=1, batch=1)
@@ -102,8 +102,9 @@ def verify_artefact(artefact: Artefact) -> None:
         InputError, BackendError: an engine's backend does not exist, or cannot run here.
     """
     # A graph's files lie beside its manifest; an engine may use files that were shipped with a checkpoint.
-    artefact.manifest.check(artefact.path.parent if artefact.manifest.kind == "graph" else Path("/"), {})
-    if artefact.manifest.kind == "graph":
+    beside = artefact.manifest.kind in ("graph", "weights")
+    artefact.manifest.check(artefact.path.parent if beside else Path("/"), {})
+    if beside:
         return
     made_from = artefact.manifest.made_from
     backend = get_backend(str(made_from.get("backend")))

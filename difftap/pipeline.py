@@ -144,7 +144,7 @@ class Pipeline:
             def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
                 key = (component, taps, profile)
                 if key not in opened:
-                    graph = prepare_graph(cache, backend, model, component, taps)
+                    graph = prepare_graph(cache, backend, model, component, taps, profile, device)
                     built = ensure_built(cache, graph, backend, profile, device)
                     opened[key] = backend.open(graph, profile, device, threads, built)
                     _LOG.debug("opened %s on %s (%s) for %s", graph.name, backend.name, device, profile.label)
@@ -263,13 +263,24 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             model.tap(name)
 
 
-def prepare_graph(cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph:
-    """The graph a backend opens: exported and trusted, or just named for a backend that runs the checkpoint itself."""
+def prepare_graph(
+    cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...], profile: Profile, device: str
+) -> Graph:
+    """The graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
+
+    For a backend that runs the checkpoint itself it is just named.
+    """
     if not backend.needs_graph:
         return Graph(model, component, taps)
     from difftap.export.graphs import ensure_graph
 
-    return ensure_graph(cache, model, component, taps)
+    graph = ensure_graph(cache, model, component, taps)
+    wanted = backend.graph_precision(profile, device)
+    if wanted == "fp32":
+        return graph
+    from difftap.export.variants import ensure_variant
+
+    return ensure_variant(cache, graph, wanted)
 
 
 def describe(

@@ -76,6 +76,7 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "onnxscript",
         "onnx_ir",
         "openvino",
+        "nncf",
         "tensorrt",
         "faiss",
         "huggingface_hub",

@@ -106,7 +106,7 @@ category_option = click.option(
 
 runtime_options = _stack(
     [
-        click.option("--backend", default="ort", show_default=True, metavar="B", help="ort or torch."),
+        click.option("--backend", default="ort", show_default=True, metavar="B", help="ort, openvino or torch."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
         click.option(
             "--precision",

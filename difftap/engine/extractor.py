@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
-from difftap.engine.backend import Engine
+from difftap.engine.backend import Engine, Value
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.features import FeatureMap
@@ -24,7 +23,7 @@ from difftap.images import Image, to_input
 from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["BranchEngine", "Extractor", "Features", "members_per_run"]
+__all__ = ["BranchEngine", "Extractor", "Features", "branch_feeds", "draw_noise", "members_per_run"]
 
 
 ATTENTION_BUDGET = 1 << 30
@@ -111,31 +110,19 @@ class Extractor:
         recipe = self._recipe
         laid = [to_input(image, recipe.size, recipe.fit) for image in images]
         pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
-        posterior = self._vae.run({"image": pixels})
+        posterior = self._vae.run_on_device({"image": pixels})
         latent_shape = posterior["mean"].shape[1:]
-        if recipe.noise == "none":
-            noises = np.zeros((2, len(images), 1, *latent_shape), np.float32)
-        else:
-            draws = [draw(recipe.seed, image.digest, recipe.ensemble, latent_shape) for image in images]
-            noises = np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])  # (2, B, E, C, h, w)
+        noises = draw_noise(recipe, images, latent_shape, recipe.ensemble)
         outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
         for i, image in enumerate(images):
             geometry = laid[i][1]
             yield Features(image.digest, tuple(_maps(output, i, geometry) for output in outputs))
 
     def _run_branch(
-        self, branch: BranchEngine, posterior: Mapping[str, NDArray[np.float32]], noises: NDArray[np.float32]
+        self, branch: BranchEngine, posterior: Mapping[str, Value], noises: NDArray[np.float32]
     ) -> dict[str, NDArray[np.float32]]:
         count, members = noises.shape[1:3]
-        signal, sigma = self._scales(branch.branch.timestep)
-        feeds: dict[str, NDArray[Any]] = {
-            "mean": posterior["mean"],
-            "std": posterior["std"],
-            "signal": np.full(count, signal, np.float32),
-            "sigma": np.full(count, sigma, np.float32),
-            "timestep": np.full(count, branch.branch.timestep, np.int64),
-            "prompt": np.repeat(branch.prompt[None], count, axis=0),
-        }
+        feeds = branch_feeds(self._model, self._recipe, branch.branch, branch.prompt, posterior, count)
         together = branch.engine.profile.ensemble
         total: dict[str, NDArray[np.float32]] = {}
         for start in range(0, members, together):
@@ -145,18 +132,50 @@ class Extractor:
         runs = members // together
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
 
-    def _scales(self, timestep: int) -> tuple[float, float]:
-        """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4)."""
-        scaling = self._model.scaling_factor
-        if self._recipe.noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
-            return scaling, 0.0
-        schedule = self._model.alphas_cumprod
-        if timestep >= len(schedule):
-            raise InputError(
-                f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}"
-            )
-        alpha = float(schedule[timestep])
-        return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
+
+def draw_noise(recipe: Recipe, images: Sequence[Image], shape: tuple[int, ...], members: int) -> NDArray[np.float32]:
+    """The posterior's noise and the diffusion noise of the first ``members`` members: ``(2, B, E, C, h, w)``.
+
+    Args:
+        shape: ``(C, h, w)`` of the latent.
+    """
+    latent = (shape[0], shape[1], shape[2])
+    if recipe.noise == "none":
+        return np.zeros((2, len(images), members, *latent), np.float32)
+    draws = [draw(recipe.seed, image.digest, members, latent) for image in images]
+    return np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
+
+
+def branch_feeds(
+    model: Model,
+    recipe: Recipe,
+    branch: Branch,
+    prompt: NDArray[np.float32],
+    posterior: Mapping[str, Value],
+    count: int,
+) -> dict[str, Value]:
+    """All that a branch's UNet is fed for ``count`` images, but for the noises."""
+    signal, sigma = _scales(model, recipe, branch.timestep)
+    return {
+        "mean": posterior["mean"],
+        "std": posterior["std"],
+        "signal": np.full(count, signal, np.float32),
+        "sigma": np.full(count, sigma, np.float32),
+        "timestep": np.full(count, branch.timestep, np.int64),
+        "prompt": np.repeat(prompt[None], count, axis=0),
+    }
+
+
+def _scales(model: Model, recipe: Recipe, timestep: int) -> tuple[float, float]:
+    """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4)."""
+    scaling = model.scaling_factor
+    if recipe.noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
+        return scaling, 0.0
+    schedule = model.alphas_cumprod
+    if timestep >= len(schedule):
+        raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
+    alpha = float(schedule[timestep])
+    return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
 
 
 def _maps(output: Mapping[str, NDArray[np.float32]], index: int, geometry: Geometry) -> dict[str, FeatureMap]:

@@ -12,6 +12,7 @@ __all__ = ["BACKENDS", "check_precision", "choose_device", "get_backend"]
 
 BACKENDS = {
     "ort": "difftap.engine.backends.ort:OrtBackend",
+    "openvino": "difftap.engine.backends.openvino:OpenVinoBackend",
     "torch": "difftap.engine.backends.torch:TorchBackend",
 }
 
