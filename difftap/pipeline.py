@@ -153,6 +153,11 @@ class Pipeline:
             raise
         return cls(recipe, model, extractor, list(opened.values()), conditions, batch)
 
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that are open, the VAE's first."""
+        return tuple(self._engines)
+
     def features(self, images: Iterable[Image]) -> Iterator[Features]:
         """Stream every branch's and tap's map of each image, in order."""
         return self._extractor(images)

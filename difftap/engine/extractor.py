@@ -111,7 +111,8 @@ class Extractor:
         if recipe.noise == "none":
             noises = np.zeros((2, len(images), 1, *latent_shape), np.float32)
         else:
-            draws = [draw(recipe.seed, image.digest, recipe.ensemble, latent_shape) for image in images]
+            pairs = recipe.noise == "antithetic"
+            draws = [draw(recipe.seed, image.digest, recipe.ensemble, latent_shape, pairs) for image in images]
             noises = np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])  # (2, B, E, C, h, w)
         outputs = [self._run_branch(branch, posterior, noises) for branch in self._branches]
         for i, image in enumerate(images):

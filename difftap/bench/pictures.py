@@ -1,0 +1,27 @@
+"""Generated pictures for measurements where none are given: edges, texture and shading at a photograph's size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PIL
+
+__all__ = ["write_pictures"]
+
+
+def write_pictures(folder: Path, count: int = 2, size: tuple[int, int] = (500, 375)) -> tuple[Path, ...]:
+    """Write seeded JPEG pictures: noise at several scales, the coarse ones strongest, as in photographs."""
+    paths = []
+    for k in range(count):
+        stream = np.random.default_rng([20, k])
+        total = np.zeros((size[1], size[0], 3), np.float32)
+        for octave in range(6):
+            cells = 3 * 2**octave
+            coarse = stream.integers(0, 256, (cells, cells, 3), np.uint8)
+            filtered = PIL.fromarray(coarse).resize(size, PIL.Resampling.BICUBIC)
+            total += (np.asarray(filtered, np.float32) - 127.5) * 0.62**octave
+        path = folder / f"picture-{k}.jpg"
+        PIL.fromarray(np.clip(total + 127.5, 0, 255).astype(np.uint8)).save(path, quality=92)
+        paths.append(path)
+    return tuple(paths)
