@@ -131,7 +131,7 @@ def draw_throughput(result: Throughput) -> bytes:
     require("matplotlib", "bench", "drawing plots").use("Agg")
     rows = [row for row in reversed(result.rows) if row.timing is not None and row.rate is not None]
     figure = require("matplotlib.figure", "bench", "drawing plots").Figure(
-        figsize=(9, 1.6 + 0.42 * max(1, len(rows))), layout="constrained"
+        figsize=(9, 1.9 + 0.42 * max(1, len(rows))), layout="constrained"
     )
     axes = figure.add_subplot()
     recipe, at = result.case.recipe, result.conditions
@@ -148,15 +148,17 @@ def draw_throughput(result: Throughput) -> bytes:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for place, row in enumerate(rows):
         ratio = "" if row.ratio is None else f", {row.ratio:.2f} x"
+        high = row.timing.high if row.timing else 0.0
+        left[place] = max(left[place], high)
         axes.text(left[place], place, f"  {row.rate:.3g} images/s{ratio}", va="center", fontsize=8)
         if row.timing is not None:
-            axes.plot([row.timing.low, row.timing.high], [place, place], color="#333333", lw=1)
+            axes.plot([row.timing.low, high], [place, place], color="#333333", lw=1)
     axes.set_yticks(range(len(rows)), [row.contender.label for row in rows], fontsize=8)
     axes.set(xlabel="seconds an image: median by stage; line: fastest to slowest", xlim=(0, 1.28 * max(left or [1.0])))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     if rows:
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
     return picture.getvalue()
