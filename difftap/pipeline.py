@@ -167,6 +167,11 @@ class Pipeline:
             raise
         return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, embedding)
 
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that are open, the VAE's first."""
+        return tuple(self._engines)
+
     def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
         """Stream every branch's and tap's map of each image, in order.
 

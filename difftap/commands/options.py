@@ -95,6 +95,9 @@ recipe_options = _stack(
             "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
         ),
         click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
+        click.option(
+            "--noise", metavar="KIND", help="independent, antithetic (pairs of opposite sign), or none with ensemble 1."
+        ),
     ]
 )
 
@@ -141,6 +144,7 @@ def build_recipe(
     matcher: str | None,
     interpolation: str | None,
     seed: int | None,
+    noise: str | None,
 ) -> Recipe:
     """The recipe that the options ask for: the named one, with what was given put in its place."""
     from difftap.recipe import load_recipe
@@ -156,7 +160,7 @@ def build_recipe(
     branches = tuple(dataclasses.replace(branch, **given) for branch in recipe.branches)
     matcher_changes: dict[str, Any] = {"name": matcher, "interpolation": interpolation}
     new_matcher = dataclasses.replace(recipe.matcher, **{k: v for k, v in matcher_changes.items() if v is not None})
-    changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed}
+    changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed, "noise": noise}
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)
 

@@ -142,7 +142,8 @@ def draw_noise(recipe: Recipe, images: Sequence[Image], shape: tuple[int, ...], 
     latent = (shape[0], shape[1], shape[2])
     if recipe.noise == "none":
         return np.zeros((2, len(images), members, *latent), np.float32)
-    draws = [draw(recipe.seed, image.digest, members, latent) for image in images]
+    pairs = recipe.noise == "antithetic"
+    draws = [draw(recipe.seed, image.digest, members, latent, pairs) for image in images]
     return np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
 
 
