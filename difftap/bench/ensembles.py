@@ -33,7 +33,7 @@ from difftap.export.parity import TensorParity
 from difftap.images import Image, to_input
 from difftap.model import Model
 from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
-from difftap.prompts import encode_prompt
+from difftap.prompts import Subject, choose_prompts, embed
 from difftap.recipe import Recipe
 
 __all__ = ["KINDS", "Curve", "CurveCase", "Point", "run_curve", "worth"]
@@ -133,10 +133,10 @@ def run_curve(
     wrong = [t for t in case.timesteps if not 0 <= t < len(model.alphas_cumprod)]
     if wrong:
         raise InputError(f"timestep is {wrong[0]}; allowed: 0 to {len(model.alphas_cumprod) - 1}")
-    prompt = encode_prompt(model, branch.prompt, cache)
+    prompt = embed(model, choose_prompts(recipe, Subject())[0], cache)
 
     def opened(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
-        graph = prepare_graph(cache, backend, model, component, taps)
+        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
         return backend.open(graph, profile, device, threads, ensure_built(cache, graph, backend, profile, device))
 
     errors: dict[tuple[int, str, int], list[TensorParity]] = {}

@@ -10,7 +10,7 @@ from difftap.engine import Cache, Profile, default_cache_folder, get_backend, me
 from difftap.errors import ArtefactError, MissingExtraError
 from difftap.export.checkpoints import open_model
 from difftap.pipeline import check_fits, prepare_graph
-from difftap.prompts import encode_prompt
+from difftap.prompts import Subject, choose_prompts, embed
 from difftap.recipe import Recipe
 
 __all__ = ["survey"]
@@ -30,7 +30,8 @@ def survey(
     model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
     check_fits(recipe, model)
     backend = get_backend("ort")  # any that takes the graph
-    graph = prepare_graph(cache, backend, model, "vae")
+    vae = Profile(recipe.size)
+    graph = prepare_graph(cache, backend, model, "vae", (), vae, "cpu")
     about: dict[str, Any] = {
         "model": model.name,
         "key": cache.model_key(model),
@@ -41,11 +42,12 @@ def survey(
         "uncounted": None,
     }
     networks = []
-    for branch in recipe.branches:
-        tokens = len(encode_prompt(model, branch.prompt, cache))
-        networks.append((prepare_graph(cache, backend, model, "unet", branch.taps), Profile(recipe.size, 1, tokens)))
+    for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
+        tokens = len(embed(model, prompt, cache))
+        profile = Profile(recipe.size, 1, tokens)
+        networks.append((prepare_graph(cache, backend, model, "unet", branch.taps, profile, "cpu"), profile))
     try:
-        about["vae"] = count_graph(graph, Profile(recipe.size))
+        about["vae"] = count_graph(graph, vae)
         about["unet"] = sum(count_graph(one, profile) for one, profile in networks)
     except (MissingExtraError, ArtefactError) as error:
         about["uncounted"] = str(error)
