@@ -11,10 +11,11 @@ import difftap
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
 COMPOSED = {"pipeline", "engines", "pairs", "shelf", "draw", "results", "prototypes"}
-ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", *COMPOSED}
+ROOMS = {"export", "engine", "matching", "distances", "bench", "prompts", "commands", "cli", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
     "matching": ROOMS - {"matching"},
+    "distances": ROOMS - {"distances"},
     "prompts": {"bench", "commands", "cli", "export", "matching", *COMPOSED},
     "export": {"bench", "commands", "cli", "matching", "prompts", *COMPOSED},
     **{part: {"bench", "commands", "cli"} for part in sorted(COMPOSED)},
