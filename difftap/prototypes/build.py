@@ -309,9 +309,7 @@ def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: s
         )
 
 
-def _finish(
-    folder: Path, columns: Sequence[Column], source: Source, header: Mapping[str, Any], resumed: int
-) -> Built:
+def _finish(folder: Path, columns: Sequence[Column], source: Source, header: Mapping[str, Any], resumed: int) -> Built:
     """Join the steps' files into the tables."""
     records = []
     for start in range(0, len(source), int(header["step"])):

@@ -56,7 +56,9 @@ def cell_shares(masks: Mask, geometry: Geometry, grid: Size) -> NDArray[np.float
     """
     width, height = geometry.image
     if masks.shape[1:] != (height, width):
-        raise InputError(f"masks are {masks.shape[1:]}, the image ({height}, {width}); give masks as large as the image")
+        raise InputError(
+            f"masks are {masks.shape[1:]}, the image ({height}, {width}); give masks as large as the image"
+        )
     corners = np.array([[-0.5, -0.5], [grid[0] - 0.5, grid[1] - 0.5]])  # outer corners of the first and last cell
     low, high = geometry.to_pixels(corners, grid) + 0.5  # from pixel centres to distances from the image's border
     across = _overlaps(low[0], high[0], grid[0], width)  # (w, W)

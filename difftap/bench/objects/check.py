@@ -121,4 +121,3 @@ def check_objects(name: str, root: str | Path, *, min_area: float = 0.01) -> Obj
     if not any(part.images for part in parts):
         raise DatasetError(f"'{name}' in '{root}' lists no images; restore its list", draw_tree(root, module.TREE))
     return ObjectReport(name, root, min_area, tuple(parts))
-

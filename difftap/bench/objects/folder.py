@@ -113,7 +113,10 @@ def _scene(
     category = "object" if folder == "." else folder
     void = VOID if labels.max() <= VOID else -1  # in a 16-bit mask with more objects, 255 is one of them
     found = [
-        (*reversed(named.get((key, int(number)), (category, f"{key}/{number}"))), np.asarray(labels == number, np.bool_))
+        (
+            *reversed(named.get((key, int(number)), (category, f"{key}/{number}"))),
+            np.asarray(labels == number, np.bool_),
+        )
         for number in np.unique(labels)
         if number not in (0, void)
     ]

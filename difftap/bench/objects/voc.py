@@ -107,7 +107,9 @@ def _scene(home: Path, key: str, wanted: Selection) -> Scene:
     objects = read_labels(home / "SegmentationObject" / f"{key}.png")
     classes = read_labels(home / "SegmentationClass" / f"{key}.png")
     if not objects.shape == classes.shape == image.pixels.shape[:2]:
-        raise InputError(f"masks of '{key}' are {objects.shape} and {classes.shape}, its image {image.pixels.shape[:2]}")
+        raise InputError(
+            f"masks of '{key}' are {objects.shape} and {classes.shape}, its image {image.pixels.shape[:2]}"
+        )
     found = []
     for number in np.unique(objects):
         if number in (0, VOID):
