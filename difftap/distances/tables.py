@@ -126,10 +126,11 @@ def _parts(count: int, side: int) -> Iterator[slice]:
 
 def _tile_side(dimensions: int, block_bytes: int, metric: str) -> int:
     """Vectors of a square tile, such that what is needed to make it stays within the bytes (but at least 1)."""
-    # Both sides' vectors, as given and prepared, in float64; the tile in float64 up to five times, and in float32. A
-    # third of the room is left to dcor's columns.
-    vectors, table = 4 * 8 * dimensions, 48
-    room = block_bytes * (2 / 3 if metric == "dcor" else 1)
+    # Both sides' vectors, as given and prepared (dcor sorts them too), in float64; the tile in float64 up to five
+    # times, and in float32. A third of the room is left to dcor's columns.
+    dcor = metric == "dcor"
+    vectors, table = (10 if dcor else 4) * 8 * dimensions, 48
+    room = block_bytes * (2 / 3 if dcor else 1)
     return int(np.clip((np.sqrt(vectors**2 + 4 * table * room) - vectors) / (2 * table), 1, _LARGEST))
 
 
@@ -148,12 +149,12 @@ def _load(vectors: NDArray[Any], rows: slice, metric: str) -> NDArray[Any]:
     return part if metric in ("euclidean", "manhattan") else _unit(part)
 
 
-def _unit(part: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unit(part: NDArray[Any]) -> NDArray[Any]:
     """Each row at length 1; rows of zeros stay."""
     largest = np.abs(part).max(axis=1, keepdims=True)
     part = np.divide(part, largest, out=np.zeros_like(part), where=largest > 0)  # or squares of tiny ones would vanish
     length = np.linalg.norm(part, axis=1, keepdims=True)
-    return np.divide(part, length, out=part, where=length > 0)
+    return np.asarray(np.divide(part, length, out=part, where=length > 0))
 
 
 def _distances(
@@ -193,7 +194,7 @@ def _euclidean(left: NDArray[np.float64], right: NDArray[np.float64], xp: Any, w
     for i in range(len(left)):
         for js in np.array_split(close := np.flatnonzero(squared[i] < 1e-10 * squares[i]), len(close) // 1024 + 1):
             squared[i, js] = np.square(right[js] - left[i]).sum(axis=1)
-    return np.sqrt(np.maximum(squared, 0.0))
+    return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
 
 
 def _manhattan(left: NDArray[Any], right: NDArray[Any], xp: Any, where: str) -> NDArray[np.float64]:
