@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+from difftap.commands.options import build_recipe, build_runtime, feature_options, runtime_options
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["classes_of", "object_options", "open_objects", "prototypes"]
 
 _FILE = click.Path(path_type=Path)
+STUDY_DEFAULT = "pocket-semantics; semantics with --model"
 
 
 def object_options(function: Any) -> Any:
@@ -95,7 +96,7 @@ def prototypes() -> None:
 @click.option("--split", metavar="SPLIT", help="The data set's own name of it.  [default: the first that is there]")
 @object_options
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
-@recipe_options
+@feature_options(STUDY_DEFAULT)
 @runtime_options
 def build(
     dataset: str,
@@ -115,8 +116,7 @@ def build(
 
     NAME is voc, coco, davis or folder (images/ and masks/ of your own); ROOT is its folder. The prototype is the mean
     of the recipe's taps over the cells of the object's mask; several taps are interpolated to the largest grid and
-    concatenated. A run that was stopped goes on where it was. The recipe is pocket-semantics, or semantics with
-    --model, unless --recipe says another.
+    concatenated. A run that was stopped goes on where it was.
 
     \b
     difftap prototypes build voc VOCdevkit -o voc.parquet

@@ -49,7 +49,7 @@ def average(maps: Sequence[FeatureMap], cells: KeptCells) -> NDArray[np.float32]
             across = axis_matrix(rescale(np.arange(columns), width / columns), width, "bilinear")  # (w, w_i)
             down = axis_matrix(rescale(np.arange(rows), height / rows), height, "bilinear")  # (h, h_i)
             own = down.T @ weights @ across  # (K, h_i, w_i)
-        flat = own.reshape(count, -1).astype(np.float32)
+        flat = own.reshape(count, width * height).astype(np.float32)
         parts.append(flat @ m.data.reshape(m.channels, -1).T)
     return np.concatenate(parts, axis=1) if parts else np.zeros((count, 0), np.float32)
 

@@ -93,7 +93,7 @@ def keep_cells(masks: Mask, geometry: Geometry, grid: Size, rule: str = "area") 
         raise InputError(f"rule is {rule!r}; allowed: {', '.join(RULES)}")
     shares = cell_shares(masks, geometry, grid)
     kept = np.asarray(shares > 0.5, np.bool_) if rule == "area" else _nearest(masks, geometry, grid)
-    flat = shares.reshape(len(masks), -1)
+    flat = shares.reshape(len(masks), grid[0] * grid[1])
     if len(masks) and not (flat > 0).any(axis=1).all():
         raise InputError("a mask covers nothing of the image; an object needs at least one pixel")
     small = ~kept.any(axis=(1, 2))

@@ -211,6 +211,6 @@ def _regrouped(tables: Iterable[PrototypeTable]) -> Iterator[PrototypeTable]:
 
 
 def _arrow() -> tuple[Any, Any]:
-    """pyarrow and its Parquet part."""
+    """Pyarrow and its Parquet part."""
     why = "a table of prototypes"
     return require("pyarrow", "prototypes", why), require("pyarrow.parquet", "prototypes", why)

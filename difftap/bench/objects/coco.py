@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,8 @@ def _scene(path: Path, key: str, info: dict[str, Any], index: Any, wanted: Selec
 
 def _mask(index: Any, annotation: dict[str, Any], key: str) -> Any:
     try:
-        return np.asarray(index.annToMask(annotation), np.bool_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools' arrays are older than numpy 2's protocol
+            return np.asarray(index.annToMask(annotation), np.bool_)
     except Exception as error:  # pycocotools raises bare exceptions on malformed polygons and run lengths
         raise InputError(f"annotation {annotation.get('id')} of '{key}' has no usable mask ({error})") from error

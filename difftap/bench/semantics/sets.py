@@ -113,9 +113,7 @@ def pair_sets(
             mine = drawn & (which == k)
             if mine.any():
                 pieces[k].append((values[mine], numbers[1, i[mine]], numbers[1, j[mine]]))
-    return {
-        name: _pair_set(pieces[k], int(counts[k]), sums[:, k], shift or 0.0) for k, name in enumerate(SETS)
-    }
+    return {name: _pair_set(pieces[k], int(counts[k]), sums[:, k], shift or 0.0) for k, name in enumerate(SETS)}
 
 
 def _pair_set(
