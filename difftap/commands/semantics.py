@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +57,12 @@ def _options(name: str) -> Callable[[Any], Any]:
             "splits",
             multiple=True,
             metavar="NAME=SPLIT",
-            help="A data set's split, coco=train2017 (repeatable).",
+            help="A split, coco=train2017 (repeatable).",
         ),
         click.option("--list", "listing", type=_DIR, metavar="FILE", help="Images and clips: a CSV src,dataset."),
         click.option("--allow-missing", is_flag=True, help="Leave out listed images that are missing, and say so."),
         click.option("--min-area", type=float, default=0.01, show_default=True, metavar="F", help="Of the image."),
-        click.option(
-            "--rule", default="area", show_default=True, metavar="RULE", help="Mask to cells: area or nearest."
-        ),
+        click.option("--rule", default="area", show_default=True, metavar="RULE", help="Mask to cells: area, nearest."),
         *measure,
         *steps,
         click.option(

@@ -131,7 +131,7 @@ class PrototypeTable:
             vectors = table.column("vector").combine_chunks()
             width = vectors.type.list_size
             flat = vectors.flatten().to_numpy(zero_copy_only=False)
-            rows = {
+            rows: dict[str, Any] = {
                 name: np.array(table.column(column).to_pylist(), np.str_)
                 if kind is np.str_
                 else table.column(column).to_numpy()

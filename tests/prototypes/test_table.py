@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import resource
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_how_rows_are_cut_into_tables_does_not_show(tmp_path_factory, cuts):
     folder = tmp_path_factory.mktemp("cuts")
     whole = table(40)
     edges = [0, *sorted(cuts), 40]
-    pieces = [whole.take(slice(a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    pieces = [whole.take(slice(a, b)) for a, b in itertools.pairwise(edges)]
     import difftap.prototypes.table as module
 
     rows, module._ROWS = module._ROWS, 7
@@ -100,7 +101,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(InputError, match="is no table of prototypes"):
         PrototypeTable.load(path)
     path.write_bytes(b"\x00" * 3000 + content[3000:])  # the end is whole, the rows are not
-    with pytest.raises(InputError, match="is no whole table of prototypes|is no table"):
+    with pytest.raises(InputError, match=r"is no whole table of prototypes|is no table"):
         PrototypeTable.load(path)
 
 

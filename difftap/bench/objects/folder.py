@@ -112,12 +112,9 @@ def _scene(
     folder = Path(key).parent.as_posix()
     category = "object" if folder == "." else folder
     void = VOID if labels.max() <= VOID else -1  # in a 16-bit mask with more objects, 255 is one of them
-    found = [
-        (
-            *reversed(named.get((key, int(number)), (category, f"{key}/{number}"))),
-            np.asarray(labels == number, np.bool_),
-        )
-        for number in np.unique(labels)
-        if number not in (0, void)
-    ]
+    found = []
+    for number in np.unique(labels):
+        if number not in (0, void):
+            name, instance = named.get((key, int(number)), (category, f"{key}/{number}"))
+            found.append((instance, name, np.asarray(labels == number, np.bool_)))
     return make_scene(key, image, found, wanted)

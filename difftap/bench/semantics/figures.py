@@ -86,6 +86,7 @@ def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
+    axes.tick_params(axis="y", labelsize=8)
 
 
 def _title(name: str, data: Mapping[str, Any]) -> str:
@@ -106,7 +107,6 @@ def _distances(results: Results, _group: str) -> Any:
             _boxes(axes, [(k, key, case["sets"][key]) for k, key in enumerate(sets)], 0.6)
             ticks = [f"{key}\nn={_short(case['sets'][key]['count'])}" for key in sets]
             axes.set_xticks(range(len(sets)), ticks, fontsize=7)
-            axes.tick_params(axis="y", labelsize=7)
             axes.set_ylabel(UNITS[case["metric"]], fontsize=8)
             axes.set_xlim(-0.6, len(sets) - 0.4)
             _plain(axes)

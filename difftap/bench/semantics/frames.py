@@ -108,7 +108,7 @@ def _frame(axes: Any, scene: Scene, clip: Clip, marked: int, frame: int, people:
         distance = float(clip.distances[marked, row])
         number = one.instance.rpartition("/")[2]
         text = f"{number}*" if row == marked else f"{number}: {distance:.3f}"
-        frame_box = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.55), "edgecolor": colour}
+        frame_box: dict[str, Any] = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.55), "edgecolor": colour}
         frame_box["linewidth"] = 1.6 if one.instance == nearest and row != marked else 0.0
         axes.text(
             float(xs.mean()), max(float(ys.min()) - 6.0, 14.0), text, color="white", fontsize=7.5, ha="center",

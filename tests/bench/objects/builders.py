@@ -68,8 +68,10 @@ def write_coco(root: Path, annotations=None, split="val2017") -> Path:
              "segmentation": [[0, 0, 10, 0, 10, 10, 0, 10], [20, 0, 30, 0, 30, 10, 20, 10]]},
             {"image_id": 1, "category_id": 64, "iscrowd": 0, "segmentation": [[0, 20, 40, 20, 40, 30, 0, 30]]},
             # columns first: 600 pixels without, 300 with, 300 without
-            {"image_id": 1, "category_id": 1, "iscrowd": 1, "segmentation": {"counts": [600, 300, 300], "size": [30, 40]}},
-            {"image_id": 2, "category_id": 3, "iscrowd": 0, "segmentation": {"counts": [0, 300, 900], "size": [30, 40]}},
+            {"image_id": 1, "category_id": 1, "iscrowd": 1,
+             "segmentation": {"counts": [600, 300, 300], "size": [30, 40]}},
+            {"image_id": 2, "category_id": 3, "iscrowd": 0,
+             "segmentation": {"counts": [0, 300, 900], "size": [30, 40]}},
             {"image_id": 2, "category_id": 88, "iscrowd": 0, "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]},
         ]  # fmt: skip
     full = [{"id": 100 + k, "area": 1.0, "bbox": [0, 0, 1, 1], **one} for k, one in enumerate(annotations)]
@@ -86,10 +88,8 @@ def write_coco(root: Path, annotations=None, split="val2017") -> Path:
 
 def write_davis(root: Path, clips=None) -> Path:
     """A DAVIS 2017 of 40 x 30 frames; by default three frames of walking, two people, and one of a bear."""
-    clips = clips or {
-        "walking": [{"_1": (k, 0, k + 15, 30), "_2": (22, 0, 38, 30)} for k in range(3)],
-        "bear": [{"_1": (0, 0, 20, 20)}],
-    }
+    walk = [{"_1": (k, 0, k + 15, 30), "_2": (22, 0, 38, 30)} for k in range(3)]
+    clips = clips or {"walking": walk, "bear": [{"_1": (0, 0, 20, 20)}]}
     for clip, frames in clips.items():
         for k, boxes in enumerate(frames):
             write_picture(root / "JPEGImages/480p" / clip / f"{k:05d}.jpg", (40, 30), seed=k)

@@ -234,7 +234,7 @@ def test_a_folder_takes_classes_from_folders_or_a_list(tmp_path):
     (tmp_path / "objects.csv").write_text("image,number\n")
     assert described(load("folder", tmp_path))  # no rows, nothing named
     (tmp_path / "objects.csv").write_text("image,number\na,1\n")
-    with pytest.raises(DatasetError, match="objects.csv' cannot be read"):
+    with pytest.raises(DatasetError, match=r"objects\.csv' cannot be read"):
         load("folder", tmp_path)
 
 
@@ -264,7 +264,7 @@ def test_lists(tmp_path):
     file.write_text("a\nb\n")
     assert read_listing(file, "folder") == ("a", "b")
     file.write_text("src,dataset\na.jpg\n")
-    with pytest.raises(InputError, match="line 2 of .* has 1 cells; allowed: 2"):
+    with pytest.raises(InputError, match=r"line 2 of .* has 1 cells; allowed: 2"):
         read_listing(file, "voc")
     with pytest.raises(InputError, match="cannot be read as a list"):
         read_listing(tmp_path, "voc")
