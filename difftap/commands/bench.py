@@ -9,6 +9,7 @@ import click
 
 from difftap.commands.pck import compare, dense_speed, pck, table
 from difftap.commands.reproduce import reproduce
+from difftap.commands.semantics import semantics
 from difftap.commands.throughput import throughput
 
 
@@ -17,7 +18,7 @@ def bench() -> None:
     """Measure speed, memory and quality."""
 
 
-for _command in (pck, compare, table, dense_speed, reproduce, throughput):
+for _command in (pck, compare, table, dense_speed, reproduce, throughput, semantics):
     bench.add_command(_command)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "build_recipe",
     "cache_option",
     "category_option",
+    "feature_options",
     "model_options",
     "recipe_options",
     "runtime_options",
@@ -72,13 +73,14 @@ model_options = _stack(
     ]
 )
 
-recipe_options = _stack(
-    [
+
+def _feature_list(default: str) -> list[Callable[[Any], Any]]:
+    return [
         click.option(
             "--recipe",
             "recipe_name",
             metavar="R",
-            help="Recipe: a preset ('difftap recipes') or a TOML file.  [default: pocket; dift with --model]",
+            help=f"Recipe: a preset ('difftap recipes') or a TOML file.  [default: {default}]",
         ),
         model_options,
         click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels."),
@@ -88,15 +90,26 @@ recipe_options = _stack(
         ),
         click.option("--timestep", type=int, metavar="T", help="Timestep, for a recipe of one branch."),
         click.option("--prompt", metavar="TEXT", help="Text that conditions every branch.  [default: the recipe's]"),
+        click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
+        click.option(
+            "--noise", metavar="KIND", help="independent, antithetic (pairs of opposite sign), or none with ensemble 1."
+        ),
+    ]
+
+
+def feature_options(default: str) -> Callable[[_F], _F]:
+    """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe."""
+    return _stack(_feature_list(default))
+
+
+recipe_options = _stack(
+    [
+        *_feature_list("pocket; dift with --model"),
         click.option(
             "--matcher", metavar="NAME", help="dense, nn, softargmax, kernel-softargmax, window-softargmax or mutual."
         ),
         click.option(
             "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
-        ),
-        click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
-        click.option(
-            "--noise", metavar="KIND", help="independent, antithetic (pairs of opposite sign), or none with ensemble 1."
         ),
     ]
 )
@@ -141,10 +154,10 @@ def build_recipe(
     taps: tuple[str, ...],
     timestep: int | None,
     prompt: str | None,
-    matcher: str | None,
-    interpolation: str | None,
     seed: int | None,
     noise: str | None,
+    matcher: str | None = None,
+    interpolation: str | None = None,
 ) -> Recipe:
     """The recipe that the options ask for: the named one, with what was given put in its place."""
     from difftap.recipe import load_recipe
