@@ -34,7 +34,7 @@ from difftap.engine import (
     members_per_run,
 )
 from difftap.engine.builds import ensure_built
-from difftap.errors import RecipeError
+from difftap.errors import BackendError, RecipeError
 from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.matching import combine
@@ -42,7 +42,7 @@ from difftap.model import Model
 from difftap.prompts import Prompt, Subject, choose_prompts, embed, wants_category
 from difftap.recipe import Recipe
 
-__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph"]
+__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph", "run_members"]
 
 _LOG = logging.getLogger("difftap")
 
@@ -128,6 +128,9 @@ class Pipeline:
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
         check_precision(backend, device, runtime.precision)
+        hindrance = backend.cannot_run(device)
+        if hindrance:
+            raise BackendError(hindrance)
         threads = runtime.threads or available_cores()
         model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
         check_fits(recipe, model)
@@ -153,7 +156,7 @@ class Pipeline:
             vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision))
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
             branches = []
-            members = members_per_run(model, recipe.size, recipe.ensemble)
+            members = run_members(backend, device, model, recipe)
             for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
                 tokens = embedding(prompt)  # (T, D)
                 profile = Profile(recipe.size, members, len(tokens), runtime.batch, runtime.precision)
@@ -250,6 +253,13 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def run_members(backend: Backend, device: str, model: Model, recipe: Recipe) -> int:
+    """How many ensemble members one UNet run of a backend takes."""
+    if backend.fused_attention(device):
+        return recipe.ensemble
+    return members_per_run(model, recipe.size, recipe.ensemble)
+
+
 def check_fits(recipe: Recipe, model: Model) -> None:
     """Make sure, before anything slow starts, that a model can do what a recipe asks.
 
@@ -285,7 +295,8 @@ def prepare_graph(
         return graph
     from difftap.export.variants import ensure_variant
 
-    return ensure_variant(cache, graph, wanted)
+    kind, _, attention = wanted.partition("-")
+    return ensure_variant(cache, graph, kind, attention or "softmax")
 
 
 def describe(

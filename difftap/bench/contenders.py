@@ -60,11 +60,15 @@ def parse_backends(text: str, device: str = "auto") -> tuple[list[Contender], di
     found: list[Contender] = []
     absent: dict[str, str] = {}
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in list(BACKENDS) if parts == ["all"] else parts:
+    usual = [name for name in BACKENDS if get_backend(name).by_default]
+    for part in usual if parts == ["all"] else parts:
         name, _, precision = part.partition(":")
         backend = get_backend(name)
         try:
             where = choose_device(backend, device)
+            hindrance = backend.cannot_run(where)
+            if hindrance:
+                raise BackendError(hindrance)
         except BackendError as error:
             if parts != ["all"]:
                 raise

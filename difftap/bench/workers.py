@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import Any
 
 from difftap.errors import BackendError
@@ -42,21 +43,38 @@ class Worker:
             encoding="utf-8",
         )
 
-    def ask(self, do: str, **order: Any) -> dict[str, Any]:
+    def ask(self, do: str, limit: float | None = None, **order: Any) -> dict[str, Any]:
         """Give one order and wait for the reply.
 
+        Args:
+            do: the order's name.
+            limit: seconds after which the process is ended; None to wait as long as it takes.
+            order: what the order says.
+
         Raises:
-            BackendError: the order failed, or the process died.
+            BackendError: the order failed or took too long, or the process died.
         """
         assert self._process.stdin is not None  # noqa: S101 - opened above
         assert self._process.stdout is not None  # noqa: S101 - opened above
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"do": do, "threads": self._threads, **order}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+        line, late = "", threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = None if limit is None else threading.Timer(max(0.0, limit), end)
+        if timer is not None:
+            timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps({"do": do, "threads": self._threads, **order}) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+        finally:
+            if timer is not None:
+                timer.cancel()
         if not line.endswith("\n"):
-            raise BackendError(self._death())
+            raise BackendError("it took longer than its limit and was ended" if late.is_set() else self._death())
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise BackendError(str(reply["error"]))

@@ -311,17 +311,22 @@ class Backend(ABC):
     Attributes:
         name: what ``--backend`` calls it.
         needs_graph: whether it runs the exported ONNX file (all do, but for the torch reference).
+        by_default: whether ``all`` means it too; one that is there to be measured against is named instead.
     """
 
     name: ClassVar[str]
     needs_graph: ClassVar[bool] = True
+    by_default: ClassVar[bool] = True
 
     def precisions(self, device: str) -> tuple[str, ...]:
         """What it can compute in on a device, exact first."""
         return ("fp32",)
 
     def graph_precision(self, profile: Profile, device: str) -> str:
-        """The types of the graph it opens for a profile: a half type, if it computes in what the graph says."""
+        """The types of the graph it opens for a profile: a half type, if it computes in what the graph says.
+
+        ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too (`difftap.export.variants`).
+        """
         return "fp32"
 
     def builds(self, profile: Profile, device: str) -> bool:
@@ -348,13 +353,21 @@ class Backend(ABC):
         """What else a built file must have been made with to be used here (a GPU's compute capability, say)."""
         return {}
 
+    def fused_attention(self, device: str) -> bool:
+        """Whether attention never writes its table of (heads, cells, cells), so that a whole ensemble fits one run."""
+        return False
+
     @abstractmethod
     def missing(self) -> str | None:
-        """None if the backend can run here, else one line that says what is missing and how to get it."""
+        """None if the backend can open or build engines here, else one line: what is missing, how to get it."""
+
+    def cannot_run(self, device: str) -> str | None:
+        """None if engines for a device run here, else one line that says why they can only be built here."""
+        return None
 
     @abstractmethod
     def devices(self) -> tuple[str, ...]:
-        """The devices it can use here, best first: ``cpu``, ``cuda``."""
+        """The devices it can use here, or build for, best first: ``cpu``, ``cuda``."""
 
     @abstractmethod
     def version(self) -> str:
