@@ -62,7 +62,7 @@ def build_engines(
     device = choose_device(backend, runtime.device)
     check_precision(backend, device, runtime.precision)
     threads = runtime.threads or available_cores()
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
     check_fits(recipe, model)
     wanted: dict[tuple[str, tuple[str, ...], Profile], None] = {
         ("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision)): None

@@ -132,7 +132,7 @@ class Pipeline:
         if hindrance:
             raise BackendError(hindrance)
         threads = runtime.threads or available_cores()
-        model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+        model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
         check_fits(recipe, model)
         embeddings: dict[Prompt, NDArray[np.float32]] = {}
 

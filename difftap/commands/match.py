@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from difftap.commands.options import (
+    Grouped,
     build_recipe,
     category_option,
     recipe_options,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path)
 
 
-@click.command(epilog="Exit codes: 0 done; 1 done, but some pairs of the list failed; 2 bad input, nothing done.")
+@click.command(
+    cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some pairs of the list failed; 2 bad input, nothing done."
+)
 @click.argument("source", type=_FILE, required=False)
 @click.argument("target", type=_FILE, required=False)
 @click.option(

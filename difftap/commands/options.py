@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from difftap.recipe import Recipe
 
 __all__ = [
+    "Grouped",
     "build_recipe",
     "cache_option",
     "category_option",
@@ -26,7 +27,33 @@ __all__ = [
     "take_runtime",
 ]
 
+_SECTIONS = {
+    "Recipe": (
+        *("recipe_name", "model", "revision", "random_weights", "size", "ensemble", "taps", "timestep", "prompt"),
+        *("category", "matcher", "interpolation", "seed", "combine", "reading"),
+    ),
+    "Runtime": ("backend", "device", "threads", "batch", "cache", "memory"),
+}
+"""Options by name, under the heads that `Grouped` shows them."""
+
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Grouped(click.Command):
+    """A command of many options, whose help has a section for its own, the recipe's and the runtime's."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        owner = {name: head for head, names in _SECTIONS.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{head: [] for head in _SECTIONS}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections[owner.get(parameter.name or "", "Options")].append(record)
+        for head, records in sections.items():
+            if records:
+                with formatter.section(head):
+                    formatter.write_dl(records)
 
 
 def _stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
@@ -106,7 +133,9 @@ recipe_options = _stack(
     [
         *_feature_list("pocket; dift with --model"),
         click.option(
-            "--matcher", metavar="NAME", help="dense, nn, softargmax, kernel-softargmax, window-softargmax or mutual."
+            "--matcher",
+            metavar="NAME",
+            help="dense, nn, bilinear, softargmax, kernel-softargmax, window-softargmax or mutual.",
         ),
         click.option(
             "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
