@@ -182,9 +182,7 @@ def compare(
     tallies = (_Pairs(first, left), _Pairs(second, right))
     for name, one, two in zip(common, left, right, strict=True):
         if first["pairs"]["digests"][one] != second["pairs"]["digests"][two]:
-            raise InputError(
-                f"pair '{name}' is annotated differently in the two results; compare runs over the same data"
-            )
+            raise InputError(f"pair '{name}' is annotated differently in the two; compare runs over the same data")
     weights = draws(len(common), count, seed)
     rows = []
     for protocol, hits in first["pairs"]["hits"].items():
@@ -214,9 +212,7 @@ def _same_data(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     for key, what in (("name", "data sets"), ("split", "splits")):
         one, two = (str(result["conditions"]["dataset"].get(key, "")) for result in (first, second))
         if one != two:
-            raise InputError(
-                f"the two results are of different {what}: '{one}' and '{two}'; compare runs over the same"
-            )
+            raise InputError(f"the results are of different {what}, '{one}' and '{two}'; compare runs over the same")
 
 
 def _same_rules(first: Mapping[str, Any], second: Mapping[str, Any], protocol: str) -> None:

@@ -137,8 +137,8 @@ def check_run(chosen: Selection, folder: Path, recipe: Recipe | None, matching: 
     for what, wanted, there in asked:
         if wanted != there:
             raise InputError(
-                f"'{file}' was made with {what} {there if there is not None else 'not given'}, and "
-                f"{wanted if wanted is not None else 'none'} is asked for; give what the run was made with, or another -o"
+                f"'{file}' was made with {what} {_said(there)}, and {_said(wanted)} is asked for; "
+                "give what the run was made with, or another -o"
             )
     loader(chosen.name)
     if not chosen.root.is_dir():
@@ -150,6 +150,10 @@ def check_run(chosen: Selection, folder: Path, recipe: Recipe | None, matching: 
         raise InputError(
             f"the pairs in '{chosen.root}' are not those of '{file}'; give the folder that the run was made from"
         )
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 _LISTED = ("split", "layout", "pairs", "flip")

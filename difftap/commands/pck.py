@@ -25,8 +25,8 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
 
 @click.command(
     cls=Grouped,
-    epilog="Exit codes: 0 done; 1 done, but some pairs failed or are not done yet, and take no part; 2 bad input, nothing "
-    "done.",
+    epilog="Exit codes: 0 done; 1 done, but some pairs failed or are not done yet and take no part; 2 bad input, "
+    "nothing done.",
 )
 @click.argument("dataset", metavar="NAME")
 @click.argument("root", type=_FILE)
@@ -138,7 +138,7 @@ def _verify(chosen: Selection, folder: Path, overwrite: bool, options: dict[str,
     useless = told & {"features", "revision", "random_weights"} | ({"overwrite"} if overwrite else set())
     if useless:
         raise InputError(f"--{min(useless).replace('_', '-')} has no say with --score-only; leave one of the two out")
-    matching = {name: options[name] for name in ("combine", "reading", "confidence") if name in told}
+    matching: dict[str, Any] = {name: options[name] for name in ("combine", "reading", "confidence") if name in told}
     fields = {name: options[name] for name in inspect.signature(build_recipe).parameters}
     recipe = build_recipe(**fields) if told & set(fields) else None
     for line in check_run(chosen, folder, recipe, matching):
