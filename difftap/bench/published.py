@@ -77,7 +77,7 @@ class PublishedRow:
 
     def label(self, comparable: bool) -> str:
         """The row's name, with whose it is, and whether it may be compared with ours."""
-        note = "" if comparable else f"; not comparable: {self.pairs:,} pairs"
+        note = "" if comparable else f"; not comparable: of {self.pairs:,} pairs"
         return f"{self.method} (published, {self.source}{note})"
 
 

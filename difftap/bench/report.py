@@ -214,10 +214,10 @@ class ResultTable:
     marks: tuple[str, ...]
 
     def _best(self, column: int) -> float | None:
-        """The best of our own rows in percent; with one row there is nothing to be better than."""
+        """The best of our own rows in percent; None where there is nothing to be better than."""
         ours = [row for (_, row), mark in zip(self.rows, self.marks, strict=True) if mark == "ours"]
         figures = [row[column] for row in ours if row[column] is not None]
-        if len(ours) < 2:
+        if len(ours) < 2 or len({round(100 * figure, 2) for figure in figures if figure is not None}) < 2:
             return None
         return max((round(100 * figure, 2) for figure in figures if figure is not None), default=None)
 

@@ -102,7 +102,7 @@ def test_table_in_the_posters_layout(results):
     lines = table.markdown().splitlines()
     assert lines[0].split("|")[2:4] == [" aero ", " bike "]
     assert len({line.count("|") for line in lines[:12]}) == 1
-    assert "DIFT dual layer (published, poster; not comparable: 12,234 pairs)" in table.markdown()
+    assert "DIFT dual layer (published, poster; not comparable: of 12,234 pairs)" in table.markdown()
     full = {**results, "counts": {**results["counts"], "pairs_scored": 12234}}
     assert (
         "DIFT dual layer (published, poster) |"
