@@ -30,9 +30,9 @@ __all__ = [
 _SECTIONS = {
     "Recipe": (
         *("recipe_name", "model", "revision", "random_weights", "size", "ensemble", "taps", "timestep", "prompt"),
-        *("category", "matcher", "interpolation", "seed", "combine", "reading"),
+        *("category", "matcher", "interpolation", "seed", "noise", "combine", "reading"),
     ),
-    "Runtime": ("backend", "device", "threads", "batch", "cache", "memory"),
+    "Runtime": ("backend", "device", "precision", "threads", "batch", "cache", "memory"),
 }
 """Options by name, under the heads that `Grouped` shows them."""
 
