@@ -48,7 +48,7 @@ class Grouped(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{head: [] for head in _SECTIONS}}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 sections[owner.get(parameter.name or "", "Options")].append(record)
         for head, records in sections.items():
             if records:

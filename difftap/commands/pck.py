@@ -264,7 +264,12 @@ def table(
 @click.option("--grid", type=click.IntRange(1), default=48, show_default=True, help="Side of the maps, in cells.")
 @click.option("--image", "size", type=click.IntRange(1), nargs=2, default=(500, 375), show_default=True, metavar="W H")
 @click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True)
-@click.option("--confidence/--no-confidence", default=False, show_default=True, help="Also margin and cycle error.")
+@click.option(
+    "--confidence/--no-confidence",
+    default=True,
+    show_default=True,
+    help="Also margin and cycle error, as bench pck does.",
+)
 @click.option("--memory", type=click.IntRange(1), default=512, show_default=True, metavar="MB", help="For maps.")
 @_JSON
 def dense_speed(json_file: Path | None, **case: Any) -> None:
