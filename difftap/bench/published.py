@@ -75,9 +75,9 @@ class PublishedRow:
         """Pairs of the whole test set, which the figure is of."""
         return TEST_PAIRS[self.dataset]
 
-    def label(self, comparable: bool) -> str:
-        """The row's name, with whose it is, and whether it may be compared with ours."""
-        note = "" if comparable else f"; not comparable: of {self.pairs:,} pairs"
+    def label(self, comparable: bool, mark: str = "") -> str:
+        """The row's name, with whose it is, and whether it may be compared with ours: in words, or by a mark."""
+        note = "" if comparable else mark or f"; not comparable: of {self.pairs:,} pairs"
         return f"{self.method} (published, {self.source}{note})"
 
 

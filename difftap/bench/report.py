@@ -257,7 +257,9 @@ class ResultTable:
         return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table*}", ""])
 
 
+_MARK = "\u2020"  # a dagger
 _TEX = {
+    _MARK: "\\dag{}",
     "\\": "\\textbackslash{}",
     "~": "\\textasciitilde{}",
     "^": "\\textasciicircum{}",
@@ -307,8 +309,9 @@ def result_table(
     rows, marks = [], []
     # Only what was averaged alike under the same protocol may stand in one table.
     extra = published(data["name"], str(data.get("split", "")), alpha, by, protocol) if show_published else []
+    alike = all(comparable(results, row) for _, results in runs for row in extra)
     for row in extra:
-        rows.append((row.label(all(comparable(results, row) for _, results in runs)), _published_figures(row, classes)))
+        rows.append((row.label(alike, _MARK), _published_figures(row, classes)))
         marks.append("published")
     for name, results in runs:
         result = results["protocols"][protocol]
@@ -316,7 +319,10 @@ def result_table(
         rows.append((name, (*figures, result["pck"][key][by]["value"])))
         marks.append("ours")
     heads = tuple(SPAIR_CLASSES[one] if spair else one for one in classes)
-    return ResultTable(_caption(runs, protocol, key, by, bool(extra)), (*heads, "All"), tuple(rows), tuple(marks))
+    caption = _caption(runs, protocol, key, by, bool(extra))
+    if extra and not alike:
+        caption += f" {_MARK}: not comparable with ours, being of the whole test set of {extra[0].pairs:,} pairs."
+    return ResultTable(caption, (*heads, "All"), tuple(rows), tuple(marks))
 
 
 def _same_pairs(runs: Sequence[tuple[str, Mapping[str, Any]]], protocol: str) -> None:

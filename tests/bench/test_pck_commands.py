@@ -201,7 +201,7 @@ def test_compare_and_table(tmp_path):
     made = invoke(table, *files, "--name", "first", "--name", "second", "--plots", tmp_path / "plots")
     assert made.exit_code == 0, made.exception
     assert made.output.splitlines()[-3].startswith("| second |")
-    assert "(published, poster; not comparable" in made.output
+    assert "(published, poster\u2020" in made.output
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
     assert invoke(table, *files, "--format", "latex").output.startswith("\\begin{table*}")
     wrong = invoke(table, *files, "--name", "one")

@@ -102,7 +102,9 @@ def test_table_in_the_posters_layout(results):
     lines = table.markdown().splitlines()
     assert lines[0].split("|")[2:4] == [" aero ", " bike "]
     assert len({line.count("|") for line in lines[:12]}) == 1
-    assert "DIFT dual layer (published, poster; not comparable: of 12,234 pairs)" in table.markdown()
+    assert "DIFT dual layer (published, poster\u2020)" in table.markdown()
+    assert "\u2020: not comparable with ours, being of the whole test set of 12,234 pairs" in table.caption
+    assert "(published, poster\\dag{})" in table.latex()
     full = {**results, "counts": {**results["counts"], "pairs_scored": 12234}}
     assert (
         "DIFT dual layer (published, poster) |"
@@ -126,8 +128,9 @@ def test_best_of_each_column_is_bold_among_our_rows(results):
     rows = [line.split("|")[1:-1] for line in table.markdown().splitlines()[2:13]]
     for column in range(1, 20):
         ours = [row[column].strip() for row in rows[-2:]]
-        best = max(float(cell.strip("*")) for cell in ours)
-        assert {float(cell.strip("*")) for cell in ours if cell.startswith("**")} == {best}
+        figures = {float(cell.strip("*")) for cell in ours}
+        best = {max(figures)} if len(figures) > 1 else set()  # nothing is bold where all are alike
+        assert {float(cell.strip("*")) for cell in ours if cell.startswith("**")} == best
         assert not any("**" in row[column] for row in rows[:-2])  # published rows never are
     assert "**" not in result_table([("alone", results)], "dift", 0.05, show_published=True).markdown()
 
