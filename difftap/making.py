@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.engine import Backend, Cache, Engine, Graph, Profile, get_backend, members_per_run
-from difftap.engine.backend import Array
+from difftap.engine.backend import CALIBRATED, Array
 from difftap.engine.builds import ensure_built
 from difftap.engine.calibration import RecipeCalibration, bundled_images
 from difftap.errors import InputError
@@ -28,14 +28,11 @@ from difftap.model import Model
 from difftap.prompts import Prompt, Subject, choose_prompts, embed
 from difftap.recipe import Recipe
 
-__all__ = ["CALIBRATED", "Maker", "calibration_images", "fidelity_feeds", "prepare_graph", "report_of", "run_members"]
+__all__ = ["Maker", "calibration_images", "fidelity_feeds", "prepare_graph", "report_of", "run_members"]
 
 _LOG = logging.getLogger("difftap")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _PROBE = "probe.npz"
-
-CALIBRATED = ("int8", "fp8")
-"""Precisions whose ranges are measured on images when an engine is built."""
 
 
 def calibration_images(paths: tuple[Path, ...]) -> list[Image]:

@@ -23,6 +23,7 @@ from difftap.model import Model
 from difftap.taps import deepest
 
 __all__ = [
+    "CALIBRATED",
     "PRECISIONS",
     "VAE_INPUTS",
     "Array",
@@ -42,6 +43,9 @@ Array = NDArray[Any]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 """What an engine computes in; inputs and outputs are float32 in all of them."""
+
+CALIBRATED = ("int8", "fp8")
+"""Precisions whose ranges are measured on images when an engine is built."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,13 @@ class Profile:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision is '{self.precision}'; allowed: {', '.join(PRECISIONS)}")
 
+    def axes(self, model: Model) -> dict[str, int]:
+        """How long the lettered axes are that a profile fixes: all but B."""
+        width, height = self.size
+        stride = model.latent_stride
+        cells = {"h": height // stride, "w": width // stride}
+        return {"E": self.ensemble, "T": self.tokens, "H": height, "W": width, **cells}
+
     @property
     def label(self) -> str:
         """For file names and messages: ``256x256.e4.t77.b1.fp32``."""
@@ -247,15 +258,23 @@ class Engine(ABC):
             NonFiniteError: an output holds NaN or infinity.
         """
         self._check(feeds)
+        if self.profile.precision in CALIBRATED:
+            # Rounding to a few levels makes a number of everything, so nothing would show in the outputs.
+            self._check_finite({name: value for name, value in feeds.items() if not isinstance(value, DeviceArray)})
         outputs = self._run(feeds if self.chains else {name: _on_host(value) for name, value in feeds.items()})
-        for name, value in outputs.items():
+        self._check_finite(outputs)
+        return outputs
+
+    def _check_finite(self, arrays: Mapping[str, Array]) -> None:
+        given = {spec.name for spec in self.inputs}
+        for name, value in arrays.items():
             if not np.isfinite(value).all():
                 bad = int(np.count_nonzero(~np.isfinite(value)))
+                kind, advice = ("input", "") if name in given else ("output", "; use a precision with more range")
                 raise NonFiniteError(
-                    f"output '{name}' of {self.graph.name} of model '{self.graph.model.name}' holds {bad} values "
-                    "that are not finite; use a precision with more range"
+                    f"{kind} '{name}' of {self.graph.name} of model '{self.graph.model.name}' holds {bad} values "
+                    f"that are not finite{advice}"
                 )
-        return outputs
 
     def run_on_device(self, feeds: Mapping[str, Value]) -> Mapping[str, Value]:
         """Like `run`, but an engine that `chains` leaves its outputs on its device.
@@ -277,11 +296,7 @@ class Engine(ABC):
             raise BackendError(
                 f"{self.graph.name} takes the inputs {', '.join(wanted)}; got {', '.join(feeds) or 'none'}"
             )
-        # Latent cells follow from the profile for both graphs; batch and what else is free, from the first array seen.
-        width, height = self.profile.size
-        stride = self.graph.model.latent_stride
-        letters: dict[str, int] = {"H": height, "W": width, "h": height // stride, "w": width // stride}
-        letters |= {"E": self.profile.ensemble, "T": self.profile.tokens}
+        letters = self.profile.axes(self.graph.model)  # the batch comes from the first array seen
         for spec in self.inputs:
             array = feeds[spec.name]
             letters.setdefault("B", array.shape[0] if array.ndim else 0)

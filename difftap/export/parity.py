@@ -73,10 +73,7 @@ def _share(error: float, whole: float) -> float:
 def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Seeded inputs of the right kind for a graph: a noise picture, or a noisy latent with a unit-variance prompt."""
     rng = np.random.default_rng(seed)
-    stride = graph.model.latent_stride
-    width, height = profile.size
-    sides = {"B": profile.batch, "E": profile.ensemble, "T": profile.tokens}
-    sides |= {"H": height, "W": width, "h": height // stride, "w": width // stride}
+    sides = {"B": profile.batch, **profile.axes(graph.model)}
     alpha = float(graph.model.alphas_cumprod[min(261, len(graph.model.alphas_cumprod) - 1)])
     constants = {"signal": alpha**0.5 * graph.model.scaling_factor, "sigma": (1 - alpha) ** 0.5}
     feeds: dict[str, NDArray[Any]] = {}
