@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from difftap.engine import Cache, get_backend
 from difftap.engines import Artefact, build_engines, list_artefacts, plan_builds, verify_artefact
-from difftap.errors import ArtefactError, BackendError, InputError
+from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError
 from difftap.pipeline import Pipeline, Runtime
 from difftap.recipe import Branch, Recipe
 
@@ -111,3 +112,11 @@ def test_an_engine_of_another_version_is_refused_with_the_reason(int8, monkeypat
     monkeypatch.setattr(type(get_backend("openvino")), "version", lambda self: "1999.1")
     with pytest.raises(ArtefactError, match=r"was made with openvino .*, installed is 1999.1; build it again"):
         verify_artefact(one, cache=Cache(int8), quick=True)
+
+
+def test_quantising_without_nncf_says_how_to_get_it(tmp_path, monkeypatch):
+    needs("openvino")
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(MissingExtraError, match=r"quantising to int8 needs the package 'nncf'.*difftap\[openvino\]"):
+        next(build_engines(RECIPE, Runtime("openvino", "cpu", cache=tmp_path, precision="int8")))
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".xml", ".bin") or p.name.endswith(".engine.json")]

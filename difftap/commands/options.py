@@ -126,8 +126,14 @@ category_option = click.option(
 
 runtime_options = _stack(
     [
-        click.option("--backend", default="ort", show_default=True, metavar="B", help="ort, openvino or torch."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--backend",
+            default="ort",
+            show_default=True,
+            metavar="B",
+            help="ort, openvino, tensorrt-rtx, tensorrt, torch or torch-compile.",
+        ),
+        click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda or intel-gpu."),
         click.option(
             "--precision",
             default="fp32",

@@ -14,7 +14,7 @@ import numpy as np
 
 from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, Profile
 from difftap.engine.quantise import quantise, reason
-from difftap.errors import BackendError, OutputError
+from difftap.errors import BackendError, OutputError, require
 
 _DEVICES = {"cpu": "CPU", "intel-gpu": "GPU"}
 # Always said: left to itself, OpenVINO computes in bf16 on CPUs that have it, and in f16 on GPUs.
@@ -106,6 +106,7 @@ class OpenVinoBackend(Backend):
         """Quantise weights and activations to int8 on the calibration's feeds; what nncf leaves alone stays float."""
         import openvino
 
+        require("nncf", "openvino", "quantising to int8")  # before anything slow
         if calibration is None:
             raise BackendError(f"quantising {graph.name} to int8 needs images to calibrate on; got none")
         model = _read(openvino.Core(), graph.path)
