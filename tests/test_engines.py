@@ -14,7 +14,7 @@ from difftap.errors import ArtefactError, BackendError, InputError, MissingExtra
 from difftap.pipeline import Pipeline, Runtime
 from difftap.recipe import Branch, Recipe
 
-RECIPE = Recipe(model="pocket", size=(64, 64), ensemble=2, branches=(Branch(("up1",), 100),))
+RECIPE = Recipe(model="pocket", size=(64, 64), ensemble=2, branches=(Branch(("down2.attn0",), 100),))
 
 
 def needs(*names: str) -> None:
