@@ -215,7 +215,8 @@ class Backend(ABC):
     def graph_precision(self, profile: Profile, device: str) -> str:
         """The types of the graph it opens for a profile: a half type, if it computes in what the graph says.
 
-        ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too (`difftap.export.variants`).
+        ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too; ``fp32-fused`` and
+        ``fp16-fused`` have attention as one operator of onnxruntime's (`difftap.export.variants`).
         """
         return "fp32"
 

@@ -103,7 +103,10 @@ class OrtBackend(Backend):
         return ("fp32", "fp16") if device == "cuda" else ("fp32",)
 
     def graph_precision(self, profile: Profile, device: str) -> str:
-        return profile.precision
+        return f"{profile.precision}-fused" if device == "cuda" else profile.precision
+
+    def fused_attention(self, device: str) -> bool:
+        return device == "cuda"
 
     def open(
         self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
