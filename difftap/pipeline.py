@@ -25,21 +25,19 @@ from difftap.engine import (
     Engine,
     Extractor,
     Features,
-    Graph,
     Profile,
     check_precision,
     choose_device,
     default_cache_folder,
     get_backend,
-    members_per_run,
 )
-from difftap.engine.builds import ensure_built
 from difftap.errors import BackendError, RecipeError
 from difftap.features import FeatureMap
 from difftap.images import Image
+from difftap.making import Maker, prepare_graph, run_members
 from difftap.matching import combine
 from difftap.model import Model
-from difftap.prompts import Prompt, Subject, choose_prompts, embed, wants_category
+from difftap.prompts import Prompt, Subject, choose_prompts, wants_category
 from difftap.recipe import Recipe
 
 __all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph", "run_members"]
@@ -58,6 +56,7 @@ class Runtime:
         batch: images per engine run on a GPU; a CPU takes one at a time.
         cache: the cache folder; None for the default one.
         precision: what engines compute in; all but fp32 change the features a little, by what their manifests say.
+        calibrate: pictures, and folders of them, for precisions that are calibrated; none for the bundled ones.
     """
 
     backend: str = "ort"
@@ -66,6 +65,7 @@ class Runtime:
     batch: int = 1
     cache: Path | None = None
     precision: str = "fp32"
+    calibrate: tuple[Path, ...] = ()
 
 
 class Pipeline:
@@ -134,33 +134,26 @@ class Pipeline:
         threads = runtime.threads or available_cores()
         model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
         check_fits(recipe, model)
-        embeddings: dict[Prompt, NDArray[np.float32]] = {}
-
-        def embedding(prompt: Prompt) -> NDArray[np.float32]:
-            if prompt not in embeddings:
-                embeddings[prompt] = embed(model, prompt, cache)
-            return embeddings[prompt]
-
+        maker = Maker(
+            cache, backend, device, threads, model, recipe, runtime.batch, runtime.precision, runtime.calibrate
+        )
         opened: dict[tuple[Any, ...], Engine] = {}
         try:
 
             def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
                 key = (component, taps, profile)
                 if key not in opened:
-                    graph = prepare_graph(cache, backend, model, component, taps, profile, device)
-                    built = ensure_built(cache, graph, backend, profile, device)
-                    opened[key] = backend.open(graph, profile, device, threads, built)
-                    _LOG.debug("opened %s on %s (%s) for %s", graph.name, backend.name, device, profile.label)
+                    graph = maker.graph(component, taps, profile)
+                    opened[key] = maker.open(graph, profile, maker.built(graph, profile))
                 return opened[key]
 
-            vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision))
+            vae = engine("vae", (), maker.vae_profile())
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
+            maker = dataclasses.replace(maker, device=device)
             branches = []
-            members = run_members(backend, device, model, recipe)
-            for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
-                tokens = embedding(prompt)  # (T, D)
-                profile = Profile(recipe.size, members, len(tokens), runtime.batch, runtime.precision)
-                branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), tokens))
+            for branch, tokens in zip(recipe.branches, maker.prompts(), strict=True):
+                unet = engine("unet", branch.taps, maker.unet_profile(len(tokens)))
+                branches.append(BranchEngine(branch, unet, tokens))
             batch = 1 if device == "cpu" else runtime.batch
             extractor = Extractor(model, recipe, vae, branches, batch)
             conditions = describe(recipe, model, cache, backend, device, threads, runtime.precision)
@@ -168,7 +161,7 @@ class Pipeline:
             for one in opened.values():
                 one.close()
             raise
-        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, embedding)
+        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, maker.embedding)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -253,13 +246,6 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def run_members(backend: Backend, device: str, model: Model, recipe: Recipe) -> int:
-    """How many ensemble members one UNet run of a backend takes."""
-    if backend.fused_attention(device):
-        return recipe.ensemble
-    return members_per_run(model, recipe.size, recipe.ensemble)
-
-
 def check_fits(recipe: Recipe, model: Model) -> None:
     """Make sure, before anything slow starts, that a model can do what a recipe asks.
 
@@ -276,27 +262,6 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             )
         for name in branch.taps:
             model.tap(name)
-
-
-def prepare_graph(
-    cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...], profile: Profile, device: str
-) -> Graph:
-    """The graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
-
-    For a backend that runs the checkpoint itself it is just named.
-    """
-    if not backend.needs_graph:
-        return Graph(model, component, taps)
-    from difftap.export.graphs import ensure_graph
-
-    graph = ensure_graph(cache, model, component, taps)
-    wanted = backend.graph_precision(profile, device)
-    if wanted == "fp32":
-        return graph
-    from difftap.export.variants import ensure_variant
-
-    kind, _, attention = wanted.partition("-")
-    return ensure_variant(cache, graph, kind, attention or "softmax")
 
 
 def describe(

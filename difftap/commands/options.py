@@ -22,6 +22,7 @@ __all__ = [
     "category_option",
     "feature_options",
     "model_options",
+    "parse_size",
     "recipe_options",
     "runtime_options",
     "take_runtime",
@@ -66,8 +67,11 @@ def _stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
 
 
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
+    return None if value is None else parse_size(value)
+
+
+def parse_size(value: str) -> tuple[int, int]:
+    """A network input, ``512`` or ``640x480``, as ``(W, H)``."""
     parts = value.lower().split("x")
     if len(parts) not in (1, 2) or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r} is not a size; allowed: N or WxH in pixels, such as 512 or 640x480")
@@ -151,14 +155,27 @@ category_option = click.option(
 
 runtime_options = _stack(
     [
-        click.option("--backend", default="ort", show_default=True, metavar="B", help="ort, openvino or torch."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--backend",
+            default="ort",
+            show_default=True,
+            metavar="B",
+            help="ort, openvino, tensorrt-rtx, tensorrt, torch or torch-compile.",
+        ),
+        click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda or intel-gpu."),
         click.option(
             "--precision",
             default="fp32",
             show_default=True,
             metavar="P",
             help="fp32, fp16, bf16, int8 or fp8, as far as the backend has it.",
+        ),
+        click.option(
+            "--calibrate",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            metavar="FILE|DIR",
+            help="Pictures to calibrate int8 engines on (repeatable).  [default: a bundled few]",
         ),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
         click.option(
@@ -211,5 +228,5 @@ def take_runtime(options: dict[str, Any]) -> Runtime:
     """The runtime that a command's options ask for; takes what `runtime_options` added out of them."""
     from difftap.pipeline import Runtime
 
-    names = ("backend", "device", "threads", "batch", "cache", "precision")
+    names = ("backend", "device", "threads", "batch", "cache", "precision", "calibrate")
     return Runtime(**{name: options.pop(name) for name in names})
