@@ -79,6 +79,7 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "openvino",
         "nncf",
         "tensorrt",
+        "tensorrt_rtx",
         "faiss",
         "huggingface_hub",
         "onnxruntime",

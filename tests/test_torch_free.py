@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 BLOCK = """
 import sys
 BLOCKED = {"torch", "torchvision", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "openvino", "tensorrt",
+           "tensorrt_rtx",
            "faiss", "huggingface_hub", "accelerate", "scipy", "matplotlib", "threadpoolctl", "psutil"}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
