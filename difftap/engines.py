@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from difftap.auto import forget_choices, resolve
 from difftap.engine import (
     Cache,
     Profile,
@@ -57,6 +58,7 @@ def build_engines(
     Raises:
         DifftapError: as `difftap.pipeline.Pipeline.open` does.
     """
+    runtime = resolve(recipe, runtime, revision=revision, random_weights=random_weights)
     cache = Cache(runtime.cache or default_cache_folder())
     backend = get_backend(runtime.backend)
     device = choose_device(backend, runtime.device)
@@ -89,6 +91,8 @@ def build_engines(
             parity = measure(graph, small, backend.name, device, threads, built)
         report = {} if parity is None else {"parity": {name: one.to_dict() for name, one in parity.items()}}
         path, manifest = save_engine_manifest(cache, graph, backend, profile, device, report)
+        if built:
+            forget_choices(cache)  # what was left out for want of this engine is measured next time
         yield Artefact(path, manifest), parity
 
 
@@ -130,7 +134,7 @@ def verify_artefact(artefact: Artefact) -> str | None:
 
 
 def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:
-    """Remove every model's graphs, engines and linked weights from the cache.
+    """Remove every model's graphs, engines and linked weights from the cache, and what ``auto`` chose.
 
     Args:
         cache: what to clean.
@@ -146,6 +150,8 @@ def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:
     # Only folders that bear a model's key are ours to remove.
     folders = [p for p in cache.folder.glob("*") if len(p.name) == 16 and set(p.name) <= set("0123456789abcdef")]
     before = _size(cache.folder)
+    with output_errors(cache.folder):
+        forget_choices(cache)
     for folder in [*folders, *([built] if checkpoints and built.is_dir() else [])]:
         with output_errors(folder):
             shutil.rmtree(folder)

@@ -52,7 +52,7 @@ class Runtime:
     """Where and how engines run; at fp32, nothing here changes the features beyond rounding.
 
     Attributes:
-        backend: name of a backend.
+        backend: name of a backend, or ``auto`` for the one that is fastest here (`difftap.auto`).
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: CPU threads; None for all that the process may use.
         batch: images per engine run on a GPU; a CPU takes one at a time.
@@ -121,9 +121,10 @@ class Pipeline:
             MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
             BackendError, ArtefactError: an engine cannot be opened, or a file it needs is not to be trusted.
         """
+        from difftap.auto import resolve
         from difftap.export.checkpoints import open_model
 
-        runtime = runtime or Runtime()
+        runtime = resolve(recipe, runtime or Runtime(), revision=revision, random_weights=random_weights)
         cache = Cache(runtime.cache or default_cache_folder())
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
