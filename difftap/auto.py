@@ -37,8 +37,7 @@ from difftap.export.parity import example_feeds
 from difftap.machine import cpu, gpu
 from difftap.manifest import write_atomic
 from difftap.model import Model
-from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
-from difftap.prompts import encode_prompt
+from difftap.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph
 from difftap.recipe import Recipe
 
 __all__ = ["AUTO", "Choice", "Trial", "choose", "forget_choices", "resolve", "stored_choices"]
@@ -161,7 +160,10 @@ def _about(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache) -> dict
         "model_key": cache.model_key(model),
         "size": list(recipe.size),
         "ensemble": recipe.ensemble,
-        "branches": [[*branch.taps, len(encode_prompt(model, branch.prompt, cache))] for branch in recipe.branches],
+        "branches": [
+            [*branch.taps, len(prompt)]
+            for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True)
+        ],
         "precision": runtime.precision,
         "device": runtime.device,
         "threads": runtime.threads or available_cores(),
@@ -243,13 +245,12 @@ def _try(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache, backend: 
     threads = runtime.threads or available_cores()
     members = members_per_run(model, recipe.size, recipe.ensemble)
     parts = [("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision), 1)]
-    for branch in recipe.branches:
-        tokens = len(encode_prompt(model, branch.prompt, cache))
-        profile = Profile(recipe.size, members, tokens, runtime.batch, runtime.precision)
+    for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
+        profile = Profile(recipe.size, members, len(prompt), runtime.batch, runtime.precision)
         parts.append(("unet", branch.taps, profile, recipe.ensemble // members))  # type: ignore[arg-type]
     total = 0.0
     for component, taps, profile, runs in parts:
-        graph = prepare_graph(cache, backend, model, component, taps)
+        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
         if backend.builds(profile, device):
             if not engine_manifest_path(cache, graph, backend, profile, device).is_file():
                 command = f"difftap engines build --backend {backend.name}"

@@ -42,7 +42,16 @@ from difftap.model import Model
 from difftap.prompts import Prompt, Subject, choose_prompts, embed, wants_category
 from difftap.recipe import Recipe
 
-__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph", "run_members"]
+__all__ = [
+    "Pipeline",
+    "Runtime",
+    "available_cores",
+    "check_fits",
+    "describe",
+    "embed_prompts",
+    "prepare_graph",
+    "run_members",
+]
 
 _LOG = logging.getLogger("difftap")
 
@@ -277,6 +286,11 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             )
         for name in branch.taps:
             model.tap(name)
+
+
+def embed_prompts(recipe: Recipe, model: Model, cache: Cache) -> list[NDArray[np.float32]]:
+    """Every branch's prompt for images of no named category, ``(T, D)`` each."""
+    return [embed(model, prompt, cache) for prompt in choose_prompts(recipe, Subject())]
 
 
 def prepare_graph(
