@@ -178,7 +178,7 @@ def _stamp() -> Mapping[str, Any]:
     for name in _RUNTIMES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {"difftap": __version__, "cpu": cpu(), "gpu": gpu(), "versions": versions}
+    return {"difftap": __version__, "backends": list(BACKENDS), "cpu": cpu(), "gpu": gpu(), "versions": versions}
 
 
 def _measure(

@@ -196,7 +196,7 @@ def format_health(health: Health) -> list[str]:
             lines.append(f"  {one.name:<14}missing  {one.missing}")
             continue
         kinds = "; ".join(f"{device}: {', '.join(kinds)}" for device, kinds in (one.precisions or {}).items())
-        lines.append(f"  {one.name:<14}{one.version:<16}{kinds}")
+        lines.append(f"  {one.name:<14}{(one.version or '').split('-')[0]:<16}{kinds}")
     lines += ["", "extras"]
     for extra, lacking in health.extras.items():
         state = "complete" if not lacking else f"lacks {', '.join(lacking)}; pip install 'difftap[{extra}]'"
