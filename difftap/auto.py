@@ -28,7 +28,6 @@ from difftap.engine import (
     choose_device,
     default_cache_folder,
     get_backend,
-    members_per_run,
 )
 from difftap.engine.builds import engine_manifest_path, ensure_built
 from difftap.errors import BackendError, DifftapError, OutputError
@@ -37,7 +36,7 @@ from difftap.export.parity import example_feeds
 from difftap.machine import cpu, gpu
 from difftap.manifest import write_atomic
 from difftap.model import Model
-from difftap.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph
+from difftap.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph, run_members
 from difftap.recipe import Recipe
 
 __all__ = ["AUTO", "Choice", "Trial", "choose", "forget_choices", "resolve", "stored_choices"]
@@ -243,7 +242,7 @@ def _no_graph(other: Backend, device: str) -> str:
 def _try(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache, backend: Backend, device: str) -> Trial:
     """Seconds an image takes; engines that must first be built are not, since that takes minutes."""
     threads = runtime.threads or available_cores()
-    members = members_per_run(model, recipe.size, recipe.ensemble)
+    members = run_members(backend, device, model, recipe)
     parts = [("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision), 1)]
     for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
         profile = Profile(recipe.size, members, len(prompt), runtime.batch, runtime.precision)

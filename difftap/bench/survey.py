@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.bench.flops import count_graph
-from difftap.engine import Cache, Profile, default_cache_folder, members_per_run
+from difftap.engine import Cache, Profile, default_cache_folder
 from difftap.errors import ArtefactError, MissingExtraError
 from difftap.export.checkpoints import open_model
 from difftap.export.graphs import ensure_graph
@@ -22,7 +22,7 @@ def survey(
     """Export what is missing, and count.
 
     Returns:
-        ``model`` and its ``key``, ``weights`` in bytes, ``members`` in one UNet run, and multiply-adds: ``vae`` of one
+        ``model`` and its ``key``, ``weights`` in bytes, and multiply-adds: ``vae`` of one
         encoding, ``unet`` of one member in all branches; both None with the reason in ``uncounted`` where they cannot
         be counted.
     """
@@ -34,7 +34,6 @@ def survey(
         "model": model.name,
         "key": cache.model_key(model),
         "weights": sum(p.stat().st_size for part in ("unet", "vae") for p in model.weight_files(part)),
-        "members": members_per_run(model, recipe.size, recipe.ensemble),
         "vae": None,
         "unet": None,
         "uncounted": None,
