@@ -22,6 +22,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "bench": ("difftap.commands.bench:bench", "Measure speed, memory and quality."),
     "data": ("difftap.commands.data:data", "Look at the benchmarks' data sets."),
+    "doctor": ("difftap.commands.doctor:doctor", "Say what is installed, what is missing and how to get it."),
     "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),

@@ -37,10 +37,19 @@ from difftap.images import Image
 from difftap.making import Maker, prepare_graph, run_members
 from difftap.matching import combine
 from difftap.model import Model
-from difftap.prompts import Prompt, Subject, choose_prompts, wants_category
+from difftap.prompts import Prompt, Subject, choose_prompts, embed, wants_category
 from difftap.recipe import Recipe
 
-__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph", "run_members"]
+__all__ = [
+    "Pipeline",
+    "Runtime",
+    "available_cores",
+    "check_fits",
+    "describe",
+    "embed_prompts",
+    "prepare_graph",
+    "run_members",
+]
 
 _LOG = logging.getLogger("difftap")
 
@@ -50,7 +59,7 @@ class Runtime:
     """Where and how engines run; at fp32, nothing here changes the features beyond rounding.
 
     Attributes:
-        backend: name of a backend.
+        backend: name of a backend, or ``auto`` for the one that is fastest here (`difftap.auto`).
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: CPU threads; None for all that the process may use.
         batch: images per engine run on a GPU; a CPU takes one at a time.
@@ -121,9 +130,10 @@ class Pipeline:
             MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
             BackendError, ArtefactError: an engine cannot be opened, or a file it needs is not to be trusted.
         """
+        from difftap.auto import resolve
         from difftap.export.checkpoints import open_model
 
-        runtime = runtime or Runtime()
+        runtime = resolve(recipe, runtime or Runtime(), revision=revision, random_weights=random_weights)
         cache = Cache(runtime.cache or default_cache_folder())
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
@@ -262,6 +272,11 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             )
         for name in branch.taps:
             model.tap(name)
+
+
+def embed_prompts(recipe: Recipe, model: Model, cache: Cache) -> list[NDArray[np.float32]]:
+    """Every branch's prompt for images of no named category, ``(T, D)`` each."""
+    return [embed(model, prompt, cache) for prompt in choose_prompts(recipe, Subject())]
 
 
 def describe(

@@ -10,7 +10,20 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
-COMPOSED = {"pipeline", "making", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes"}
+VOCABULARY |= {"machine"}
+COMPOSED = {
+    "pipeline",
+    "making",
+    "engines",
+    "pairs",
+    "maps",
+    "journal",
+    "draw",
+    "results",
+    "prototypes",
+    "auto",
+    "doctor",
+}
 ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
