@@ -10,7 +10,7 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
-COMPOSED = {"pipeline", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes"}
+COMPOSED = {"pipeline", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes", "index"}
 ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
@@ -80,6 +80,8 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "nncf",
         "tensorrt",
         "faiss",
+        "pymilvus",
+        "milvus_lite",
         "huggingface_hub",
         "onnxruntime",
         "pyarrow",
