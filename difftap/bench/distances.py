@@ -96,8 +96,8 @@ def run(
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise InputError(f"metric is '{unknown[0] if unknown else ''}'; allowed: {', '.join(METRICS)}")
-    x = np.random.default_rng(0).standard_normal((vectors, width)) + np.linspace(-1, 1, width)
-    x = x.astype(np.float32)
+    drawn = np.random.default_rng(0).standard_normal((vectors, width)) + np.linspace(-1, 1, width)
+    x = drawn.astype(np.float32)
     load = os.getloadavg()
     times, rivals = {}, {}
     with hold_threads(threads):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+from difftap.commands.options import build_recipe, feature_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
@@ -99,7 +99,7 @@ def index() -> None:
 @_LABELS
 @_GPU
 @click.option("--overwrite", is_flag=True, help="Replace an index that stands there, once the new one is whole.")
-@recipe_options
+@feature_options("pocket; dift with --model")
 @runtime_options
 def build(
     sources: tuple[Path, ...],
@@ -140,7 +140,7 @@ def build(
 
         paths = list_images(sources)
         which = Patches(per_image, labels, options["seed"] or 0)
-        runtime, opening = _take_runtime(options), _take_opening(options)
+        runtime, opening = take_runtime(options), _take_opening(options)
         recipe = build_recipe(**options)
         with Pipeline.open(recipe, runtime, **opening) as pipeline, progress_bar(len(paths)) as advance:
             origin = Origin.of_patches(recipe, str(pipeline.conditions["model"]["key"]))
@@ -176,7 +176,7 @@ def add(
     failures: list[tuple[str, str]] = []
     with open_index(where, name=name) as opened:
         trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
-        with _vectors(sources, opened.about.origin, per_image, labels, build_runtime(**options), opening, failures) as (
+        with _vectors(sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures) as (
             batches,
             _,
         ):
@@ -246,7 +246,7 @@ def search(
         query = make(opened.about.origin)
         if query.vector is None:
             with open_pipeline(
-                opened.about.origin, build_runtime(**options), revision=revision, random_weights=random_weights
+                opened.about.origin, take_runtime(options), revision=revision, random_weights=random_weights
             ) as pipeline:
                 vector, conditions = embed(query, opened.about.origin, pipeline), pipeline.conditions
         else:
@@ -308,7 +308,7 @@ def evaluate(
     failures: list[tuple[str, str]] = []
     with (
         retrieve.open_index(where, name=name, gpu=gpu) as opened,
-        _vectors(sources, opened.about.origin, per_image, labels, build_runtime(**options), opening, failures) as (
+        _vectors(sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures) as (
             batches,
             conditions,
         ),
@@ -341,15 +341,23 @@ def _are_tables(sources: Iterable[Path]) -> bool:
 
 def _refuse_recipe(options: dict[str, Any], per_image: int | None, labels: str) -> None:
     """A table brings its own features: an option that would change nothing is refused."""
-    names = ("recipe_name", "model", "size", "ensemble", "taps", "timestep", "prompt", "matcher", "interpolation")
-    given = [name.replace("_name", "").replace("taps", "tap") for name in names if options[name]]
+    names = (
+        "recipe_name",
+        "model",
+        "revision",
+        "random_weights",
+        "size",
+        "ensemble",
+        "taps",
+        "timestep",
+        "prompt",
+        "noise",
+    )
+    flags = {"recipe_name": "recipe", "random_weights": "random-weights", "taps": "tap"}
+    given = [flags.get(name, name) for name in names if options[name] not in (None, ())]
     given += [text for text, on in (("per-image", per_image), ("labels", labels != "none")) if on]
     if given:
         raise InputError(f"--{given[0]} is for images; a table of prototypes brings its own recipe, so leave it out")
-
-
-def _take_runtime(options: dict[str, Any]) -> Runtime:
-    return build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
 
 
 def _take_opening(options: dict[str, Any]) -> dict[str, Any]:

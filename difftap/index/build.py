@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.errors import InputError
+from difftap.errors import InputError, require
 from difftap.index.exact import Nearest, prepared_blocks, recall, without_self
 from difftap.index.folder import FolderIndex, check_new, only_writer, write_index
 from difftap.index.kinds import Plan, choose_kind, efforts, load_faiss, make, set_effort, to_gpu, tune
@@ -207,6 +207,7 @@ def build_folder(
         MissingExtraError: FAISS or pyarrow is not installed.
     """
     load_faiss("building an index")
+    require("pyarrow", "index", "an index's rows")  # or the lack of it would show when all is done
     check_new(folder, overwrite)
     fresh = not folder.exists()
     try:

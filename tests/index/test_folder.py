@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from difftap.distances import pairwise
-from difftap.errors import ArtefactError, InputError, OutputError
+from difftap.errors import ArtefactError, InputError, MissingExtraError, OutputError
 from difftap.index import build, folder, retrieve
 from difftap.index.build import Options, build_folder, plan_for
 from difftap.index.folder import FolderIndex
@@ -296,6 +296,19 @@ def test_queries_that_do_not_fit(made):
     with pytest.raises(InputError, match="k is 0"):
         index.search(vectors[:1], 0)
     assert index.search(vectors[:1], 10_000)[1].shape == (1, 200)
+
+
+@pytest.mark.parametrize("package", ["faiss", "pyarrow"])
+def test_a_missing_package_is_named_before_anything_is_done(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+
+    def nothing_yet():
+        raise AssertionError("vectors were asked for")
+        yield
+
+    with pytest.raises(MissingExtraError, match=r"pip install 'difftap\[index\]'"):
+        build_folder(tmp_path / "ix", origin(), nothing_yet(), Options())
+    assert not (tmp_path / "ix").exists()
 
 
 def test_efforts_double():
