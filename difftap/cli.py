@@ -25,6 +25,7 @@ _COMMANDS = {
     "doctor": ("difftap.commands.doctor:doctor", "Say what is installed, what is missing and how to get it."),
     "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
+    "index": ("difftap.commands.index:index", "Index prototypes or patch features, search them, judge the hits."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
     "prototypes": ("difftap.commands.prototypes:prototypes", "Build object prototypes, and look at them."),
     "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),

@@ -23,6 +23,7 @@ COMPOSED = {
     "prototypes",
     "auto",
     "doctor",
+    "index",
 }
 ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", *COMPOSED}
 FORBIDDEN = {
@@ -94,6 +95,8 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "tensorrt",
         "tensorrt_rtx",
         "faiss",
+        "pymilvus",
+        "milvus_lite",
         "huggingface_hub",
         "onnxruntime",
         "pyarrow",

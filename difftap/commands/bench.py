@@ -10,6 +10,8 @@ import click
 from difftap.commands.gpucheck import gpu_check
 from difftap.commands.pck import compare, dense_speed, pck, table
 from difftap.commands.reproduce import reproduce
+from difftap.commands.retrieval_bench import distances
+from difftap.commands.retrieval_bench import index as index_bench
 from difftap.commands.semantics import semantics
 from difftap.commands.throughput import throughput
 
@@ -19,7 +21,7 @@ def bench() -> None:
     """Measure speed, memory and quality."""
 
 
-for _command in (pck, compare, table, dense_speed, reproduce, throughput, semantics, gpu_check):
+for _command in (pck, compare, table, dense_speed, reproduce, throughput, semantics, gpu_check, distances, index_bench):
     bench.add_command(_command)
 
 
