@@ -251,5 +251,5 @@ def _study(
         device="cuda" if runtime.device == "cuda" else "cpu",
         overwrite=overwrite,
         say=lambda text: click.echo(text, err=True),
-        bar=progress_bar,
+        bar=lambda count: progress_bar(count, "images"),
     )
