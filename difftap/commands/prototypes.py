@@ -146,7 +146,7 @@ def build(
         from difftap.prototypes import is_built
 
         key = pipeline.conditions["model"]["key"]
-        if not overwrite and is_built(source, column, rule, key, runtime.backend):
+        if not overwrite and is_built(source, column, rule, key, runtime.backend, runtime.precision):
             click.echo(f"'{output}' is there already, built under these conditions", err=True)
             return
         with progress_bar(len(source), "images") as advance:

@@ -240,6 +240,7 @@ def _study(
         model,
         cache.model_key(model),
         runtime.backend,
+        runtime.precision,
         opener,
         folder,
         rule=rule,

@@ -203,7 +203,8 @@ def test_other_conditions_are_refused(tmp_path, pipeline):
     build(source, pipeline, [own])
     assert is_built(source, own, "area", key, "ort")
     for changed in [(scenes(4), own, "area", key, "ort"), (source, own, "nearest", key, "ort"),
-                    (source, own, "area", "0", "ort"), (source, own, "area", key, "torch")]:  # fmt: skip
+                    (source, own, "area", "0", "ort"), (source, own, "area", key, "torch"),
+                    (source, own, "area", key, "ort", "fp16")]:  # fmt: skip
         with pytest.raises(OutputError, match="was built under other conditions"):
             is_built(*changed)
     path.write_bytes(b"something else")
