@@ -24,9 +24,11 @@ _COMMANDS = {
     "data": ("difftap.commands.data:data", "Look at the benchmarks' data sets."),
     "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
+    "extract": ("difftap.commands.extract:extract", "Extract a data set's features into a store."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
     "prototypes": ("difftap.commands.prototypes:prototypes", "Build object prototypes, and look at them."),
     "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),
+    "store": ("difftap.commands.store:store", "Look at a feature store, verify it, make it compact."),
     "taps": ("difftap.commands.taps:taps", "List a model's taps."),
 }
 

@@ -10,12 +10,14 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
-COMPOSED = {"pipeline", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes"}
-ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", *COMPOSED}
+COMPOSED = {"extraction", "featuresource", "pipeline", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes"}
+ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", "sources", "store", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
     "matching": ROOMS - {"matching"},
     "distances": ROOMS - {"distances"},
+    "sources": ROOMS - {"sources"},
+    "store": {"sources", "bench", "commands", "cli", "export", "matching", "prompts", "distances", *COMPOSED},
     "prompts": {"bench", "commands", "cli", "export", "matching", *COMPOSED},
     "export": {"bench", "commands", "cli", "matching", "prompts", *COMPOSED},
     **{part: {"bench", "commands", "cli"} for part in sorted(COMPOSED)},
@@ -85,6 +87,9 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "pyarrow",
         "pycocotools",
         "matplotlib",
+        "zarr",
+        "fsspec",
+        "ray",
     }
     allowed = {
         "engine/torch_model.py"
