@@ -10,8 +10,31 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
-COMPOSED = {"extraction", "featuresource", "pipeline", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes"}
-ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", "sources", "store", *COMPOSED}
+COMPOSED = {
+    "extraction",
+    "featuresource",
+    "pipeline",
+    "engines",
+    "pairs",
+    "maps",
+    "journal",
+    "draw",
+    "results",
+    "prototypes",
+}
+ROOMS = {
+    "export",
+    "engine",
+    "matching",
+    "bench",
+    "prompts",
+    "commands",
+    "cli",
+    "distances",
+    "sources",
+    "store",
+    *COMPOSED,
+}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
     "matching": ROOMS - {"matching"},

@@ -144,7 +144,7 @@ class Extractor:
         yield from _features(laid, outputs)
 
     # The same in three stages, for who runs them at once on batches of their own. Engines take turns: they would be in
-    # each other's way, and some write the next run's outputs where the last one's are. So the posterior is brought home.
+    # each other's way. Some write the next run's outputs where the last one's are, so the posterior is brought home.
 
     def lay(self, images: Sequence[Image]) -> Laid:
         """Lay images on the network's input."""
