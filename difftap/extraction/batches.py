@@ -151,7 +151,7 @@ class Extractor:
                     raise InputError("engines cannot be shared with worker processes; give the loader num_workers=0")
                 for batch in outer:
                     tensors = {name: torch.from_numpy(value) for name, value in batch.maps.items()}
-                    yield {**tensors, "keys": batch.keys}
+                    yield {**tensors, "keys": list(batch.keys)}
 
         return Features()
 

@@ -197,7 +197,7 @@ def test_batches_in_a_torch_loader():
     loader = torch.utils.data.DataLoader(Extractor(FakePipeline(), made_source(5), size=2).torch(), batch_size=None)
     seen = [(batch["keys"], tuple(batch["0/up1"].shape)) for batch in loader]
     assert [shape for _, shape in seen] == [(2, 16, 8, 8), (2, 16, 8, 8), (1, 16, 8, 8)]
-    assert seen[0][0] == ("0000000", "0000001")
+    assert list(seen[0][0]) == ["0000000", "0000001"]
 
 
 def test_leaving_the_loop_early_ends_the_threads():
