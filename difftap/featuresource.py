@@ -5,22 +5,23 @@ Engines are opened when the first image is not in the store; a whole data set th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from difftap.engine import Cache, Features, choose_device, default_cache_folder, get_backend
+from difftap.engine import Cache, Extractor, Features, choose_device, default_cache_folder, get_backend
 from difftap.errors import InputError
-from difftap.features import FeatureMap
 from difftap.images import Image
+from difftap.model import Model
 from difftap.pipeline import Pipeline, Runtime, available_cores, check_fits, describe
+from difftap.prompts import Prompt, Subject, choose_prompts
 from difftap.recipe import Recipe
 from difftap.store import FeatureStore
 
 __all__ = ["FeatureSource"]
 
 
-class FeatureSource:
+class FeatureSource(Pipeline):
     """A `difftap.Pipeline` that looks into a store first; it has the same attributes and methods.
 
     An image is known by its pixels, wherever its file lies, and the store must have been made with the recipe's feature
@@ -42,12 +43,14 @@ class FeatureSource:
         recipe: Recipe,
         runtime: Runtime,
         store: FeatureStore,
+        model: Model,
         conditions: dict[str, Any],
         opening: dict[str, Any],
         *,
         complete: bool,
     ) -> None:
         self.recipe = recipe
+        self.model = model
         self.store = store
         self.conditions = conditions
         self.batch = 1 if conditions["backend"]["device"] == "cpu" else runtime.batch
@@ -58,7 +61,7 @@ class FeatureSource:
         self._pipeline: Pipeline | None = None
 
     @classmethod
-    def open(
+    def open(  # type: ignore[override]  # it takes the store too
         cls,
         recipe: Recipe,
         path: str | Path,
@@ -98,7 +101,7 @@ class FeatureSource:
             "backend": made.conditions["backend"],
             "complete": complete,
         }
-        return cls(recipe, runtime, store, conditions, opening, complete=complete)
+        return cls(recipe, runtime, store, model, conditions, opening, complete=complete)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -107,67 +110,62 @@ class FeatureSource:
             self._pipeline = Pipeline.open(self.recipe, self._runtime, **self._opening)
         return self._pipeline
 
-    def features(self, images: Iterable[Image], prompts: Any = None) -> Iterator[Features]:
+    def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
         """Each image's features, in order: from the store where it holds them, else extracted.
 
         Args:
             images: any number.
-            prompts: where a branch's prompt is to be another than the store's (a category in it), the engines'.
+            prompts: as `difftap.Pipeline.features` takes them. The store holds features under the recipe's own, for no
+                named category; under others they are extracted.
 
         Raises:
             InputError: an image is not in the store, and nothing is to be extracted.
         """
-        if prompts is not None:
-            yield from self._extract(list(images), prompts)
-            return
+        own = choose_prompts(self.recipe, Subject())
+        asked = own if prompts is None else prompts
+        stored = all(one is None or one == other for one, other in zip(asked, own, strict=True))
         waiting: list[tuple[Image, str | None]] = []
         missing = 0
         for image in images:
-            key = self.store.find(image.digest)
+            key = self.store.find(image.digest) if stored else None
             waiting.append((image, key))
             missing += key is None
-            if missing >= self.batch:  # images that are in may wait behind it, but none is read before its turn
-                yield from self._serve(waiting)
+            if not missing or missing >= self.batch:
+                yield from self._serve(waiting, prompts)
                 waiting, missing = [], 0
-            elif not missing:
-                yield from self._serve(waiting)
-                waiting = []
-        yield from self._serve(waiting)
+        yield from self._serve(waiting, prompts)
 
-    def _serve(self, waiting: list[tuple[Image, str | None]]) -> Iterator[Features]:
-        fresh = iter(self._extract([image for image, key in waiting if key is None], None))
+    def _serve(
+        self, waiting: list[tuple[Image, str | None]], prompts: Sequence[Prompt | None] | None
+    ) -> Iterator[Features]:
+        fresh = iter(self._extract([image for image, key in waiting if key is None], prompts))
         for _, key in waiting:
-            yield next(fresh) if key is None else self.store.read(key)
+            if key is None:
+                yield next(fresh)
+                continue
+            read = self.store.read(key)
+            if prompts is not None:  # branches that are not asked for are left out, as a pipeline does
+                kept = [taps for taps, one in zip(read.branches, prompts, strict=True) if one is not None]
+                read = Features(read.digest, tuple(kept))
+            yield read
 
-    def _extract(self, images: list[Image], prompts: Any) -> list[Features]:
+    def _extract(self, images: list[Image], prompts: Sequence[Prompt | None] | None) -> list[Features]:
         if not images:
             return []
         if self._complete:
             raise InputError(
-                f"'{images[0].path}' is not in '{self.store.place}'"
-                + (" with the prompt that is asked for" if prompts is not None else "")
-                + "; extract it into the store, or allow others to be extracted"
+                f"'{images[0].path}' is not in '{self.store.place}' under the prompts that are asked for; extract it "
+                "into the store, or allow others to be extracted"
             )
         self.extracted += len(images)
-        if prompts is None:
-            return list(self.pipeline.features(images))
-        return list(self.pipeline.features(images, prompts))  # type: ignore[call-arg]
+        return list(self.pipeline.features(images, prompts))
 
-    def join(self, features: Features) -> FeatureMap:
-        """The one map that the recipe's matcher reads, as `difftap.Pipeline.join` gives it."""
-        return Pipeline.join(self, features)  # type: ignore[arg-type]  # it reads nothing but the recipe
-
-    def extract(self, images: Iterable[Image]) -> Iterator[FeatureMap]:
-        """Each image's joined map, in order."""
-        return map(self.join, self.features(images))
+    @property
+    def stages(self) -> Extractor:
+        """The engines' own."""
+        return self.pipeline.stages
 
     def close(self) -> None:
         """Release the engines, if any were opened."""
         if self._pipeline is not None:
             self._pipeline.close()
-
-    def __enter__(self) -> FeatureSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

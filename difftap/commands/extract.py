@@ -10,7 +10,7 @@ import click
 
 from difftap.commands.options import build_recipe, recipe_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
-from difftap.errors import InputError
+from difftap.errors import InputError, require
 
 if TYPE_CHECKING:
     from difftap.extraction.run import Run
@@ -93,7 +93,8 @@ def extract(
     recipe = build_recipe(**options)
     if fit is not None:
         recipe = dataclasses.replace(recipe, fit=fit)
-    opening = {"revision": revision, "random_weights": random_weights}
+    opening: dict[str, Any] = {"revision": revision, "random_weights": random_weights}
+    require("zarr", "store", "a feature store")  # said before anything slow starts
     listed = open_source(source, column)
     if limit is not None:
         listed = Source(listed.kind, listed.items[:limit], listed.repeated)

@@ -46,7 +46,12 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
     "--confidence/--no-confidence", default=True, show_default=True, help="Also margin and cycle error; matching x 2."
 )
 @click.option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
-@click.option("--features", type=_FILE, metavar="DIR", help="Keep features there, with their provenance, and use them.")
+@click.option(
+    "--features",
+    type=_FILE,
+    metavar="DIR",
+    help="Keep features there, with provenance, and use them; or use a store of 'difftap extract'.",
+)
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
 @click.option("--score-only", is_flag=True, help="Score the predictions that are there; no model is opened.")
 @click.option("--plots", is_flag=True, help="Draw PCK over alpha, per class and by flag.")
@@ -127,7 +132,13 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     joining = Joining.of(recipe, combining, reading)
     pairs = load_pairs(chosen, folder / "targets")
 
+    stored = features is not None and (features / "zarr.json").is_file()  # a store that 'difftap extract' wrote
+
     def opener(filled: Recipe) -> Pipeline:
+        if stored:
+            from difftap.featuresource import FeatureSource
+
+            return FeatureSource.open(filled, features, runtime, **opening)
         return Opened.open(filled, runtime, **opening)
 
     passes = pairs.passes(recipe)
@@ -145,7 +156,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
             overwrite=overwrite,
             memory=memory << 20,
             batch=runtime.batch,
-            features=features,
+            features=None if stored else features,
             progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""

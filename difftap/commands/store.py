@@ -29,7 +29,7 @@ def info(path: str, failures: bool, keys: bool, as_json: bool) -> None:
     opened = FeatureStore.open(path)
     told = describe(opened)
     if as_json:
-        extra = {"failures": dict(opened.failures)} if failures else {}
+        extra: dict[str, Any] = {"failures": dict(opened.failures)} if failures else {}
         extra |= {"keys": opened.keys()} if keys else {}
         click.echo(json.dumps(told | extra, indent=1, allow_nan=False))
         return

@@ -212,7 +212,8 @@ def _probe(opener: Opener, settings: Settings, items: Sequence[Item]) -> Any:
     """Look at the first images in a worker; the error, if any, as data: Ray would wrap it."""
     try:
         with closing(opener()) as pipeline:
-            shapes, bases = {}, {}
+            shapes: dict[str, tuple[int, int, int]] = {}
+            bases: dict[str, Any] = {}
             if settings.encoding.pca is not None:
                 shapes, bases = fit_bases(pipeline, items, settings)
             else:

@@ -6,7 +6,7 @@ cannot be used becomes an outcome with its reason, in its place, and does no har
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -59,7 +59,7 @@ class _Batch:
     encoded: Encoded | None = None
 
 
-def stream(pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int = 2) -> Iterator[Outcome]:
+def stream(pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int = 2) -> Generator[Outcome, None, None]:
     """One outcome an item, in order.
 
     Args:
@@ -86,7 +86,7 @@ def stream(pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int
             yield from batch.outcomes
 
 
-def _together(batches: Iterable[_Batch], size: int) -> Iterator[_Batch]:
+def _together(batches: Iterable[_Batch], size: int) -> Generator[_Batch, None, None]:
     """Join single images to batches; an image that failed takes no place, but keeps its turn."""
     waiting: list[_Batch] = []
     good = 0
@@ -123,9 +123,9 @@ def _split(batch: _Batch) -> Iterator[_Batch]:
         place += 1
 
 
-def _each(stage: Callable[[_Batch], _Batch], batches: Iterator[_Batch]) -> Iterator[_Batch]:
+def _each(stage: Callable[[_Batch], _Batch], batches: Generator[_Batch, None, None]) -> Iterator[_Batch]:
     """Run a stage; where an output is not finite, on one image at a time, so that each gets its own or its fault."""
-    with closing(batches):  # type: ignore[type-var]
+    with closing(batches):
         for batch in batches:
             try:
                 yield stage(batch)

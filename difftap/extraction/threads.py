@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -70,7 +70,7 @@ class Channel(Generic[_T]):
             self._changed.notify_all()
 
 
-def ahead(source: Iterable[_T], depth: int, name: str) -> Iterator[_T]:
+def ahead(source: Iterable[_T], depth: int, name: str) -> Generator[_T, None, None]:
     """The same items in the same order, made by a thread of their own, at most ``depth`` of them in advance.
 
     An error of the source is raised here, after the items that came before it. When this iterator is closed, the
@@ -109,7 +109,7 @@ def ahead(source: Iterable[_T], depth: int, name: str) -> Iterator[_T]:
 
 def in_order(
     function: Callable[[_T], _R], items: Iterable[_T], workers: int, depth: int, name: str = "decode"
-) -> Iterator[_R]:
+) -> Generator[_R, None, None]:
     """``map`` by several threads: results in the items' order, at most ``depth`` items begun and not yet taken."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
     waiting: deque[Future[_R]] = deque()

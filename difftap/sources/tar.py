@@ -27,7 +27,7 @@ def tar_source(paths: Sequence[Path]) -> Source:
                     if member.isreg() and member.name.lower().endswith(SUFFIXES):
                         at = MemberAt(str(path), member.name, member.offset_data, member.size)
                         items.append(Item(prefix + member.name, at))
-                    archive.members = []  # type: ignore[assignment]  # or it would remember every header
+                    archive.members = []  # type: ignore[attr-defined]  # or it would remember every header
         except (tarfile.TarError, OSError) as error:
             raise InputError(f"'{path}' cannot be read as an uncompressed tar file ({error})") from error
     return Source.unique("tar files" if len(paths) > 1 else "a tar file", items)

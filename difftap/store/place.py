@@ -65,8 +65,7 @@ class Place:
             InputError: the address is of no known kind, or cannot be reached.
             MissingExtraError: zarr is not installed.
         """
-        import zarr.errors
-
+        zarr = require("zarr", "store", "a feature store")
         try:
             return zarr.open_group(self._store(read_only=read_only), mode="r" if read_only else "r+", zarr_format=3)
         except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.ContainsArrayError):
@@ -187,7 +186,7 @@ def _durable(folder: Path) -> Any:
     """A zarr store of local files, with every object synced before it appears."""
     from zarr.storage import LocalStore
 
-    class DurableStore(LocalStore):
+    class DurableStore(LocalStore):  # type: ignore[misc]  # zarr is not installed everywhere
         async def set(self, key: str, value: Any) -> None:
             if not self._is_open:
                 await self._open()

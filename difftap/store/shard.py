@@ -235,9 +235,9 @@ class Shard:
 
 def row_digest(stored: Stored) -> str:
     """The first half of the SHA-256 of what is stored of one map: values, then scales."""
-    digest = hashlib.sha256(np.ascontiguousarray(stored.values))
+    digest = hashlib.sha256(np.ascontiguousarray(stored.values).data)
     if stored.scale is not None:
-        digest.update(np.ascontiguousarray(stored.scale))
+        digest.update(np.ascontiguousarray(stored.scale).data)
     return digest.hexdigest()[:32]
 
 

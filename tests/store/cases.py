@@ -26,9 +26,12 @@ def made(number, scale=1.0):
     lay = Geometry.letterbox if number % 2 else Geometry.stretch
     geometry = lay((40 + number % 7, 30), RECIPE.size)
     branches = tuple(
-        {tap: FeatureMap((scale * stream.standard_normal(shape)).astype(np.float32), geometry) for tap, shape in taps.items()}
+        {
+            tap: FeatureMap((scale * stream.standard_normal(shape)).astype(np.float32), geometry)
+            for tap, shape in taps.items()
+        }
         for taps in SHAPES
-    )  # fmt: skip
+    )
     return Features(hashlib.sha256(str(number).encode()).hexdigest(), branches)
 
 

@@ -41,7 +41,7 @@ def test_damage_is_found(path, damage, keys):
 def test_a_shard_that_is_gone(path):
     (path / "0" / "up1" / "c" / "1" / "0" / "0" / "0").unlink()
     assert [one.key for one in problems(path)] == ["k5", "k6", "k7", "k8"]
-    with pytest.raises(ArtefactError, match="'k5'.*--drop-damaged"):
+    with pytest.raises(ArtefactError, match=r"'k5'.*--drop-damaged"):
         compact(path)
     assert len(FeatureStore.open(path)) == 10
     done = compact(path, drop_damaged=True)

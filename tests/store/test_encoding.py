@@ -54,7 +54,11 @@ def test_a_wrong_encoding_is_refused(options):
 
 def test_a_basis_is_that_of_a_plain_svd():
     stream = np.random.default_rng(0)
-    maps = [(stream.standard_normal((6, 1, 1)) * np.arange(1, 7)[:, None, None]).astype(np.float32) + stream.standard_normal((6, 4, 5)).astype(np.float32) for _ in range(9)]  # fmt: skip
+    maps = [
+        (stream.standard_normal((6, 1, 1)) * np.arange(1, 7)[:, None, None]).astype(np.float32)
+        + stream.standard_normal((6, 4, 5)).astype(np.float32)
+        for _ in range(9)
+    ]
     moments = Moments()
     for one in maps:
         moments.add(one)
@@ -84,7 +88,9 @@ def test_fidelity_against_a_loop_over_cells(first, second):
         second = np.resize(second, first.shape)
     got = Fidelity.measure(first, second)
     cosines = []
-    for a, b in zip(first.reshape(len(first), -1).T.astype(float), second.reshape(len(second), -1).T.astype(float), strict=True):  # fmt: skip
+    for a, b in zip(
+        first.reshape(len(first), -1).T.astype(float), second.reshape(len(second), -1).T.astype(float), strict=True
+    ):
         norm = np.sqrt((a * a).sum()) * np.sqrt((b * b).sum())
         cosines.append(1.0 if not a.any() and not b.any() else float(a @ b / norm) if norm else 0.0)
     assert got.cosine == pytest.approx(np.mean(cosines), abs=1e-9)

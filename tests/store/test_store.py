@@ -122,7 +122,7 @@ def test_a_recipe_that_does_not_fit_is_refused_by_its_first_field(path, name):
     store.check(dataclasses.replace(RECIPE, upsample="bilinear", model="elsewhere"), "ab" * 8)
     with pytest.raises(RecipeError, match=rf"made with {name} = "):
         store.check(dataclasses.replace(RECIPE, **CHANGES[name]), "ab" * 8)
-    with pytest.raises(RecipeError, match="key abab.*key cdcd"):
+    with pytest.raises(RecipeError, match=r"key abab.*key cdcd"):
         store.check(RECIPE, "cd" * 8)
 
 
@@ -144,7 +144,7 @@ def test_keys_that_are_not_there(path):
     store = FeatureStore.open(path)
     with pytest.raises(InputError, match=r"no image 'x'.*'k0'"):
         store.read("x")
-    with pytest.raises(InputError, match="could not be used.*no good"):
+    with pytest.raises(InputError, match=r"could not be used.*no good"):
         store.read("k1")
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_store(tmp_path):
     zarr.create_group(tmp_path / "foreign")
     with pytest.raises(InputError, match="no feature store"):
         FeatureStore.open(tmp_path / "foreign")
-    with pytest.raises(OutputError, match="no feature store.*nothing was written"):
+    with pytest.raises(OutputError, match=r"no feature store.*nothing was written"):
         fill(tmp_path / "foreign", range(2), overwrite=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
