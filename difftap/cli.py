@@ -25,10 +25,12 @@ _COMMANDS = {
     "doctor": ("difftap.commands.doctor:doctor", "Say what is installed, what is missing and how to get it."),
     "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
+    "extract": ("difftap.commands.extract:extract", "Extract a data set's features into a store."),
     "index": ("difftap.commands.index:index", "Index prototypes or patch features, search them, judge the hits."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
     "prototypes": ("difftap.commands.prototypes:prototypes", "Build object prototypes, and look at them."),
     "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),
+    "store": ("difftap.commands.store:store", "Look at a feature store, verify it, make it compact."),
     "taps": ("difftap.commands.taps:taps", "List a model's taps."),
 }
 

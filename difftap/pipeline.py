@@ -203,6 +203,11 @@ class Pipeline:
             asked = ", ".join(sorted({f"'{branch.prompt}'" for branch in self.recipe.branches}))
             _LOG.info("the recipe prompts with %s, but no category is given: the prompt stays empty", asked)
 
+    @property
+    def stages(self) -> Extractor:
+        """The stages of `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
+        return self._extractor
+
     def join(self, features: Features) -> FeatureMap:
         """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
 

@@ -14,6 +14,8 @@ VOCABULARY |= {"machine"}
 COMPOSED = {
     "pipeline",
     "making",
+    "extraction",
+    "featuresource",
     "engines",
     "pairs",
     "maps",
@@ -25,11 +27,25 @@ COMPOSED = {
     "doctor",
     "index",
 }
-ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", *COMPOSED}
+ROOMS = {
+    "export",
+    "engine",
+    "matching",
+    "bench",
+    "prompts",
+    "commands",
+    "cli",
+    "distances",
+    "sources",
+    "store",
+    *COMPOSED,
+}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
     "matching": ROOMS - {"matching"},
     "distances": ROOMS - {"distances"},
+    "sources": ROOMS - {"sources"},
+    "store": {"sources", "bench", "commands", "cli", "export", "matching", "prompts", "distances", *COMPOSED},
     "prompts": {"bench", "commands", "cli", "export", "matching", *COMPOSED},
     "export": {"bench", "commands", "cli", "matching", "prompts", *COMPOSED},
     **{part: {"bench", "commands", "cli"} for part in sorted(COMPOSED)},
@@ -102,6 +118,9 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "pyarrow",
         "pycocotools",
         "matplotlib",
+        "zarr",
+        "fsspec",
+        "ray",
     }
     allowed = {
         "engine/torch_model.py"

@@ -73,6 +73,7 @@ _FILE = click.Path(path_type=Path)
     metavar="MB",
     help="With --pairs: features kept in memory.",
 )
+@click.option("--features", metavar="STORE", help="Take features from a store where it has them ('difftap extract').")
 @recipe_options
 @category_option
 @runtime_options
@@ -91,6 +92,7 @@ def match(
     max_cycle_error: float | None,
     overwrite: bool,
     memory: int,
+    features: str | None,
     category: str | None,
     revision: str | None,
     random_weights: int | None,
@@ -122,6 +124,7 @@ def match(
         mutual,
         5 if grid is None else grid,
         _empty_prompt(recipe) if category is None else "",
+        features,
     )
     if pairs_file is not None:
         if source is not None or point_texts or points_file or heat is not None:
@@ -170,12 +173,18 @@ class _Job:
     mutual: bool
     grid: int
     note: str = ""
+    features: str | None = None
 
     def open(self) -> Pipeline:
         """The recipe made ready; then, bad input being out of the way, says what there is to say."""
+        from difftap.featuresource import FeatureSource
         from difftap.pipeline import Pipeline
 
-        pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+        pipeline: Pipeline
+        if self.features is None:
+            pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+        else:
+            pipeline = FeatureSource.open(self.recipe, self.features, self.runtime, **self.opening)
         if self.note:
             click.echo(self.note, err=True)
         return pipeline

@@ -2,7 +2,7 @@
 
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
-from difftap.engine.extractor import BranchEngine, Extractor, Features, members_per_run
+from difftap.engine.extractor import BranchEngine, Encoded, Extractor, Features, Laid, members_per_run
 from difftap.engine.registry import BACKENDS, check_precision, choose_device, get_backend
 
 __all__ = [
@@ -10,10 +10,12 @@ __all__ = [
     "Backend",
     "BranchEngine",
     "Cache",
+    "Encoded",
     "Engine",
     "Extractor",
     "Features",
     "Graph",
+    "Laid",
     "Profile",
     "TensorSpec",
     "check_precision",
