@@ -2,7 +2,7 @@
 
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
-from difftap.engine.extractor import BranchEngine, Extractor, Features, members_per_run
+from difftap.engine.extractor import BranchEngine, Extractor, Features, latent_scales, members_per_run
 from difftap.engine.registry import BACKENDS, choose_device, get_backend
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "choose_device",
     "default_cache_folder",
     "get_backend",
+    "latent_scales",
     "members_per_run",
 ]

@@ -24,7 +24,7 @@ from difftap.images import Image, to_input
 from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["BranchEngine", "Extractor", "Features", "members_per_run"]
+__all__ = ["BranchEngine", "Extractor", "Features", "latent_scales", "members_per_run"]
 
 
 ATTENTION_BUDGET = 1 << 30
@@ -119,7 +119,7 @@ class Extractor:
         self, branch: BranchEngine, posterior: Mapping[str, NDArray[np.float32]], noises: NDArray[np.float32]
     ) -> dict[str, NDArray[np.float32]]:
         count, members = noises.shape[1:3]
-        signal, sigma = self._scales(branch.branch.timestep)
+        signal, sigma = latent_scales(self._model, branch.branch.timestep, self._recipe.noise)
         feeds: dict[str, NDArray[Any]] = {
             "mean": posterior["mean"],
             "std": posterior["std"],
@@ -137,18 +137,21 @@ class Extractor:
         runs = members // together
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
 
-    def _scales(self, timestep: int) -> tuple[float, float]:
-        """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4)."""
-        scaling = self._model.scaling_factor
-        if self._recipe.noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
-            return scaling, 0.0
-        schedule = self._model.alphas_cumprod
-        if timestep >= len(schedule):
-            raise InputError(
-                f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}"
-            )
-        alpha = float(schedule[timestep])
-        return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
+
+def latent_scales(model: Model, timestep: int, noise: str) -> tuple[float, float]:
+    """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4).
+
+    Raises:
+        InputError: the schedule has no such timestep.
+    """
+    scaling = model.scaling_factor
+    if noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
+        return scaling, 0.0
+    schedule = model.alphas_cumprod
+    if timestep >= len(schedule):
+        raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
+    alpha = float(schedule[timestep])
+    return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
 
 
 def _maps(output: Mapping[str, NDArray[np.float32]], index: int, geometry: Geometry) -> dict[str, FeatureMap]:
