@@ -29,7 +29,7 @@ from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity, example_feeds, measure
 from difftap.manifest import FileRecord, Manifest, output_errors
 from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
-from difftap.prompts import encode_prompt
+from difftap.prompts import Subject, choose_prompts, embed
 from difftap.recipe import Recipe
 
 __all__ = ["Artefact", "build_engines", "clean", "list_artefacts", "verify_artefact"]
@@ -81,8 +81,8 @@ def build_engines(
         ("vae", (), Profile(recipe.size, batch=runtime.batch)): None
     }
     members = members_per_run(model, recipe.size, recipe.ensemble)
-    for branch in recipe.branches:
-        tokens = len(encode_prompt(model, branch.prompt, cache))
+    for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
+        tokens = len(embed(model, prompt, cache))
         wanted[("unet", branch.taps, Profile(recipe.size, members, tokens, runtime.batch))] = None
     for component, taps, profile in wanted:
         graph = prepare_graph(cache, backend, model, component, taps)

@@ -6,15 +6,17 @@ command line and the benchmarks go through it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from difftap.engine import (
     Backend,
@@ -35,6 +37,7 @@ from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.matching import combine
 from difftap.model import Model
+from difftap.prompts import Prompt, Subject, choose_prompts, embed, wants_category
 from difftap.recipe import Recipe
 
 __all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph"]
@@ -82,16 +85,21 @@ class Pipeline:
         recipe: Recipe,
         model: Model,
         extractor: Extractor,
+        branches: Sequence[BranchEngine],
         engines: list[Engine],
         conditions: dict[str, Any],
-        batch: int = 1,
+        batch: int,
+        embedding: Callable[[Prompt], NDArray[np.float32]],
     ) -> None:
         self.recipe = recipe
         self.model = model
         self.conditions = conditions
         self.batch = batch
         self._extractor = extractor
+        self._branches = tuple(branches)
         self._engines = engines
+        self._embedding = embedding
+        self._told = False
 
     @classmethod
     def open(
@@ -110,7 +118,6 @@ class Pipeline:
             BackendError, ArtefactError: an engine cannot be opened, or a file it needs is not to be trusted.
         """
         from difftap.export.checkpoints import open_model
-        from difftap.prompts import encode_prompt
 
         runtime = runtime or Runtime()
         cache = Cache(runtime.cache or default_cache_folder())
@@ -119,6 +126,13 @@ class Pipeline:
         threads = runtime.threads or available_cores()
         model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
         check_fits(recipe, model)
+        embeddings: dict[Prompt, NDArray[np.float32]] = {}
+
+        def embedding(prompt: Prompt) -> NDArray[np.float32]:
+            if prompt not in embeddings:
+                embeddings[prompt] = embed(model, prompt, cache)
+            return embeddings[prompt]
+
         opened: dict[tuple[Any, ...], Engine] = {}
         try:
 
@@ -134,10 +148,10 @@ class Pipeline:
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
             branches = []
             members = members_per_run(model, recipe.size, recipe.ensemble)
-            for branch in recipe.branches:
-                prompt = encode_prompt(model, branch.prompt, cache)
-                profile = Profile(recipe.size, members, len(prompt), runtime.batch)
-                branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), prompt))
+            for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
+                tokens = embedding(prompt)  # (T, D)
+                profile = Profile(recipe.size, members, len(tokens), runtime.batch)
+                branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), tokens))
             batch = 1 if device == "cpu" else runtime.batch
             extractor = Extractor(model, recipe, vae, branches, batch)
             conditions = describe(recipe, model, cache, backend, device, threads)
@@ -145,11 +159,32 @@ class Pipeline:
             for one in opened.values():
                 one.close()
             raise
-        return cls(recipe, model, extractor, list(opened.values()), conditions, batch)
+        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, embedding)
 
-    def features(self, images: Iterable[Image]) -> Iterator[Features]:
-        """Stream every branch's and tap's map of each image, in order."""
-        return self._extractor(images)
+    def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
+        """Stream every branch's and tap's map of each image, in order.
+
+        Args:
+            images: any number, taken one batch at a time.
+            prompts: what conditions each branch for these images (`difftap.prompts.choose_prompts`); a branch whose
+                prompt is None is not run, and is left out of what is yielded. By default the recipe's own, for images
+                of no named category.
+        """
+        if prompts is None:
+            self._tell_of_missing_category()
+            return self._extractor(images)
+        wanted = [
+            dataclasses.replace(branch, prompt=self._embedding(prompt))
+            for branch, prompt in zip(self._branches, prompts, strict=True)
+            if prompt is not None
+        ]
+        return self._extractor(images, wanted)
+
+    def _tell_of_missing_category(self) -> None:
+        if wants_category(self.recipe.branches) and not self._told:
+            self._told = True
+            asked = ", ".join(sorted({f"'{branch.prompt}'" for branch in self.recipe.branches}))
+            _LOG.info("the recipe prompts with %s, but no category is given: the prompt stays empty", asked)
 
     def join(self, features: Features) -> FeatureMap:
         """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
@@ -170,9 +205,15 @@ class Pipeline:
                 shares.append(branch.weight / len(taps))
         return combine(maps, shares, self.recipe.upsample)
 
-    def extract(self, images: Iterable[Image]) -> Iterator[FeatureMap]:
-        """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order."""
-        return map(self.join, self.features(images))
+    def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
+        """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order.
+
+        Args:
+            images: any number.
+            category: what fills ``{category}`` in the recipe's prompts; where it is wanted and None, they stay empty.
+        """
+        prompts = None if category is None else choose_prompts(self.recipe, Subject(category))
+        return map(self.join, self.features(images, prompts))
 
     def close(self) -> None:
         """Release the engines."""

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+from difftap.commands.options import (
+    build_recipe,
+    build_runtime,
+    category_option,
+    recipe_options,
+    runtime_options,
+)
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
@@ -21,7 +27,7 @@ if TYPE_CHECKING:
 
     from difftap.features import FeatureMap
     from difftap.matching import Matches
-    from difftap.pipeline import Runtime
+    from difftap.pipeline import Pipeline, Runtime
     from difftap.recipe import Recipe
     from difftap.results import Threshold
 
@@ -66,6 +72,7 @@ _FILE = click.Path(path_type=Path)
     help="With --pairs: features kept in memory.",
 )
 @recipe_options
+@category_option
 @runtime_options
 def match(
     source: Path | None,
@@ -82,6 +89,7 @@ def match(
     max_cycle_error: float | None,
     overwrite: bool,
     memory: int,
+    category: str | None,
     revision: str | None,
     random_weights: int | None,
     **options: Any,
@@ -103,13 +111,15 @@ def match(
     if len(chosen) > 1:
         raise InputError(f"{' and '.join(chosen)} exclude each other; give one way to choose points")
     runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
+    recipe = build_recipe(**options)
     job = _Job(
-        build_recipe(**options),
+        _filled(recipe, category),
         runtime,
         {"revision": revision, "random_weights": random_weights},
         Threshold(min_score, min_margin, max_cycle_error),
         mutual,
         5 if grid is None else grid,
+        _empty_prompt(recipe) if category is None else "",
     )
     if pairs_file is not None:
         if source is not None or point_texts or points_file or heat is not None:
@@ -127,6 +137,26 @@ def match(
     _one(job, (source, target), _read_points(point_texts, points_file), output, heat)
 
 
+def _filled(recipe: Recipe, category: str | None) -> Recipe:
+    """The recipe with the category in its prompts, so that its key and record name what was really asked."""
+    from difftap.prompts import Subject, fill, wants_category
+
+    if category is not None and not wants_category(recipe.branches):
+        raise InputError(
+            "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt "
+            "such as 'a photo of a {category}'"
+        )
+    return fill(recipe, Subject(category))
+
+
+def _empty_prompt(recipe: Recipe) -> str:
+    """What to say of a prompt that asks for a category when none is given."""
+    from difftap.prompts import wants_category
+
+    asked = [branch.prompt for branch in recipe.branches if wants_category([branch])]
+    return f"the recipe's prompt is '{asked[0]}': it stays empty without --category WORD" if asked else ""
+
+
 @dataclass(frozen=True)
 class _Job:
     """What both ways of matching need: the recipe, where it runs, and which points are matched and kept."""
@@ -137,6 +167,16 @@ class _Job:
     threshold: Threshold
     mutual: bool
     grid: int
+    note: str = ""
+
+    def open(self) -> Pipeline:
+        """The recipe made ready; then, bad input being out of the way, says what there is to say."""
+        from difftap.pipeline import Pipeline
+
+        pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+        if self.note:
+            click.echo(self.note, err=True)
+        return pipeline
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -178,7 +218,6 @@ def _one(
     from difftap.draw import check_output, draw_matches, save_picture
     from difftap.images import load_image
     from difftap.matching import heat_map
-    from difftap.pipeline import Pipeline
     from difftap.results import SCHEMA, image_record, match_records
 
     # What is wrong with the input is said before anything slow starts.
@@ -190,7 +229,7 @@ def _one(
     points = job.choose(source.size, given)
     if heat is not None and (heat < 1 or (points is not None and heat > len(points))):
         raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
-    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline:
+    with job.open() as pipeline:
         first, second = pipeline.extract([source, target])
     found = job.find(first, second, points)
     matches = job.threshold.keep(found)
@@ -218,14 +257,13 @@ def _one(
 def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: int) -> None:
     """Match a list of pairs into JSON lines."""
     from difftap.pairs import load_pairs, run_pairs
-    from difftap.pipeline import Pipeline
 
     pairs = load_pairs(pairs_file)
 
     def find(source: FeatureMap, target: FeatureMap, given: NDArray[np.float64]) -> Matches:
         return job.find(source, target, job.choose(source.image_size, given))
 
-    with Pipeline.open(job.recipe, job.runtime, **job.opening) as pipeline, progress_bar(len(pairs)) as advance:
+    with job.open() as pipeline, progress_bar(len(pairs)) as advance:
         run = run_pairs(
             pipeline,
             pairs,

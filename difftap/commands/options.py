@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from difftap.pipeline import Runtime
     from difftap.recipe import Recipe
 
-__all__ = ["build_recipe", "build_runtime", "cache_option", "model_options", "recipe_options", "runtime_options"]
+__all__ = [
+    "build_recipe",
+    "build_runtime",
+    "cache_option",
+    "category_option",
+    "model_options",
+    "recipe_options",
+    "runtime_options",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -83,6 +91,12 @@ recipe_options = _stack(
         ),
         click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
     ]
+)
+
+category_option = click.option(
+    "--category",
+    metavar="WORD",
+    help="What the images show: fills {category} in the recipe's prompt.  [default: such a prompt stays empty]",
 )
 
 runtime_options = _stack(

@@ -63,7 +63,7 @@ class Features:
 
     Attributes:
         digest: the image's identity.
-        branches: per branch of the recipe, its taps' maps by name.
+        branches: per branch of the recipe (or of those that were asked for), its taps' maps by name.
     """
 
     digest: str
@@ -92,13 +92,18 @@ class Extractor:
         self._branches = tuple(branches)
         self._batch = batch
 
-    def __call__(self, images: Iterable[Image]) -> Iterator[Features]:
-        """Yield each image's features, in the images' order."""
+    def __call__(self, images: Iterable[Image], branches: Sequence[BranchEngine] | None = None) -> Iterator[Features]:
+        """Yield each image's features, in the images' order.
+
+        Args:
+            images: any number, taken one batch at a time.
+            branches: to run in place of all, under prompts of their own perhaps.
+        """
         pending = iter(images)
         while chunk := list(islice(pending, self._batch)):
-            yield from self._extract(chunk)
+            yield from self._extract(chunk, self._branches if branches is None else branches)
 
-    def _extract(self, images: Sequence[Image]) -> Iterator[Features]:
+    def _extract(self, images: Sequence[Image], branches: Sequence[BranchEngine]) -> Iterator[Features]:
         """Run one batch of images."""
         recipe = self._recipe
         laid = [to_input(image, recipe.size, recipe.fit) for image in images]
@@ -110,7 +115,7 @@ class Extractor:
         else:
             draws = [draw(recipe.seed, image.digest, recipe.ensemble, latent_shape) for image in images]
             noises = np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])  # (2, B, E, C, h, w)
-        outputs = [self._run_branch(branch, posterior, noises) for branch in self._branches]
+        outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
         for i, image in enumerate(images):
             geometry = laid[i][1]
             yield Features(image.digest, tuple(_maps(output, i, geometry) for output in outputs))

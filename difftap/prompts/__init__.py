@@ -1,5 +1,25 @@
-"""Prompt embeddings: what conditions the UNet."""
+"""Prompts: what conditions the UNet for an image, and its embedding."""
 
+from difftap.prompts.choose import (
+    SLOT,
+    Prompt,
+    Subject,
+    choose_prompt,
+    choose_prompts,
+    embed,
+    fill,
+    wants_category,
+)
 from difftap.prompts.encode import encode_prompt
 
-__all__ = ["encode_prompt"]
+__all__ = [
+    "SLOT",
+    "Prompt",
+    "Subject",
+    "choose_prompt",
+    "choose_prompts",
+    "embed",
+    "encode_prompt",
+    "fill",
+    "wants_category",
+]

@@ -1,0 +1,93 @@
+"""What conditions a branch for an image: the one place where that is decided.
+
+A prompt may depend on what is looked for in an image (`Subject`). Whoever makes features asks `choose_prompt` for each
+branch and image, keeps features under (image, branch, `Prompt`), and makes each of those once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.engine.cache import Cache
+from difftap.model import Model
+from difftap.prompts.encode import encode_prompt
+from difftap.recipe import Branch, Recipe
+
+__all__ = ["SLOT", "Prompt", "Subject", "choose_prompt", "choose_prompts", "embed", "fill", "wants_category"]
+
+SLOT = "{category}"
+"""Stands in a branch's prompt for the class of the object."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """All that a prompt may depend on beside its branch.
+
+    Attributes:
+        category: class of the object that is looked for; None if nobody has said.
+    """
+
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What conditions one branch. Equal ones give equal features, so it is a key that features can be kept under.
+
+    Attributes:
+        text: as the text encoder gets it.
+    """
+
+    text: str = ""
+
+
+def choose_prompt(branch: Branch, subject: Subject) -> Prompt:
+    """What conditions a branch for an image of the subject.
+
+    A prompt that asks for a category nobody has named is left out as a whole: "a photo of a" would be no sentence. Of a
+    category that is a path the last part counts, and what stands in parentheses (PF-WILLOW's ``car(S)``) does not.
+
+    >>> choose_prompt(Branch(("up1",), 261, "a photo of a {category}"), Subject("car(S)")).text
+    'a photo of a car'
+    """
+    if SLOT not in branch.prompt:
+        return Prompt(branch.prompt)
+    if subject.category is None:
+        return Prompt("")
+    word = re.sub(r"\([^()]*\)", "", subject.category.rsplit("/", 1)[-1]).strip()
+    return Prompt(branch.prompt.replace(SLOT, word))
+
+
+def choose_prompts(recipe: Recipe, subject: Subject) -> tuple[Prompt, ...]:
+    """`choose_prompt` of every branch."""
+    return tuple(choose_prompt(branch, subject) for branch in recipe.branches)
+
+
+def embed(model: Model, prompt: Prompt, cache: Cache) -> NDArray[np.float32]:
+    """The embedding ``(T, D)`` that a branch's cross-attention reads.
+
+    Raises:
+        ModelError: the model holds nothing that encodes prompts.
+        MissingExtraError: the model's text encoder needs packages that are not installed.
+    """
+    return encode_prompt(model, prompt.text, cache)
+
+
+def wants_category(branches: Sequence[Branch]) -> bool:
+    """Whether a category has a say in what conditions one of the branches."""
+    return any(SLOT in branch.prompt for branch in branches)
+
+
+def fill(recipe: Recipe, subject: Subject) -> Recipe:
+    """The recipe with its prompts filled in for one subject, so that its key names what was really asked."""
+    branches = [
+        dataclasses.replace(branch, prompt=prompt.text)
+        for branch, prompt in zip(recipe.branches, choose_prompts(recipe, subject), strict=True)
+    ]
+    return dataclasses.replace(recipe, branches=tuple(branches))
