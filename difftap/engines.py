@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from difftap.conditioning import checked
 from difftap.engine import (
     Backend,
     Cache,
@@ -29,7 +30,7 @@ from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity, example_feeds, measure
 from difftap.manifest import FileRecord, Manifest, output_errors
 from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
-from difftap.prompts import Subject, choose_prompts, embed
+from difftap.prompts import PromptBook
 from difftap.recipe import Recipe
 
 __all__ = ["Artefact", "build_engines", "clean", "list_artefacts", "verify_artefact"]
@@ -81,8 +82,9 @@ def build_engines(
         ("vae", (), Profile(recipe.size, batch=runtime.batch)): None
     }
     members = members_per_run(model, recipe.size, recipe.ensemble)
-    for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
-        tokens = len(embed(model, prompt, cache))
+    book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
+    for branch, prompt in zip(recipe.branches, book.any(), strict=True):
+        tokens = len(prompt)
         wanted[("unet", branch.taps, Profile(recipe.size, members, tokens, runtime.batch))] = None
     for component, taps, profile in wanted:
         graph = prepare_graph(cache, backend, model, component, taps)

@@ -10,14 +10,14 @@ import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from difftap.conditioning import LATENTS_KEPT, Opening, open_book, small_engine
 from difftap.engine import (
     Backend,
     BranchEngine,
@@ -26,6 +26,7 @@ from difftap.engine import (
     Extractor,
     Features,
     Graph,
+    Latents,
     Profile,
     choose_device,
     default_cache_folder,
@@ -37,7 +38,7 @@ from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.matching import combine
 from difftap.model import Model
-from difftap.prompts import Prompt, Subject, choose_prompts, embed, wants_category
+from difftap.prompts import Prompt, PromptBook, Subject, wants_category
 from difftap.recipe import Recipe
 
 __all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph"]
@@ -72,6 +73,7 @@ class Pipeline:
         model: the checkpoint.
         conditions: what must go with every number made here: recipe, model, backend, device, threads, versions.
         batch: images per engine run: 1 on a CPU.
+        prompts: which prompts an image gets, and their embeddings.
 
     Use it as a context manager, or call `close`.
 
@@ -89,7 +91,7 @@ class Pipeline:
         engines: list[Engine],
         conditions: dict[str, Any],
         batch: int,
-        embedding: Callable[[Prompt], NDArray[np.float32]],
+        book: PromptBook,
     ) -> None:
         self.recipe = recipe
         self.model = model
@@ -98,7 +100,7 @@ class Pipeline:
         self._extractor = extractor
         self._branches = tuple(branches)
         self._engines = engines
-        self._embedding = embedding
+        self.prompts = book
         self._told = False
 
     @classmethod
@@ -126,13 +128,6 @@ class Pipeline:
         threads = runtime.threads or available_cores()
         model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
         check_fits(recipe, model)
-        embeddings: dict[Prompt, NDArray[np.float32]] = {}
-
-        def embedding(prompt: Prompt) -> NDArray[np.float32]:
-            if prompt not in embeddings:
-                embeddings[prompt] = embed(model, prompt, cache)
-            return embeddings[prompt]
-
         opened: dict[tuple[Any, ...], Engine] = {}
         try:
 
@@ -146,20 +141,28 @@ class Pipeline:
 
             vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch))
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
+            latents = Latents(recipe, vae, LATENTS_KEPT if recipe.learned is not None else 0)
+
+            def small(graph: Graph) -> Engine:
+                key = (graph.name, graph.path)
+                opened[key] = small_engine(graph, device, threads)
+                return opened[key]
+
+            opening = Opening(lambda taps, profile: engine("unet", taps, profile), small, vae, latents)
+            book = open_book(model, recipe, cache, opening)
             branches = []
             members = members_per_run(model, recipe.size, recipe.ensemble)
-            for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
-                tokens = embedding(prompt)  # (T, D)
+            for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)
                 profile = Profile(recipe.size, members, len(tokens), runtime.batch)
                 branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), tokens))
             batch = 1 if device == "cpu" else runtime.batch
-            extractor = Extractor(model, recipe, vae, branches, batch)
-            conditions = describe(recipe, model, cache, backend, device, threads)
+            extractor = Extractor(model, recipe, vae, branches, batch, latents)
+            conditions = describe(recipe, model, cache, backend, device, threads) | book.conditions
         except BaseException:
             for one in opened.values():
                 one.close()
             raise
-        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, embedding)
+        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, book)
 
     def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
         """Stream every branch's and tap's map of each image, in order.
@@ -172,16 +175,18 @@ class Pipeline:
         """
         if prompts is None:
             self._tell_of_missing_category()
-            return self._extractor(images)
+            if self.recipe.learned is None:
+                return self._extractor(images)
+            prompts = self.prompts.choose(Subject())
         wanted = [
-            dataclasses.replace(branch, prompt=self._embedding(prompt))
+            dataclasses.replace(branch, prompt=self.prompts.embedding(prompt))
             for branch, prompt in zip(self._branches, prompts, strict=True)
             if prompt is not None
         ]
         return self._extractor(images, wanted)
 
     def _tell_of_missing_category(self) -> None:
-        if wants_category(self.recipe.branches) and not self._told:
+        if self.recipe.learned is None and wants_category(self.recipe.branches) and not self._told:
             self._told = True
             asked = ", ".join(sorted({f"'{branch.prompt}'" for branch in self.recipe.branches}))
             _LOG.info("the recipe prompts with %s, but no category is given: the prompt stays empty", asked)
@@ -212,8 +217,38 @@ class Pipeline:
             images: any number.
             category: what fills ``{category}`` in the recipe's prompts; where it is wanted and None, they stay empty.
         """
-        prompts = None if category is None else choose_prompts(self.recipe, Subject(category))
+        if self.prompts.depends_on == "image":
+            return (self.join(self._alone(image)) for image in images)
+        prompts = None if category is None else self.prompts.choose(Subject(category))
         return map(self.join, self.features(images, prompts))
+
+    def _alone(self, image: Image) -> Features:
+        """An image's features under a prompt made of itself."""
+        self.prompts.know(image.digest, image)
+        return next(self.features([image], self.prompts.choose(Subject(image=image.digest))))
+
+    def pair(self, source: Image, target: Image, category: str | None = None) -> tuple[Features, Features]:
+        """Both images' features for matching them with one another; the prompt may depend on the pair.
+
+        Args:
+            source: the one whose points are looked for in the target.
+            target: the other one.
+            category: what both show, where a prompt depends on it.
+        """
+        if self.prompts.depends_on == "image":
+            return self._alone(source), self._alone(target)
+        for image in (source, target):
+            self.prompts.know(image.digest, image)
+        prompts = None
+        if self.prompts.depends_on == "pair" or category is not None:
+            prompts = self.prompts.choose(Subject(category, pair=(source.digest, target.digest)))
+        first, second = self.features([source, target], prompts)
+        return first, second
+
+    def extract_pair(self, source: Image, target: Image, category: str | None = None) -> tuple[FeatureMap, FeatureMap]:
+        """Both images' joined maps for matching them with one another; see `pair`."""
+        first, second = self.pair(source, target, category)
+        return self.join(first), self.join(second)
 
     def close(self) -> None:
         """Release the engines."""

@@ -127,8 +127,8 @@ class Learned:
         path: the folder that ``difftap tune`` wrote, or the safetensors file in it.
         kind: what it must hold, one of `KINDS`; empty for whatever it holds.
         mode: of conditional prompts, one of `MODES`: made for each ``pair`` (exact), for each ``class`` (the mean over
-            the training pairs of the class), or for each ``image`` (of the image with itself). Empty for the kind's own:
-            ``pair`` for cpm.
+            the training pairs of the class), or for each ``image`` (of the image with itself). Empty for the kind's
+            own: ``pair`` for cpm.
     """
 
     path: str

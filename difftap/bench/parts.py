@@ -55,11 +55,17 @@ def take_part(samples: Sequence[Sample], part: str, root: Path, made: Path | Non
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
     def images(sample: Sample) -> list[tuple[str, str]]:
-        own = [sample.source] if made is not None and sample.target.is_relative_to(made) else [sample.source, sample.target]
+        own = (
+            [sample.source]
+            if made is not None and sample.target.is_relative_to(made)
+            else [sample.source, sample.target]
+        )
         return [(sample.category, name(path)) for path in own]
 
     parts = part_of_images([image for sample in samples for image in images(sample)])
     chosen = [sample for sample in samples if {parts[image] for image in images(sample)} == {part}]
     if not chosen:
-        raise InputError(f"part '{part}' holds no pair of the {len(samples)}; a class needs images enough in every part")
+        raise InputError(
+            f"part '{part}' holds no pair of the {len(samples)}; a class needs images enough in every part"
+        )
     return chosen

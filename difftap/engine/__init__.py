@@ -3,6 +3,7 @@
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
 from difftap.engine.extractor import BranchEngine, Extractor, Features, latent_scales, members_per_run
+from difftap.engine.latents import Latents
 from difftap.engine.registry import BACKENDS, choose_device, get_backend
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Extractor",
     "Features",
     "Graph",
+    "Latents",
     "Profile",
     "TensorSpec",
     "choose_device",

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
 from difftap.engine.backend import Engine
-from difftap.engine.noise import draw
+from difftap.engine.latents import Latents
 from difftap.errors import InputError
 from difftap.features import FeatureMap
-from difftap.images import Image, to_input
+from difftap.images import Image
 from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
@@ -79,16 +79,23 @@ class Extractor:
         vae: the VAE encoder's engine.
         branches: one per branch of the recipe.
         batch: images per engine run; the engines' profiles must allow it.
+        latents: what makes, and perhaps remembers, what passes start from; its own by default.
     """
 
     def __init__(
-        self, model: Model, recipe: Recipe, vae: Engine, branches: Sequence[BranchEngine], batch: int = 1
+        self,
+        model: Model,
+        recipe: Recipe,
+        vae: Engine,
+        branches: Sequence[BranchEngine],
+        batch: int = 1,
+        latents: Latents | None = None,
     ) -> None:
         if batch < 1:
             raise InputError(f"batch is {batch}; allowed: 1 or more images")
         self._model = model
         self._recipe = recipe
-        self._vae = vae
+        self._latents = latents or Latents(recipe, vae)
         self._branches = tuple(branches)
         self._batch = batch
 
@@ -105,20 +112,13 @@ class Extractor:
 
     def _extract(self, images: Sequence[Image], branches: Sequence[BranchEngine]) -> Iterator[Features]:
         """Run one batch of images."""
-        recipe = self._recipe
-        laid = [to_input(image, recipe.size, recipe.fit) for image in images]
-        pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
-        posterior = self._vae.run({"image": pixels})
-        latent_shape = posterior["mean"].shape[1:]
-        if recipe.noise == "none":
-            noises = np.zeros((2, len(images), 1, *latent_shape), np.float32)
-        else:
-            draws = [draw(recipe.seed, image.digest, recipe.ensemble, latent_shape) for image in images]
-            noises = np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])  # (2, B, E, C, h, w)
+        starts = self._latents.starts(images)
+        posterior = {name: np.stack([getattr(one, name) for one in starts]) for name in ("mean", "std")}
+        members = self._recipe.ensemble  # one that remembers more members than these serves others too
+        noises = np.stack([one.noises[:, :members] for one in starts], axis=1)  # (2, B, E, C, h, w)
         outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-        for i, image in enumerate(images):
-            geometry = laid[i][1]
-            yield Features(image.digest, tuple(_maps(output, i, geometry) for output in outputs))
+        for i, (image, start) in enumerate(zip(images, starts, strict=True)):
+            yield Features(image.digest, tuple(_maps(output, i, start.geometry) for output in outputs))
 
     def _run_branch(
         self, branch: BranchEngine, posterior: Mapping[str, NDArray[np.float32]], noises: NDArray[np.float32]

@@ -15,9 +15,10 @@ __all__ = ["ConditionalHead", "HeadPart", "ImageTokens", "TextEncoder", "pool_ta
 
 
 def pool_table(tokens: int, pooled: int) -> Tensor:
-    """Which tokens an adaptive pool reads for each of its outputs, ``(pooled, K)``: bin i is [floor(i N / M), ceil((i + 1) N / M)).
+    """Which tokens an adaptive pool reads for each of its outputs, ``(pooled, K)``.
 
-    Bins are of unequal length; short ones repeat their last token, which leaves their maximum as it is.
+    Bin i of M over N tokens is [floor(i N / M), ceil((i + 1) N / M)). Bins are of unequal length; short ones repeat
+    their last token, which leaves their maximum as it is.
     """
     bins = [list(range(i * tokens // pooled, -(-(i + 1) * tokens // pooled))) for i in range(pooled)]
     longest = max(map(len, bins))
@@ -84,7 +85,9 @@ class TextEncoder(nn.Module):  # type: ignore[misc]
         embeddings = next(part for name, part in self.text.named_modules() if name.split(".")[-1] == "embeddings")
         handle = embeddings.register_forward_hook(put)
         try:
-            words = torch.zeros(sequence.shape[:2], dtype=torch.long, device=sequence.device)  # only their number counts
+            words = torch.zeros(
+                sequence.shape[:2], dtype=torch.long, device=sequence.device
+            )  # only their number counts
             hidden: Tensor = self.text(input_ids=words, return_dict=False)[0]
         finally:
             handle.remove()

@@ -32,7 +32,18 @@ if TYPE_CHECKING:
 
     from difftap.export.trace import TensorLocation
 
-__all__ = ["PartGraph", "dino_facts", "dino_folder", "dino_graph", "export_heads", "head_graph", "image_network", "numpy_tokens", "text_graph", "weights_of"]
+__all__ = [
+    "PartGraph",
+    "dino_facts",
+    "dino_folder",
+    "dino_graph",
+    "export_heads",
+    "head_graph",
+    "image_network",
+    "numpy_tokens",
+    "text_graph",
+    "weights_of",
+]
 
 _LOG = logging.getLogger("difftap")
 
@@ -167,7 +178,7 @@ def _plain_names(located: Mapping[str, TensorLocation], *prefixes: str) -> dict[
     found = {}
     for name, place in located.items():
         for prefix in prefixes:
-            name = name.removeprefix(prefix)  # noqa: PLW2901 - it is the name that is mended
+            name = name.removeprefix(prefix)
         found[name] = place
     return found
 
@@ -203,7 +214,7 @@ def text_graph(model: Model, cache: Cache, length: int, width: int) -> PartGraph
 
 
 def _loaded(kind: Any, folder: Path, torch: Any) -> torch.nn.Module:
-    """A transformers network, frozen, in fp32, from safetensors, with plain attention (a fused one cannot be traced)."""
+    """A transformers network, frozen, in fp32, with plain attention: a fused one cannot be traced."""
     from safetensors import SafetensorError
 
     try:
@@ -225,7 +236,9 @@ def dino_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith("."):
-        raise ModelError(f"no folder '{name}' for image tokens; allowed: 'own', a DINOv2 folder, or a hub id owner/name")
+        raise ModelError(
+            f"no folder '{name}' for image tokens; allowed: 'own', a DINOv2 folder, or a hub id owner/name"
+        )
     hub = require("huggingface_hub", "export", f"downloading '{name}'")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))

@@ -30,7 +30,7 @@ from difftap.manifest import file_digest, write_atomic
 from difftap.prompts.tokens import TokenSource
 from difftap.recipe import KINDS, Learned, Recipe
 
-__all__ = ["PROMPT_FILE", "SCHEMA", "LearnedPrompts", "fits_of", "find_learned", "load_learned", "save_learned"]
+__all__ = ["PROMPT_FILE", "SCHEMA", "LearnedPrompts", "find_learned", "fits_of", "load_learned", "save_learned"]
 
 PROMPT_FILE = "prompt.safetensors"
 SCHEMA = 1

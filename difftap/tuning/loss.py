@@ -70,7 +70,12 @@ def cosines(source: Tensor, target: Tensor, cells: Tensor) -> Tensor:
 
 
 def fused_cosines(
-    source: Sequence[Tensor], target: Sequence[Tensor], cells: Tensor, shares: Sequence[float], upsample: str, combine: str
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    cells: Tensor,
+    shares: Sequence[float],
+    upsample: str,
+    combine: str,
 ) -> Tensor:
     """Scores ``(N, h, w)`` of several maps an image, combined as a recipe does (``cells`` are of the finest grid)."""
     if combine != "score-product" or len(source) == 1:
@@ -107,7 +112,7 @@ def gaussian_cross_entropy(scores: Tensor, cells: Tensor) -> Tensor:
 
 def _read_each(maps: Tensor, places: Tensor) -> Tensor:
     """Row n of maps ``(N, h, w)`` read bilinearly at its own places ``(N, P, 2)``, as ``(N, P)``."""
-    count, height, width = maps.shape
+    height, width = maps.shape[1:]
     flat = maps.flatten(1)
     low = places.floor()
     part = places - low

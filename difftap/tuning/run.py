@@ -16,6 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from difftap.bench.maps import View
 from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
 from difftap.errors import OutputError, RecipeError, require
 from difftap.images import Image
@@ -207,9 +208,7 @@ class _Run:
                 checkpointing=job.settings.checkpointing, unet=unet,
             )  # fmt: skip
             unet = passes.unet
-            loop = Loop(
-                recipe, job.settings, job.pairs, made, passes, store, empty, job.crew, job.device
-            )
+            loop = Loop(recipe, job.settings, job.pairs, made, passes, store, empty, job.crew, job.device)
             watcher = self._watching(loop, group, courses)
             loop.run(job.folder / "training" / f"state.{number}.safetensors", self._identity(source, group), watcher)
             loop.take_best()
@@ -305,7 +304,7 @@ class _Run:
             unet = engine("unet", (source.tap,), Profile(job.recipe.size, 1, len(empty)))
             scales = latent_scales(job.model, source.timestep, job.recipe.noise)
 
-            def tokens(image: Image, known: Known) -> NDArray[np.float32]:
+            def tokens(_image: Image, known: Known) -> NDArray[np.float32]:
                 return own_tokens(_own_map(unet, source, scales, known, empty), source.grid)
 
         elif source is not None:
@@ -313,7 +312,7 @@ class _Run:
 
             network = numpy_tokens(image_network(dino_folder(source.network)), job.device)
 
-            def tokens(image: Image, known: Known) -> NDArray[np.float32]:
+            def tokens(image: Image, _known: Known) -> NDArray[np.float32]:
                 return network(dino_input(image, source.side))
 
         name = f"images.{job.crew.rank}" if job.crew.size > 1 else "images"
@@ -352,6 +351,7 @@ class _Run:
             "data": dict(job.pairs.about),
             "settings": job.settings.to_dict(),
             "image_tokens": source and source.to_dict(),
+            "width": learners[0].space.width,
             "steps": sum(one["steps"] for one in scores),
             "scores": scores,
             "made_with": {"difftap": __version__, **self._identity(source, ()), "branches": len(learners)},
@@ -361,7 +361,11 @@ class _Run:
             for sample in job.pairs.train
             for path, size in ((sample.source, sample.source_size), (sample.target, sample.target_size))
         }
-        branches = [tensors_of(learner, chosen, lambda view: store.get(view, sizes[view.path]).tokens) for learner in learners]
+
+        def tokens(view: View) -> NDArray[np.float32]:
+            return store.get(view, sizes[view.path]).tokens
+
+        branches = [tensors_of(learner, chosen, tokens) for learner in learners]
         prompts = save_learned(job.folder, about, branches)
         if job.settings.kind == "cpm":
             from difftap.export.conditional import export_heads, text_graph
@@ -390,7 +394,7 @@ def _own_map(
     unet: Engine, source: TokenSource, scales: tuple[float, float], known: Known, empty: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """The map ``(C, h, w)`` that an image's own tokens are made of."""
-    feeds = {
+    feeds: dict[str, NDArray[Any]] = {
         "mean": known.mean[None],
         "std": known.std[None],
         "posterior_noise": known.posterior_noise[None],

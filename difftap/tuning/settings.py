@@ -10,11 +10,12 @@ from typing import Any
 from difftap.errors import InputError
 from difftap.recipe import KINDS
 
-__all__ = ["INITIALS", "JOINTS", "OWN_TOKENS", "READINGS", "Settings"]
+__all__ = ["INITIALS", "JOINTS", "OWN_TOKENS", "PRECISIONS", "READINGS", "Settings"]
 
 INITIALS = ("empty", "random")
 JOINTS = ("joint", "separate")
 READINGS = ("centres", "corners")
+PRECISIONS = ("fp32", "bf16")
 OWN_TOKENS = "own"
 """`Settings.image_tokens` for the model's own features."""
 
@@ -65,7 +66,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timesteps", tuple(self.timesteps))
-        words = {"kind": KINDS, "initial": INITIALS, "joint": JOINTS, "reading": READINGS, "precision": ("fp32", "bf16")}
+        words = {
+            "kind": KINDS,
+            "initial": INITIALS,
+            "joint": JOINTS,
+            "reading": READINGS,
+            "precision": PRECISIONS,
+        }
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")

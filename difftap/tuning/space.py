@@ -78,7 +78,9 @@ def load_text_encoder(model: Model) -> torch.nn.Module:
         ModelError: it cannot be loaded.
         MissingExtraError: transformers is not installed.
     """
-    torch = require("torch", "tune", "learning a prompt")
+    require("torch", "tune", "learning a prompt")
+    import torch
+
     transformers = require("transformers", "tune", f"the text encoder of model '{model.name}'")
     from safetensors import SafetensorError
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,8 +122,8 @@ class ImageStore:
             return None
         try:
             with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
-                *arrays, size = (data[name] for name in _NAMES)
-            return Known(*arrays, self._geometry((int(size[0]), int(size[1]))))
+                mean, std, first, second, tokens, size = (data[name] for name in _NAMES)
+            return Known(mean, std, first, second, tokens, self._geometry((int(size[0]), int(size[1]))))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             _LOG.warning("'%s' is damaged (%s) and is made again", path, error)
             return None
@@ -139,7 +140,7 @@ class ImageStore:
         posterior = self._vae.run({"image": pixels[None]})
         mean, std = posterior["mean"][0], posterior["std"][0]
         if self._recipe.noise == "none":
-            draws = (np.zeros((1, *mean.shape), np.float32),) * 2
+            draws = (np.zeros((1, *mean.shape), np.float32), np.zeros((1, *mean.shape), np.float32))
         else:
             draws = draw(self._recipe.seed, image.digest, 1, mean.shape)
         known = Known(mean, std, *draws, np.zeros((0, 0), np.float32), geometry)
@@ -148,5 +149,6 @@ class ImageStore:
         self.made += 1
         arrays = (known.mean, known.std, known.posterior_noise, known.noise, known.tokens, np.array(image.size))
         with atomic_path(path) as scratch, open(scratch, "wb") as handle:
-            np.savez(handle, **dict(zip(_NAMES, arrays, strict=True)))
+            named: Mapping[str, Any] = dict(zip(_NAMES, arrays, strict=True))
+            np.savez(handle, **named)
         return known
