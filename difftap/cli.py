@@ -25,8 +25,10 @@ _COMMANDS = {
     "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
+    "prompts": ("difftap.commands.prompts:prompts", "List learned prompts, and show where one comes from."),
     "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),
     "taps": ("difftap.commands.taps:taps", "List a model's taps."),
+    "tune": ("difftap.commands.tune:tune", "Learn prompts for matching."),
 }
 
 

@@ -120,6 +120,7 @@ def match(
         mutual,
         5 if grid is None else grid,
         _empty_prompt(recipe) if category is None else "",
+        category if recipe.learned is not None else None,
     )
     if pairs_file is not None:
         if source is not None or point_texts or points_file or heat is not None:
@@ -141,6 +142,8 @@ def _filled(recipe: Recipe, category: str | None) -> Recipe:
     """The recipe with the category in its prompts, so that its key and record name what was really asked."""
     from difftap.prompts import Subject, fill, wants_category
 
+    if recipe.learned is not None:  # a file of its own says whether it wants one
+        return recipe
     if category is not None and not wants_category(recipe.branches):
         raise InputError(
             "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt "
@@ -153,7 +156,7 @@ def _empty_prompt(recipe: Recipe) -> str:
     """What to say of a prompt that asks for a category when none is given."""
     from difftap.prompts import wants_category
 
-    asked = [branch.prompt for branch in recipe.branches if wants_category([branch])]
+    asked = [] if recipe.learned else [b.prompt for b in recipe.branches if wants_category([b])]
     return f"the recipe's prompt is '{asked[0]}': it stays empty without --category WORD" if asked else ""
 
 
@@ -168,12 +171,16 @@ class _Job:
     mutual: bool
     grid: int
     note: str = ""
+    category: str | None = None
 
     def open(self) -> Pipeline:
         """The recipe made ready; then, bad input being out of the way, says what there is to say."""
         from difftap.pipeline import Pipeline
 
         pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+        if self.category is not None and pipeline.prompts.depends_on != "category":
+            pipeline.close()
+            raise InputError("--category chooses among learned prompts, and these do not depend on it; leave it out")
         if self.note:
             click.echo(self.note, err=True)
         return pipeline
@@ -230,7 +237,7 @@ def _one(
     if heat is not None and (heat < 1 or (points is not None and heat > len(points))):
         raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
     with job.open() as pipeline:
-        first, second = pipeline.extract([source, target])
+        first, second = pipeline.extract_pair(source, target, job.category)
     found = job.find(first, second, points)
     matches = job.threshold.keep(found)
     if output is not None:

@@ -13,7 +13,7 @@ from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline import Runtime
-    from difftap.recipe import Recipe
+    from difftap.recipe import Learned, Recipe
 
 __all__ = [
     "build_recipe",
@@ -23,12 +23,16 @@ __all__ = [
     "model_options",
     "recipe_options",
     "runtime_options",
+    "size_option",
+    "stack",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
+def stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
+    """Several options as one decorator."""
+
     def decorate(function: _F) -> _F:
         for option in reversed(options):
             function = option(function)
@@ -54,7 +58,7 @@ cache_option = click.option(
     help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
 )
 
-model_options = _stack(
+model_options = stack(
     [
         click.option("--model", metavar="M", help="Model: pocket, sd15, sd21, a diffusers-format folder, or a hub id."),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
@@ -67,7 +71,9 @@ model_options = _stack(
     ]
 )
 
-recipe_options = _stack(
+size_option = click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")
+
+recipe_options = stack(
     [
         click.option(
             "--recipe",
@@ -76,13 +82,17 @@ recipe_options = _stack(
             help="Recipe: a preset ('difftap recipes') or a TOML file.  [default: pocket; dift with --model]",
         ),
         model_options,
-        click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels."),
+        size_option,
         click.option("--ensemble", type=int, metavar="E", help="Noise samples averaged per image."),
         click.option(
             "--tap", "taps", multiple=True, metavar="TAP", help="Tap to read, for a recipe of one branch (repeatable)."
         ),
         click.option("--timestep", type=int, metavar="T", help="Timestep, for a recipe of one branch."),
         click.option("--prompt", metavar="TEXT", help="Text that conditions every branch.  [default: the recipe's]"),
+        click.option("--prompts", metavar="DIR", help="Learned prompts ('difftap tune') in the text's place."),
+        click.option(
+            "--prompt-mode", metavar="MODE", help="Of conditional ones: pair (exact), class or image.  [default: pair]"
+        ),
         click.option(
             "--matcher", metavar="NAME", help="dense, nn, softargmax, kernel-softargmax, window-softargmax or mutual."
         ),
@@ -99,7 +109,7 @@ category_option = click.option(
     help="What the images show: fills {category} in the recipe's prompt.  [default: such a prompt stays empty]",
 )
 
-runtime_options = _stack(
+runtime_options = stack(
     [
         click.option("--backend", default="ort", show_default=True, metavar="B", help="ort or torch."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
@@ -126,6 +136,8 @@ def build_recipe(
     taps: tuple[str, ...],
     timestep: int | None,
     prompt: str | None,
+    prompts: str | None,
+    prompt_mode: str | None,
     matcher: str | None,
     interpolation: str | None,
     seed: int | None,
@@ -145,8 +157,23 @@ def build_recipe(
     matcher_changes: dict[str, Any] = {"name": matcher, "interpolation": interpolation}
     new_matcher = dataclasses.replace(recipe.matcher, **{k: v for k, v in matcher_changes.items() if v is not None})
     changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed}
+    changes["learned"] = _learned(recipe, prompt, prompts, prompt_mode)
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)
+
+
+def _learned(recipe: Recipe, prompt: str | None, path: str | None, mode: str | None) -> Learned | None:
+    """The recipe's learned prompts with what was given put in their place; None to leave them as they are."""
+    from difftap.recipe import Learned
+
+    if prompt is not None and (path is not None or recipe.learned is not None):
+        raise InputError("--prompt gives a text, and this recipe has learned prompts in its place; leave one out")
+    if path is None and mode is None:
+        return None
+    known = recipe.learned or (Learned(path) if path is not None else None)
+    if known is None:
+        raise InputError("--prompt-mode goes with learned prompts; give them by --prompts DIR")
+    return dataclasses.replace(known, path=path or known.path, mode=mode or known.mode)
 
 
 def build_runtime(*, backend: str, device: str, threads: int | None, batch: int, cache: Path | None) -> Runtime:
