@@ -6,30 +6,28 @@ complete or absent: a partial last line (the run was killed, the disk was full) 
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import errno
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from difftap.errors import DifftapError, InputError, NonFiniteError, OutputError, PairsError
+from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError, PairsError
 from difftap.features import FeatureMap
-from difftap.manifest import output_errors
-from difftap.matching import Matches
+from difftap.images import Image, load_image
+from difftap.journal import open_journal
+from difftap.maps import Made, MapShelf
+from difftap.matching import Joining, Matches, Ready
 from difftap.pipeline import Pipeline
 from difftap.points import parse_point
+from difftap.prompts import Subject
 from difftap.results import SCHEMA, Threshold, match_records
-from difftap.shelf import FeatureShelf
 
 __all__ = ["Pair", "PairsRun", "load_pairs", "run_pairs"]
 
@@ -96,8 +94,8 @@ def load_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-Finder = Callable[[FeatureMap, FeatureMap, NDArray[np.float64]], Matches]
-"""From two maps and the pair's points (possibly none) to matches."""
+Finder = Callable[[Ready, Ready, NDArray[np.float64]], Matches]
+"""From two images made ready and the pair's points (possibly none) to matches."""
 
 
 def run_pairs(
@@ -106,11 +104,13 @@ def run_pairs(
     output: Path,
     find: Finder,
     *,
+    joining: Joining,
     settings: dict[str, Any],
     threshold: Threshold,
     overwrite: bool = False,
     batch: int = 1,
     memory: int = 2 << 30,
+    category: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PairsRun:
     """Match many pairs into a file of JSON lines.
@@ -120,11 +120,13 @@ def run_pairs(
         pairs: what to match.
         output: the JSONL file; continued if an earlier run with the same conditions left it unfinished.
         find: how a pair's points are chosen and matched.
+        joining: how an image's maps become one thing to match.
         settings: what decides ``find``; part of the conditions that a resumed run must share.
         threshold: which matches are written.
         overwrite: start afresh whatever ``output`` holds.
         batch: images extracted together.
         memory: bytes of features kept in memory; more goes to a scratch folder.
+        category: what all images show, where learned prompts depend on it.
         progress: called with the number of pairs just finished.
 
     Raises:
@@ -139,120 +141,96 @@ def run_pairs(
         "pairs_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
     }
     header = {"type": "run", "schema": SCHEMA, **conditions}
-    with _only_writer(output), tempfile.TemporaryDirectory(prefix="difftap-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="difftap-") as scratch,
+        open_journal(output, header, overwrite=overwrite) as journal,
+    ):
         reasons: list[str] = []
-        done, failed = (0, 0) if overwrite else _finished(output, header)
+        done, failed = len(journal.earlier), sum("error" in record for record in journal.earlier)
         rest = pairs[done:]
-        order = [path for pair in rest for path in (pair.source, pair.target)]
-        shelf = FeatureShelf(pipeline, order, memory, Path(scratch))
-        with (
-            output_errors(output),
-            open(
-                output, "a" if done or _has_header(output, overwrite) else "w", encoding="utf-8", newline="\n"
-            ) as handle,
-        ):
-            if handle.tell() == 0:
-                _write_line(handle, header)
-            progress(done)
-            for index, pair in enumerate(rest):
-                shelf.advance(2 * index)
-                line = _match_pair(shelf, pair, find, threshold, batch)
-                if "error" in line:
-                    failed += 1
-                    reasons.append(f"pair {done + index}: {line['error']}")
-                shown = {"source": str(pair.source), "target": str(pair.target)}
-                _write_line(handle, {"type": "pair", "index": done + index, **shown, **line})
-                shelf.release(pair.source, pair.target)
-                progress(1)
+        apart = pipeline.prompts.depends_on == "pair"
+        order = [use for pair in rest for use in _uses(pair, apart)]
+        shelf = MapShelf(
+            _maker(pipeline, joining, category), joining.ready, order, memory, Path(scratch), max(1, batch)
+        )
+        progress(done)
+        for index, pair in enumerate(rest, start=done):
+            line = _match_pair(shelf, pair, _uses(pair, apart), find, threshold)
+            if "error" in line:
+                failed += 1
+                reasons.append(f"pair {index}: {line['error']}")
+            shown = {"source": str(pair.source), "target": str(pair.target)}
+            journal.write({"type": "pair", "index": index, **shown, **line})
+            shelf.done(*_uses(pair, apart))
+            progress(1)
     return PairsRun(len(rest), failed, done, tuple(reasons[:_REASONS]))
 
 
-def _match_pair(shelf: FeatureShelf, pair: Pair, find: Finder, threshold: Threshold, batch: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Use:
+    """An image, in the pair it is used in where its prompts depend on that."""
+
+    path: Path
+    pair: tuple[Path, Path] | None = None
+
+
+def _uses(pair: Pair, apart: bool) -> tuple[_Use, _Use]:
+    both = (pair.source, pair.target) if apart else None
+    return _Use(pair.source, both), _Use(pair.target, both)
+
+
+def _maker(
+    pipeline: Pipeline, joining: Joining, category: str | None
+) -> Callable[[Sequence[_Use]], Iterator[Made | DifftapError]]:
+    """What makes image files' maps; an unreadable image becomes its fault, and that of the pairs it is in."""
+
+    def load(path: Path) -> Image | ImageError:
+        try:
+            return load_image(path)
+        except ImageError as error:
+            return error
+
+    def made(image: Image, maps: Sequence[FeatureMap]) -> Made:
+        return Made(joining.kept(maps), image.size, image.digest)
+
+    def alone(uses: Sequence[_Use]) -> Iterator[Made | DifftapError]:
+        images = [load(use.path) for use in uses]
+        maps = pipeline.maps([image for image in images if isinstance(image, Image)], category)
+        for image in images:
+            yield image if isinstance(image, ImageError) else made(image, next(maps))
+
+    def paired(uses: Sequence[_Use]) -> Iterator[Made | DifftapError]:
+        for use in uses:
+            both = [load(path) for path in use.pair or ()]
+            fault = next((one for one in both if isinstance(one, ImageError)), None)
+            if fault is not None:
+                yield fault
+                continue
+            image = both[0] if use.pair is not None and use.path == use.pair[0] else both[1]
+            names = []
+            for one in both:
+                assert isinstance(one, Image)  # noqa: S101 - the faults have left
+                pipeline.prompts.know(one.digest, one)
+                names.append(one.digest)
+            prompts = pipeline.prompts.choose(Subject(pair=(names[0], names[1])))
+            assert isinstance(image, Image)  # noqa: S101
+            features = next(pipeline.features([image], prompts))
+            yield made(image, [one for taps in features.branches for one in taps.values()])
+
+    return paired if pipeline.prompts.depends_on == "pair" else alone
+
+
+def _match_pair(
+    shelf: MapShelf[_Use], pair: Pair, uses: tuple[_Use, _Use], find: Finder, threshold: Threshold
+) -> dict[str, Any]:
     """One pair's record: its matches, or why there are none."""
     try:
-        source, target = shelf.get(pair.source, batch), shelf.get(pair.target, batch)
+        source, target = (shelf.ready(use) for use in uses)
+        records = {
+            name: {"width": made.size[0], "height": made.size[1], "sha256": made.digest}
+            for name, made in zip(("source_image", "target_image"), map(shelf.get, uses), strict=True)
+        }
         matches = find(source, target, np.reshape(np.array(pair.points, np.float64), (-1, 2)))
     except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair
         return {"error": " ".join(str(error).split())}
-    images = {
-        name: {k: shelf.record(path)[k] for k in ("width", "height", "sha256")}
-        for name, path in (("source_image", pair.source), ("target_image", pair.target))
-    }
-    return {**images, "matches": match_records(threshold.keep(matches))}
-
-
-def _write_line(handle: TextIO, record: dict[str, Any]) -> None:
-    handle.write(_line(record))
-    handle.flush()
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n"
-
-
-@contextlib.contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-    """Hold the output for this process alone."""
-    with output_errors(output):
-        if output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
-        lock_path = output.with_name(f".{output.name}.lock")
-        if not output.parent.exists():  # the lock would make it without a word
-            raise FileNotFoundError(errno.ENOENT, "No such folder")
-        lock = FileLock(str(lock_path))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                f"cannot write '{output}': another run is writing it; wait for it, or choose another file"
-            ) from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            lock_path.unlink()  # while it is still held: nobody else's lock is taken away
-        lock.release()
-
-
-def _has_header(output: Path, overwrite: bool) -> bool:
-    return not overwrite and output.is_file() and output.stat().st_size > 0
-
-
-def _finished(output: Path, header: dict[str, Any]) -> tuple[int, int]:
-    """How many pairs an earlier run wrote, and how many of them failed; cuts a partial last line off.
-
-    Raises:
-        OutputError: the file is no output of ours, or that of a run with other conditions.
-    """
-    if not _has_header(output, False):
-        return 0, 0
-    with output_errors(output), open(output, "rb+") as handle:
-        first = handle.readline()
-        if not first.endswith(b"\n") and _line(header).encode().startswith(first):
-            handle.truncate(0)  # killed while writing the very first line
-            return 0, 0
-        try:
-            earlier = json.loads(first)
-            if earlier.get("type") != "run":
-                raise ValueError("its first line is not a run's")
-        except (ValueError, AttributeError) as error:
-            raise OutputError(
-                f"'{output}' exists and is no output of 'difftap match' ({error}); choose another file, or --overwrite"
-            ) from error
-        differing = [key for key in header if earlier.get(key) != json.loads(json.dumps(header[key]))]
-        if differing:
-            raise OutputError(
-                f"'{output}' was begun under other conditions ({', '.join(differing)} differ); "
-                "choose another file, or --overwrite"
-            )
-        count = failed = 0
-        end = handle.tell()
-        for line in handle:
-            if not line.endswith(b"\n"):
-                break
-            count += 1
-            failed += b', "error": ' in line
-            end += len(line)
-        handle.truncate(end)
-        os.fsync(handle.fileno())
-    return count, failed
+    return {**records, "matches": match_records(threshold.keep(matches))}

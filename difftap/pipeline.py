@@ -201,7 +201,7 @@ class Pipeline:
         """
         if self.recipe.combine == "score-product" and len(features.branches) > 1:
             raise RecipeError(
-                "combine is 'score-product', which 'bench pck' alone offers; allowed here: concat, score-sum"
+                "combine is 'score-product', which no single map can give; allowed here: concat, score-sum"
             )
         maps, shares = [], []
         for branch, taps in zip(self.recipe.branches, features.branches, strict=True):
@@ -210,45 +210,51 @@ class Pipeline:
                 shares.append(branch.weight / len(taps))
         return combine(maps, shares, self.recipe.upsample)
 
+    def maps(self, images: Iterable[Image], category: str | None = None) -> Iterator[tuple[FeatureMap, ...]]:
+        """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.Joining`; as `extract`."""
+        return map(_flat, self._each(images, category))
+
     def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
         """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order.
 
         Args:
             images: any number.
-            category: what fills ``{category}`` in the recipe's prompts; where it is wanted and None, they stay empty.
+            category: what the prompts depend on: it fills ``{category}`` in texts, which stay empty where it is None,
+                or chooses among prompts learned for classes.
+
+        Raises:
+            InputError: learned prompts depend on a category and it is None, or on pairs (see `pair`).
         """
+        return map(self.join, self._each(images, category))
+
+    def _each(self, images: Iterable[Image], category: str | None) -> Iterator[Features]:
         if self.prompts.depends_on == "image":
-            return (self.join(self._alone(image)) for image in images)
-        prompts = None if category is None else self.prompts.choose(Subject(category))
-        return map(self.join, self.features(images, prompts))
+            return map(self._alone, images)
+        return self.features(images, None if category is None else self.prompts.choose(Subject(category)))
 
     def _alone(self, image: Image) -> Features:
         """An image's features under a prompt made of itself."""
         self.prompts.know(image.digest, image)
         return next(self.features([image], self.prompts.choose(Subject(image=image.digest))))
 
-    def pair(self, source: Image, target: Image, category: str | None = None) -> tuple[Features, Features]:
-        """Both images' features for matching them with one another; the prompt may depend on the pair.
+    def pair(
+        self, source: Image, target: Image, category: str | None = None
+    ) -> tuple[tuple[FeatureMap, ...], tuple[FeatureMap, ...]]:
+        """Both images' maps for matching them with one another, as `maps`; the prompts may depend on the pair.
 
         Args:
             source: the one whose points are looked for in the target.
             target: the other one.
             category: what both show, where a prompt depends on it.
         """
-        if self.prompts.depends_on == "image":
-            return self._alone(source), self._alone(target)
+        if self.prompts.depends_on != "pair":
+            first, second = self.maps([source, target], category)
+            return first, second
         for image in (source, target):
             self.prompts.know(image.digest, image)
-        prompts = None
-        if self.prompts.depends_on == "pair" or category is not None:
-            prompts = self.prompts.choose(Subject(category, pair=(source.digest, target.digest)))
-        first, second = self.features([source, target], prompts)
-        return first, second
-
-    def extract_pair(self, source: Image, target: Image, category: str | None = None) -> tuple[FeatureMap, FeatureMap]:
-        """Both images' joined maps for matching them with one another; see `pair`."""
-        first, second = self.pair(source, target, category)
-        return self.join(first), self.join(second)
+        prompts = self.prompts.choose(Subject(category, pair=(source.digest, target.digest)))
+        one, other = self.features([source, target], prompts)
+        return _flat(one), _flat(other)
 
     def close(self) -> None:
         """Release the engines."""
@@ -260,6 +266,10 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _flat(features: Features) -> tuple[FeatureMap, ...]:
+    return tuple(one for taps in features.branches for one in taps.values())
 
 
 def available_cores() -> int:

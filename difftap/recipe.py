@@ -49,7 +49,7 @@ __all__ = [
     "presets",
 ]
 
-MATCHERS = ("dense", "nn", "softargmax", "kernel-softargmax", "window-softargmax", "mutual")
+MATCHERS = ("dense", "nn", "bilinear", "softargmax", "kernel-softargmax", "window-softargmax", "mutual")
 INTERPOLATIONS = ("bilinear", "bicubic")
 COMBINES = ("concat", "score-sum", "score-product")
 FITS = ("stretch", "letterbox")

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from difftap.bench.host import cores, cpu, peak_memory
-from difftap.bench.maps import Made, MapShelf, View
-from difftap.bench.targets import Joining, Ready, find
 from difftap.coords import Geometry, Size
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.features import FeatureMap
+from difftap.maps import Made, MapShelf, View
+from difftap.matching.joining import Joining, find
 from difftap.recipe import Matcher
 
 __all__ = ["SpeedCase", "SpeedResult", "format_speed", "run", "to_json"]
@@ -141,22 +141,13 @@ def measure(case: SpeedCase, folder: Path) -> dict[str, Any]:
     joining = Joining(Matcher("dense", case.interpolation), (1.0,))
     scratch = folder / "scratch"
     scratch.mkdir()
-    shelf = MapShelf(make, order, case.memory << 20, scratch)
-    ready: dict[View, tuple[Made, Ready]] = {}
+    shelf = MapShelf(make, joining.ready, order, case.memory << 20, scratch)
     seconds = []
     for (first, second), xy in zip(chosen, points, strict=True):
         began = time.perf_counter()
-        both = []
-        for view in (views[first], views[second]):
-            made = shelf.get(view)
-            known = ready.get(view)
-            if known is None or known[0] is not made:
-                ready = {one: kept for one, kept in ready.items() if shelf.holds(one)}
-                known = ready[view] = (made, joining.ready(made.maps))
-            both.append(known[1])
-        find(both[0], both[1], xy, case.size, case.confidence)
-        for view in shelf.done(views[first], views[second]):
-            ready.pop(view, None)
+        both = views[first], views[second]
+        find(shelf.ready(both[0]), shelf.ready(both[1]), xy, case.size, case.confidence)
+        shelf.done(*both)
         seconds.append(time.perf_counter() - began)
     timed = sorted(seconds[_WARM_UP:])
     return {

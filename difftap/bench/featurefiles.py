@@ -1,9 +1,9 @@
 """Extracted maps kept in files between runs, with where they came from.
 
-A folder holds one folder a provenance (everything that decides the maps, prompts included), named by its hash; in it
-``provenance.json`` and one file an image, named by the hash of its pixels. The maps are those of the branches, before
-they are joined, so recipes that differ in joining or matching alone share them. Files appear whole or not at all; a
-damaged one is made again.
+A folder holds one folder a provenance: everything that decides one branch's maps under one prompt, so that rows of a
+table share the branches they have in common, whatever they join and match. It is named by the provenance's hash; in it
+``provenance.json`` and one file an image, named by the hash of its pixels, with a map for each tap. Files appear whole
+or not at all; a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -12,109 +12,113 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from difftap.coords import Geometry
-from difftap.errors import ArtefactError
+from difftap.errors import ArtefactError, InputError
 from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.manifest import atomic_path, output_errors, write_atomic
 from difftap.pipeline import Pipeline
+from difftap.prompts import Prompt
 
-__all__ = ["FeatureFiles", "branch_maps"]
+__all__ = ["FeatureFiles", "provenance"]
 
 _LOG = logging.getLogger("difftap")
-SCHEMA = "difftap.bench.features/1"
+SCHEMA = "difftap.bench.features/2"
+
+
+def provenance(pipeline: Pipeline, branch: int, prompt: Prompt) -> dict[str, Any]:
+    """Everything that decides one branch's maps under one prompt, and who made them."""
+    recipe, at = pipeline.recipe, pipeline.conditions
+    fields = recipe.feature_fields()
+    learned = fields.pop("learned", None) and at["prompts"]
+    if prompt.pair is not None:
+        raise InputError("maps under prompts made of images are not kept in files; leave --features out")
+    text = prompt.text if prompt.row is None else {**learned, "branch": branch, "row": prompt.row}
+    own = {**fields.pop("branches")[branch], "prompt": text}
+    return {
+        "schema": SCHEMA,
+        "difftap": at["difftap"],
+        "model": {**at["model"]},
+        "backend": {name: at["backend"].get(name) for name in ("name", "version", "device", "precision")},
+        "recipe": {name: value for name, value in fields.items() if name != "model"},
+        "branch": own,
+    }
 
 
 class FeatureFiles:
-    """The maps of one pipeline.
+    """The maps of one pipeline's branches.
 
     Args:
         folder: where maps of all provenances are kept; made if it is not there.
         pipeline: what makes them.
-
-    Attributes:
-        provenance: everything that decides the maps.
-        folder: where these are.
-
-    Raises:
-        ArtefactError: the folder of this provenance says that it holds something else.
-        OutputError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, pipeline: Pipeline) -> None:
-        recipe, at = pipeline.recipe, pipeline.conditions
-        self.provenance: dict[str, Any] = {
-            "schema": SCHEMA,
-            "features": recipe.feature_fields(),
-            "model": at["model"],
-            "backend": {name: at["backend"].get(name) for name in ("name", "version", "device", "precision")},
-        }
-        text = json.dumps(self.provenance, sort_keys=True)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._fit = recipe.fit
-        self._size = recipe.size
-        note = self.folder / "provenance.json"
-        if note.exists():
-            self._check(note)
-            return
-        with output_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(note, json.dumps(self.provenance, indent=1) + "\n")
+        self._root = folder
+        self._pipeline = pipeline
+        self._folders: dict[tuple[int, Prompt], Path] = {}
 
-    def _check(self, note: Path) -> None:
-        try:
-            same = json.loads(note.read_text(encoding="utf-8")) == json.loads(json.dumps(self.provenance))
-        except (OSError, ValueError) as error:
-            raise ArtefactError(f"'{note}' cannot be read ({error}); remove the folder and run again") from error
-        if not same:
-            raise ArtefactError(f"'{self.folder}' holds features of another provenance; remove it and run again")
+    def folder(self, branch: int, prompt: Prompt) -> Path:
+        """Where a branch's maps under a prompt are.
 
-    def _path(self, image: Image) -> Path:
-        return self.folder / f"{image.digest}.npz"
+        Raises:
+            ArtefactError: the folder of this provenance says that it holds something else.
+            OutputError: the folder cannot be written.
+        """
+        if (branch, prompt) not in self._folders:
+            said = provenance(self._pipeline, branch, prompt)
+            text = json.dumps(said, sort_keys=True)
+            place = self._root / hashlib.sha256(text.encode()).hexdigest()[:16]
+            note = place / "provenance.json"
+            if note.exists():
+                _check(note, said)
+            else:
+                with output_errors(place):
+                    place.mkdir(parents=True, exist_ok=True)
+                write_atomic(note, json.dumps(said, indent=1) + "\n")
+            self._folders[branch, prompt] = place
+        return self._folders[branch, prompt]
 
-    def get(self, image: Image) -> tuple[FeatureMap, ...] | None:
-        """An image's maps, branch by branch and tap by tap; None if they are not there or damaged."""
-        path = self._path(image)
+    def get(self, image: Image, branch: int, prompt: Prompt) -> tuple[FeatureMap, ...] | None:
+        """A branch's maps of an image, tap by tap; None if they are not there or damaged."""
+        path = self.folder(branch, prompt) / f"{image.digest}.npz"
         if not path.is_file():
             return None
-        lay = Geometry.stretch if self._fit == "stretch" else Geometry.letterbox
-        geometry = lay(image.size, self._size)
+        recipe = self._pipeline.recipe
+        lay = Geometry.stretch if recipe.fit == "stretch" else Geometry.letterbox
+        geometry = lay(image.size, recipe.size)
         try:
             with (
                 open(path, "rb") as handle,
                 np.load(handle, allow_pickle=False) as data,
             ):  # the archive's checksums are verified on reading
-                return tuple(FeatureMap(data[f"map{k}"], geometry) for k in range(len(data.files)))
+                return tuple(FeatureMap(data[f"map{k}"], geometry) for k in range(len(recipe.branches[branch].taps)))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             _LOG.warning("'%s' is damaged (%s) and is made again", path, error)
             return None
 
-    def put(self, image: Image, maps: Sequence[FeatureMap]) -> None:
-        """Keep an image's maps.
+    def put(self, image: Image, branch: int, prompt: Prompt, maps: Sequence[FeatureMap]) -> None:
+        """Keep a branch's maps of an image.
 
         Raises:
             OutputError: they cannot be written.
         """
-        with atomic_path(self._path(image)) as scratch, open(scratch, "wb") as handle:
+        path = self.folder(branch, prompt) / f"{image.digest}.npz"
+        with atomic_path(path) as scratch, open(scratch, "wb") as handle:
             arrays: Mapping[str, Any] = {f"map{k}": one.data for k, one in enumerate(maps)}
             np.savez(handle, **arrays)
 
 
-def branch_maps(
-    pipeline: Pipeline, images: Sequence[Image], files: FeatureFiles | None
-) -> Iterator[tuple[FeatureMap, ...]]:
-    """Each image's maps, in order: from files where they are kept, else extracted, and kept."""
-    known = [files.get(image) if files else None for image in images]
-    fresh = pipeline.features([image for image, maps in zip(images, known, strict=True) if maps is None])
-    for image, maps in zip(images, known, strict=True):
-        if maps is None:
-            maps = tuple(one for taps in next(fresh).branches for one in taps.values())
-            if files:
-                files.put(image, maps)
-        yield maps
+def _check(note: Path, said: Mapping[str, Any]) -> None:
+    try:
+        same = json.loads(note.read_text(encoding="utf-8")) == json.loads(json.dumps(said))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"'{note}' cannot be read ({error}); remove the folder and run again") from error
+    if not same:
+        raise ArtefactError(f"'{note.parent}' holds features of another provenance; remove it and run again")

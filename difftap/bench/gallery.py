@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image as PIL
 from PIL import ImageDraw, ImageFont
 
-from difftap.bench.maps import View, load_view
 from difftap.bench.predictions import Prediction, Predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.scoring import Measured, measure, reason_against
 from difftap.draw import draw_matches, save_picture
 from difftap.errors import InputError
 from difftap.manifest import output_errors
+from difftap.maps import View, load_view
 from difftap.matching import Matches
 
 __all__ = ["choose", "draw_pair", "save_gallery"]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.journal import read_journal
 from difftap.bench.samples import Box, Sample
 from difftap.coords import Size
 from difftap.errors import InputError
+from difftap.journal import read_journal
 from difftap.matching import Matches
 
 __all__ = ["SCHEMA", "Prediction", "Predictions", "load_predictions"]
@@ -165,7 +165,7 @@ class Predictions:
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read a run's predictions, also of one that is not finished.
+    """Read a run's predictions, also of one that is not finished; of a pair tried again, the last one.
 
     Raises:
         InputError: the file is no such run, or of another schema.
@@ -173,6 +173,7 @@ def load_predictions(path: Path) -> Predictions:
     header, records = read_journal(path)
     if header.get("schema") != SCHEMA:
         raise InputError(f"'{path}' has schema {header.get('schema')!r}; this difftap reads {SCHEMA!r}")
-    pairs = sorted((Prediction.from_dict(record) for record in records), key=lambda pair: pair.index)
+    last = {pair.index: pair for pair in map(Prediction.from_dict, records)}
+    pairs = [last[index] for index in sorted(last)]
     conditions = {key: value for key, value in header.items() if key not in ("type", "schema")}
     return Predictions(conditions, tuple(pairs))

@@ -12,12 +12,13 @@ from difftap.bench.datasets import load, loader
 from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
-from difftap.bench.runner import Opener, PredictRun, plan, predict, subset
+from difftap.bench.runner import Opener, PredictRun, count_passes, predict, subset
 from difftap.bench.samples import Sample
 from difftap.bench.scoring import Settings, score
-from difftap.bench.targets import Joining
 from difftap.errors import InputError
 from difftap.manifest import output_errors, write_atomic
+from difftap.maps import Makers
+from difftap.matching import Joining
 from difftap.recipe import Recipe
 
 __all__ = ["Pairs", "Selection", "load_pairs", "make_folder", "match_pairs", "write_results"]
@@ -51,14 +52,16 @@ class Pairs:
     Attributes:
         samples: the pairs.
         about: name, split, options, and what was left out: part of the conditions of every figure.
+        makers: images that have to be made when they are first needed.
     """
 
     samples: Sequence[Sample]
     about: Mapping[str, Any]
+    makers: Makers = field(default_factory=dict)
 
-    def images(self, recipe: Recipe) -> int:
-        """How many times an image goes through the networks."""
-        return plan(self.samples, recipe).images(self.samples)
+    def passes(self, recipe: Recipe) -> int:
+        """How many times an image goes through a branch of the recipe."""
+        return count_passes(self.samples, recipe)
 
 
 def make_folder(path: Path) -> Path:
@@ -73,7 +76,7 @@ def make_folder(path: Path) -> Path:
 
 
 def load_pairs(chosen: Selection, made: Path) -> Pairs:
-    """Read the pairs; targets that a data set has to make (the synthetic one does) are written to ``made``.
+    """Read the pairs; images that have to be made (the synthetic set's targets) will go to ``made``.
 
     Raises:
         InputError: the folder is not laid out as expected, or pairs are broken and may not be.
@@ -92,7 +95,7 @@ def load_pairs(chosen: Selection, made: Path) -> Pairs:
         "notes": list(data.notes),
         "subset": {"limit": chosen.limit, "per_class": chosen.per_class},
     }
-    return Pairs(subset(data, chosen.limit, chosen.per_class), about)
+    return Pairs(subset(data.samples, chosen.limit, chosen.per_class), about, data.makers)
 
 
 def match_pairs(
@@ -122,6 +125,7 @@ def match_pairs(
         memory=memory,
         batch=batch,
         features=features,
+        makers=pairs.makers,
         progress=progress,
     )
 

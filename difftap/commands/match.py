@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difftap.features import FeatureMap
-    from difftap.matching import Matches
+    from difftap.matching import Joining, Matches, Ready
     from difftap.pipeline import Pipeline, Runtime
     from difftap.recipe import Recipe
     from difftap.results import Threshold
@@ -186,10 +185,21 @@ class _Job:
         return pipeline
 
     @property
+    def joining(self) -> Joining:
+        """How branches are combined; self-found matches compare all cells with all, which takes a joined map."""
+        from difftap.matching import Joining
+
+        several = sum(len(branch.taps) for branch in self.recipe.branches) > 1
+        if self.mutual and several and self.recipe.combine == "score-product":
+            raise InputError("--mutual needs branches that add up; combine is 'score-product': give points instead")
+        return Joining.of(self.recipe, "concat" if self.mutual else None)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides, besides the recipe, which matches are written."""
         grid = None if self.mutual else self.grid
-        return {"mutual": self.mutual, "grid": grid, **dataclasses.asdict(self.threshold)}
+        said = {} if self.category is None else {"category": self.category}
+        return {"mutual": self.mutual, "grid": grid, **dataclasses.asdict(self.threshold), **said}
 
     def choose(self, size: tuple[int, int], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
         """Points of an image of ``size`` to match, ``(N, 2)``; None if they are to be found."""
@@ -199,13 +209,9 @@ class _Job:
             return check_inside(given, size, "the source image")
         return None if self.mutual else grid_points(size, self.grid)
 
-    def find(self, source: FeatureMap, target: FeatureMap, points: NDArray[np.float64] | None) -> Matches:
+    def find(self, source: Ready, target: Ready, points: NDArray[np.float64] | None) -> Matches:
         """Match the points, or find mutual ones."""
-        from difftap.matching import match_points, mutual_matches
-
-        if points is None:
-            return mutual_matches(source, target, self.recipe.matcher)
-        return match_points(source, target, points, self.recipe.matcher)
+        return source.mutual(target) if points is None else source.match(target, points)
 
 
 def _read_points(texts: tuple[str, ...], file: Path | None) -> NDArray[np.float64] | None:
@@ -224,7 +230,6 @@ def _one(
     """Match two images: JSON to stdout, and a picture."""
     from difftap.draw import check_output, draw_matches, save_picture
     from difftap.images import load_image
-    from difftap.matching import heat_map
     from difftap.results import SCHEMA, image_record, match_records
 
     # What is wrong with the input is said before anything slow starts.
@@ -236,8 +241,10 @@ def _one(
     points = job.choose(source.size, given)
     if heat is not None and (heat < 1 or (points is not None and heat > len(points))):
         raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
+    joining = job.joining
     with job.open() as pipeline:
-        first, second = pipeline.extract_pair(source, target, job.category)
+        both = pipeline.pair(source, target, job.category)
+        first, second = (joining.ready(joining.kept(maps)) for maps in both)
     found = job.find(first, second, points)
     matches = job.threshold.keep(found)
     if output is not None:
@@ -246,7 +253,7 @@ def _one(
             passed = job.threshold.passed(found)
             if heat > len(passed) or not passed[heat - 1]:
                 raise InputError(f"--heat is {heat}, but point {heat} of {len(passed)} was not found or not kept")
-            picture = heat_map(first, second, found.source[heat - 1], job.recipe.matcher)
+            picture = first.heat(second, found.source[heat - 1])
             shown = (int(passed[: heat - 1].sum()), picture)
         save_picture(draw_matches(source, target, matches, shown), output)
     record = {
@@ -266,8 +273,9 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
     from difftap.pairs import load_pairs, run_pairs
 
     pairs = load_pairs(pairs_file)
+    joining = job.joining
 
-    def find(source: FeatureMap, target: FeatureMap, given: NDArray[np.float64]) -> Matches:
+    def find(source: Ready, target: Ready, given: NDArray[np.float64]) -> Matches:
         return job.find(source, target, job.choose(source.image_size, given))
 
     with job.open() as pipeline, progress_bar(len(pairs)) as advance:
@@ -276,11 +284,13 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
             pairs,
             output,
             find,
+            joining=joining,
             settings=job.settings,
             threshold=job.threshold,
             overwrite=overwrite,
             batch=pipeline.batch,
             memory=memory,
+            category=job.category,
             progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""

@@ -115,7 +115,7 @@ def _checked(alphas: tuple[float, ...]) -> tuple[float, ...]:
 def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str, Any]) -> None:
     """Fill the file of predictions."""
     from difftap.bench.session import load_pairs, match_pairs
-    from difftap.bench.targets import Joining
+    from difftap.matching.joining import Joining
     from difftap.pipeline import Pipeline as Opened
 
     runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
@@ -130,7 +130,10 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime, **opening)
 
-    click.echo(f"{len(pairs.samples)} pairs, {pairs.images(recipe)} images, less what is there already", err=True)
+    passes = pairs.passes(recipe)
+    click.echo(
+        f"{len(pairs.samples)} pairs, {passes} passes of an image through a branch, less what is there", err=True
+    )
     with progress_bar(len(pairs.samples)) as advance:
         run = match_pairs(
             pairs,

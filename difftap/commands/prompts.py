@@ -37,7 +37,9 @@ def list_(folder: Path) -> None:
         scores = about["scores"][0]
         gain = f"PCK@0.10 {100 * scores['empty']['0.1']:.1f} -> {100 * scores['best'].get('0.1', float('nan')):.1f}"
         data = about["data"]["name"]
-        click.echo(f"{file.parent.as_posix():<28}{found.kind:<8}{about['model']['name']:<10}{size:<9} {taps}, {data}, {gain}")
+        click.echo(
+            f"{file.parent.as_posix():<28}{found.kind:<8}{about['model']['name']:<10}{size:<9} {taps}, {data}, {gain}"
+        )
 
 
 @prompts.command()
@@ -76,5 +78,7 @@ def show(path: Path, as_json: bool) -> None:
             learned = group["best"].get(alpha)
             text = "-" if learned is None else f"{100 * learned:.1f} (epoch {group['epoch']} of {group['epochs']})"
             branches = "+".join(map(str, group["branches"]))
-            click.echo(f"{'PCK@' + f'{float(alpha):.2f}':<14}empty prompt {100 * empty:.1f}, learned {text}, branch {branches}")
+            click.echo(
+                f"{'PCK@' + f'{float(alpha):.2f}':<14}empty prompt {100 * empty:.1f}, learned {text}, branch {branches}"
+            )
     click.echo(f"{'':<14}({about['scores'][0]['measure']})")

@@ -31,7 +31,7 @@ _DIR = click.Path(path_type=Path)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N pairs of each data set only.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
 @click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing, and say so.")
-@click.option("--features", type=_DIR, metavar="DIR", help="Keep features there, with their provenance, and use them.")
+@click.option("--features", type=_DIR, metavar="DIR", help="Where features are kept.  [default: DIR/features]")
 @click.option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
 @click.option("--estimate-only", is_flag=True, help="Say what it will take, and stop.")
 @runtime_options
@@ -58,8 +58,9 @@ def reproduce(
     \b
     difftap bench reproduce -o out/poster --spair SPair-71k --model sd21/ --batch 8
     """
-    from difftap.bench.reproduce import estimate, format_estimates, poster_rows, stand_in_rows
+    from difftap.bench.estimate import Estimator, format_estimates
     from difftap.bench.reproduce import reproduce as run
+    from difftap.bench.rows import poster_rows, stand_in_rows
     from difftap.bench.session import Selection, load_pairs, make_folder
     from difftap.pipeline import Pipeline as Opened
 
@@ -80,32 +81,29 @@ def reproduce(
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime)
 
-    memo: dict[str, tuple[float, ...]] = {}
-    estimates = [
-        estimate(row, pairs, folder / str(pairs.about["name"]) / row.name, opener, memo)
-        for pairs in sets
-        for row in rows
-    ]
+    click.echo("timing a pair of each row ...", err=True)
+    estimate = Estimator(opener, runtime.batch)
+    estimates = [estimate(row, pairs, folder / str(pairs.about["name"]) / row.name) for pairs in sets for row in rows]
     for line in format_estimates(estimates):
         click.echo(line, err=not estimate_only)
     if estimate_only:
         return
-    refused = {one.row for one in estimates if one.refusal}
-    able = [row for row in rows if row.name not in refused]
-    if not able:
+    refused = {(one.row, one.dataset) for one in estimates if one.refusal}
+    if len(refused) == len(estimates):
         raise InputError(f"no row can run here: {estimates[0].refusal}")
     results = run(
-        able,
+        rows,
         sets,
         folder,
         opener,
         memory=memory << 20,
         batch=runtime.batch,
         features=features,
+        refused=refused,
         say=lambda text: click.echo(text, err=True),
     )
     for name in results:
         click.echo((folder / name / "table.md").read_text(encoding="utf-8"), nl=False)
     failed = sum(one["counts"]["pairs_failed"] for rows_ in results.values() for one in rows_.values())
-    if refused or failed or any(len(rows_) < len(able) for rows_ in results.values()):
+    if failed or sum(len(rows_) for rows_ in results.values()) < len(rows) * len(sets):
         sys.exit(1)

@@ -19,7 +19,7 @@ _DIR = click.Path(path_type=Path)
 
 _options = stack(
     [
-        click.option("--data", nargs=2, required=True, metavar="NAME ROOT", help="Data set (spair, ...) and its folder."),
+        click.option("--data", nargs=2, required=True, metavar="NAME ROOT", help="Data set and its folder."),
         click.option("-o", "--output", type=_DIR, required=True, metavar="DIR", help="Folder for the prompts."),
         click.option("--recipe", "recipe_name", metavar="R", help="Recipe that will use them.  [default: pocket]"),
         model_options,
@@ -40,7 +40,7 @@ _options = stack(
         click.option("--val-limit", type=click.IntRange(1), metavar="N", help="N validation pairs, evenly spaced."),
         click.option("--steps", type=int, metavar="N", help="Stop after N steps, if that comes first."),
         click.option("--seed", type=int, metavar="N", help="Of first values and the order of pairs.  [default: 0]"),
-        click.option("--together", "passes", type=int, metavar="N", help="Pairs held for one gradient.  [default: what fits]"),
+        click.option("--together", "passes", type=int, metavar="N", help="Pairs held at once.  [default: what fits]"),
         click.option("--checkpointing", is_flag=True, help="Recompute layers to save memory; slower."),
         click.option("--precision", metavar="P", help="fp32 or bf16 (autocast).  [default: fp32]"),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
@@ -99,7 +99,9 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
     given = {name: value for name, value in given.items() if value is not None}
     settings = Settings(kind, **{**given, "joint": "joint" if options["joint"] else "separate"})
-    fixed = dict.fromkeys(("ensemble", "timestep", "prompt", "matcher", "interpolation", "seed", "prompts", "prompt_mode"))
+    fixed = dict.fromkeys(
+        ("ensemble", "timestep", "prompt", "matcher", "interpolation", "seed", "prompts", "prompt_mode")
+    )
     recipe = build_recipe(
         recipe_name=options["recipe_name"], model=options["model"], size=options["size"], taps=(), **fixed
     )

@@ -13,12 +13,15 @@
 from difftap.matching.combine import combine
 from difftap.matching.dense import DenseTarget
 from difftap.matching.grid import kernel_softargmax, nearest_cell, softargmax, window_softargmax
+from difftap.matching.joining import Joining, Ready
 from difftap.matching.mutual import mutual_nearest, nearest
 from difftap.matching.points import Matches, heat_map, match_points, mutual_matches
 
 __all__ = [
     "DenseTarget",
+    "Joining",
     "Matches",
+    "Ready",
     "combine",
     "heat_map",
     "kernel_softargmax",

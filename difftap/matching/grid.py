@@ -9,6 +9,7 @@ converts its own coordinates.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +19,19 @@ from difftap.errors import InputError
 from difftap.features import FeatureMap
 from difftap.matching.confidence import cell_margins
 from difftap.matching.dense import TIE, Peaks, project
-from difftap.matching.interpolate import sample, unit
+from difftap.matching.interpolate import axis_taps, sample, unit
 from difftap.recipe import Matcher
 
 __all__ = [
+    "Corners",
     "GridTarget",
+    "choose_cells",
     "clip_to_image",
     "content_cells",
+    "corner_cells",
     "first_best",
     "kernel_softargmax",
+    "mixed",
     "nearest_cell",
     "softargmax",
     "window_softargmax",
@@ -108,6 +113,37 @@ def window_softargmax(similarity: NDArray[np.float64], temperature: float, windo
     return softargmax(np.where(inside | (similarity == -np.inf), similarity, 0.0), temperature)
 
 
+def corner_cells(
+    cells: NDArray[np.float64], content: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The four cells around fractional cells ``(N, 2)``, for SD4Match's ``bilinear`` matcher.
+
+    Args:
+        cells: on the source's map.
+        content: ``(h, w)``, which of its cells show some of the image; others are replaced by the nearest that do.
+
+    Returns:
+        row-major indices ``(N, 4)`` and bilinear weights ``(N, 4)`` that sum to 1.
+    """
+    columns, rows = np.flatnonzero(content.any(axis=0)), np.flatnonzero(content.any(axis=1))
+    x, across = axis_taps(np.clip(cells[:, 0], columns[0], columns[-1]), content.shape[1], "bilinear")  # (N, 2) each
+    y, down = axis_taps(np.clip(cells[:, 1], rows[0], rows[-1]), content.shape[0], "bilinear")
+    indices = y[:, :, None] * content.shape[1] + x[:, None, :]  # (N, 2, 2)
+    # A keypoint on the last cell reads one beyond it with weight 0; clamped into the image, it has no say.
+    return indices.reshape(-1, 4), (down[:, :, None] * across[:, None, :]).reshape(-1, 4)
+
+
+def choose_cells(similarity: NDArray[np.float64], matcher: Matcher) -> NDArray[np.float64]:
+    """The place each row of cosines ``(N, h, w)`` matches, in cells ``(N, 2)``; a row is a corner for ``bilinear``."""
+    if matcher.name == "softargmax":
+        return softargmax(similarity, matcher.temperature)
+    if matcher.name == "kernel-softargmax":
+        return kernel_softargmax(similarity, matcher.temperature, matcher.sigma)
+    if matcher.name == "window-softargmax":
+        return window_softargmax(similarity, matcher.temperature, matcher.window)
+    return nearest_cell(similarity)
+
+
 def _from_best(similarity: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Signed cells from each row's best cell to every column ``(N, w)`` and row ``(N, h)``."""
     y, x = np.divmod(first_best(similarity), similarity.shape[2])
@@ -119,7 +155,7 @@ class GridTarget:
 
     Attributes:
         features: the target's map.
-        matcher: one of ``nn``, ``softargmax``, ``kernel-softargmax``, ``window-softargmax``.
+        matcher: any but ``dense``.
         cells: ``(h, w)``, true where a cell shows some of the image; only these can be found.
     """
 
@@ -137,33 +173,69 @@ class GridTarget:
         cosines = project(unit(descriptors), self.features.data) * self._inverse
         return np.where(self.cells, np.clip(cosines, -1.0, 1.0), -np.inf)
 
-    def find(self, descriptors: NDArray[np.floating], margin: bool = True) -> Peaks:
-        """The place each descriptor ``(N, C)`` matches, in pixels clipped into the image.
+    def find(self, descriptors: NDArray[np.floating], margin: bool = True, corners: Corners | None = None) -> Peaks:
+        """The place each descriptor ``(N, C)`` matches, in pixels clipped into the image; see `find_cells`."""
+        cells, score, margins = self.find_cells(descriptors, margin, corners)
+        return Peaks(clip_to_image(self.features.to_pixels(cells), self.features.image_size), score, margins)
+
+    def find_cells(
+        self, descriptors: NDArray[np.floating], margin: bool = True, corners: Corners | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """The place each descriptor ``(N, C)`` matches, in cells ``(N, 2)``, with scores and margins ``(N,)``.
 
         The score is the cosine at the place found, which for a soft matcher lies between cells, where the map is read
-        bilinearly. The margin is that of the best cell over the best one farther than `RADIUS_CELLS`.
+        bilinearly. The margin is that of the best cell over the best one farther than `RADIUS_CELLS`; for ``bilinear``
+        the corners' margins, mixed as their places are.
+
+        Args:
+            descriptors: of the points.
+            margin: also compute margins.
+            corners: for ``bilinear``, which matches them in the points' stead.
         """
         count = len(descriptors)
-        found = Peaks(np.zeros((count, 2)), np.zeros(count), np.full(count, np.nan))
+        found, score, margins = np.zeros((count, 2)), np.zeros(count), np.full(count, np.nan)
         block = max(1, _BLOCK_BYTES // (8 * self.cells.size))
         for start in range(0, count, block):
             part = slice(start, start + block)
-            similarity = self.similarity(descriptors[part])
-            cells = self._choose(similarity)
-            pixels = self.features.to_pixels(cells)
-            found.pixels[part] = clip_to_image(pixels, self.features.image_size)
+            mix = None if corners is None else corners.weights[part]  # (n, 4)
+            asked = descriptors[part] if corners is None else corners.vectors[4 * start : 4 * (start + block)]
+            similarity = self.similarity(asked)
+            cells = mixed(choose_cells(similarity, self.matcher), mix)
+            found[part] = cells
             at = unit(sample(self.features.data, cells, "bilinear"))
-            found.score[part] = np.clip(np.sum(unit(descriptors[part]) * at, axis=1), -1.0, 1.0)
+            score[part] = np.clip(np.sum(unit(descriptors[part]) * at, axis=1), -1.0, 1.0)
             if margin:
-                found.margin[part] = cell_margins(similarity, first_best(similarity))
-        return found
+                margins[part] = mixed(cell_margins(similarity, first_best(similarity)), mix)
+        return found, score, margins
 
-    def _choose(self, similarity: NDArray[np.float64]) -> NDArray[np.float64]:
-        matcher = self.matcher
-        if matcher.name == "softargmax":
-            return softargmax(similarity, matcher.temperature)
-        if matcher.name == "kernel-softargmax":
-            return kernel_softargmax(similarity, matcher.temperature, matcher.sigma)
-        if matcher.name == "window-softargmax":
-            return window_softargmax(similarity, matcher.temperature, matcher.window)
-        return nearest_cell(similarity)
+
+@dataclass(frozen=True)
+class Corners:
+    """The four source cells around each of N points, for the ``bilinear`` matcher.
+
+    Attributes:
+        vectors: ``(4 N, C)``, point by point.
+        weights: ``(N, 4)``, by which their matches are mixed; each row sums to 1.
+    """
+
+    vectors: NDArray[np.floating]
+    weights: NDArray[np.float64]
+
+    @classmethod
+    def around(cls, features: FeatureMap, cells: NDArray[np.float64]) -> Corners:
+        """The corners of fractional cells ``(N, 2)`` of a map."""
+        indices, weights = corner_cells(cells, content_cells(features.geometry, features.grid))
+        return cls(features.data.reshape(features.channels, -1)[:, indices.ravel()].T, weights)
+
+
+def mixed(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """What was found for corners, ``(4 N, ...)``, mixed by weights ``(N, 4)``; as it is without weights.
+
+    A corner of no weight has no say, whatever it found.
+    """
+    if weights is None:
+        return values
+    shaped = values.reshape(*weights.shape, *values.shape[1:])  # (N, 4, ...)
+    spread = weights.reshape(*weights.shape, *(1,) * (shaped.ndim - 2))
+    total: NDArray[np.float64] = np.where(spread > 0, spread * shaped, 0.0).sum(axis=1)
+    return total

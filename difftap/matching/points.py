@@ -12,7 +12,7 @@ from difftap.errors import InputError, PointError
 from difftap.features import FeatureMap
 from difftap.matching.confidence import cell_margins, cycle_error
 from difftap.matching.dense import DenseTarget, Peaks
-from difftap.matching.grid import GridTarget, clip_to_image, first_best
+from difftap.matching.grid import Corners, GridTarget, clip_to_image, first_best
 from difftap.matching.interpolate import sample, unit
 from difftap.matching.mutual import mutual_nearest
 from difftap.points import check_inside
@@ -204,7 +204,11 @@ def _locate(
             parts.append(_locate_mutual(home, target, cells, margin))
         else:
             interpolation = matcher.interpolation if matcher.name == "dense" else "bilinear"
-            parts.append(target.find(sample(source.data, cells, interpolation), margin))
+            descriptors = sample(source.data, cells, interpolation)
+            if isinstance(target, GridTarget) and matcher.name == "bilinear":
+                parts.append(target.find(descriptors, margin, Corners.around(source, cells)))
+            else:
+                parts.append(target.find(descriptors, margin))
     return Peaks(
         np.concatenate([p.pixels for p in parts] or [np.zeros((0, 2))]),
         np.concatenate([p.score for p in parts] or [np.zeros(0)]),

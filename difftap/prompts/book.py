@@ -46,6 +46,14 @@ class Conditional:
         self._names: dict[Hashable, str] = {}
         self.made = 0
 
+    def knows(self, name: Hashable) -> bool:
+        """Whether an image's tokens are remembered under a name."""
+        digest = self._names.get(name)
+        if digest not in self._known:
+            return False
+        self._known.move_to_end(str(digest))
+        return True
+
     def know(self, name: Hashable, image: Image) -> None:
         """Make an image's tokens, unless they are remembered."""
         self._names[name] = image.digest
@@ -117,6 +125,10 @@ class PromptBook:
     def choose(self, subject: Subject) -> tuple[Prompt, ...]:
         """What conditions every branch for an image of the subject; see `difftap.prompts.choose_prompts`."""
         return choose_prompts(self._recipe, subject, self._learned)
+
+    def knows(self, name: Hashable) -> bool:
+        """Whether an image needs not be made known (again) by this name."""
+        return self._conditional is None or self._conditional.knows(name)
 
     def know(self, name: Hashable, image: Image) -> None:
         """Make an image known by a name that `Subject` uses; nothing where no prompt depends on images."""

@@ -18,7 +18,7 @@ from difftap.engine.cache import Cache
 from difftap.errors import InputError
 from difftap.model import Model
 from difftap.prompts.encode import encode_prompt
-from difftap.prompts.learned import LearnedPrompts
+from difftap.prompts.learned import LearnedPrompts, remembered
 from difftap.recipe import Branch, Recipe
 
 __all__ = ["SLOT", "Prompt", "Subject", "choose_prompt", "choose_prompts", "embed", "fill", "wants_category"]
@@ -82,7 +82,8 @@ def choose_prompts(recipe: Recipe, subject: Subject, learned: LearnedPrompts | N
     Raises:
         InputError: the learned prompts depend on what the subject does not name.
     """
-    if learned is not None and recipe.learned is not None:
+    if recipe.learned is not None:
+        learned = learned or remembered(recipe.learned.path)
         mode = learned.mode(recipe.learned)
         pair = subject.pair if mode == "pair" else (subject.image, subject.image)
         if mode in ("pair", "image"):
@@ -114,6 +115,8 @@ def wants_category(branches: Sequence[Branch]) -> bool:
 
 def fill(recipe: Recipe, subject: Subject) -> Recipe:
     """The recipe with its prompts filled in for one subject, so that its key names what was really asked."""
+    if recipe.learned is not None:
+        return recipe
     branches = [
         dataclasses.replace(branch, prompt=prompt.text)
         for branch, prompt in zip(recipe.branches, choose_prompts(recipe, subject), strict=True)

@@ -30,7 +30,16 @@ from difftap.manifest import file_digest, write_atomic
 from difftap.prompts.tokens import TokenSource
 from difftap.recipe import KINDS, Learned, Recipe
 
-__all__ = ["PROMPT_FILE", "SCHEMA", "LearnedPrompts", "find_learned", "fits_of", "load_learned", "save_learned"]
+__all__ = [
+    "PROMPT_FILE",
+    "SCHEMA",
+    "LearnedPrompts",
+    "find_learned",
+    "fits_of",
+    "load_learned",
+    "remembered",
+    "save_learned",
+]
 
 PROMPT_FILE = "prompt.safetensors"
 SCHEMA = 1
@@ -185,6 +194,20 @@ def load_learned(path: str | Path) -> LearnedPrompts:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ModelError(f"'{file}' is no whole file of learned prompts ({what}); learn them again") from error
     return LearnedPrompts(file, file_digest(file), about, embeddings)
+
+
+_remembered: dict[tuple[Path, int, int], LearnedPrompts] = {}
+
+
+def remembered(path: str | Path) -> LearnedPrompts:
+    """As `load_learned`, reading an unchanged file once."""
+    file = find_learned(path)
+    stamp = file.stat()
+    key = (file.resolve(), stamp.st_size, stamp.st_mtime_ns)
+    if key not in _remembered:
+        _remembered.clear()
+        _remembered[key] = load_learned(file)
+    return _remembered[key]
 
 
 def save_learned(

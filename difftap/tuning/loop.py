@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.maps import View
 from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS
 from difftap.bench.samples import Sample
 from difftap.bench.scoring import measure
-from difftap.bench.targets import CornerGeometry
 from difftap.coords import Geometry
 from difftap.errors import InputError, NonFiniteError
+from difftap.maps import View
 from difftap.matching import Matches
+from difftap.matching.joining import CornerGeometry
 from difftap.recipe import Recipe
 from difftap.tuning.crew import Crew
 from difftap.tuning.data import TrainingPairs

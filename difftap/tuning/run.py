@@ -16,11 +16,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from difftap.bench.maps import View
 from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
 from difftap.errors import OutputError, RecipeError, require
 from difftap.images import Image
 from difftap.manifest import output_errors
+from difftap.maps import View
 from difftap.model import Model
 from difftap.pipeline import available_cores, check_fits
 from difftap.prompts import encode_prompt

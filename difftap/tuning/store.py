@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.maps import View, load_view
 from difftap.coords import Geometry, Size
 from difftap.engine import Engine
 from difftap.engine.noise import draw
 from difftap.errors import ImageError
 from difftap.images import Image, to_input
 from difftap.manifest import atomic_path, output_errors
+from difftap.maps import View, load_view
 from difftap.recipe import Recipe
 
 __all__ = ["ImageStore", "Known"]

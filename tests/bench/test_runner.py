@@ -7,17 +7,17 @@ import shutil
 import numpy as np
 import pytest
 
-from difftap.bench.maps import Made, MapShelf, View, load_view
 from difftap.bench.predictions import Prediction, load_predictions
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
 from difftap.bench.runner import for_category, plan, predict, subset
 from difftap.bench.scoring import score
-from difftap.bench.targets import Joining
 from difftap.coords import Geometry
 from difftap.errors import ArtefactError, ImageError, InputError, OutputError
 from difftap.features import FeatureMap
 from difftap.images import load_image
+from difftap.maps import Made, MapShelf, View, load_view
+from difftap.matching.joining import Joining
 from difftap.recipe import Matcher
 from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, samples
 

@@ -25,12 +25,12 @@ class Journal:
     """An open journal; use `open_journal`.
 
     Attributes:
-        done: records that an earlier run had written.
+        earlier: the records that an earlier run had written, in order.
     """
 
-    def __init__(self, handle: TextIO, done: int) -> None:
+    def __init__(self, handle: TextIO, earlier: list[dict[str, Any]]) -> None:
         self._handle = handle
-        self.done = done
+        self.earlier = earlier
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; it is on its way to the disk when this returns."""
@@ -39,7 +39,7 @@ class Journal:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    return json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n"  # ASCII: a file's name may be no valid text
 
 
 @contextlib.contextmanager
@@ -68,9 +68,9 @@ def open_journal(path: Path, header: Mapping[str, Any], *, overwrite: bool = Fal
                 f"cannot write '{path}': another run is writing it; wait for it, or choose another"
             ) from error
     try:
-        done = 0 if overwrite else _finished(path, header)
-        with output_errors(path), open(path, "w" if overwrite else "a", encoding="utf-8") as handle:
-            journal = Journal(handle, done)
+        earlier = [] if overwrite else _finished(path, header)
+        with output_errors(path), open(path, "w" if overwrite else "a", encoding="utf-8", newline="\n") as handle:
+            journal = Journal(handle, earlier)
             if handle.tell() == 0:
                 journal.write(header)
             yield journal
@@ -81,15 +81,15 @@ def open_journal(path: Path, header: Mapping[str, Any], *, overwrite: bool = Fal
         lock.release()
 
 
-def _finished(path: Path, header: Mapping[str, Any]) -> int:
-    """How many whole records there are; cuts a partial last line off."""
+def _finished(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The whole records that are there; cuts a partial last line off."""
     if not path.is_file() or not path.stat().st_size:
-        return 0
+        return []
     with output_errors(path), open(path, "rb+") as handle:
         first = handle.readline()
         if not first.endswith(b"\n") and _line(header).encode().startswith(first):
             handle.truncate(0)  # killed while writing the very first line
-            return 0
+            return []
         earlier = _header(first, path)
         wanted = json.loads(json.dumps(header))
         differing = [key for key in {**wanted, **earlier} if earlier.get(key) != wanted.get(key)]
@@ -98,13 +98,25 @@ def _finished(path: Path, header: Mapping[str, Any]) -> int:
                 f"'{path}' was begun under other conditions ({', '.join(differing)} differ); choose another file, or "
                 "--overwrite"
             )
-        count, end = 0, handle.tell()
+        records: list[dict[str, Any]] = []
+        end = handle.tell()
         for line in handle:
             if not line.endswith(b"\n"):
                 break
-            count, end = count + 1, end + len(line)
+            records.append(_record(line, path, len(records)))
+            end += len(line)
         handle.truncate(end)
-    return count
+    return records
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict):
+            return record
+    except ValueError:
+        pass
+    raise OutputError(f"'{path}', line {number + 2} is damaged; choose another file, or --overwrite")
 
 
 def _header(line: bytes, path: Path) -> dict[str, Any]:
@@ -114,7 +126,10 @@ def _header(line: bytes, path: Path) -> dict[str, Any]:
             return header
     except ValueError:
         pass
-    raise OutputError(f"'{path}' exists and its first line is no run's header; choose another file, or --overwrite")
+    raise OutputError(
+        f"'{path}' exists and is no output of ours (its first line is no run's header); choose another file, or "
+        "--overwrite"
+    )
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,9 +1,7 @@
-"""Images made ready for a benchmark's matching: joined or kept apart, read by cell centres or by corners.
-
-Whatever `difftap.matching` does as it is, it does; this adds what benchmarks need beside it:
+"""Images made ready for matching: branches joined or kept apart, read by cell centres or by corners.
 
 - ``combine``: ``concat`` joins the branches into one map; ``score-sum`` and ``score-product`` keep them apart
-  (`difftap.bench.fused`).
+  (`difftap.matching.fused`), so that the joined map is never stored.
 - ``reading``: ``centres``, difftap's half-pixel rule; or ``corners``, SD4Match's: the image is stretched to the
   input's square and ``x_f = x (w - 1) / (W - 1)`` takes its pixels to cells, so that corners fall on corners.
 
@@ -21,14 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from difftap.coords import Geometry, Size
 from difftap.errors import InputError
 from difftap.features import FeatureMap
-from difftap.matching import DenseTarget, Matches, combine, kernel_softargmax, match_points, nearest_cell, softargmax
-from difftap.matching import window_softargmax as window
-from difftap.matching.confidence import cell_margins, cycle_error
-from difftap.matching.grid import GridTarget, first_best
+from difftap.matching.combine import combine
+from difftap.matching.confidence import cycle_error
+from difftap.matching.dense import DenseTarget
+from difftap.matching.grid import Corners, GridTarget
 from difftap.matching.interpolate import sample, unit
+from difftap.matching.points import Matches, heat_map, match_points, mutual_matches
 from difftap.recipe import COMBINES, Matcher, Recipe
 
-__all__ = ["READINGS", "CornerGeometry", "Joining", "Ready", "choose_cells", "find"]
+__all__ = ["READINGS", "CornerGeometry", "Joining", "Ready", "find"]
 
 READINGS = ("centres", "corners")
 
@@ -74,13 +73,23 @@ class Joining:
             if got not in allowed:
                 raise InputError(f"{what} is {got!r}; allowed: {', '.join(allowed)}")
         if self.matcher.name == "mutual" and (self.apart or self.reading != "centres"):
-            raise InputError("matcher 'mutual' needs one joined map read by centres; use --combine concat")
+            raise InputError(
+                "matcher 'mutual' needs one joined map read by centres; combine the branches by concat or score-sum"
+            )
 
     @classmethod
     def of(cls, recipe: Recipe, combining: str | None = None, reading: str = "centres") -> Joining:
-        """What a recipe asks for; ``combining`` takes the place of its own."""
+        """What a recipe asks for; ``combining`` takes the place of its own.
+
+        ``mutual`` compares all cells with all, for which sums of scores are made of the joined map.
+
+        Raises:
+            InputError: a name is unknown, or the matcher and the way of joining or reading exclude each other.
+        """
         shares = [branch.weight / len(branch.taps) for branch in recipe.branches for _ in branch.taps]
         chosen = combining or recipe.combine
+        if recipe.matcher.name == "mutual" and chosen == "score-sum":
+            chosen = "concat"
         if reading == "corners" and recipe.fit != "stretch":
             raise InputError(f"reading by corners needs a stretched image; the recipe's fit is '{recipe.fit}'")
         return cls(recipe.matcher, tuple(shares), recipe.upsample, chosen, reading)
@@ -101,7 +110,7 @@ class Joining:
     def ready(self, kept: Sequence[FeatureMap]) -> Ready:
         """What was kept, made ready; costly steps are taken when first needed."""
         if self.apart:
-            from difftap.bench.apart import ApartReady
+            from difftap.matching.apart import ApartReady  # which is built on this module
 
             return ApartReady(kept, self)
         if self.reading == "corners" and self.matcher.name != "dense":
@@ -110,20 +119,56 @@ class Joining:
 
 
 class Ready:
-    """An image made ready: source and target of any number of matches."""
+    """An image made ready: source and target of any number of matches, all of one `Joining`."""
 
-    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool) -> Matches:
-        """Match points ``(N, 2)`` of this image to the target's."""
+    @property
+    def image_size(self) -> Size:
+        """``(W, H)`` of the image in pixels."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes of what was made beside the maps, so far."""
+        return 0
+
+    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool = True) -> Matches:
+        """Match points ``(N, 2)`` of this image to the target's.
+
+        Raises:
+            InputError: as `match_points`.
+        """
+        raise NotImplementedError
+
+    def mutual(self, target: Ready) -> Matches:
+        """Matches that the two images find by themselves (`difftap.matching.mutual_matches`).
+
+        Raises:
+            InputError: the branches are multiplied, which leaves no vectors to compare.
+        """
+        raise NotImplementedError
+
+    def heat(self, target: Ready, point: ArrayLike) -> NDArray[np.float32]:
+        """Similarity ``(H, W)`` of one of this image's points with every pixel of the target, for a picture."""
         raise NotImplementedError
 
 
 class JoinedReady(Ready):
-    """One map, matched by `difftap.matching`."""
+    """One map, matched by `difftap.matching.match_points`."""
 
     def __init__(self, features: FeatureMap, matcher: Matcher) -> None:
         self._features = features
         self._matcher = matcher
         self._dense: DenseTarget | None = None
+
+    @property
+    def image_size(self) -> Size:
+        """``(W, H)`` of the image in pixels."""
+        return self._features.image_size
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the norms, in bytes."""
+        return 0 if self._dense is None else self._dense.inverse_norm.nbytes
 
     def _prepared(self) -> FeatureMap | DenseTarget:
         if self._matcher.name != "dense":
@@ -132,22 +177,32 @@ class JoinedReady(Ready):
             self._dense = DenseTarget(self._features, self._matcher.interpolation)
         return self._dense
 
-    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool) -> Matches:
-        """As `difftap.matching.match_points`."""
+    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool = True) -> Matches:
+        """As `match_points`."""
         assert isinstance(target, JoinedReady)  # noqa: S101 - one Joining makes all of a run's
         # Without confidence the source's norms are not needed.
         source = self._prepared() if confidence else self._features
         return match_points(source, target._prepared(), points, self._matcher, confidence=confidence)
 
+    def mutual(self, target: Ready) -> Matches:
+        """As `mutual_matches`."""
+        assert isinstance(target, JoinedReady)  # noqa: S101 - one Joining makes all of a run's
+        return mutual_matches(self._features, target._features, self._matcher)
 
-class CornerReady(Ready):
+    def heat(self, target: Ready, point: ArrayLike) -> NDArray[np.float32]:
+        """As `heat_map`."""
+        assert isinstance(target, JoinedReady)  # noqa: S101 - one Joining makes all of a run's
+        return heat_map(self._features, target._prepared(), point, self._matcher)
+
+
+class CornerReady(JoinedReady):
     """One map, read by corners, for the matchers that work on cells: SD4Match's way."""
 
     def __init__(self, features: FeatureMap, matcher: Matcher) -> None:
-        self._features = features
+        super().__init__(features, matcher)
         self._grid = GridTarget(features, matcher)
 
-    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool) -> Matches:
+    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool = True) -> Matches:
         """Match, and lead back for the cycle error; nothing is clipped into the image but the points read."""
         assert isinstance(target, CornerReady)  # noqa: S101 - one Joining makes all of a run's
         pixels, score, margin = target._find(self._features, points, confidence)
@@ -159,29 +214,14 @@ class CornerReady(Ready):
     def _find(
         self, source: FeatureMap, points: NDArray[np.float64], margin: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        queries = unit(sample(source.data, source.to_cells(points), "bilinear"))
-        similarity = self._grid.similarity(queries)  # (N, h, w)
-        cells = choose_cells(similarity, self._grid.matcher)
-        at = unit(sample(self._features.data, cells, "bilinear"))
-        margins = (
-            cell_margins(similarity, first_best(similarity)) if margin and len(points) else np.full(len(points), np.nan)
-        )
-        return self._features.to_pixels(cells), np.clip(np.sum(queries * at, axis=1), -1.0, 1.0), margins
-
-
-def choose_cells(similarity: NDArray[np.float64], matcher: Matcher) -> NDArray[np.float64]:
-    """The place each row of cosines ``(N, h, w)`` matches, in cells ``(N, 2)``."""
-    if matcher.name == "softargmax":
-        return softargmax(similarity, matcher.temperature)
-    if matcher.name == "kernel-softargmax":
-        return kernel_softargmax(similarity, matcher.temperature, matcher.sigma)
-    if matcher.name == "window-softargmax":
-        return window(similarity, matcher.temperature, matcher.window)
-    return nearest_cell(similarity)
+        at = source.to_cells(points)
+        corners = Corners.around(source, at) if self._matcher.name == "bilinear" else None
+        cells, score, margins = self._grid.find_cells(unit(sample(source.data, at, "bilinear")), margin, corners)
+        return self._features.to_pixels(cells), score, margins
 
 
 def find(
-    source: Ready, target: Ready, points: NDArray[np.float64], size: Size, confidence: bool
+    source: Ready, target: Ready, points: NDArray[np.float64], size: Size, confidence: bool = True
 ) -> tuple[Matches, int]:
     """Match a pair's keypoints; those outside the source image are read at its border, and counted.
 

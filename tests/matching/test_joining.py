@@ -6,10 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from difftap.bench.targets import CornerGeometry, Joining, find
 from difftap.coords import Geometry
 from difftap.errors import InputError
 from difftap.features import FeatureMap
+from difftap.matching.joining import CornerGeometry, Joining, find
 from difftap.recipe import Branch, Matcher, Recipe
 
 SIZE, INPUT = (50, 36), (96, 96)
@@ -212,5 +212,7 @@ def test_of_a_recipe():
         Joining.of(recipe, reading="edges")
     with pytest.raises(InputError, match="letterbox"):
         Joining.of(dataclasses.replace(recipe, fit="letterbox"), reading="corners")
+    mutual = dataclasses.replace(recipe, matcher=Matcher("mutual"))
+    assert Joining.of(mutual, "score-sum").combine == "concat"  # the same cosines
     with pytest.raises(InputError, match="mutual"):
-        Joining.of(dataclasses.replace(recipe, matcher=Matcher("mutual")), "score-sum")
+        Joining.of(mutual, "score-product")
