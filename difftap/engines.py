@@ -6,29 +6,26 @@ will put their own file beside the same manifest.
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from difftap.conditioning import checked
 from difftap.engine import (
-    Backend,
     Cache,
-    Graph,
     Profile,
+    check_precision,
     choose_device,
     default_cache_folder,
     get_backend,
     members_per_run,
 )
-from difftap.engine.cache import file_stem
+from difftap.engine.builds import ensure_built, save_engine_manifest
 from difftap.errors import ArtefactError, BackendError
 from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity, example_feeds, measure
-from difftap.manifest import FileRecord, Manifest, output_errors
+from difftap.manifest import Manifest, output_errors
 from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
 from difftap.prompts import PromptBook
 from difftap.recipe import Recipe
@@ -49,21 +46,6 @@ class Artefact:
         return sum(record.size for record in self.manifest.files.values())
 
 
-def _identity(cache: Cache, graph: Graph, backend: Backend, device: str, profile: Profile) -> dict[str, Any]:
-    return {
-        **cache.graph_identity(graph),
-        "backend": backend.name,
-        "backend_version": backend.version(),
-        "device": device,
-        "precision": "fp32",
-        "size": list(profile.size),
-        "ensemble": profile.ensemble,
-        "tokens": profile.tokens,
-        "batch": profile.batch,
-        "machine": platform.machine(),
-    }
-
-
 def build_engines(
     recipe: Recipe, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
 ) -> Iterator[tuple[Artefact, dict[str, TensorParity] | None]]:
@@ -75,11 +57,12 @@ def build_engines(
     cache = Cache(runtime.cache or default_cache_folder())
     backend = get_backend(runtime.backend)
     device = choose_device(backend, runtime.device)
+    check_precision(backend, device, runtime.precision)
     threads = runtime.threads or available_cores()
     model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
     check_fits(recipe, model)
     wanted: dict[tuple[str, tuple[str, ...], Profile], None] = {
-        ("vae", (), Profile(recipe.size, batch=runtime.batch)): None
+        ("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision)): None
     }
     members = members_per_run(model, recipe.size, recipe.ensemble)
     book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
@@ -88,31 +71,18 @@ def build_engines(
         wanted[("unet", branch.taps, Profile(recipe.size, members, tokens, runtime.batch))] = None
     for component, taps, profile in wanted:
         graph = prepare_graph(cache, backend, model, component, taps)
-        small = replace(profile, ensemble=1, batch=1)  # the fidelity of one member is that of many, in less memory
+        built = ensure_built(cache, graph, backend, profile, device)
+        # What is built is measured as it is; elsewhere the fidelity of one member is that of many, in less memory.
+        small = profile if built else replace(profile, ensemble=1, batch=1)
         parity = None
         if backend.name == "torch" or get_backend("torch").missing():
-            with backend.open(graph, small, device, threads) as engine:
+            with backend.open(graph, small, device, threads, built) as engine:
                 engine.run(example_feeds(graph, small))  # it must at least work, and be finite
         else:
-            parity = measure(graph, small, backend.name, device, threads)
-        yield Artefact(*_record(cache, graph, backend, device, profile, parity)), parity
-
-
-def _record(
-    cache: Cache, graph: Graph, backend: Backend, device: str, profile: Profile, parity: dict[str, TensorParity] | None
-) -> tuple[Path, Manifest]:
-    """Write an engine's manifest: what it was made for, its files' hashes, and what was measured."""
-    files = {}
-    if graph.path is not None:
-        weights = [graph.path.parent / graph.component / p.name for p in graph.model.weight_files(graph.component)]
-        files = {str(path): FileRecord(path.stat().st_size, cache.memo.digest(path)) for path in (graph.path, *weights)}
-    report = {} if parity is None else {"parity": {name: one.to_dict() for name, one in parity.items()}}
-    manifest = Manifest("engine", _identity(cache, graph, backend, device, profile), files, report)
-    folder = cache.model_folder(graph.model)
-    path = folder / f"{file_stem(graph.name)}.{backend.name}-{device}.{profile.label}.engine.json"
-    with cache.lock(folder, path.name):
-        manifest.save(path)
-    return path, manifest
+            parity = measure(graph, small, backend.name, device, threads, built)
+        report = {} if parity is None else {"parity": {name: one.to_dict() for name, one in parity.items()}}
+        path, manifest = save_engine_manifest(cache, graph, backend, profile, device, report)
+        yield Artefact(path, manifest), parity
 
 
 def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:

@@ -113,7 +113,7 @@ def _check_kind(model: Model) -> None:
     """Refuse UNets that need inputs which difftap does not feed.
 
     Raises:
-        ModelError: an inpainting UNet, or one with conditions besides timestep and prompt (SDXL).
+        ModelError: an inpainting UNet, or one with conditions besides timestep, prompt and SDXL's text and sizes.
     """
     channels = model.unet.get("in_channels", 4)
     if channels != model.latent_channels:
@@ -122,10 +122,18 @@ def _check_kind(model: Model) -> None:
             "allowed: equal numbers (an inpainting model's UNet takes a mask too: use the base model)"
         )
     for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
-        if model.unet.get(key) is not None:
+        if model.unet.get(key) not in (None, "text_time" if key == "addition_embed_type" else None):
             raise ModelError(
                 f"the UNet of '{model.name}' has {key} = {model.unet[key]!r}; allowed: conditions on timestep and "
-                "prompt alone, as in Stable Diffusion 1.x and 2.x"
+                "prompt, as in Stable Diffusion 1.x and 2.x, and on text and sizes, as in SDXL's base model"
+            )
+    if model.unet.get("addition_embed_type") == "text_time":
+        given, sizes = (model.unet.get(k) for k in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
+        if not isinstance(given, int) or not isinstance(sizes, int) or not 0 < model.pooled_width <= model.prompt_width:
+            raise ModelError(
+                f"the UNet of '{model.name}' has projection_class_embeddings_input_dim = {given!r} and "
+                f"addition_time_embed_dim = {sizes!r}; allowed: those of SDXL's base model (a pooled text embedding "
+                "and six sizes)"
             )
 
 
@@ -213,6 +221,21 @@ class Model:
     def scaling_factor(self) -> float:
         """What the latent is multiplied by before noise is added."""
         return float(self.vae.get("scaling_factor", 0.18215))
+
+    @property
+    def prompt_width(self) -> int:
+        """D: the width of the prompt embedding that cross-attention reads."""
+        return int(self.unet["cross_attention_dim"])
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text embedding that SDXL's UNet takes besides the prompt; 0 for other UNets.
+
+        SDXL (Podell et al. 2024, section 2.2) projects it together with six sizes, each embedded like a timestep.
+        """
+        if self.unet.get("addition_embed_type") != "text_time":
+            return 0
+        return int(self.unet["projection_class_embeddings_input_dim"]) - 6 * int(self.unet["addition_time_embed_dim"])
 
     def tap(self, name: str) -> Tap:
         """Find a tap of this model's UNet by name; see `difftap.taps.resolve`."""

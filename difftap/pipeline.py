@@ -28,11 +28,13 @@ from difftap.engine import (
     Graph,
     Latents,
     Profile,
+    check_precision,
     choose_device,
     default_cache_folder,
     get_backend,
     members_per_run,
 )
+from difftap.engine.builds import ensure_built
 from difftap.errors import RecipeError
 from difftap.features import FeatureMap
 from difftap.images import Image
@@ -48,7 +50,7 @@ _LOG = logging.getLogger("difftap")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how engines run; nothing here may change the features beyond rounding.
+    """Where and how engines run; at fp32, nothing here changes the features beyond rounding.
 
     Attributes:
         backend: name of a backend.
@@ -56,6 +58,7 @@ class Runtime:
         threads: CPU threads; None for all that the process may use.
         batch: images per engine run on a GPU; a CPU takes one at a time.
         cache: the cache folder; None for the default one.
+        precision: what engines compute in; all but fp32 change the features a little, by what their manifests say.
     """
 
     backend: str = "ort"
@@ -63,6 +66,7 @@ class Runtime:
     threads: int | None = None
     batch: int = 1
     cache: Path | None = None
+    precision: str = "fp32"
 
 
 class Pipeline:
@@ -125,6 +129,7 @@ class Pipeline:
         cache = Cache(runtime.cache or default_cache_folder())
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
+        check_precision(backend, device, runtime.precision)
         threads = runtime.threads or available_cores()
         model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
         check_fits(recipe, model)
@@ -135,29 +140,34 @@ class Pipeline:
                 key = (component, taps, profile)
                 if key not in opened:
                     graph = prepare_graph(cache, backend, model, component, taps)
-                    opened[key] = backend.open(graph, profile, device, threads)
+                    built = ensure_built(cache, graph, backend, profile, device)
+                    opened[key] = backend.open(graph, profile, device, threads, built)
                     _LOG.debug("opened %s on %s (%s) for %s", graph.name, backend.name, device, profile.label)
                 return opened[key]
 
-            vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch))
+            vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision))
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
             latents = Latents(recipe, vae, LATENTS_KEPT if recipe.learned is not None else 0)
+
+            def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
+                return engine("unet", taps, dataclasses.replace(profile, precision=runtime.precision))
 
             def small(graph: Graph) -> Engine:
                 key = (graph.name, graph.path)
                 opened[key] = small_engine(graph, device, threads)
                 return opened[key]
 
-            opening = Opening(lambda taps, profile: engine("unet", taps, profile), small, vae, latents)
+            opening = Opening(unet, small, vae, latents)
             book = open_book(model, recipe, cache, opening)
             branches = []
             members = members_per_run(model, recipe.size, recipe.ensemble)
             for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)
-                profile = Profile(recipe.size, members, len(tokens), runtime.batch)
+                profile = Profile(recipe.size, members, len(tokens), runtime.batch, runtime.precision)
                 branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), tokens))
             batch = 1 if device == "cpu" else runtime.batch
             extractor = Extractor(model, recipe, vae, branches, batch, latents)
-            conditions = describe(recipe, model, cache, backend, device, threads) | book.conditions
+            said = describe(recipe, model, cache, backend, device, threads, runtime.precision)
+            conditions = said | book.conditions
         except BaseException:
             for one in opened.values():
                 one.close()
@@ -305,7 +315,9 @@ def prepare_graph(cache: Cache, backend: Backend, model: Model, component: str, 
     return ensure_graph(cache, model, component, taps)
 
 
-def describe(recipe: Recipe, model: Model, cache: Cache, backend: Backend, device: str, threads: int) -> dict[str, Any]:
+def describe(
+    recipe: Recipe, model: Model, cache: Cache, backend: Backend, device: str, threads: int, precision: str = "fp32"
+) -> dict[str, Any]:
     """The conditions that go with every number: recipe, model, backend, precision, versions, machine."""
     from difftap import __version__
 
@@ -318,7 +330,7 @@ def describe(recipe: Recipe, model: Model, cache: Cache, backend: Backend, devic
             "name": backend.name,
             "version": backend.version(),
             "device": device,
-            "precision": "fp32",
+            "precision": precision,
             "threads": threads,
         },
         "versions": {"python": platform.python_version(), "numpy": np.__version__},

@@ -223,7 +223,7 @@ def test_bad_images(refused, photos, tmp_path, monkeypatch, name, place):
         (("--ensemble", "0"), "ensemble is 0"),
         (("--seed", "-1"), "seed is -1"),
         (("--timestep", "1000"), "timestep is 1000"),
-        (("--random-weights", "1"), "--random-weights builds sd15 or sd21"),
+        (("--random-weights", "1"), "--random-weights builds sd15, sd21 or sdxl"),
         (("--revision", "main"), "--revision"),
         (("--heat", "1"), "-o FILE"),
         (("--heat", "26", "-o", "out.png"), "1 to 25"),

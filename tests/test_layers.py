@@ -10,7 +10,7 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
-COMPOSED = {"pipeline", "engines", "pairs", "maps", "journal", "draw", "results"}
+COMPOSED = {"conditioning", "pipeline", "engines", "pairs", "maps", "journal", "draw", "results"}
 ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},

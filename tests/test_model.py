@@ -188,7 +188,8 @@ def test_every_damage_is_ours():
     ("change", "words"),
     [
         ({"in_channels": 9}, "takes 9 channels"),
-        ({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+        ({"addition_embed_type": "text_image"}, "addition_embed_type = 'text_image'"),
+        ({"addition_embed_type": "text_time"}, "projection_class_embeddings_input_dim = None"),
         ({"class_embed_type": "projection"}, "class_embed_type"),
     ],
 )

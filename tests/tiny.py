@@ -77,3 +77,18 @@ def write_tiny(
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(TINY_SCHEDULE))
     (folder / "model_index.json").write_text(json.dumps({"_difftap_random_weights": seed}))
     return folder
+
+
+MINI_XL_UNET = {
+    **MINI_UNET,
+    "cross_attention_dim": 14,
+    "attention_head_dim": (2, 4, 4),
+    "transformer_layers_per_block": (1, 1, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 6,
+}
+"""SDXL's kind: no attention in the first block, and a pooled text embedding (6 wide) with six sizes as conditions."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from difftap.commands.options import build_recipe, build_runtime, cache_option, recipe_options, runtime_options
+from difftap.commands.options import build_recipe, cache_option, recipe_options, runtime_options, take_runtime
 
 
 @click.group()
@@ -28,7 +28,7 @@ def build(revision: str | None, random_weights: int | None, **options: Any) -> N
     """
     from difftap.engines import build_engines
 
-    runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
+    runtime = take_runtime(options)
     recipe = build_recipe(**options)
     for record, parity in build_engines(recipe, runtime, revision=revision, random_weights=random_weights):
         click.echo(f"{record.path}")

@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import (
-    build_recipe,
-    build_runtime,
-    category_option,
-    recipe_options,
-    runtime_options,
-)
+from difftap.commands.options import build_recipe, category_option, recipe_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
@@ -109,7 +103,7 @@ def match(
     chosen = [name for name, given in ways.items() if given]
     if len(chosen) > 1:
         raise InputError(f"{' and '.join(chosen)} exclude each other; give one way to choose points")
-    runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
+    runtime = take_runtime(options)
     recipe = build_recipe(**options)
     job = _Job(
         _filled(recipe, category),

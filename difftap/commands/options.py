@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build_recipe",
-    "build_runtime",
     "cache_option",
     "category_option",
     "model_options",
@@ -25,6 +24,7 @@ __all__ = [
     "runtime_options",
     "size_option",
     "stack",
+    "take_runtime",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -60,13 +60,18 @@ cache_option = click.option(
 
 model_options = stack(
     [
-        click.option("--model", metavar="M", help="Model: pocket, sd15, sd21, a diffusers-format folder, or a hub id."),
+        click.option(
+            "--model",
+            metavar="M",
+            help="Model: pocket, sd15, sd21, sdxl, a diffusers-format folder, or a hub id; and +FILE.safetensors for "
+            "another UNet's weights in it (CleanDIFT).",
+        ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
         click.option(
             "--random-weights",
             type=int,
             metavar="SEED",
-            help="Build sd15 or sd21 at full size with seeded random weights.",
+            help="Build sd15, sd21 or sdxl at full size with seeded random weights.",
         ),
     ]
 )
@@ -113,6 +118,13 @@ runtime_options = stack(
     [
         click.option("--backend", default="ort", show_default=True, metavar="B", help="ort or torch."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--precision",
+            default="fp32",
+            show_default=True,
+            metavar="P",
+            help="fp32, fp16, bf16, int8 or fp8, as far as the backend has it.",
+        ),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
         click.option(
             "--batch",
@@ -176,8 +188,9 @@ def _learned(recipe: Recipe, prompt: str | None, path: str | None, mode: str | N
     return dataclasses.replace(known, path=path or known.path, mode=mode or known.mode)
 
 
-def build_runtime(*, backend: str, device: str, threads: int | None, batch: int, cache: Path | None) -> Runtime:
-    """The runtime that the options ask for."""
+def take_runtime(options: dict[str, Any]) -> Runtime:
+    """The runtime that a command's options ask for; takes what `runtime_options` added out of them."""
     from difftap.pipeline import Runtime
 
-    return Runtime(backend, device, threads, batch, cache)
+    names = ("backend", "device", "threads", "batch", "cache", "precision")
+    return Runtime(**{name: options.pop(name) for name in names})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, build_runtime, recipe_options, runtime_options
+from difftap.commands.options import build_recipe, recipe_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
 @click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing or broken, and say so.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N pairs only.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
+@click.option("--part", metavar="P", help="Pairs of one part of the images (train, val, test): see docs/tuning.md.")
 @click.option("--protocol", "protocols", multiple=True, metavar="P", help="Score under P (repeatable).  [default: all]")
 @click.option("--alpha", "alphas", multiple=True, type=float, metavar="A", help="Score at A too (repeatable).")
 @click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap resamplings.")
@@ -65,6 +66,7 @@ def pck(
     allow_missing: bool,
     limit: int | None,
     per_class: int | None,
+    part: str | None,
     protocols: tuple[str, ...],
     alphas: tuple[float, ...],
     draws: int,
@@ -94,7 +96,7 @@ def pck(
     folder = make_folder(output)
     if not score_only:
         extra = {name: value for name, value in (("split", split), ("layout", layout)) if value is not None}
-        _predict(Selection(dataset, root, extra, allow_missing, limit, per_class), folder, overwrite, options)
+        _predict(Selection(dataset, root, extra, allow_missing, limit, per_class, part), folder, overwrite, options)
     results = write_results(folder, chosen, settings, show_published=published, plots=plots, gallery=gallery)
     for line in format_results(results, show_published=published):
         click.echo(line)
@@ -118,7 +120,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     from difftap.matching.joining import Joining
     from difftap.pipeline import Pipeline as Opened
 
-    runtime = build_runtime(**{name: options.pop(name) for name in ("backend", "device", "threads", "batch", "cache")})
+    runtime = take_runtime(options)
     opening = {name: options.pop(name) for name in ("revision", "random_weights")}
     combining, reading, confidence, memory, features = (
         options.pop(name) for name in ("combine", "reading", "confidence", "memory", "features")

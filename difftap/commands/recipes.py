@@ -43,4 +43,6 @@ def recipes(name: str | None) -> None:
             how += " (bench pck only)"
         if recipe.noise != "independent":
             how += f", noise {recipe.noise}"
-        click.echo(f"{preset:<14}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")
+        if recipe.learned is not None:
+            how += f", learned prompts ({recipe.learned.kind})"
+        click.echo(f"{preset:<17}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")

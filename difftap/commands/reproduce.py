@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_runtime, runtime_options
+from difftap.commands.options import runtime_options, take_runtime
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def reproduce(
     if model is not None and size is not None:
         raise InputError("--size is the stand-in's; the poster's rows have their own")
     rows = stand_in_rows(size) if model is None else poster_rows(model)
-    runtime = build_runtime(**options)
+    runtime = take_runtime(options)
     folder = make_folder(output)
     sets = [
         load_pairs(Selection(name, root, {}, allow_missing, limit, per_class), folder / name / "targets")

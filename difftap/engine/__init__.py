@@ -4,7 +4,7 @@ from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
 from difftap.engine.extractor import BranchEngine, Extractor, Features, latent_scales, members_per_run
 from difftap.engine.latents import Latents
-from difftap.engine.registry import BACKENDS, choose_device, get_backend
+from difftap.engine.registry import BACKENDS, check_precision, choose_device, get_backend
 
 __all__ = [
     "BACKENDS",
@@ -18,6 +18,7 @@ __all__ = [
     "Latents",
     "Profile",
     "TensorSpec",
+    "check_precision",
     "choose_device",
     "default_cache_folder",
     "get_backend",

@@ -9,7 +9,7 @@ Axis letters: B batch of images, E ensemble members, C channels, H W image pixel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,13 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Size
-from difftap.errors import BackendError, NonFiniteError
+from difftap.errors import BackendError, InputError, NonFiniteError
 from difftap.model import Model
 from difftap.taps import deepest
 
-__all__ = ["VAE_INPUTS", "Array", "Backend", "Engine", "Graph", "Profile", "TensorSpec", "unet_inputs", "vae_outputs"]
+__all__ = [
+    "PRECISIONS",
+    "VAE_INPUTS",
+    "Array",
+    "Backend",
+    "Calibration",
+    "Engine",
+    "Graph",
+    "Profile",
+    "TensorSpec",
+    "unet_inputs",
+    "vae_outputs",
+]
 
 Array = NDArray[Any]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+"""What an engine computes in; inputs and outputs are float32 in all of them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,9 @@ class Graph:
         )
 
 
+Calibration = Callable[[Graph], Iterable[Mapping[str, Array]]]
+"""Feeds of real images for a graph, one image at a time: what post-training quantisation measures ranges on."""
+
 VAE_INPUTS = (TensorSpec("image", "float32", ("B", 3, "H", "W")),)
 
 
@@ -94,7 +112,8 @@ def unet_inputs(model: Model) -> tuple[TensorSpec, ...]:
     """What a tapped UNet is fed, per image; the graph forms every member's noisy latent itself.
 
     ``latent = signal * (mean + std * posterior_noise) + sigma * noise``, where ``signal`` is the square root of the
-    schedule's cumulative alpha times the VAE's scaling factor and ``sigma`` the square root of one minus it.
+    schedule's cumulative alpha times the VAE's scaling factor and ``sigma`` the square root of one minus it. For SDXL
+    the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
     """
     posterior: tuple[int | str, ...] = ("B", model.latent_channels, "h", "w")
     members: tuple[int | str, ...] = ("B", "E", model.latent_channels, "h", "w")
@@ -106,30 +125,37 @@ def unet_inputs(model: Model) -> tuple[TensorSpec, ...]:
         TensorSpec("signal", "float32", ("B",)),
         TensorSpec("sigma", "float32", ("B",)),
         TensorSpec("timestep", "int64", ("B",)),
-        TensorSpec("prompt", "float32", ("B", "T", int(model.unet["cross_attention_dim"]))),
+        TensorSpec("prompt", "float32", ("B", "T", model.prompt_width)),
     )
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes an engine is made for.
+    """The shapes and the precision an engine is made for.
 
     Attributes:
         size: the network's input, ``(W, H)`` in pixels.
         ensemble: members per image, E.
         tokens: prompt tokens, T.
         batch: most images in one run, B.
+        precision: what the engine computes in, one of `PRECISIONS`.
     """
 
     size: Size
     ensemble: int = 1
     tokens: int = 1
     batch: int = 1
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision is '{self.precision}'; allowed: {', '.join(PRECISIONS)}")
 
     @property
     def label(self) -> str:
-        """For file names and messages: ``256x256.e4.b1``."""
-        return f"{self.size[0]}x{self.size[1]}.e{self.ensemble}.t{self.tokens}.b{self.batch}"
+        """For file names and messages: ``256x256.e4.t77.b1.fp32``."""
+        width, height = self.size
+        return f"{width}x{height}.e{self.ensemble}.t{self.tokens}.b{self.batch}.{self.precision}"
 
 
 class Engine(ABC):
@@ -222,6 +248,34 @@ class Backend(ABC):
     name: ClassVar[str]
     needs_graph: ClassVar[bool] = True
 
+    def precisions(self, device: str) -> tuple[str, ...]:
+        """What it can compute in on a device, exact first."""
+        return ("fp32",)
+
+    def builds(self, profile: Profile, device: str) -> bool:
+        """Whether such an engine is files made beforehand by `build`; else `open` needs the graph alone."""
+        return False
+
+    def build(
+        self, graph: Graph, profile: Profile, device: str, folder: Path, calibration: Calibration | None = None
+    ) -> Mapping[str, Any]:
+        """Make the engine's files in an empty folder; `difftap.engine.builds` keeps them and their manifest.
+
+        Args:
+            calibration: feeds of real images, for precisions that are calibrated.
+
+        Returns:
+            What the manifest should say beyond shapes, backend and versions: plain data.
+
+        Raises:
+            BackendError: the runtime cannot build the graph.
+        """
+        raise BackendError(f"backend '{self.name}' builds no files for {profile.label} on {device}")
+
+    def identity(self, profile: Profile, device: str) -> Mapping[str, Any]:
+        """What else a built file must have been made with to be used here (a GPU's compute capability, say)."""
+        return {}
+
     @abstractmethod
     def missing(self) -> str | None:
         """None if the backend can run here, else one line that says what is missing and how to get it."""
@@ -235,11 +289,14 @@ class Backend(ABC):
         """The runtime's version: part of every engine's identity."""
 
     @abstractmethod
-    def open(self, graph: Graph, profile: Profile, device: str, threads: int | None) -> Engine:
+    def open(
+        self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
+    ) -> Engine:
         """Make a graph ready for a profile on a device.
 
         Args:
             threads: CPU threads to use; None for the runtime's own choice.
+            built: folder of the files that `build` made, where `builds` says that there are some.
 
         Raises:
             BackendError: the runtime cannot open the graph.

@@ -39,9 +39,12 @@ def members_per_run(model: Model, size: Size, ensemble: int) -> int:
     machines.
     """
     heads = model.unet.get("num_attention_heads") or model.unet.get("attention_head_dim", 8)
-    finest = int(heads[0] if isinstance(heads, list) else heads)
-    cells = (size[0] // model.latent_stride) * (size[1] // model.latent_stride)
-    most = max(1, ATTENTION_BUDGET // (4 * finest * cells**2))
+    blocks = model.unet["down_block_types"]
+    finest = next((i for i, kind in enumerate(blocks) if "Attn" in kind), 0)  # SDXL's first block has no attention
+    count = int(heads[finest] if isinstance(heads, list) else heads)
+    stride = model.latent_stride << finest
+    cells = (size[0] // stride) * (size[1] // stride)
+    most = max(1, ATTENTION_BUDGET // (4 * count * cells**2))
     return max(d for d in range(1, ensemble + 1) if ensemble % d == 0 and d <= most)
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from difftap.engine.backend import Backend
 from difftap.errors import BackendError, InputError
 
-__all__ = ["BACKENDS", "choose_device", "get_backend"]
+__all__ = ["BACKENDS", "check_precision", "choose_device", "get_backend"]
 
 BACKENDS = {
     "ort": "difftap.engine.backends.ort:OrtBackend",
@@ -45,3 +45,16 @@ def choose_device(backend: Backend, device: str) -> str:
     if device not in present:
         raise BackendError(f"backend '{backend.name}' has no device '{device}' here; present: {', '.join(present)}")
     return device
+
+
+def check_precision(backend: Backend, device: str, precision: str) -> None:
+    """Make sure that a backend computes in a precision on a device.
+
+    Raises:
+        BackendError: it does not.
+    """
+    allowed = backend.precisions(device)
+    if precision not in allowed:
+        raise BackendError(
+            f"backend '{backend.name}' has no precision '{precision}' on {device}; allowed: {', '.join(allowed)}"
+        )

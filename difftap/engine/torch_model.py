@@ -44,11 +44,22 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
         taps: ``(name, module path)`` of each tap, in the order of the outputs.
         stop_early: end the pass once every tap is there (eager runs); a traced pass must run on, and loses its dead
             tail when it is exported.
+        pooled: width of the pooled text embedding in the prompt's last row; 0 where there is none.
+        latent_stride: image pixels per latent cell.
     """
 
-    def __init__(self, unet: nn.Module, taps: Sequence[tuple[str, str]], stop_early: bool) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        taps: Sequence[tuple[str, str]],
+        stop_early: bool,
+        pooled: int = 0,
+        latent_stride: int = 8,
+    ) -> None:
         super().__init__()
         self.unet = unet
+        self.pooled = pooled
+        self.latent_stride = latent_stride
         self.taps = tuple(taps)
         self.stop_early = stop_early
 
@@ -88,7 +99,8 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
 
             handles.append(self.unet.get_submodule(path).register_forward_hook(catch))
         try:
-            self.unet(latent, timestep, encoder_hidden_states=prompt, return_dict=False)
+            prompt, added = self._conditions(latent, prompt)
+            self.unet(latent, timestep, encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False)
         except _Stop:
             pass
         finally:
@@ -103,6 +115,18 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
                     "(B, C, h, w), such as a block, a residual or an attention layer"
                 )
         return [caught[path] for _, path in self.taps]
+
+    def _conditions(self, latent: Tensor, prompt: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Take SDXL's pooled embedding out of the prompt, and add its sizes: the image whole and uncropped.
+
+        The six numbers are original height and width, the crop's top and left, and target height and width.
+        """
+        if not self.pooled:
+            return prompt, None
+        height, width = (side * self.latent_stride for side in latent.shape[-2:])
+        ones = torch.ones_like(prompt[:, -1, :1])  # (N, 1): sides may be symbolic while tracing
+        sizes = torch.cat([ones * height, ones * width, ones * 0, ones * 0, ones * height, ones * width], dim=1)
+        return prompt[:, :-1], {"text_embeds": prompt[:, -1, : self.pooled], "time_ids": sizes}
 
 
 def _load(model: Model, component: str) -> nn.Module:
@@ -145,4 +169,5 @@ def build(model: Model, component: str, tap_names: Sequence[str] = (), *, stop_e
             raise ModelError(
                 f"the UNet in '{model.folder}' has no module '{tap.module}' for tap '{tap.name}'"
             ) from error
-    return TappedUNet(network, [(tap.name, tap.module) for tap in taps], stop_early).eval()
+    named = [(tap.name, tap.module) for tap in taps]
+    return TappedUNet(network, named, stop_early, model.pooled_width, model.latent_stride).eval()

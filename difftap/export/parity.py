@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,14 +96,16 @@ def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, ND
     return feeds
 
 
-def measure(graph: Graph, profile: Profile, backend: str, device: str, threads: int | None) -> dict[str, TensorParity]:
+def measure(
+    graph: Graph, profile: Profile, backend: str, device: str, threads: int | None, built: Path | None = None
+) -> dict[str, TensorParity]:
     """Run a graph on a backend and on the torch reference (CPU), on the same seeded feeds: the parity of every output.
 
     One after the other, so that only one of them is in memory.
     """
     feeds = example_feeds(graph, profile)
-    with get_backend("torch").open(graph, profile, "cpu", threads) as reference:
+    with get_backend("torch").open(graph, replace(profile, precision="fp32"), "cpu", threads) as reference:
         wanted = reference.run(feeds)
-    with get_backend(backend).open(graph, profile, device, threads) as engine:
+    with get_backend(backend).open(graph, profile, device, threads, built) as engine:
         got = engine.run(feeds)
     return {name: TensorParity.of(got[name], wanted[name]) for name in wanted}

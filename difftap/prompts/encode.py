@@ -1,8 +1,10 @@
 """From a prompt's text to the embedding ``(T, D)`` that a UNet's cross-attention reads.
 
 Three kinds of model: the embedded one has a table of words; Stable Diffusion has a CLIP text encoder (torch and
-transformers, run once per prompt and remembered in the cache); a model built with random weights has no text encoder at
-all, so its prompts are seeded noise of a CLIP embedding's size. Axis letters: T tokens, D width.
+transformers, run once per prompt and remembered in the cache); a model built with random weights has no text encoder
+at all, so its prompts are seeded noise of a CLIP embedding's size. SDXL has two text encoders: the embedding is theirs
+side by side, and one row more, which holds the second one's pooled embedding filled up with zeros. Axis letters: T
+tokens (for SDXL one more than its sentence has), D width.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +37,13 @@ def encode_prompt(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32
         ModelError: the model holds nothing that encodes prompts.
         MissingExtraError: the model's text encoder needs packages that are not installed.
     """
-    width = int(model.unet["cross_attention_dim"])
+    width = model.prompt_width
     if (model.folder / "prompt_table").is_dir():
         embedding = _from_table(model.folder / "prompt_table", prompt)
     elif (model.folder / "text_encoder").is_dir():
         embedding = _remembered(model, prompt, cache)
     else:
-        embedding = _random(model, prompt, width)
+        embedding = _random(model, prompt)
     if embedding.ndim != 2 or embedding.shape[1] != width:
         raise ModelError(
             f"the prompt embedding of model '{model.name}' has shape {embedding.shape}; its UNet reads width {width}; "
@@ -75,7 +78,7 @@ def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
     return np.asarray(table[rows + [1] * (length - len(rows))], np.float32)
 
 
-def _random(model: Model, prompt: str, width: int) -> NDArray[np.float32]:
+def _random(model: Model, prompt: str) -> NDArray[np.float32]:
     """Seeded noise with a layer norm's unit variance, for models built with random weights."""
     try:
         seed = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))[RANDOM_MARK]
@@ -86,21 +89,32 @@ def _random(model: Model, prompt: str, width: int) -> NDArray[np.float32]:
         ) from error
     key = hashlib.sha256(f"difftap-prompt-1:{seed}:{prompt}".encode()).digest()[:16]
     stream = np.random.Generator(np.random.Philox(key=np.frombuffer(key, "<u8")))
-    return stream.standard_normal((_RANDOM_TOKENS, width), np.float32)
+    embedding = stream.standard_normal((_RANDOM_TOKENS, model.prompt_width), np.float32)
+    return _add_pooled(embedding, stream.standard_normal(model.pooled_width, np.float32))
+
+
+def _add_pooled(embedding: NDArray[np.float32], pooled: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Append SDXL's pooled embedding as one more row; nothing for other models, whose pooled width is 0."""
+    if not len(pooled):
+        return embedding
+    row = np.zeros((1, embedding.shape[1]), np.float32)
+    row[0, : len(pooled)] = pooled
+    return np.concatenate([embedding, row])
 
 
 def _remembered(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
     """CLIP's embedding, from the cache if this text encoder has seen this prompt."""
-    files = sorted((model.folder / "text_encoder").glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"'{model.folder / 'text_encoder'}' holds no safetensors weights (pickled ones are refused); "
-            "get the checkpoint again"
-        )
-    # The tokenizer and the encoder's configuration decide the embedding as much as the weights do.
-    files += sorted(
-        p for part in ("text_encoder", "tokenizer") for p in (model.folder / part).glob("*.[jt]*") if p.is_file()
-    )
+    files = []
+    for encoder in ("text_encoder", "text_encoder_2") if model.pooled_width else ("text_encoder",):
+        weights = sorted((model.folder / encoder).glob("*.safetensors"))
+        if not weights:
+            raise ModelError(
+                f"'{model.folder / encoder}' holds no safetensors weights (pickled ones are refused); "
+                "get the checkpoint again"
+            )
+        # The tokenizer and the encoder's configuration decide the embedding as much as the weights do.
+        parts = (encoder, encoder.replace("text_encoder", "tokenizer"))
+        files += weights + sorted(p for part in parts for p in (model.folder / part).glob("*.[jt]*") if p.is_file())
     made_from = {"files": [cache.memo.digest(path) for path in files], "prompt": prompt}
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     path = cache.folder / "prompts" / f"{key}.npy"
@@ -124,22 +138,42 @@ def _remembered(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
 
 
 def _clip(model: Model, prompt: str) -> NDArray[np.float32]:
-    """Run the checkpoint's CLIP text encoder: the last hidden state of the padded sentence, as the pipelines use it."""
+    """Run the checkpoint's text encoders on the padded sentence, as diffusers' pipelines use them.
+
+    Stable Diffusion reads CLIP's last hidden state; SDXL the last but one of each of its two encoders.
+    """
     torch = require("torch", "export", f"encoding a prompt for model '{model.name}'")
     transformers = require("transformers", "export", f"encoding a prompt for model '{model.name}'")
-    from safetensors import SafetensorError
+    with torch.inference_mode():
+        first = _encode(model, prompt, "", transformers.CLIPTextModel)
+        if not model.pooled_width:
+            return _plain(first[0])
+        second = _encode(model, prompt, "_2", transformers.CLIPTextModelWithProjection)
+        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return _add_pooled(_plain(hidden), _plain(second.text_embeds))
 
+
+def _plain(value: Any) -> NDArray[np.float32]:
+    """The one sentence's part of a torch tensor."""
+    plain: NDArray[np.float32] = value[0].float().numpy()
+    return plain
+
+
+def _encode(model: Model, prompt: str, suffix: str, kind: Any) -> Any:
+    """Tokenise a prompt and run one text encoder: transformers' output with all hidden states."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import CLIPTokenizer
+
+    folder = model.folder
     try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(model.folder / "tokenizer"), local_files_only=True)
-        encoder = transformers.CLIPTextModel.from_pretrained(
-            str(model.folder / "text_encoder"), local_files_only=True, use_safetensors=True, dtype=torch.float32
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder / f"tokenizer{suffix}"), local_files_only=True)
+        encoder = kind.from_pretrained(
+            str(folder / f"text_encoder{suffix}"), local_files_only=True, use_safetensors=True, dtype=torch.float32
         ).eval()
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the text encoder of '{model.folder}' cannot be loaded ({first_line(error)})") from error
+        raise ModelError(f"the text encoder of '{folder}' cannot be loaded ({first_line(error)})") from error
     tokens = tokenizer(
         prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )
-    with torch.inference_mode():
-        hidden = encoder(tokens.input_ids)[0][0]
-    embedding: NDArray[np.float32] = hidden.float().numpy()
-    return embedding
+    return encoder(tokens.input_ids, output_hidden_states=True)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
-from difftap.errors import OutputError, RecipeError, require
+from difftap.errors import ModelError, OutputError, RecipeError, require
 from difftap.images import Image
 from difftap.manifest import output_errors
 from difftap.maps import View
@@ -100,6 +100,8 @@ def tune(
     crew = open_crew(device)
     device = crew.device or (("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     check_fits(recipe, model)
+    if model.pooled_width:
+        raise ModelError(f"model '{model.name}' reads two text encoders (SDXL); allowed for learning: one, or none")
     recipe = dataclasses.replace(recipe, learned=None)
     timesteps = _timesteps(recipe, settings, model)
     count = threads or available_cores()

@@ -1,6 +1,7 @@
 """From a model's name to a folder: presets, folders, hub ids, random weights."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,8 +11,8 @@ import difftap.export.checkpoints as checkpoints
 from difftap.engine import Cache
 from difftap.errors import MissingExtraError, ModelError
 from difftap.export import open_model
-from difftap.model import pocket_folder
-from tests.tiny import MINI_UNET, MINI_VAE, TINY_SCHEDULE
+from difftap.model import Model, pocket_folder
+from tests.tiny import MINI_UNET, MINI_VAE, TINY_SCHEDULE, write_tiny
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_unknown_names_list_what_is_allowed(cache, hub, name):
 
 
 def test_options_that_do_not_fit_the_model(cache, mini):
-    with pytest.raises(ModelError, match="--random-weights builds sd15 or sd21; got model 'pocket'"):
+    with pytest.raises(ModelError, match="--random-weights builds sd15, sd21 or sdxl; got model 'pocket'"):
         open_model("pocket", cache, random_weights=0)
     with pytest.raises(ModelError, match="--revision goes with a hub id"):
         open_model("pocket", cache, revision="main")
@@ -149,3 +150,32 @@ def test_the_published_configurations_are_what_diffusers_reads():
         known = set(diffusers.UNet2DConditionModel.__init__.__wrapped__.__code__.co_varnames)
         assert not {key for key in config["unet"] if not key.startswith("_")} - known
         assert diffusers.DDIMScheduler.from_config(config["scheduler"]).config.num_train_timesteps == 1000
+
+
+def test_another_unets_weights_in_a_base_model(cache, mini, tmp_path):
+    """As CleanDIFT publishes its own: one safetensors file with diffusers' names."""
+    other = write_tiny(tmp_path / "other", 7, unet=MINI_UNET, vae=MINI_VAE)
+    file = tmp_path / "clean_unet.safetensors"
+    shutil.copy(other / "unet" / "diffusion_pytorch_model.safetensors", file)
+    model = open_model(f"{mini}+{file}", cache)
+    base = Model.load(mini)
+    assert model.weights_hash("vae", cache.memo) == base.weights_hash("vae", cache.memo)
+    assert model.weights_hash("unet", cache.memo) == Model.load(other).weights_hash("unet", cache.memo)
+    assert open_model(f"{mini}+{file}", cache).folder == model.folder
+    assert not list(cache.folder.rglob("*.part"))
+
+
+def test_a_base_model_may_be_built_with_random_weights(cache, tiny_presets, mini):
+    file = mini / "unet" / "diffusion_pytorch_model.safetensors"
+    model = open_model(f"sd21+{file}", cache, random_weights=1)
+    assert model.weights_hash("unet", cache.memo) == Model.load(mini).weights_hash("unet", cache.memo)
+
+
+def test_weights_that_do_not_fit_the_base_are_refused(cache, mini, tmp_path):
+    with pytest.raises(ModelError, match="no UNet weights at"):
+        open_model(f"{mini}+{tmp_path / 'none.safetensors'}", cache)
+    (tmp_path / "damaged.safetensors").write_bytes(b"abc")
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        open_model(f"{mini}+{tmp_path / 'damaged.safetensors'}", cache)
+    with pytest.raises(ModelError, match=r"does not fit the UNet of .*: \d+ tensors differ, such as"):
+        open_model(f"{mini}+{mini / 'vae' / 'diffusion_pytorch_model.safetensors'}", cache)

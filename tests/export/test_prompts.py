@@ -96,33 +96,42 @@ def test_random_checkpoints_have_seeded_prompts(mini, cache, tmp_path):
         encode_prompt(Model.load(tmp_path / "other"), "a cat", cache)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A checkpoint with a tiny CLIP text encoder, and a tokenizer that knows single letters."""
+def write_clip(folder, width, suffix="", projection=None):
+    """Give a checkpoint a tiny CLIP text encoder, and a tokenizer that knows single letters."""
     transformers = pytest.importorskip("transformers")
-    folder = write_tiny(tmp_path_factory.mktemp("clip"), unet={**MINI_UNET, "cross_attention_dim": 8}, vae=MINI_VAE)
     letters = [chr(i) for i in range(97, 123)]
     vocabulary = {
         token: i
         for i, token in enumerate([*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"])
     }
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = folder / f"tokenizer{suffix}"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text(json.dumps(vocabulary))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
     }
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(
+    (tokenizer / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
     )
     config = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"],
+        projection_dim=projection or 512,
     )  # fmt: skip
-    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    kind(config).save_pretrained(folder / f"text_encoder{suffix}")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A checkpoint with a text encoder."""
+    pytest.importorskip("transformers")
+    folder = write_tiny(tmp_path_factory.mktemp("clip"), unet={**MINI_UNET, "cross_attention_dim": 8}, vae=MINI_VAE)
+    write_clip(folder, width=8)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ class OrtBackend(Backend):
 
         return str(onnxruntime.__version__)
 
-    def open(self, graph: Graph, profile: Profile, device: str, threads: int | None) -> Engine:
+    def open(
+        self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
+    ) -> Engine:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

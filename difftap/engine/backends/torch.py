@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,9 @@ class TorchBackend(Backend):
 
         return str(torch.__version__)
 
-    def open(self, graph: Graph, profile: Profile, device: str, threads: int | None) -> Engine:
+    def open(
+        self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
+    ) -> Engine:
         from difftap.engine.torch_model import build
 
         module = build(graph.model, graph.component, graph.taps, stop_early=True)

@@ -1,0 +1,128 @@
+"""Engines that are files: built once beside the graphs, trusted by their manifest, shared by every later run.
+
+A backend whose `builds` says so writes into an empty folder; the folder gets its name only when it is whole, and its
+manifest is written after that. So a build that is killed half-way leaves nothing that looks like an engine, and of two
+processes that want the same engine one builds and the other waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from difftap.engine.backend import Backend, Calibration, Graph, Profile
+from difftap.engine.cache import Cache, file_stem
+from difftap.errors import ArtefactError
+from difftap.manifest import FileRecord, Manifest, output_errors
+
+__all__ = ["engine_identity", "engine_manifest_path", "ensure_built", "save_engine_manifest"]
+
+_LOG = logging.getLogger("difftap")
+
+
+def engine_identity(cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str) -> dict[str, Any]:
+    """What an engine's manifest must say for the engine to be the one meant, on this machine."""
+    return {
+        **cache.graph_identity(graph),
+        "backend": backend.name,
+        "backend_version": backend.version(),
+        "device": device,
+        "precision": profile.precision,
+        "size": list(profile.size),
+        "ensemble": profile.ensemble,
+        "tokens": profile.tokens,
+        "batch": profile.batch,
+        "machine": platform.machine(),
+        **backend.identity(profile, device),
+    }
+
+
+def engine_manifest_path(cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str) -> Path:
+    """Where an engine's manifest lies; its files, if it has any, are in the folder of the same stem."""
+    stem = f"{file_stem(graph.name)}.{backend.name}-{device}.{profile.label}"
+    return cache.model_folder(graph.model) / f"{stem}.engine.json"
+
+
+def built_folder(manifest: Path) -> Path:
+    """The folder of an engine's own files."""
+    return manifest.with_name(manifest.name.removesuffix(".engine.json"))
+
+
+def ensure_built(
+    cache: Cache,
+    graph: Graph,
+    backend: Backend,
+    profile: Profile,
+    device: str,
+    calibration: Calibration | None = None,
+) -> Path | None:
+    """The folder of an engine's files, built if it is not there or not to be trusted; None if the engine has none.
+
+    Raises:
+        BackendError: the runtime cannot build it.
+        OutputError: the cache cannot be written.
+    """
+    if not backend.builds(profile, device):
+        return None
+    path = engine_manifest_path(cache, graph, backend, profile, device)
+    folder = built_folder(path)
+    identity = engine_identity(cache, graph, backend, profile, device)
+    with cache.lock(path.parent, path.name):
+        if path.is_file():
+            try:
+                Manifest.load(path).check(Path("/"), identity, cache.memo.digest)
+                return folder
+            except ArtefactError as error:
+                _LOG.warning("%s; building it again", error)
+        _LOG.info("building %s on %s for %s", graph.name, backend.name, profile.label)
+        with output_errors(folder):
+            path.unlink(missing_ok=True)
+            _remove(folder)
+            for stale in folder.parent.glob(f".{folder.name}.*.part"):  # of a build that was killed; we hold the lock
+                shutil.rmtree(stale)
+            scratch = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+            scratch.mkdir(parents=True)
+        try:
+            details = backend.build(graph, profile, device, scratch, calibration)
+            with output_errors(folder):
+                os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        save_engine_manifest(cache, graph, backend, profile, device, {"build": dict(details)})
+    return folder
+
+
+def save_engine_manifest(
+    cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str, report: Mapping[str, Any]
+) -> tuple[Path, Manifest]:
+    """Write an engine's manifest: what it was made for, the hashes of all its files, and what was measured."""
+    path = engine_manifest_path(cache, graph, backend, profile, device)
+    identity = engine_identity(cache, graph, backend, profile, device)
+    files: list[Path] = []
+    if graph.path is not None:
+        weights = [graph.path.parent / graph.component / p.name for p in graph.model.weight_files(graph.component)]
+        files += [graph.path, *weights]
+    folder = built_folder(path)
+    if folder.is_dir():
+        files += sorted(p for p in folder.rglob("*") if p.is_file())
+    records = {str(file): FileRecord(file.stat().st_size, cache.memo.digest(file)) for file in files}
+    with contextlib.suppress(ArtefactError):  # what was measured before stays, unless it is measured again
+        earlier = Manifest.load(path)
+        report = {**earlier.report, **report} if earlier.made_from == identity else report
+    manifest = Manifest("engine", identity, records, report)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    manifest.save(path)
+    return path, manifest
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
