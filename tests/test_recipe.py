@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from difftap.cli import cli
 from difftap.errors import RecipeError
-from difftap.recipe import FITS, INTERPOLATIONS, MATCHERS, Branch, Matcher, Recipe, load_recipe, presets
+from difftap.recipe import FITS, INTERPOLATIONS, MATCHERS, Branch, Learned, Matcher, Recipe, load_recipe, presets
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 branches = st.builds(
