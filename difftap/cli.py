@@ -26,6 +26,7 @@ _COMMANDS = {
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
     "prompts": ("difftap.commands.prompts:prompts", "List learned prompts, and show where one comes from."),
+    "prototypes": ("difftap.commands.prototypes:prototypes", "Build object prototypes, and look at them."),
     "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),
     "taps": ("difftap.commands.taps:taps", "List a model's taps."),
     "tune": ("difftap.commands.tune:tune", "Learn prompts for matching."),

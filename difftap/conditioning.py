@@ -48,7 +48,7 @@ class Opening:
     unet: Callable[[tuple[str, ...], Profile], Engine]
     small: Callable[[Graph], Engine]
     vae: Engine
-    latents: Latents
+    latents: Latents | None
 
 
 def checked(recipe: Recipe, model: Model, cache: Cache) -> LearnedPrompts | None:
@@ -120,7 +120,9 @@ def _tokens(
     empty = encode_prompt(model, "", cache)
     branch = Branch((source.tap,), source.timestep)
     unet = opening.unet(branch.taps, Profile(recipe.size, 1, len(empty)))
-    plain = dataclasses.replace(recipe, branches=(branch,), ensemble=1, learned=None, combine="concat")
+    # Of pairs of opposite sign, the first member is that of independent draws.
+    noise = "none" if recipe.noise == "none" else "independent"
+    plain = dataclasses.replace(recipe, branches=(branch,), ensemble=1, learned=None, combine="concat", noise=noise)
     own = Extractor(model, plain, opening.vae, [BranchEngine(branch, unet, empty)], latents=opening.latents)
 
     def tokens(image: Image) -> NDArray[np.float32]:

@@ -19,14 +19,13 @@ from difftap.engine import (
     choose_device,
     default_cache_folder,
     get_backend,
-    members_per_run,
 )
 from difftap.engine.builds import ensure_built, save_engine_manifest
 from difftap.errors import ArtefactError, BackendError
 from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity, example_feeds, measure
 from difftap.manifest import Manifest, output_errors
-from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
+from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph, run_members
 from difftap.prompts import PromptBook
 from difftap.recipe import Recipe
 
@@ -44,6 +43,11 @@ class Artefact:
     def size(self) -> int:
         """Bytes of the files it uses; weights may be shared with other engines."""
         return sum(record.size for record in self.manifest.files.values())
+
+    @property
+    def not_run(self) -> str | None:
+        """Why an engine was built but not run where it was built; None if it was."""
+        return self.manifest.report.get("not_run")
 
 
 def build_engines(
@@ -64,14 +68,19 @@ def build_engines(
     wanted: dict[tuple[str, tuple[str, ...], Profile], None] = {
         ("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision)): None
     }
-    members = members_per_run(model, recipe.size, recipe.ensemble)
+    members = run_members(backend, device, model, recipe)
     book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
-    for branch, prompt in zip(recipe.branches, book.any(), strict=True):
-        tokens = len(prompt)
-        wanted[("unet", branch.taps, Profile(recipe.size, members, tokens, runtime.batch))] = None
+    for branch, embedding in zip(recipe.branches, book.any(), strict=True):
+        profile = Profile(recipe.size, members, len(embedding), runtime.batch, runtime.precision)
+        wanted[("unet", branch.taps, profile)] = None
     for component, taps, profile in wanted:
-        graph = prepare_graph(cache, backend, model, component, taps)
+        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
         built = ensure_built(cache, graph, backend, profile, device)
+        hindrance = backend.cannot_run(device)
+        if hindrance:
+            path, manifest = save_engine_manifest(cache, graph, backend, profile, device, {"not_run": hindrance})
+            yield Artefact(path, manifest), None
+            continue
         # What is built is measured as it is; elsewhere the fidelity of one member is that of many, in less memory.
         small = profile if built else replace(profile, ensemble=1, batch=1)
         parity = None
@@ -96,17 +105,19 @@ def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:
     return records
 
 
-def verify_artefact(artefact: Artefact) -> None:
+def verify_artefact(artefact: Artefact) -> str | None:
     """Read an artefact's files again in full and compare them with its manifest, and its runtime with the one here.
+
+    Returns:
+        Why an engine could not be opened here as well; None if nothing stands against it.
 
     Raises:
         ArtefactError: a file is missing or changed, or an engine was made with another version of its runtime.
         InputError, BackendError: an engine's backend does not exist, or cannot run here.
     """
-    # A graph's files lie beside its manifest; an engine may use files that were shipped with a checkpoint.
-    artefact.manifest.check(artefact.path.parent if artefact.manifest.kind == "graph" else Path("/"), {})
-    if artefact.manifest.kind == "graph":
-        return
+    artefact.manifest.check(artefact.path.parent, {})
+    if artefact.manifest.kind in ("graph", "weights"):
+        return None
     made_from = artefact.manifest.made_from
     backend = get_backend(str(made_from.get("backend")))
     lacking = backend.missing()
@@ -117,6 +128,7 @@ def verify_artefact(artefact: Artefact) -> None:
             f"engine '{artefact.path.name}' was made with {backend.name} {made_from.get('backend_version')}, "
             f"installed is {backend.version()}; build it again"
         )
+    return backend.cannot_run(str(made_from.get("device")))
 
 
 def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:

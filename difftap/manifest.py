@@ -108,7 +108,7 @@ class Manifest:
     """What an artefact is, what it was made from, and what its files must look like.
 
     Attributes:
-        kind: ``graph``, ``engine`` or ``prompt``.
+        kind: ``graph``, ``weights``, ``engine`` or ``prompt``.
         made_from: every condition that decides the artefact's bytes or numbers.
         files: path relative to the manifest's folder -> record.
         report: what was measured when it was made (fidelity), for people; not part of its identity.

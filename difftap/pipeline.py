@@ -35,7 +35,7 @@ from difftap.engine import (
     members_per_run,
 )
 from difftap.engine.builds import ensure_built
-from difftap.errors import RecipeError
+from difftap.errors import BackendError, RecipeError
 from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.matching import combine
@@ -43,7 +43,7 @@ from difftap.model import Model
 from difftap.prompts import Prompt, PromptBook, Subject, wants_category
 from difftap.recipe import Recipe
 
-__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph"]
+__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph", "run_members"]
 
 _LOG = logging.getLogger("difftap")
 
@@ -130,6 +130,9 @@ class Pipeline:
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
         check_precision(backend, device, runtime.precision)
+        hindrance = backend.cannot_run(device)
+        if hindrance:
+            raise BackendError(hindrance)
         threads = runtime.threads or available_cores()
         model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
         check_fits(recipe, model)
@@ -139,7 +142,7 @@ class Pipeline:
             def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
                 key = (component, taps, profile)
                 if key not in opened:
-                    graph = prepare_graph(cache, backend, model, component, taps)
+                    graph = prepare_graph(cache, backend, model, component, taps, profile, device)
                     built = ensure_built(cache, graph, backend, profile, device)
                     opened[key] = backend.open(graph, profile, device, threads, built)
                     _LOG.debug("opened %s on %s (%s) for %s", graph.name, backend.name, device, profile.label)
@@ -147,7 +150,7 @@ class Pipeline:
 
             vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision))
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
-            latents = Latents(recipe, vae, LATENTS_KEPT if recipe.learned is not None else 0)
+            latents = Latents(recipe, vae, LATENTS_KEPT) if recipe.learned is not None else None
 
             def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
                 return engine("unet", taps, dataclasses.replace(profile, precision=runtime.precision))
@@ -160,7 +163,7 @@ class Pipeline:
             opening = Opening(unet, small, vae, latents)
             book = open_book(model, recipe, cache, opening)
             branches = []
-            members = members_per_run(model, recipe.size, recipe.ensemble)
+            members = run_members(backend, device, model, recipe)
             for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)
                 profile = Profile(recipe.size, members, len(tokens), runtime.batch, runtime.precision)
                 branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), tokens))
@@ -173,6 +176,11 @@ class Pipeline:
                 one.close()
             raise
         return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, book)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that are open, the VAE's first."""
+        return tuple(self._engines)
 
     def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
         """Stream every branch's and tap's map of each image, in order.
@@ -288,6 +296,13 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def run_members(backend: Backend, device: str, model: Model, recipe: Recipe) -> int:
+    """How many ensemble members one UNet run of a backend takes."""
+    if backend.fused_attention(device):
+        return recipe.ensemble
+    return members_per_run(model, recipe.size, recipe.ensemble)
+
+
 def check_fits(recipe: Recipe, model: Model) -> None:
     """Make sure, before anything slow starts, that a model can do what a recipe asks.
 
@@ -306,13 +321,25 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             model.tap(name)
 
 
-def prepare_graph(cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph:
-    """The graph a backend opens: exported and trusted, or just named for a backend that runs the checkpoint itself."""
+def prepare_graph(
+    cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...], profile: Profile, device: str
+) -> Graph:
+    """The graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
+
+    For a backend that runs the checkpoint itself it is just named.
+    """
     if not backend.needs_graph:
         return Graph(model, component, taps)
     from difftap.export.graphs import ensure_graph
 
-    return ensure_graph(cache, model, component, taps)
+    graph = ensure_graph(cache, model, component, taps)
+    wanted = backend.graph_precision(profile, device)
+    if wanted == "fp32":
+        return graph
+    from difftap.export.variants import ensure_variant
+
+    kind, _, attention = wanted.partition("-")
+    return ensure_variant(cache, graph, kind, attention or "softmax")
 
 
 def describe(

@@ -53,7 +53,7 @@ MATCHERS = ("dense", "nn", "bilinear", "softargmax", "kernel-softargmax", "windo
 INTERPOLATIONS = ("bilinear", "bicubic")
 COMBINES = ("concat", "score-sum", "score-product")
 FITS = ("stretch", "letterbox")
-NOISES = ("independent", "none")
+NOISES = ("independent", "antithetic", "none")
 KINDS = ("single", "class", "cpm")
 MODES = ("pair", "class", "image")
 MAX_SIDE = 4096
@@ -153,8 +153,9 @@ class Recipe:
         size: the network's input, ``(W, H)`` in pixels.
         fit: ``stretch`` (aspect not kept, as DIFT does) or ``letterbox``.
         ensemble: noise samples averaged per image, E.
-        noise: ``independent`` draws of posterior and diffusion noise for each member, or ``none`` for a clean latent
-            (CleanDIFT), where ``ensemble`` must be 1.
+        noise: ``independent`` draws of posterior and diffusion noise for each member (as published); ``antithetic``
+            pairs of members with the same noise and opposite sign, where ``ensemble`` must be even; or ``none`` for a
+            clean latent (CleanDIFT), where ``ensemble`` must be 1.
         seed: of the noise.
         upsample: interpolation that brings maps to a common grid.
         combine: ``concat`` joins the branches' maps into one; ``score-sum`` gives the same without storing the joined
@@ -194,6 +195,12 @@ class Recipe:
             "ensemble",
             self.ensemble,
             "1 when noise is 'none', since all members would be equal",
+        )
+        _check(
+            self.noise != "antithetic" or self.ensemble % 2 == 0,
+            "ensemble",
+            self.ensemble,
+            "an even number when noise is 'antithetic', since members come in pairs",
         )
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _check(self.combine in COMBINES, "combine", self.combine, ", ".join(COMBINES))

@@ -10,11 +10,12 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
-COMPOSED = {"conditioning", "pipeline", "engines", "pairs", "maps", "journal", "draw", "results"}
-ROOMS = {"export", "engine", "matching", "bench", "prompts", "tuning", "commands", "cli", *COMPOSED}
+COMPOSED = {"conditioning", "pipeline", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes"}
+ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", "tuning", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
     "matching": ROOMS - {"matching"},
+    "distances": ROOMS - {"distances"},
     "prompts": {"bench", "commands", "cli", "export", "matching", "tuning", *COMPOSED},
     "export": {"bench", "commands", "cli", "matching", "prompts", "tuning", *COMPOSED},
     **{part: {"bench", "commands", "cli", "tuning"} for part in sorted(COMPOSED)},
@@ -77,10 +78,14 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "onnxscript",
         "onnx_ir",
         "openvino",
+        "nncf",
         "tensorrt",
         "faiss",
         "huggingface_hub",
         "onnxruntime",
+        "pyarrow",
+        "pycocotools",
+        "matplotlib",
     }
     allowed = {
         "engine/torch_model.py",

@@ -16,13 +16,14 @@ import pytest
 from PIL import Image as PIL
 
 from difftap.coords import Geometry
+from difftap.engine import Features
 from difftap.errors import BackendError, NonFiniteError, OutputError, PairsError
 from difftap.features import FeatureMap
 from difftap.images import load_image
-from difftap.matching import match_points
+from difftap.matching import Joining
 from difftap.pairs import Pair, load_pairs, run_pairs
 from difftap.points import check_inside, grid_points
-from difftap.recipe import Matcher
+from difftap.recipe import Branch, Recipe
 from difftap.results import Threshold
 from tests.conftest import picture
 
@@ -32,12 +33,14 @@ IMAGES = 5
 class FakePipeline:
     """Pixels as features; counts what it is asked for."""
 
+    recipe = Recipe((Branch(("up1",), 1),), size=(48, 40), ensemble=1)
+
     def __init__(self, seed=0):
         self.conditions = {"difftap": "test", "seed": seed}
         self.seen = Counter()
         self.batches = []
 
-    def extract(self, images):
+    def features(self, images):
         images = list(images)
         self.batches.append(len(images))
         for image in images:
@@ -47,14 +50,18 @@ class FakePipeline:
             if image.path.endswith("dead-machine.png"):
                 raise BackendError("out of memory")
             data = np.asarray(PIL.fromarray(image.pixels).resize((6, 5)), np.float32).transpose(2, 0, 1)
-            yield FeatureMap(np.ascontiguousarray(data), Geometry.stretch(image.size, (48, 40)))
+            features = FeatureMap(np.ascontiguousarray(data), Geometry.stretch(image.size, (48, 40)))
+            yield Features(image.digest, ({"up1": features},))
 
 
 def find(source, target, given):
     points = (
         check_inside(given, source.image_size, "the source image") if len(given) else grid_points(source.image_size, 2)
     )
-    return match_points(source, target, points, Matcher())
+    return source.match(target, points)
+
+
+JOINING = Joining.of(FakePipeline.recipe)
 
 
 @pytest.fixture
@@ -69,7 +76,7 @@ def every_pair(folder):
 
 
 def run(folder, pairs, name="out.jsonl", pipeline=None, **options):
-    options = {"settings": {"grid": 2}, "threshold": Threshold(), **options}
+    options = {"joining": JOINING, "settings": {"grid": 2}, "threshold": Threshold(), **options}
     return run_pairs(pipeline or FakePipeline(), pairs, folder / name, find, **options)
 
 
@@ -351,7 +358,7 @@ def test_a_finished_list_still_counts_its_failures(folder):
 def test_the_current_folder_is_no_output(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(OutputError, match="a folder stands there"):
-        run_pairs(FakePipeline(), every_pair(folder), Path(), find, settings={}, threshold=Threshold())
+        run_pairs(FakePipeline(), every_pair(folder), Path(), find, joining=JOINING, settings={}, threshold=Threshold())
 
 
 def test_a_fault_of_the_machine_ends_the_run_and_blames_no_pair(folder):

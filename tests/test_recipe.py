@@ -92,7 +92,12 @@ BRANCH_CHANGES = {"taps": ("up2",), "timestep": 21, "prompt": "a cat", "weight":
 
 
 def test_the_key_changes_with_every_field():
-    for kind, changes in ((Recipe, CHANGES), (Matcher, MATCHER_CHANGES), (Learned, LEARNED_CHANGES), (Branch, BRANCH_CHANGES)):
+    for kind, changes in (
+        (Recipe, CHANGES),
+        (Matcher, MATCHER_CHANGES),
+        (Learned, LEARNED_CHANGES),
+        (Branch, BRANCH_CHANGES),
+    ):
         assert set(changes) == {field.name for field in dataclasses.fields(kind)}, "a new field needs a line here"
     base = dataclasses.replace(PLAIN, ensemble=1)
     changed = [dataclasses.replace(base, **{name: value}) for name, value in CHANGES.items()]

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import click
 
+from difftap.commands.gpucheck import gpu_check
 from difftap.commands.pck import compare, dense_speed, pck, table
 from difftap.commands.reproduce import reproduce
+from difftap.commands.semantics import semantics
+from difftap.commands.throughput import throughput
 
 
 @click.group()
@@ -16,7 +19,7 @@ def bench() -> None:
     """Measure speed, memory and quality."""
 
 
-for _command in (pck, compare, table, dense_speed, reproduce):
+for _command in (pck, compare, table, dense_speed, reproduce, throughput, semantics, gpu_check):
     bench.add_command(_command)
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from difftap.errors import InputError
+
 if TYPE_CHECKING:
-    from difftap.bench.datasets.check import Part
+    from difftap.bench.datasets.check import Part, Report
+    from difftap.bench.datasets.layout import Problem
+    from difftap.bench.objects.check import ObjectPart, ObjectReport
 
 
 @click.group()
@@ -27,14 +32,21 @@ def data() -> None:
 def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) -> None:
     """Say what the data set NAME in the folder ROOT holds, and what in it is broken.
 
-    NAME is spair, pf-pascal, pf-willow or synthetic (any folder of images).
+    NAME is spair, pf-pascal, pf-willow or synthetic (any folder of images), for pairs of points; voc, coco, davis or
+    folder (pictures and mask PNGs), for objects, whose images and masks are always decoded.
 
     \b
     difftap data check spair SPair-71k
+    difftap data check voc VOCdevkit
     """
+    from difftap.bench import datasets, objects
     from difftap.bench.datasets.check import check as check_dataset
+    from difftap.bench.objects.check import check_objects
 
-    report = check_dataset(name, root, decode=decode)
+    if name not in datasets.NAMES and name not in objects.NAMES:
+        raise InputError(f"no data set '{name}'; allowed: {', '.join((*datasets.NAMES, *objects.NAMES))}")
+    report: Report | ObjectReport
+    report = check_objects(name, root) if name in objects.NAMES else check_dataset(name, root, decode=decode)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -45,8 +57,28 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
         raise click.exceptions.Exit(1)
 
 
-def _show(part: Part, most: int | None) -> None:
-    """Print one list of pairs: a line for all, one for each class, the notes, what is broken."""
+def _show(part: Part | ObjectPart, most: int | None) -> None:
+    """Print one list: a line for all, one for each class, the notes, what is broken."""
+    from difftap.bench.objects.check import ObjectPart
+
+    if isinstance(part, ObjectPart):
+        _show_objects(part)
+        _show_problems("images", part.problems, most)
+    else:
+        _show_pairs(part)
+        _show_problems("pairs", part.problems, most)
+
+
+def _show_objects(part: ObjectPart) -> None:
+    click.echo(f"{part.split}: {part.images:,} images, {part.usable:,} usable, {part.objects:,} objects")
+    width = max(map(len, part.classes), default=0)
+    for category, counts in part.classes.items():
+        click.echo(f"  {category:<{width}}  {counts['objects']:>7,} objects {counts['images']:>7,} images")
+    for reason, count in part.left_out.items():
+        click.echo(f"  left out: {count:,} objects, {reason}")
+
+
+def _show_pairs(part: Part) -> None:
     click.echo(
         f"{' '.join(str(value) for value in part.options.values())}: {part.pairs:,} pairs, {part.usable:,} usable, "
         f"{part.images:,} images, {part.keypoints:,} keypoints"
@@ -59,9 +91,12 @@ def _show(part: Part, most: int | None) -> None:
         )
     for note in part.notes:
         click.echo(f"  note: {note}")
-    for kind, count in Counter(problem.kind for problem in part.problems).items():
-        click.echo(f"  broken: {count:,} pairs, {kind}")
-    for problem in part.problems[:most]:
+
+
+def _show_problems(what: str, problems: Sequence[Problem], most: int | None) -> None:
+    for kind, count in Counter(problem.kind for problem in problems).items():
+        click.echo(f"  broken: {count:,} {what}, {kind}")
+    for problem in problems[:most]:
         click.echo(f"    {problem.pair}: {problem.message}")
-    if most is not None and len(part.problems) > most:
-        click.echo(f"    ... and {len(part.problems) - most:,} more (--all lists them)")
+    if most is not None and len(problems) > most:
+        click.echo(f"    ... and {len(problems) - most:,} more (--all lists them)")

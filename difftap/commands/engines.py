@@ -32,7 +32,9 @@ def build(revision: str | None, random_weights: int | None, **options: Any) -> N
     recipe = build_recipe(**options)
     for record, parity in build_engines(recipe, runtime, revision=revision, random_weights=random_weights):
         click.echo(f"{record.path}")
-        if parity is None:
+        if record.not_run:
+            click.echo(f"  built; neither run nor held against torch here: {record.not_run}")
+        elif parity is None:
             click.echo("  ran once, all finite (torch is not installed or is the backend: no parity)")
         for name, one in (parity or {}).items():
             click.echo(f"  {name:<16} {one.summary}")
@@ -73,8 +75,8 @@ def verify(cache: Path | None) -> None:
         try:
             if not isinstance(one, Artefact):
                 raise one
-            verify_artefact(one)
-            click.echo(f"whole   {one.path.name}")
+            note = verify_artefact(one)
+            click.echo(f"whole   {one.path.name}{f'  (files alone: {note})' if note else ''}")
         except DifftapError as error:
             broken += 1
             click.echo(f"BROKEN  {error}")

@@ -19,6 +19,7 @@ __all__ = [
     "build_recipe",
     "cache_option",
     "category_option",
+    "feature_options",
     "model_options",
     "recipe_options",
     "runtime_options",
@@ -78,13 +79,14 @@ model_options = stack(
 
 size_option = click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")
 
-recipe_options = stack(
-    [
+
+def _feature_list(default: str) -> list[Callable[[Any], Any]]:
+    return [
         click.option(
             "--recipe",
             "recipe_name",
             metavar="R",
-            help="Recipe: a preset ('difftap recipes') or a TOML file.  [default: pocket; dift with --model]",
+            help=f"Recipe: a preset ('difftap recipes') or a TOML file.  [default: {default}]",
         ),
         model_options,
         size_option,
@@ -98,13 +100,27 @@ recipe_options = stack(
         click.option(
             "--prompt-mode", metavar="MODE", help="Of conditional ones: pair (exact), class or image.  [default: pair]"
         ),
+        click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
+        click.option(
+            "--noise", metavar="KIND", help="independent, antithetic (pairs of opposite sign), or none with ensemble 1."
+        ),
+    ]
+
+
+def feature_options(default: str) -> Callable[[_F], _F]:
+    """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe."""
+    return stack(_feature_list(default))
+
+
+recipe_options = stack(
+    [
+        *_feature_list("pocket; dift with --model"),
         click.option(
             "--matcher", metavar="NAME", help="dense, nn, softargmax, kernel-softargmax, window-softargmax or mutual."
         ),
         click.option(
             "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
         ),
-        click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
     ]
 )
 
@@ -116,7 +132,7 @@ category_option = click.option(
 
 runtime_options = stack(
     [
-        click.option("--backend", default="ort", show_default=True, metavar="B", help="ort or torch."),
+        click.option("--backend", default="ort", show_default=True, metavar="B", help="ort, openvino or torch."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
         click.option(
             "--precision",
@@ -148,11 +164,12 @@ def build_recipe(
     taps: tuple[str, ...],
     timestep: int | None,
     prompt: str | None,
-    prompts: str | None,
-    prompt_mode: str | None,
-    matcher: str | None,
-    interpolation: str | None,
     seed: int | None,
+    noise: str | None,
+    prompts: str | None = None,
+    prompt_mode: str | None = None,
+    matcher: str | None = None,
+    interpolation: str | None = None,
 ) -> Recipe:
     """The recipe that the options ask for: the named one, with what was given put in its place."""
     from difftap.recipe import load_recipe
@@ -168,7 +185,7 @@ def build_recipe(
     branches = tuple(dataclasses.replace(branch, **given) for branch in recipe.branches)
     matcher_changes: dict[str, Any] = {"name": matcher, "interpolation": interpolation}
     new_matcher = dataclasses.replace(recipe.matcher, **{k: v for k, v in matcher_changes.items() if v is not None})
-    changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed}
+    changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed, "noise": noise}
     changes["learned"] = _learned(recipe, prompt, prompts, prompt_mode)
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)

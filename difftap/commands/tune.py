@@ -99,9 +99,7 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
     given = {name: value for name, value in given.items() if value is not None}
     settings = Settings(kind, **{**given, "joint": "joint" if options["joint"] else "separate"})
-    fixed = dict.fromkeys(
-        ("ensemble", "timestep", "prompt", "matcher", "interpolation", "seed", "prompts", "prompt_mode")
-    )
+    fixed = dict.fromkeys(("ensemble", "timestep", "prompt", "matcher", "interpolation", "seed", "noise"))
     recipe = build_recipe(
         recipe_name=options["recipe_name"], model=options["model"], size=options["size"], taps=(), **fixed
     )

@@ -9,7 +9,7 @@ Axis letters: B batch of images, E ensemble members, C channels, H W image pixel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,10 +28,12 @@ __all__ = [
     "Array",
     "Backend",
     "Calibration",
+    "DeviceArray",
     "Engine",
     "Graph",
     "Profile",
     "TensorSpec",
+    "Value",
     "unet_inputs",
     "vae_outputs",
 ]
@@ -60,17 +62,20 @@ class Graph:
         component: ``vae`` or ``unet``.
         taps: names of the tapped tensors, the UNet graph's outputs; empty for the VAE.
         path: the ONNX file; None where it has not been exported (the torch backend needs none).
+        precision: the types inside: ``fp32`` as exported, or the half type of a variant (`difftap.export.variants`).
     """
 
     model: Model
     component: str
     taps: tuple[str, ...] = ()
     path: Path | None = None
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
-        """The file's stem: ``vae``, or ``unet.`` and the taps."""
-        return ".".join([self.component, *(["+".join(self.taps)] if self.taps else [])])
+        """The file's stem: ``vae``, or ``unet.`` and the taps; then the types inside, if they are not float32."""
+        kind = [self.precision] if self.precision != "fp32" else []
+        return ".".join([self.component, *(["+".join(self.taps)] if self.taps else []), *kind])
 
     @property
     def cut(self) -> str | None:
@@ -95,9 +100,6 @@ class Graph:
             for i, tap in enumerate(taps)
         )
 
-
-Calibration = Callable[[Graph], Iterable[Mapping[str, Array]]]
-"""Feeds of real images for a graph, one image at a time: what post-training quantisation measures ranges on."""
 
 VAE_INPUTS = (TensorSpec("image", "float32", ("B", 3, "H", "W")),)
 
@@ -158,6 +160,50 @@ class Profile:
         return f"{width}x{height}.e{self.ensemble}.t{self.tokens}.b{self.batch}.{self.precision}"
 
 
+class Calibration(ABC):
+    """Feeds of real images: what post-training quantisation measures ranges on.
+
+    Attributes:
+        chosen: whether the user named the images; then an engine calibrated on others is not the one meant.
+    """
+
+    chosen: bool = False
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """16 hex digits that stand for the images."""
+
+    @abstractmethod
+    def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, Array]]:
+        """Feeds of a graph, one image at a time (B = 1) with all members of the profile."""
+
+
+class DeviceArray(ABC):
+    """A value that lies where an engine runs: one engine's output, fed to another of the same backend and device.
+
+    Attributes:
+        shape: as of an array.
+        dtype: as of an array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @abstractmethod
+    def numpy(self) -> Array:
+        """A copy on the host."""
+
+
+Value = Array | DeviceArray
+"""What an engine is fed."""
+
+
 class Engine(ABC):
     """A graph made ready to run. Subclasses implement `_run` and `close`.
 
@@ -167,7 +213,10 @@ class Engine(ABC):
         device: where it really runs, whatever was asked for.
         inputs: what it is fed.
         outputs: what it gives.
+        chains: whether `run_on_device` leaves its outputs where it runs, and `run` takes such values.
     """
+
+    chains: bool = False
 
     def __init__(self, graph: Graph, profile: Profile, device: str) -> None:
         self.graph = graph
@@ -177,17 +226,18 @@ class Engine(ABC):
         self.outputs = graph.outputs
 
     @abstractmethod
-    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def _run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
         """Run once; the feeds have been checked."""
 
     def close(self) -> None:  # noqa: B027 - not every engine holds something
         """Release what the engine holds."""
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Value]) -> dict[str, Array]:
         """Run the network once.
 
         Args:
-            feeds: one array for every input, with its dtype and shape; letters agree across inputs.
+            feeds: one array for every input, with its dtype and shape; letters agree across inputs. An engine that
+                `chains` also takes what another one's `run_on_device` gave.
 
         Returns:
             One C-ordered float32 array for every output.
@@ -197,7 +247,7 @@ class Engine(ABC):
             NonFiniteError: an output holds NaN or infinity.
         """
         self._check(feeds)
-        outputs = self._run(feeds)
+        outputs = self._run(feeds if self.chains else {name: _on_host(value) for name, value in feeds.items()})
         for name, value in outputs.items():
             if not np.isfinite(value).all():
                 bad = int(np.count_nonzero(~np.isfinite(value)))
@@ -207,7 +257,21 @@ class Engine(ABC):
                 )
         return outputs
 
-    def _check(self, feeds: Mapping[str, Array]) -> None:
+    def run_on_device(self, feeds: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Like `run`, but an engine that `chains` leaves its outputs on its device.
+
+        Nobody looks at values there: ones that are not finite show in the outputs of the engine that is fed them.
+        """
+        if not self.chains:
+            return self.run(feeds)
+        self._check(feeds)
+        return self._run_on_device(feeds)
+
+    def _run_on_device(self, feeds: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Run once and leave the outputs on the device; for engines that chain."""
+        raise NotImplementedError
+
+    def _check(self, feeds: Mapping[str, Value]) -> None:
         wanted = [spec.name for spec in self.inputs]
         if set(feeds) != set(wanted):
             raise BackendError(
@@ -237,20 +301,33 @@ class Engine(ABC):
         self.close()
 
 
+def _on_host(value: Value) -> Array:
+    return value.numpy() if isinstance(value, DeviceArray) else value
+
+
 class Backend(ABC):
     """A runtime.
 
     Attributes:
         name: what ``--backend`` calls it.
         needs_graph: whether it runs the exported ONNX file (all do, but for the torch reference).
+        by_default: whether ``all`` means it too; one that is there to be measured against is named instead.
     """
 
     name: ClassVar[str]
     needs_graph: ClassVar[bool] = True
+    by_default: ClassVar[bool] = True
 
     def precisions(self, device: str) -> tuple[str, ...]:
         """What it can compute in on a device, exact first."""
         return ("fp32",)
+
+    def graph_precision(self, profile: Profile, device: str) -> str:
+        """The types of the graph it opens for a profile: a half type, if it computes in what the graph says.
+
+        ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too (`difftap.export.variants`).
+        """
+        return "fp32"
 
     def builds(self, profile: Profile, device: str) -> bool:
         """Whether such an engine is files made beforehand by `build`; else `open` needs the graph alone."""
@@ -276,13 +353,21 @@ class Backend(ABC):
         """What else a built file must have been made with to be used here (a GPU's compute capability, say)."""
         return {}
 
+    def fused_attention(self, device: str) -> bool:
+        """Whether attention never writes its table of (heads, cells, cells), so that a whole ensemble fits one run."""
+        return False
+
     @abstractmethod
     def missing(self) -> str | None:
-        """None if the backend can run here, else one line that says what is missing and how to get it."""
+        """None if the backend can open or build engines here, else one line: what is missing, how to get it."""
+
+    def cannot_run(self, device: str) -> str | None:
+        """None if engines for a device run here, else one line that says why they can only be built here."""
+        return None
 
     @abstractmethod
     def devices(self) -> tuple[str, ...]:
-        """The devices it can use here, best first: ``cpu``, ``cuda``."""
+        """The devices it can use here, or build for, best first: ``cpu``, ``cuda``."""
 
     @abstractmethod
     def version(self) -> str:

@@ -77,7 +77,7 @@ def ensure_built(
     with cache.lock(path.parent, path.name):
         if path.is_file():
             try:
-                Manifest.load(path).check(Path("/"), identity, cache.memo.digest)
+                Manifest.load(path).check(path.parent, identity, cache.memo.digest)
                 return folder
             except ArtefactError as error:
                 _LOG.warning("%s; building it again", error)
@@ -112,7 +112,10 @@ def save_engine_manifest(
     folder = built_folder(path)
     if folder.is_dir():
         files += sorted(p for p in folder.rglob("*") if p.is_file())
-    records = {str(file): FileRecord(file.stat().st_size, cache.memo.digest(file)) for file in files}
+    # Relative where they lie in the cache, so that a cache may be carried to another machine; a graph that was shipped
+    # beside its checkpoint is named where it is.
+    names = {f: f.relative_to(path.parent).as_posix() if f.is_relative_to(path.parent) else str(f) for f in files}
+    records = {name: FileRecord(file.stat().st_size, cache.memo.digest(file)) for file, name in names.items()}
     with contextlib.suppress(ArtefactError):  # what was measured before stays, unless it is measured again
         earlier = Manifest.load(path)
         report = {**earlier.report, **report} if earlier.made_from == identity else report

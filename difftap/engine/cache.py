@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class Cache:
             "graph_version": GRAPH_VERSION,
             "component": graph.component,
             "taps": list(graph.taps),
+            "precision": graph.precision,
             "weights": graph.model.weights_hash(graph.component, self.memo),
         }
 
@@ -106,13 +107,15 @@ class Cache:
         except ArtefactError as error:
             raise ArtefactError(f"{error}; this file came with the model: install or download it again") from error
 
-    def cached_graph(self, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph | None:
-        """The trusted graph in the cache; None if it was never exported.
+    def cached_graph(
+        self, model: Model, component: str, taps: tuple[str, ...] = (), precision: str = "fp32"
+    ) -> Graph | None:
+        """The trusted graph, or half-precision variant of it, in the cache; None if it was never made.
 
         Raises:
             ArtefactError: there is one, but it is stale, foreign, truncated or tampered with.
         """
-        return self._graph_in(self.model_folder(model), Graph(model, component, taps))
+        return self._graph_in(self.model_folder(model), Graph(model, component, taps, precision=precision))
 
     def _graph_in(self, folder: Path, graph: Graph) -> Graph | None:
         stem = file_stem(graph.name)
@@ -120,7 +123,7 @@ class Cache:
         if not manifest.is_file():
             return None
         Manifest.load(manifest).check(folder, self.graph_identity(graph), self.memo.digest)
-        return Graph(graph.model, graph.component, graph.taps, folder / f"{stem}.onnx")
+        return replace(graph, path=folder / f"{stem}.onnx")
 
     def place_weights(self, model: Model, component: str, folder: Path) -> tuple[Path, ...]:
         """Put a component's weight files under ``folder``, by hard link where the file system allows it, else a copy.

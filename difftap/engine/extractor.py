@@ -10,21 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
-from difftap.engine.backend import Engine
+from difftap.engine.backend import Engine, Value
 from difftap.engine.latents import Latents
+from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.features import FeatureMap
-from difftap.images import Image
+from difftap.images import Image, to_input
 from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["BranchEngine", "Extractor", "Features", "latent_scales", "members_per_run"]
+__all__ = [
+    "BranchEngine",
+    "Extractor",
+    "Features",
+    "branch_feeds",
+    "draw_noise",
+    "latent_scales",
+    "members_per_run",
+]
 
 
 ATTENTION_BUDGET = 1 << 30
@@ -82,7 +90,7 @@ class Extractor:
         vae: the VAE encoder's engine.
         branches: one per branch of the recipe.
         batch: images per engine run; the engines' profiles must allow it.
-        latents: what makes, and perhaps remembers, what passes start from; its own by default.
+        latents: what remembers what passes start from, where an image is seen under several prompts; None for nothing.
     """
 
     def __init__(
@@ -98,7 +106,8 @@ class Extractor:
             raise InputError(f"batch is {batch}; allowed: 1 or more images")
         self._model = model
         self._recipe = recipe
-        self._latents = latents or Latents(recipe, vae)
+        self._vae = vae
+        self._latents = latents
         self._branches = tuple(branches)
         self._batch = batch
 
@@ -115,27 +124,29 @@ class Extractor:
 
     def _extract(self, images: Sequence[Image], branches: Sequence[BranchEngine]) -> Iterator[Features]:
         """Run one batch of images."""
-        starts = self._latents.starts(images)
-        posterior = {name: np.stack([getattr(one, name) for one in starts]) for name in ("mean", "std")}
-        members = self._recipe.ensemble  # one that remembers more members than these serves others too
-        noises = np.stack([one.noises[:, :members] for one in starts], axis=1)  # (2, B, E, C, h, w)
+        if self._latents is not None:
+            starts = self._latents.starts(images)
+            posterior: Mapping[str, Value] = {
+                name: np.stack([getattr(one, name) for one in starts]) for name in ("mean", "std")
+            }
+            noises = np.stack([one.noises[:, : self._recipe.ensemble] for one in starts], axis=1)  # (2, B, E, C, h, w)
+            geometries = [one.geometry for one in starts]
+        else:
+            recipe = self._recipe
+            laid = [to_input(image, recipe.size, recipe.fit) for image in images]
+            pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
+            posterior = self._vae.run_on_device({"image": pixels})
+            noises = draw_noise(recipe, images, posterior["mean"].shape[1:], recipe.ensemble)
+            geometries = [geometry for _, geometry in laid]
         outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-        for i, (image, start) in enumerate(zip(images, starts, strict=True)):
-            yield Features(image.digest, tuple(_maps(output, i, start.geometry) for output in outputs))
+        for i, (image, geometry) in enumerate(zip(images, geometries, strict=True)):
+            yield Features(image.digest, tuple(_maps(output, i, geometry) for output in outputs))
 
     def _run_branch(
-        self, branch: BranchEngine, posterior: Mapping[str, NDArray[np.float32]], noises: NDArray[np.float32]
+        self, branch: BranchEngine, posterior: Mapping[str, Value], noises: NDArray[np.float32]
     ) -> dict[str, NDArray[np.float32]]:
         count, members = noises.shape[1:3]
-        signal, sigma = latent_scales(self._model, branch.branch.timestep, self._recipe.noise)
-        feeds: dict[str, NDArray[Any]] = {
-            "mean": posterior["mean"],
-            "std": posterior["std"],
-            "signal": np.full(count, signal, np.float32),
-            "sigma": np.full(count, sigma, np.float32),
-            "timestep": np.full(count, branch.branch.timestep, np.int64),
-            "prompt": np.repeat(branch.prompt[None], count, axis=0),
-        }
+        feeds = branch_feeds(self._model, self._recipe, branch.branch, branch.prompt, posterior, count)
         together = branch.engine.profile.ensemble
         total: dict[str, NDArray[np.float32]] = {}
         for start in range(0, members, together):
@@ -144,6 +155,40 @@ class Extractor:
             total = {name: total[name] + mean for name, mean in means.items()} if total else means
         runs = members // together
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
+
+
+def draw_noise(recipe: Recipe, images: Sequence[Image], shape: tuple[int, ...], members: int) -> NDArray[np.float32]:
+    """The posterior's noise and the diffusion noise of the first ``members`` members: ``(2, B, E, C, h, w)``.
+
+    Args:
+        shape: ``(C, h, w)`` of the latent.
+    """
+    latent = (shape[0], shape[1], shape[2])
+    if recipe.noise == "none":
+        return np.zeros((2, len(images), members, *latent), np.float32)
+    pairs = recipe.noise == "antithetic"
+    draws = [draw(recipe.seed, image.digest, members, latent, pairs) for image in images]
+    return np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
+
+
+def branch_feeds(
+    model: Model,
+    recipe: Recipe,
+    branch: Branch,
+    prompt: NDArray[np.float32],
+    posterior: Mapping[str, Value],
+    count: int,
+) -> dict[str, Value]:
+    """All that a branch's UNet is fed for ``count`` images, but for the noises."""
+    signal, sigma = latent_scales(model, branch.timestep, recipe.noise)
+    return {
+        "mean": posterior["mean"],
+        "std": posterior["std"],
+        "signal": np.full(count, signal, np.float32),
+        "sigma": np.full(count, sigma, np.float32),
+        "timestep": np.full(count, branch.timestep, np.int64),
+        "prompt": np.repeat(prompt[None], count, axis=0),
+    }
 
 
 def latent_scales(model: Model, timestep: int, noise: str) -> tuple[float, float]:

@@ -91,7 +91,8 @@ class Latents:
             if recipe.noise == "none":
                 noises = np.zeros((2, 1, *shape), np.float32)
             else:
-                noises = np.stack(draw(recipe.seed, image.digest, recipe.ensemble, shape))
+                pairs = recipe.noise == "antithetic"
+                noises = np.stack(draw(recipe.seed, image.digest, recipe.ensemble, shape, pairs))
             mean, std = posterior["mean"][k], posterior["std"][k]
             if self._budget:  # a part of the batch's array would keep the whole of it
                 mean, std = mean.copy(), std.copy()

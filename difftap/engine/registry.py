@@ -12,7 +12,11 @@ __all__ = ["BACKENDS", "check_precision", "choose_device", "get_backend"]
 
 BACKENDS = {
     "ort": "difftap.engine.backends.ort:OrtBackend",
+    "openvino": "difftap.engine.backends.openvino:OpenVinoBackend",
     "torch": "difftap.engine.backends.torch:TorchBackend",
+    "torch-compile": "difftap.engine.backends.torch_compile:TorchCompileBackend",
+    "tensorrt": "difftap.engine.backends.tensorrt:TensorRTBackend",
+    "tensorrt-rtx": "difftap.engine.backends.tensorrt_rtx:TensorRTRTXBackend",
 }
 
 

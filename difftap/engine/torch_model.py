@@ -78,14 +78,15 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
         batch, members = noise.shape[:2]
         latent = mean.unsqueeze(1) + std.unsqueeze(1) * posterior_noise  # (B, E, C, h, w)
         latent = signal.view(-1, 1, 1, 1, 1) * latent + sigma.view(-1, 1, 1, 1, 1) * noise
-        values = self._tapped(
+        values = self.members(
             latent.flatten(0, 1),  # (B*E, C, h, w)
             timestep.unsqueeze(1).expand(batch, members).flatten(0, 1),
             prompt.unsqueeze(1).expand(-1, members, -1, -1).flatten(0, 1),
         )
         return tuple(value.unflatten(0, (batch, members)).mean(1) for value in values)
 
-    def _tapped(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
+    def members(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
+        """Noisy latents ``(E, C, h, w)``, timesteps ``(E,)`` and prompts ``(E, T, D)`` to every member's taps."""
         caught: dict[str, Tensor] = {}
         handles = []
         paths = list(dict.fromkeys(path for _, path in self.taps))  # two names may mean one module

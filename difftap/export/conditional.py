@@ -120,7 +120,7 @@ def _export(
 
 
 def _at(graph: PartGraph, path: Path) -> PartGraph:
-    return PartGraph(graph.model, graph.component, (), path, graph.takes, graph.gives)
+    return PartGraph(graph.model, graph.component, path=path, takes=graph.takes, gives=graph.gives)
 
 
 def _known(graph: PartGraph, path: Path, made_from: Mapping[str, Any], cache: Cache | None) -> PartGraph | None:

@@ -79,7 +79,7 @@ def export_graph(
     made_with = {
         module: require(module, "export", "exporting").__version__ for module in ("torch", "diffusers", "onnx")
     }
-    cache.save_graph_manifest(graph, weights, {"made_with": made_with, "precision": "fp32"}, report)
+    cache.save_graph_manifest(graph, weights, {"made_with": made_with}, report)
     return graph, parity
 
 

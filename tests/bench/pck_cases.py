@@ -12,6 +12,7 @@ from difftap.bench.samples import Sample
 from difftap.coords import Geometry
 from difftap.engine.extractor import Features
 from difftap.features import FeatureMap
+from difftap.prompts import Subject, choose_prompts
 from difftap.recipe import Branch, Matcher, Recipe
 
 
@@ -156,6 +157,7 @@ class FakePipeline:
         self.recipe = recipe
         self.shapes = shapes
         self.images = 0
+        self.asked = []
         self.conditions = {
             "difftap": "0",
             "model": {"name": recipe.model, "key": "0"},
@@ -163,13 +165,16 @@ class FakePipeline:
         }
         FakePipeline.opened.append(self)
 
-    def features(self, images):
+    def features(self, images, prompts=None):
+        prompts = choose_prompts(self.recipe, Subject()) if prompts is None else prompts
         for image in images:
             self.images += 1
             geometry = Geometry.stretch(image.size, self.recipe.size)
             maps = []
-            for branch, (channels, grid) in zip(self.recipe.branches, self.shapes, strict=True):
-                maps.append({branch.taps[0]: FeatureMap(image_map(image, branch.prompt, channels, grid), geometry)})
+            for branch, prompt, (channels, grid) in zip(self.recipe.branches, prompts, self.shapes, strict=True):
+                if prompt is not None:
+                    self.asked.append((image.digest, branch.taps[0], prompt.text))
+                    maps.append({branch.taps[0]: FeatureMap(image_map(image, prompt.text, channels, grid), geometry)})
             yield Features(image.digest, tuple(maps))
 
     def close(self):

@@ -3,7 +3,10 @@
 import pytest
 from click.testing import CliRunner
 
-from difftap.bench.reproduce import PROMPT, estimate, format_estimates, poster_rows, reproduce, stand_in_rows
+from difftap.bench.estimate import Estimator, format_estimates
+from difftap.bench.reproduce import reproduce
+from difftap.bench.rows import PROMPT, poster_rows, stand_in_rows
+from difftap.bench.runner import count_passes
 from difftap.bench.session import Pairs
 from difftap.commands.reproduce import reproduce as command
 from difftap.errors import InputError, MissingExtraError
@@ -31,21 +34,24 @@ def test_rows():
         assert row.recipe.model == "folder/sd21"
         assert {branch.prompt for branch in row.recipe.branches} == {PROMPT}
         assert row.recipe.size == (768, 768)
-        assert row.joining.combine == row.combine
+        assert row.joining.combine == row.recipe.combine
     assert rows[1].recipe.matcher.interpolation == "bicubic"
     assert [branch.timestep for branch in rows[2].recipe.branches] == [261, 50]
-    assert [row.combine for row in stand_in_rows()] == ["concat", "concat", "score-sum"]
+    assert [row.recipe.combine for row in stand_in_rows()] == ["concat", "concat", "score-sum"]
     assert stand_in_rows(128)[0].recipe.size == (128, 128)
 
 
 def test_estimate_then_run_then_nothing_left(tmp_path, pairs):
     rows = stand_in_rows(96)
     folder = tmp_path / "out"
-    first = [estimate(row, pairs, folder / "spair" / row.name, opener, {}) for row in rows]
+    estimate = Estimator(opener)
+    first = [estimate(row, pairs, folder / "spair" / row.name) for row in rows]
     for one in first:
-        assert (one.pairs, one.prompts, one.refusal) == (6, 2, None)
-        assert one.images > 0
+        assert (one.pairs, one.refusal) == (6, None)
+        assert one.images == count_passes(pairs.samples, rows[0].recipe)
         assert one.seconds > 0
+    # The second row reads what the first one leaves, and so does the third for one of its two branches.
+    assert [one.passes for one in first] == [first[0].images, 0, first[0].images]
     text = "\n".join(format_estimates(first))
     assert "pocket-bicubic" in text
     assert "in all about" in text
@@ -55,7 +61,8 @@ def test_estimate_then_run_then_nothing_left(tmp_path, pairs):
     assert "## dift" in table
     assert "## distilldift-img" in table
     before = (folder / "spair" / "pocket" / "results.json").read_bytes()
-    left = [estimate(row, pairs, folder / "spair" / row.name, opener, {}) for row in rows]
+    assert sum(len(pipeline.asked) for pipeline in FakePipeline.opened[-3:]) == 2 * first[0].images
+    left = [Estimator(opener)(row, pairs, folder / "spair" / row.name) for row in rows]
     assert [(one.pairs, one.images, one.seconds) for one in left] == [(0, 0, 0.0)] * 3
     said = []
     reproduce(rows, [pairs], folder, opener, say=said.append)
@@ -79,7 +86,8 @@ def test_rows_that_cannot_run_are_said(tmp_path, pairs):
         return opener(recipe)
 
     rows = stand_in_rows(96)
-    estimates = [estimate(row, pairs, tmp_path / row.name, partly, {}) for row in rows]
+    estimate = Estimator(partly)
+    estimates = [estimate(row, pairs, tmp_path / row.name) for row in rows]
     assert estimates[2].refusal == "exporting needs torch"
     assert "pocket-dual       cannot run here: exporting needs torch" in "\n".join(format_estimates(estimates))
     said = []
@@ -88,6 +96,14 @@ def test_rows_that_cannot_run_are_said(tmp_path, pairs):
     assert any("pocket-dual left out: exporting needs torch" in line for line in said)
     with pytest.raises(InputError, match="nothing to reproduce"):
         reproduce(rows, [], tmp_path, opener)
+
+
+def test_a_refusal_is_of_a_row_on_one_data_set(tmp_path, pairs):
+    other = Pairs(pairs.samples, {"name": "pf-willow", "split": "test"})
+    rows = stand_in_rows(96)[:2]
+    made = reproduce(rows, [pairs, other], tmp_path, opener, refused={("pocket", "pf-willow")})
+    assert set(made["spair"]) == {"pocket", "pocket-bicubic"}
+    assert set(made["pf-willow"]) == {"pocket-bicubic"}
 
 
 def test_command_refuses_before_anything_slow(tmp_path):

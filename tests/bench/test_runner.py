@@ -10,14 +10,14 @@ import pytest
 from difftap.bench.predictions import Prediction, load_predictions
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
-from difftap.bench.runner import for_category, plan, predict, subset
+from difftap.bench.runner import count_passes, digest, finished, plan, predict, subset
 from difftap.bench.scoring import score
 from difftap.coords import Geometry
 from difftap.errors import ArtefactError, ImageError, InputError, OutputError
 from difftap.features import FeatureMap
 from difftap.images import load_image
 from difftap.maps import Made, MapShelf, View, load_view
-from difftap.matching.joining import Joining
+from difftap.matching.joining import Joining, Ready
 from difftap.recipe import Matcher
 from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, samples
 
@@ -50,7 +50,8 @@ def test_every_image_once(tmp_path):
         done.images
         == images_of(pairs)
         == sum(p.images for p in FakePipeline.opened)
-        == plan(pairs, fake_recipe()).images(pairs)
+        == done.passes
+        == count_passes(pairs, fake_recipe())
     )
     assert len(FakePipeline.opened) == 1
     found = load_predictions(tmp_path / "p.jsonl")
@@ -65,14 +66,15 @@ def test_every_image_once(tmp_path):
 
 
 def test_prompt_per_class(tmp_path):
-    """One pipeline a prompt, features once per (image, prompt), and the prompts are filled in."""
+    """One pipeline, each image once per prompt, and the prompts are filled in."""
     pairs = samples(tmp_path / "data", 8)
     mixed = [pairs[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
     recipe = fake_recipe(("a photo of a {category}",))
-    assert [(c, len(i)) for c, i in plan(mixed, recipe).groups] == [("cat", 4), ("dog", 4)]
-    run(mixed, tmp_path / "p.jsonl", recipe)
-    assert [p.recipe.branches[0].prompt for p in FakePipeline.opened] == ["a photo of a cat", "a photo of a dog"]
-    assert sum(p.images for p in FakePipeline.opened) == plan(mixed, recipe).images(mixed)
+    assert plan(mixed, recipe).groups == ((0, 2, 4, 6), (1, 3, 5, 7))
+    done = run(mixed, tmp_path / "p.jsonl", recipe)
+    (pipeline,) = FakePipeline.opened
+    assert {prompt for _, _, prompt in pipeline.asked} == {"a photo of a cat", "a photo of a dog"}
+    assert len(pipeline.asked) == len(set(pipeline.asked)) == done.passes == count_passes(mixed, recipe)
     found = load_predictions(tmp_path / "p.jsonl")
     assert [p.name for p in found.pairs] == [p.name for p in mixed]  # sorted back
     assert found.conditions["recipe"]["branches"][0]["prompt"] == "a photo of a {category}"
@@ -84,6 +86,90 @@ def test_prompt_per_class(tmp_path):
         load_predictions(tmp_path / "cats.jsonl").pairs, [p for p in found.pairs if p.category == "cat"], strict=True
     ):
         np.testing.assert_array_equal(a.found, b.found)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("batch", "memory"), [(1, 1), (3, 1 << 30)])
+def test_a_branch_without_category_is_extracted_once_for_all_classes(tmp_path, batch, memory, kept):
+    """An image that stands for two classes: twice through the branch that names them, once through the other."""
+    pairs = samples(tmp_path / "data", 6, classes=("cat",))
+    pairs += [dataclasses.replace(pair, name=f"dog-{pair.name}", category="dog") for pair in pairs]
+    recipe = fake_recipe(("a {category}", "plain"))
+
+    def opener(asked):
+        return FakePipeline(asked, ((12, 6), (8, 12)))
+
+    more = {"features": tmp_path / "kept"} if kept else {}
+    done = run(pairs, tmp_path / "p.jsonl", recipe, opener, batch=batch, memory=memory, **more)
+    (pipeline,) = FakePipeline.opened
+    views = images_of(pairs)
+    assert len(pipeline.asked) == len(set(pipeline.asked)) == done.passes == 3 * views
+    assert sum(prompt == "plain" for _, _, prompt in pipeline.asked) == views
+    filled = fake_recipe(("a dog", "plain"))
+    run(pairs[6:], tmp_path / "dogs.jsonl", filled, opener)
+    for a, b in zip(
+        load_predictions(tmp_path / "p.jsonl").pairs[6:], load_predictions(tmp_path / "dogs.jsonl").pairs, strict=True
+    ):
+        np.testing.assert_array_equal(a.found, b.found)
+
+
+def test_failed_pairs_are_tried_again_and_the_last_record_counts(tmp_path):
+    pairs = samples(tmp_path / "data")
+    run(pairs, tmp_path / "whole.jsonl")
+    image = pairs[0].source
+    away = image.with_name("away")
+    image.rename(away)
+    broken = [k for k, p in enumerate(pairs) if image in (p.source, p.target)]
+    first = run(pairs, tmp_path / "p.jsonl")
+    assert (first.written, first.failed, first.skipped) == (6, len(broken), 0)
+    again = run(pairs, tmp_path / "p.jsonl")  # it is still not there
+    assert (again.written, again.failed, again.skipped) == (len(broken), len(broken), 6 - len(broken))
+    assert score(load_predictions(tmp_path / "p.jsonl"), get_protocols())["counts"]["pairs_failed"] == len(broken)
+    away.rename(image)
+    last = run(pairs, tmp_path / "p.jsonl")
+    assert (last.written, last.failed, last.skipped) == (len(broken), 0, 6 - len(broken))
+    assert results(tmp_path / "p.jsonl") == results(tmp_path / "whole.jsonl")
+    assert run(pairs, tmp_path / "p.jsonl").written == 0
+
+
+def test_finished():
+    records = [{"index": 3, "error": "x"}, {"index": 4, "error": None}, {"index": 3}, {"index": 4, "error": "late"}]
+    assert finished(records) == {3}
+
+
+def test_whatever_scoring_reads_is_in_the_digest(tmp_path):
+    pair = samples(tmp_path / "data", 1)[0]
+    count = len(pair.keypoint_ids)
+    changes = [
+        {"keypoint_ids": tuple(f"k{k}" for k in range(count))},
+        {"target_ids": tuple(f"k{k}" for k in range(count))},
+        {"flags": {"occlusion": 1}},
+        {"target_size": (9, 9)},
+        {"source_size": (9, 9)},
+        {"target_box": None},
+    ]
+    digests = {digest([dataclasses.replace(pair, **change)]) for change in ({}, *changes)}
+    assert len(digests) == len(changes) + 1
+
+
+def test_an_image_that_cannot_be_made_is_a_failed_pair(tmp_path):
+    pairs = samples(tmp_path / "data", 4, classes=("cat",))
+    target = tmp_path / "made" / "target.png"
+    made = dataclasses.replace(pairs[0], target=target, target_size=pairs[0].source_size, mirrored=False)
+    calls = []
+
+    def make():
+        calls.append(1)
+        if len(calls) == 1:
+            raise ImageError("the source of 'target.png' is damaged")
+        target.parent.mkdir()
+        shutil.copy(pairs[0].source, target)
+
+    done = run([made, pairs[1]], tmp_path / "p.jsonl", makers={target: make})
+    assert done.failed == 1
+    assert "is damaged" in load_predictions(tmp_path / "p.jsonl").pairs[0].error
+    assert run([made, pairs[1]], tmp_path / "p.jsonl", makers={target: make}).failed == 0
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("recipe", [fake_recipe(), fake_recipe(("a {category}",))], ids=["plain", "per-class"])
@@ -141,7 +227,7 @@ def test_another_run_is_refused(tmp_path):
         run(moved, tmp_path / "p.jsonl")
     assert run(pairs[:5], tmp_path / "p.jsonl", overwrite=True).written == 5
     (tmp_path / "x.jsonl").write_text("something of the user's\n")
-    with pytest.raises(OutputError, match="no run's header"):
+    with pytest.raises(OutputError, match="no output of ours"):
         run(pairs, tmp_path / "x.jsonl")
     with pytest.raises(OutputError, match="folder does not exist"):
         run(pairs, tmp_path / "nowhere" / "p.jsonl")
@@ -221,9 +307,25 @@ def test_subset(tmp_path):
     assert [p.name for p in subset(pairs, 3, 2)] == ["000", "002", "005"]
 
 
-def test_for_category_leaves_other_prompts():
-    recipe = fake_recipe(("{category}, {category}", "plain"))
-    assert [b.prompt for b in for_category(recipe, "cow").branches] == ["cow, cow", "plain"]
+class Weighing(Ready):
+    """Stands for norms that take a lot of memory."""
+
+    nbytes = 1000
+
+
+def test_what_was_made_ready_counts_against_the_budget(tmp_path):
+    views = [View(tmp_path / name) for name in "abcd"]
+    shelf, made = shelf_over(tmp_path, [*views, *views], 4 * 128 + 500)
+    for first, second in (views[:2], views[2:], views[:2]):
+        shelf.ready(first), shelf.ready(second)
+        shelf.done(first, second)
+        assert sum(shelf.holds(view) for view in views) <= 2
+    assert len(made) == 4
+    roomy, _ = shelf_over(tmp_path, [*views, *views], 4 * 128 + 4000)
+    for view in views:
+        roomy.ready(view)
+    roomy.done(*views)
+    assert all(map(roomy.holds, views))
 
 
 def shelf_over(tmp_path, order, budget, faults=()):
@@ -239,7 +341,7 @@ def shelf_over(tmp_path, order, budget, faults=()):
                     (FeatureMap(np.full((2, 4, 4), len(made), np.float32), Geometry.stretch((4, 4), (8, 8))),), (4, 4)
                 )
 
-    return MapShelf(make, order, budget, tmp_path), made
+    return MapShelf(make, lambda maps: Weighing(), order, budget, tmp_path), made
 
 
 def test_shelf_evicts_what_is_needed_last(tmp_path):
@@ -255,7 +357,9 @@ def test_shelf_evicts_what_is_needed_last(tmp_path):
     shelf.done(a, d)
     shelf.get(b), shelf.get(a)
     assert made == [a, b, c, d]
-    assert set(shelf.done(b, a)) == {a, b}
+    shelf.done(b, a)
+    assert not shelf.holds(a)
+    assert not shelf.holds(b)
     assert not list(tmp_path.glob("*.npy"))
 
 
@@ -312,33 +416,40 @@ def test_features_are_kept_with_their_provenance(tmp_path):
         return FakePipeline(filled, ((12, 6), (8, 12)))
 
     def extracted():
-        return sum(pipeline.images for pipeline in FakePipeline.opened)
+        return sum(len(pipeline.asked) for pipeline in FakePipeline.opened)
 
-    first = run(pairs, tmp_path / "a.jsonl", recipe, opener, features=tmp_path / "kept")
+    kept = tmp_path / "kept"
+    first = run(pairs, tmp_path / "a.jsonl", recipe, opener, features=kept)
     whole = extracted()
-    assert whole == first.images
-    folders = sorted((tmp_path / "kept").iterdir())
-    assert len(folders) == 2  # one a prompt
-    notes = [json.loads((folder / "provenance.json").read_text()) for folder in folders]
-    assert {note["features"]["branches"][0]["prompt"] for note in notes} == {"a cat", "a dog"}
-    assert all(note["model"] == {"name": "fake", "key": "0"} for note in notes)
+    assert whole == first.passes
+    notes = {folder: json.loads((folder / "provenance.json").read_text()) for folder in kept.iterdir()}
+    asked = {(note["branch"]["taps"][0], note["branch"]["prompt"]) for note in notes.values()}
+    assert asked == {("up1", "a cat"), ("up1", "a dog"), ("up2", "")}
+    for note in notes.values():
+        assert note["model"] == {"name": "fake", "key": "0"}
+        assert note["difftap"] == "0"
+        assert note["backend"]["name"] == "fake"
     # Another joining and matcher, the same features: nothing is extracted again.
     other = dataclasses.replace(recipe, matcher=Matcher("nn"))
-    run(pairs, tmp_path / "b.jsonl", other, opener, Joining.of(other, "score-sum"), features=tmp_path / "kept")
+    run(pairs, tmp_path / "b.jsonl", other, opener, Joining.of(other, "score-sum"), features=kept)
     assert extracted() == whole
-    run(pairs, tmp_path / "c.jsonl", recipe, opener, features=tmp_path / "kept")
+    run(pairs, tmp_path / "c.jsonl", recipe, opener, features=kept)
     assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+    # A recipe of one of the branches shares that branch's.
+    run(pairs, tmp_path / "one.jsonl", fake_recipe(("a {category}",)), features=kept)
+    assert extracted() == whole
     # Another seed is another provenance; a damaged file is made again.
-    run(pairs, tmp_path / "d.jsonl", fake_recipe(("a {category}", ""), seed=5), opener, features=tmp_path / "kept")
+    run(pairs, tmp_path / "d.jsonl", fake_recipe(("a {category}", ""), seed=5), opener, features=kept)
     assert extracted() == 2 * whole
-    damaged = next(folders[0].glob("*.npz"))
+    folder = next(folder for folder in notes if notes[folder]["branch"]["prompt"] == "a cat")
+    damaged = next(folder.glob("*.npz"))
     damaged.write_bytes(damaged.read_bytes()[:-200])
-    run(pairs, tmp_path / "e.jsonl", recipe, opener, features=tmp_path / "kept")
+    run(pairs, tmp_path / "e.jsonl", recipe, opener, features=kept)
     assert extracted() == 2 * whole + 1
     assert (tmp_path / "e.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
-    (folders[0] / "provenance.json").write_text("{}")
+    (folder / "provenance.json").write_text("{}")
     with pytest.raises(ArtefactError, match="another provenance"):
-        run(pairs, tmp_path / "f.jsonl", recipe, opener, features=tmp_path / "kept")
+        run(pairs, tmp_path / "f.jsonl", recipe, opener, features=kept)
 
 
 def test_pck_per_pair_against_difts_loop_on_the_same_maps(tmp_path):

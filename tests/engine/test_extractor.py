@@ -167,7 +167,8 @@ def test_members_run_in_equal_parts_when_memory_asks_for_it(recipe, mini_cache, 
     [whole] = run(recipe, IMAGES[:1], mini_cache)
     sizes = []
     model = Model.load(Path(recipe.model))
-    table = 4 * model.unet["attention_head_dim"] * (SIZE[0] * SIZE[1] // model.latent_stride**2) ** 2  # bytes
+    stride = 2 * model.latent_stride  # attention begins in the second block
+    table = 4 * model.unet["attention_head_dim"] * (SIZE[0] // stride * (SIZE[1] // stride)) ** 2  # bytes
     for budget in (1, 2 * table):
         monkeypatch.setattr("difftap.engine.extractor.ATTENTION_BUDGET", budget)
         sizes.append(members_per_run(model, SIZE, 6))
@@ -178,7 +179,8 @@ def test_members_run_in_equal_parts_when_memory_asks_for_it(recipe, mini_cache, 
 
 
 def test_full_size_networks_stay_within_memory():
-    heads = {"attention_head_dim": [5, 10, 20, 20]}
+    blocks = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    heads = {"attention_head_dim": [5, 10, 20, 20], "down_block_types": blocks}
     sd21 = Model("sd21", Path(), heads, {"block_out_channels": [128, 256, 512, 512]}, {})
     assert members_per_run(sd21, (768, 768), 8) == 1
     assert members_per_run(sd21, (256, 256), 8) == 8

@@ -23,7 +23,9 @@ class Given:
 
     def get(self, view, size):
         rng = np.random.default_rng(len(str(view.path)))
-        mean, std, first, second = (rng.standard_normal((4, self._side, self._side)).astype(np.float32) for _ in range(4))
+        mean, std, first, second = (
+            rng.standard_normal((4, self._side, self._side)).astype(np.float32) for _ in range(4)
+        )
         geometry = Geometry.stretch(tuple(size), (8 * self._side, 8 * self._side))
         return Known(mean, abs(std), first[None], second[None], np.zeros((0, 0), np.float32), geometry)
 

@@ -65,7 +65,7 @@ def test_the_loss_is_what_loops_give(seed):
 
 
 def test_the_loss_is_least_where_the_right_place_is_best():
-    """A map that singles out the keypoint's cell loses to one that spreads it as the Gaussian does, and beats others."""
+    """A map that spreads as the Gaussian does beats one that singles the cell out, and that beats a wrong one."""
     cells = torch.tensor([[5.0, 4.0]], dtype=torch.float64)
     right, wrong = torch.zeros(2, 1, 9, 11, dtype=torch.float64)
     right[0, 4, 5] = 1

@@ -110,7 +110,8 @@ from tests.tuning.conftest import learn
 from difftap.tuning.data import TrainingPairs
 model, out, cache, pictures = map(Path, sys.argv[1:])
 made = samples(pictures)
-pairs = TrainingPairs(made[:2] + made[3:5], [made[2], made[5]], {"name": "synthetic", "how": "by hand", "train_pairs": 4, "val_pairs": 2})
+about = {"name": "synthetic", "how": "by hand", "train_pairs": 4, "val_pairs": 2}
+pairs = TrainingPairs(made[:2] + made[3:5], [made[2], made[5]], about)
 def step(done, of, left):
     print(done, flush=True)
 learn(model, pairs, out, "class", cache=Cache(cache), epochs=40, watcher=loop.Watcher(step))
@@ -222,9 +223,10 @@ def test_conditional_prompts_in_matching_are_those_of_learning(request, network,
     learn(model, pairs, tmp_path / "out", "cpm", cache=cache, rate=0.2, linear_rate=0.1, epochs=3, tokens=5)
     one = recipe(model, learned=Learned(str(tmp_path / "out"), "cpm"))
     pair = pairs.train[0].source, pairs.train[0].target
+    from safetensors.torch import load_file
+
     from difftap.engine.torch_prompts import ConditionalHead
     from difftap.tuning.space import open_space
-    from safetensors.torch import load_file
 
     space = open_space(Model.load(model), cache, "cpu", 5)
     values = load_file(tmp_path / "out" / "prompt.safetensors")
@@ -298,7 +300,7 @@ def test_several_processes_learn_what_one_does(mini, pairs, cache, tmp_path):
     """Two processes over gloo: the same prompt but for rounding."""
     pytest.importorskip("accelerate")
     learn(mini, pairs, tmp_path / "one", "class", cache=cache, batch=4, epochs=1)
-    code = KILLED.replace('epochs=40', 'epochs=1, batch=4')
+    code = KILLED.replace("epochs=40", "epochs=1, batch=4")
     arguments = [mini, tmp_path / "two", cache.folder, tmp_path / "pictures"]
     import socket
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from difftap.engine.backend import Array, Backend, Engine, Graph, Profile
+from difftap.engine.backend import Array, Backend, DeviceArray, Engine, Graph, Profile, Value
 from difftap.errors import BackendError, first_line
 
 _LOG = logging.getLogger("difftap")
@@ -17,24 +17,57 @@ _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _QUIET = 3  # onnxruntime's log level for errors
 
 
+class OrtArray(DeviceArray):
+    """An OrtValue, on whatever device it lies."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.shape = tuple(value.shape())
+        self.dtype = np.dtype(np.float32)
+
+    def numpy(self) -> Array:
+        return np.asarray(self.value.numpy())
+
+
 class OrtEngine(Engine):
-    """One ONNX Runtime session."""
+    """One ONNX Runtime session, fed and read through I/O binding: what lies on its device stays there."""
+
+    chains = True
 
     def __init__(self, graph: Graph, profile: Profile, device: str, session: Any) -> None:
         super().__init__(graph, profile, device)
         self._session: Any = session
 
-    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def _bound_run(self, feeds: Mapping[str, Value], device: str) -> list[Any]:
+        """Run once; gives the outputs as OrtValues on ``device``."""
         if self._session is None:
             raise BackendError(f"the engine of {self.graph.name} is closed; open it again")
         # The exporter drops inputs that no tap depends on (a prompt, for a tap before the first attention).
         used = {value.name for value in self._session.get_inputs()}
-        names = [spec.name for spec in self.outputs]
         try:
-            values = self._session.run(names, {k: np.ascontiguousarray(v) for k, v in feeds.items() if k in used})
+            binding = self._session.io_binding()
+            held = []  # a binding knows where an array lies, and does not keep it there
+            for name in used:
+                value = feeds[name]
+                if isinstance(value, OrtArray):
+                    binding.bind_ortvalue_input(name, value.value)
+                else:
+                    held.append(np.ascontiguousarray(value.numpy() if isinstance(value, DeviceArray) else value))
+                    binding.bind_cpu_input(name, held[-1])
+            for spec in self.outputs:
+                binding.bind_output(spec.name, device)
+            self._session.run_with_iobinding(binding)
+            return list(binding.get_outputs())
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(f"onnxruntime failed on {self.graph.name}: {first_line(error)}") from error
-        return dict(zip(names, values, strict=True))
+
+    def _run(self, feeds: Mapping[str, Value]) -> dict[str, Array]:
+        values = self._bound_run(feeds, "cpu")
+        return {spec.name: np.asarray(value.numpy()) for spec, value in zip(self.outputs, values, strict=True)}
+
+    def _run_on_device(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
+        values = self._bound_run(feeds, self.device)
+        return {spec.name: OrtArray(value) for spec, value in zip(self.outputs, values, strict=True)}
 
     def close(self) -> None:
         self._session = None
@@ -65,6 +98,12 @@ class OrtBackend(Backend):
         import onnxruntime
 
         return str(onnxruntime.__version__)
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        return ("fp32", "fp16") if device == "cuda" else ("fp32",)
+
+    def graph_precision(self, profile: Profile, device: str) -> str:
+        return profile.precision
 
     def open(
         self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None

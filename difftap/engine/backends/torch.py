@@ -1,4 +1,9 @@
-"""Eager PyTorch on the checkpoint itself: the reference that the other backends are held against."""
+"""Eager PyTorch on the checkpoint itself: at fp32 the reference that the other backends are held against.
+
+In half precision the networks compute in fp16 or bf16; the noisy latent is formed, and the ensemble's mean taken, as in
+the graphs. Attention's logits and softmax stay in fp32: diffusers leaves them to torch's fused attention, which
+accumulates so, and whose plain fallback casts up. (Stable Diffusion 2.1 overflows fp16 there and nowhere else.)
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,15 @@ import numpy as np
 from difftap.engine.backend import Array, Backend, Engine, Graph, Profile
 from difftap.errors import BackendError, first_line
 
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
 
 class TorchEngine(Engine):
-    """One torch module in fp32."""
+    """One torch module in one precision."""
 
     def __init__(self, graph: Graph, profile: Profile, module: Any, device: str, threads: int | None) -> None:
         super().__init__(graph, profile, device)
-        self._module: Any = module.to(device)
-        self._device = device
+        self._module: Any = module
         self._threads = threads
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -32,16 +38,40 @@ class TorchEngine(Engine):
             if self._threads:
                 torch.set_num_threads(self._threads)
             with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-                tensors = [torch.from_numpy(np.ascontiguousarray(feeds[s.name])).to(self._device) for s in self.inputs]
-                values = self._module(*tensors)
+                tensors = [torch.from_numpy(np.ascontiguousarray(feeds[s.name])).to(self.device) for s in self.inputs]
+                values = self._call(tensors)
+                # float32, in the order of the axes whatever the memory format was
+                arrays = [value.float().contiguous().cpu().numpy() for value in values]
         except RuntimeError as error:
             raise BackendError(f"torch failed on {self.graph.name}: {first_line(error)}") from error
         finally:
             torch.set_num_threads(before)
-        return {s.name: np.ascontiguousarray(v.cpu().numpy()) for s, v in zip(self.outputs, values, strict=True)}
+        return {s.name: np.ascontiguousarray(v) for s, v in zip(self.outputs, arrays, strict=True)}
+
+    def _call(self, tensors: list[Any]) -> Any:
+        return self._module(*tensors)
 
     def close(self) -> None:
         self._module = None
+
+
+def to_precision(module: Any, component: str, precision: str) -> Any:
+    """Put a module's network into a precision, its inputs cast where they enter it."""
+    import torch
+
+    if precision == "fp32":
+        return module
+    dtype = getattr(torch, _DTYPES[precision])
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+    network = module.unet if component == "unet" else module.vae.encoder
+    network.register_forward_pre_hook(enter, with_kwargs=True)
+    return module.to(dtype)
 
 
 class TorchBackend(Backend):
@@ -55,13 +85,19 @@ class TorchBackend(Backend):
             import diffusers  # noqa: F401
             import torch  # noqa: F401
         except ImportError as error:
-            return f"backend 'torch' needs torch and diffusers ({error}); pip install 'difftap[export]'"
+            return f"backend '{self.name}' needs torch and diffusers ({error}); pip install 'difftap[export]'"
         return None
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        return tuple(_DTYPES) if device == "cuda" else ("fp32", "bf16")  # few processors compute in fp16
 
     def devices(self) -> tuple[str, ...]:
         import torch
 
         return ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+
+    def fused_attention(self, device: str) -> bool:
+        return device == "cuda"
 
     def version(self) -> str:
         import torch
@@ -74,4 +110,17 @@ class TorchBackend(Backend):
         from difftap.engine.torch_model import build
 
         module = build(graph.model, graph.component, graph.taps, stop_early=True)
-        return TorchEngine(graph, profile, module, device, threads)
+        module = to_precision(module, graph.component, profile.precision)
+        return TorchEngine(graph, profile, on_device(graph, module, device), device, threads)
+
+
+def on_device(graph: Graph, module: Any, device: str) -> Any:
+    """Move a module; a GPU's memory may not hold it.
+
+    Raises:
+        BackendError: it does not.
+    """
+    try:
+        return module.to(device)
+    except RuntimeError as error:
+        raise BackendError(f"torch cannot open {graph.name} on {device}: {first_line(error)}") from error

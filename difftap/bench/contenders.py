@@ -1,0 +1,107 @@
+"""Who takes part in `difftap bench throughput`: our backends in their precisions, and the ways people do it today."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from difftap.engine import BACKENDS, check_precision, choose_device, get_backend
+from difftap.engine.backend import PRECISIONS
+from difftap.errors import BackendError, InputError
+
+__all__ = ["RIVALS", "Contender", "parse_backends", "parse_rivals"]
+
+RIVALS = {
+    "dift": "DIFT's way in torch: the image repeated through the VAE for every member, the UNet stopped after the tap",
+    "dift-tuned": "the same tuned: the VAE once an image, channels last, compiled",
+}
+_RIVAL_PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        name: a backend's name, or one of `RIVALS`.
+        precision: what it computes in.
+        device: where it runs.
+    """
+
+    name: str
+    precision: str = "fp32"
+    device: str = "cpu"
+
+    @property
+    def rival(self) -> bool:
+        """Whether it is not ours."""
+        return self.name in RIVALS
+
+    @property
+    def label(self) -> str:
+        """``name:precision``."""
+        return f"{self.name}:{self.precision}"
+
+
+def parse_backends(text: str, device: str = "auto") -> tuple[list[Contender], dict[str, str]]:
+    """The backends that a list names.
+
+    Args:
+        text: ``all``, or names with commas between them; ``name:precision`` for one precision, ``name`` or ``name:all``
+            for all that the backend has on the device.
+        device: ``auto`` for each backend's best, or a device's name.
+
+    Returns:
+        The contenders in order, and for ``all`` the backends that cannot run here, with the reason.
+
+    Raises:
+        InputError: a name or a precision is unknown.
+        BackendError: a backend that was named cannot run here, or not in that precision.
+    """
+    found: list[Contender] = []
+    absent: dict[str, str] = {}
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    usual = [name for name in BACKENDS if get_backend(name).by_default]
+    for part in usual if parts == ["all"] else parts:
+        name, _, precision = part.partition(":")
+        backend = get_backend(name)
+        try:
+            where = choose_device(backend, device)
+            hindrance = backend.cannot_run(where)
+            if hindrance:
+                raise BackendError(hindrance)
+        except BackendError as error:
+            if parts != ["all"]:
+                raise
+            absent[name] = str(error)
+            continue
+        if precision in ("", "all"):
+            wanted = backend.precisions(where)
+        else:
+            _known(precision, part, PRECISIONS)
+            check_precision(backend, where, precision)
+            wanted = (precision,)
+        found += [Contender(name, one, where) for one in wanted]
+    return list(dict.fromkeys(found)), absent
+
+
+def parse_rivals(text: str, device: str) -> list[Contender]:
+    """The rivals that a list names: ``dift``, ``dift-tuned``, either with ``:fp16`` or ``:bf16``; ``none`` for none.
+
+    Raises:
+        InputError: a name or a precision is unknown.
+    """
+    found = []
+    for part in [part.strip() for part in text.split(",") if part.strip()]:
+        if part == "none":
+            continue
+        name, _, precision = part.partition(":")
+        if name not in RIVALS:
+            raise InputError(f"no rival '{name}'; allowed: {', '.join(RIVALS)}, none")
+        _known(precision or "fp32", part, _RIVAL_PRECISIONS)
+        found.append(Contender(name, precision or "fp32", device))
+    return list(dict.fromkeys(found))
+
+
+def _known(precision: str, part: str, allowed: tuple[str, ...]) -> None:
+    if precision not in allowed:
+        raise InputError(f"'{part}' asks for precision '{precision}'; allowed: {', '.join(allowed)}")

@@ -1,0 +1,51 @@
+"""Pictures to measure with: those that are given, or generated ones of texture and shading at a photograph's size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PIL
+
+from difftap.errors import InputError
+
+__all__ = ["find_pictures", "write_pictures"]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def find_pictures(paths: Sequence[Path], most: int = 8) -> tuple[Path, ...]:
+    """Files as they are given; of a folder, up to ``most`` of the pictures below it, evenly spaced in path order.
+
+    Raises:
+        InputError: a folder holds no picture.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        if not inside:
+            raise InputError(f"no pictures in '{path}'; allowed: files ending in {', '.join(_SUFFIXES)}")
+        count = min(most, len(inside))
+        found += [inside[k * len(inside) // count] for k in range(count)]
+    return tuple(found)
+
+
+def write_pictures(folder: Path, count: int = 2, size: tuple[int, int] = (500, 375)) -> tuple[Path, ...]:
+    """Write seeded JPEG pictures: noise at several scales, the coarse ones strongest, as in photographs."""
+    paths = []
+    for k in range(count):
+        stream = np.random.default_rng([20, k])
+        total = np.zeros((size[1], size[0], 3), np.float32)
+        for octave in range(6):
+            cells = 3 * 2**octave
+            coarse = stream.integers(0, 256, (cells, cells, 3), np.uint8)
+            filtered = PIL.fromarray(coarse).resize(size, PIL.Resampling.BICUBIC)
+            total += (np.asarray(filtered, np.float32) - 127.5) * 0.62**octave
+        path = folder / f"picture-{k}.jpg"
+        PIL.fromarray(np.clip(total + 127.5, 0, 255).astype(np.uint8)).save(path, quality=92)
+        paths.append(path)
+    return tuple(paths)

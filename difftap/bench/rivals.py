@@ -1,0 +1,233 @@
+"""The ways people extract these features today, in torch: what `difftap bench throughput` measures ours against.
+
+``dift`` follows the published code of DIFT (Tang et al., NeurIPS 2023): the image is repeated E times, every copy goes
+through the VAE encoder and samples the posterior, noise is added, and one UNet pass of E members stops after the tap.
+``dift-tuned`` is what a careful user makes of it: the VAE runs once an image, both networks are laid out channels last
+and compiled by ``torch.compile``, and the UNet holds nothing past the tap.
+
+Both are given the noise that ours draws, so that all features are of the same noise and can be compared; drawing it
+is not timed. Axis letters as in `difftap.engine.backend`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.bench.host import available_memory
+from difftap.coords import Size
+from difftap.errors import BackendError, first_line, require
+from difftap.model import Model
+from difftap.recipe import Branch, Recipe
+
+__all__ = ["Rival", "vae_bytes"]
+
+_LIVE = 5
+"""Largest activations of the VAE's first level that are in memory at once."""
+_SHARE = 0.8
+"""Of the memory that is free, what one batch may be expected to take."""
+
+
+def vae_bytes(model: Model, size: Size, images: int, width: int = 4) -> int:
+    """Roughly what encoding a batch takes beside the weights: a few maps of the first level's channels."""
+    return _LIVE * images * size[0] * size[1] * int(model.vae["block_out_channels"][0]) * width
+
+
+class Rival:
+    """One rival, ready to run.
+
+    Args:
+        model: the checkpoint.
+        recipe: what is extracted; noise must be drawn (not ``none``).
+        prompts: per branch, ``(T, D)`` float32.
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
+        tuned: whether it is ``dift-tuned``.
+        compiled: whether the tuned one is compiled (a test may do without).
+
+    Attributes:
+        together: members in one batch: E, or fewer where E do not fit into memory.
+        notes: what differs from the published way, for the report.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        recipe: Recipe,
+        prompts: Sequence[NDArray[np.float32]],
+        device: str,
+        precision: str = "fp32",
+        *,
+        tuned: bool = False,
+        compiled: bool = True,
+    ) -> None:
+        self._torch = require("torch", "bench", "running DIFT's way")
+        require("diffusers", "export", "running DIFT's way")
+        from difftap.engine.torch_model import build
+
+        torch = self._torch
+        self._model, self._recipe, self._device, self._tuned = model, recipe, device, tuned
+        self._kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self._layout = torch.channels_last if tuned else torch.contiguous_format
+        self.notes: list[str] = []
+        if device == "cuda":  # fp32 means fp32; where halves are asked for, nothing but halves is multiplied
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        encoder = build(model, "vae")
+        self._encode: Any = encoder.to(device, self._kind, memory_format=self._layout)
+        self._networks = []
+        cut: dict[tuple[str, ...], Any] = {}
+        for branch in recipe.branches:
+            if branch.taps not in cut:
+                network = build(model, "unet", branch.taps, stop_early=True)
+                network.to(device, self._kind, memory_format=self._layout)
+                cut[branch.taps] = _whole(_cut_after(network.unet, branch), compiled) if tuned else network.members
+            self._networks.append(cut[branch.taps])
+        if tuned and compiled:
+            self._encode = torch.compile(encoder, dynamic=False)
+        self._prompts = [torch.from_numpy(prompt).to(device, self._kind) for prompt in prompts]
+        self.together = recipe.ensemble if tuned else self._fitting()
+
+    def _fitting(self) -> int:
+        """Members that go through the VAE at once: all, unless they are not expected to fit."""
+        members, width = self._recipe.ensemble, 4 if self._kind == self._torch.float32 else 2
+        free = self._torch.cuda.mem_get_info()[0] if self._device == "cuda" else available_memory()
+        fits = [
+            d
+            for d in range(1, members + 1)
+            if members % d == 0 and vae_bytes(self._model, self._recipe.size, d, width) <= _SHARE * free
+        ]
+        together = max(fits, default=1)
+        if together < members:
+            self.notes.append(f"{together} of {members} members at a time: more do not fit into memory")
+        return together
+
+    def warm_up(self, batch: int = 1) -> None:
+        """Touch all weights: one member through both networks; the compiled one is made for its shapes, so all."""
+        count = self._recipe.ensemble if self._tuned else 1
+        images = batch if self._tuned else 1
+        width, height = self._recipe.size
+        stride = self._model.latent_stride
+        pixels = np.zeros((images, 3, height, width), np.float32)
+        latent = (images, count, self._model.latent_channels, height // stride, width // stride)
+        noises = np.random.default_rng(0).standard_normal((2, *latent), np.float32)
+        self.extract(pixels, noises, members=count)
+
+    def extract(
+        self, pixels: NDArray[np.float32], noises: NDArray[np.float32], members: int | None = None
+    ) -> tuple[list[dict[str, NDArray[np.float32]]], dict[str, float]]:
+        """Features of a batch, and the seconds that the networks took.
+
+        Args:
+            pixels: ``(B, 3, H, W)`` in [-1, 1].
+            noises: posterior and diffusion noise, ``(2, B, E, C, h, w)``.
+            members: fewer members than the recipe's (the warm-up).
+
+        Returns:
+            Per branch its taps' maps ``(B, C, h, w)``; and seconds in ``vae`` and ``unet``.
+        """
+        torch = self._torch
+        clock = {"vae": 0.0, "unet": 0.0}
+        count = members or self._recipe.ensemble
+        maps: list[dict[str, NDArray[np.float32]]] = []
+        try:
+            with torch.inference_mode():
+                image = torch.from_numpy(pixels).to(self._device, self._kind, memory_format=self._layout)
+                drawn = torch.from_numpy(noises).to(self._device, self._kind)
+                posterior = self._posterior(image, clock) if self._tuned else None
+                for branch, network, prompt in zip(self._recipe.branches, self._networks, self._prompts, strict=True):
+                    if posterior is None:
+                        one = [
+                            self._published(image[i], drawn[:, i], branch, network, prompt, count, clock)
+                            for i in range(len(image))
+                        ]
+                        values = [torch.stack(tensors) for tensors in zip(*one, strict=True)]
+                    else:
+                        values = self._batched(posterior, drawn, branch, network, prompt, clock)
+                    maps.append({tap: v.float().cpu().numpy() for tap, v in zip(branch.taps, values, strict=True)})
+        except RuntimeError as error:  # torch's out of memory, and whatever its compiler meets
+            raise BackendError(f"torch failed on DIFT's way: {first_line(error)}") from error
+        return maps, clock
+
+    def _posterior(self, image: Any, clock: dict[str, float]) -> tuple[Any, Any]:
+        start = self._now()
+        mean, std = self._encode(image)
+        clock["vae"] += self._now() - start
+        return mean, std
+
+    def _published(
+        self, image: Any, drawn: Any, branch: Branch, network: Any, prompt: Any, count: int, clock: dict[str, float]
+    ) -> list[Any]:
+        """One image ``(3, H, W)`` as the published code takes it: repeated for every member from the start."""
+        torch = self._torch
+        signal, sigma = self._scales(branch)
+        sums: list[Any] = []
+        step = min(self.together, count)
+        for first in range(0, count, step):
+            part = slice(first, first + step)
+            mean, std = self._posterior(image.unsqueeze(0).repeat(step, 1, 1, 1), clock)
+            start = self._now()
+            latent = signal * (mean + std * drawn[0, part]) + sigma * drawn[1, part]  # (E, C, h, w)
+            steps = torch.full((step,), branch.timestep, device=self._device)
+            values = network(latent, steps, prompt.expand(step, -1, -1))
+            totals = [value.sum(0) for value in values]
+            sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
+            clock["unet"] += self._now() - start
+        return [total / count for total in sums]
+
+    def _batched(
+        self, posterior: tuple[Any, Any], drawn: Any, branch: Branch, network: Any, prompt: Any, clock: dict[str, float]
+    ) -> list[Any]:
+        """A batch of encoded images, all members of all of them in one pass."""
+        torch = self._torch
+        start = self._now()
+        signal, sigma = self._scales(branch)
+        mean, std = (value.unsqueeze(1) for value in posterior)  # (B, 1, C, h, w)
+        latent = (signal * (mean + std * drawn[0]) + sigma * drawn[1]).flatten(0, 1)
+        latent = latent.contiguous(memory_format=self._layout)
+        steps = torch.full((len(latent),), branch.timestep, device=self._device)
+        values = network(latent, steps, prompt.expand(len(latent), -1, -1).contiguous())
+        means = [value.unflatten(0, drawn.shape[1:3]).mean(1) for value in values]
+        clock["unet"] += self._now() - start
+        return means
+
+    def _scales(self, branch: Branch) -> tuple[float, float]:
+        alpha = float(self._model.alphas_cumprod[branch.timestep])
+        return alpha**0.5 * self._model.scaling_factor, (1.0 - alpha) ** 0.5
+
+    def _now(self) -> float:
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _cut_after(unet: Any, branch: Branch) -> Any:
+    """Take out of a UNet all that comes after a decoder block, so that a compiled pass has no early end to take.
+
+    Raises:
+        BackendError: the tap is not a decoder block's output.
+    """
+    from torch import nn
+
+    block = re.fullmatch(r"up(\d+)", branch.taps[0])
+    if len(branch.taps) != 1 or block is None:
+        raise BackendError(
+            f"dift-tuned ends with a decoder block; got taps {', '.join(branch.taps)}; allowed: one of up0, up1, ..."
+        )
+    unet.up_blocks = unet.up_blocks[: int(block[1]) + 1]
+    unet.conv_norm_out, unet.conv_out = None, nn.Identity()
+    return unet
+
+
+def _whole(unet: Any, compiled: bool) -> Callable[[Any, Any, Any], list[Any]]:
+    """A pass whose output is the tap itself."""
+    run = require("torch", "bench", "running DIFT's way").compile(unet, dynamic=False) if compiled else unet
+
+    def members(latent: Any, timestep: Any, prompt: Any) -> list[Any]:
+        return [run(latent, timestep, encoder_hidden_states=prompt, return_dict=False)[0]]
+
+    return members

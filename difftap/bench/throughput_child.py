@@ -1,0 +1,260 @@
+"""The process that one contender of `difftap bench throughput` has to itself: orders in, replies out, one JSON a line.
+
+So peak memory and threads are its own, a contender that dies takes nobody along, and several full-size models are in
+memory at once only where they fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from difftap.bench.contenders import Contender
+from difftap.bench.host import hold_threads, peak_memory
+from difftap.engine import Cache, default_cache_folder, get_backend
+from difftap.errors import DifftapError, first_line
+from difftap.features import FeatureMap
+from difftap.images import load_image, to_input
+from difftap.pipeline import Pipeline, Runtime
+from difftap.recipe import Recipe
+
+__all__ = ["serve"]
+
+_MOST_CALLS = 200
+_QUICK = 1.0  # seconds: a warm-up this short is followed by a whole call, which then is quick too
+KEYPOINTS = 10
+GEMM_SIDE = 2048
+
+
+class _Job:
+    """What an order says, read once."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.contender = Contender(**data["contender"])
+        self.recipe = Recipe.from_dict(data["recipe"])
+        self.images = [Path(path) for path in data["images"]]
+        self.cache = Path(data["cache"]) if data["cache"] else None
+        self.runtime = Runtime(
+            backend=self.contender.name,
+            device=self.contender.device,
+            threads=data["threads"],
+            batch=data["batch"],
+            cache=self.cache,
+            precision=self.contender.precision,
+        )
+        self.opening = {"revision": data["revision"], "random_weights": data["random_weights"]}
+
+    @property
+    def threads(self) -> int:
+        return int(self.runtime.threads or 1)
+
+
+class _OursRunner:
+    """A backend of ours behind the child's orders."""
+
+    def __init__(self, job: _Job) -> None:
+        from difftap.bench.ours import Ours
+
+        self._job = job
+        before = _artefacts(job.cache)
+        self._pipeline = Pipeline.open(job.recipe, job.runtime, **job.opening)
+        self.made = _artefacts(job.cache) != before
+        self.batch = self._pipeline.batch
+        self._ours = Ours(self._pipeline)
+        self.about = {
+            "version": self._pipeline.conditions["backend"]["version"],
+            "device": self._pipeline.conditions["backend"]["device"],
+            "together": self._ours.together,
+            "notes": [],
+        }
+
+    def warm_up(self) -> None:
+        self._ours.warm_up()
+
+    def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, Any], dict[str, float]]:
+        return self._ours.call(paths)
+
+    def match(self, source: FeatureMap, target: FeatureMap, points: np.ndarray[Any, Any]) -> None:
+        from difftap.matching import match_points
+
+        match_points(source, target, points, self._job.recipe.matcher, confidence=False)
+
+
+class _RivalRunner:
+    """A rival behind the child's orders."""
+
+    def __init__(self, job: _Job) -> None:
+        from difftap.bench.rivals import Rival
+        from difftap.export.checkpoints import open_model
+        from difftap.prompts import Subject, choose_prompts, embed
+
+        self._job = job
+        cache = Cache(job.cache or default_cache_folder())
+        self._model = open_model(job.recipe.model, cache, **job.opening)
+        prompts = [embed(self._model, prompt, cache) for prompt in choose_prompts(job.recipe, Subject())]
+        self._tuned = job.contender.name == "dift-tuned"
+        device, precision = job.contender.device, job.contender.precision
+        self._rival = Rival(self._model, job.recipe, prompts, device, precision, tuned=self._tuned)
+        self.made = False
+        self.batch = 1 if device == "cpu" else job.runtime.batch
+        version = get_backend("torch").version()
+        self.about = {
+            "version": version,
+            "device": device,
+            "together": self._rival.together,
+            "notes": self._rival.notes,
+        }
+
+    def warm_up(self) -> None:
+        self._rival.warm_up(self.batch)
+
+    def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, Any], dict[str, float]]:
+        from difftap.engine.noise import draw
+
+        recipe = self._job.recipe
+        stride = self._model.latent_stride
+        latent = (self._model.latent_channels, recipe.size[1] // stride, recipe.size[0] // stride)
+        drawn = [
+            draw(recipe.seed, load_image(path).digest, recipe.ensemble, latent, recipe.noise == "antithetic")
+            for path in paths
+        ]
+        noises = np.stack([np.stack(pair) for pair in zip(*drawn, strict=True)])  # (2, B, E, C, h, w)
+        start = time.perf_counter()
+        images = [load_image(path) for path in paths]
+        decoded = time.perf_counter()
+        laid = [to_input(image, recipe.size, recipe.fit) for image in images]
+        resized = time.perf_counter()
+        values, clock = self._rival.extract(np.stack([pixels for pixels, _ in laid]), noises)
+        end = time.perf_counter()
+        stages = {"decode": decoded - start, "resize": resized - decoded, **clock}
+        maps = {f"{i}.{tap}": value[0] for i, taps in enumerate(values) for tap, value in taps.items()}
+        first = next(iter(values[0].values()))
+        joined = [FeatureMap(np.ascontiguousarray(first[i]), laid[i][1]) for i in range(len(laid))]
+        return joined, maps, {"total": end - start, **stages, "rest": end - start - sum(stages.values())}
+
+    def match(self, source: FeatureMap, target: FeatureMap, points: np.ndarray[Any, Any]) -> None:
+        from difftap.bench.matching_ways import slow_way
+
+        slow_way(source, target, points, self._job.recipe.matcher.interpolation, self._tuned)
+
+
+def _artefacts(cache: Path | None) -> dict[Path, int]:
+    folder = cache or default_cache_folder()
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.json")}
+
+
+class _Child:
+    """The orders: ``survey``, ``open``, ``round``, ``gemm``."""
+
+    def __init__(self) -> None:
+        self._runner: Any = None
+        self._job: _Job | None = None
+        self._turn = itertools.count()
+
+    def survey(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Make model, graphs and prompts ready, and count the arithmetic of one image."""
+        from difftap.bench.survey import survey
+
+        job = _Job(order)
+        return survey(job.recipe, job.cache, **job.opening)
+
+    def open(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Open the contender and warm it up."""
+        self._job = job = _Job(order)
+        start = time.perf_counter()
+        self._runner = (_RivalRunner if job.contender.rival else _OursRunner)(job)
+        opened = time.perf_counter()
+        if self._runner.made and not order.get("keep"):
+            return {"made": True}  # a fresh process is asked again, whose memory no build has touched
+        self._runner.warm_up()
+        warmed = time.perf_counter()
+        if warmed - opened < _QUICK:
+            self._runner.call(self._paths(0))
+        return {"made": False, "open": opened - start, "warm_up": warmed - opened, **self._runner.about}
+
+    def _paths(self, turn: int) -> list[Path]:
+        assert self._job is not None  # noqa: S101 - open comes first
+        files = self._job.images
+        return [files[(turn * self._runner.batch + k) % len(files)] for k in range(self._runner.batch)]
+
+    def round(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Call for as long as is asked, at least once; the first round's first call also gives its features."""
+        assert self._job is not None  # noqa: S101 - open comes first
+        calls: list[dict[str, float]] = []
+        matching: list[float] = []
+        joined: list[FeatureMap] = []
+        began = time.perf_counter()
+        while len(calls) < _MOST_CALLS and (not calls or time.perf_counter() - began < order["seconds"]):
+            made, maps, stages = self._runner.call(self._paths(next(self._turn)))
+            if not calls and order.get("features"):
+                with open(order["features"], "wb") as handle:
+                    np.savez(handle, **maps)
+            joined = (joined + made)[-2:]
+            calls.append({"images": len(made), **stages})
+        peak = peak_memory()
+        if order["matching"]:
+            matching = [self._match(joined[0], joined[-1]) for _ in range(1 if self._job.contender.rival else 3)]
+        return {"calls": calls, "matching": matching, "peak": peak}
+
+    def _match(self, source: FeatureMap, target: FeatureMap) -> float:
+        points = np.random.default_rng(0).integers(0, source.image_size, (KEYPOINTS, 2)).astype(np.int64)
+        start = time.perf_counter()
+        self._runner.match(source, target, points)
+        return time.perf_counter() - start
+
+    def gemm(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Multiply-add rates of square products, operations a second (two a multiply-add), best of several."""
+        from difftap.bench.gemm import measure_gemm
+
+        return {"gemm": measure_gemm(GEMM_SIDE, order["device"])}
+
+
+def serve(orders: TextIO, replies: TextIO) -> None:
+    """Carry out orders until there are no more; what goes wrong is a reply too."""
+    child = _Child()
+    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "survey": child.survey,
+        "open": child.open,
+        "round": child.round,
+        "gemm": child.gemm,
+    }
+    for order in _lines(orders):
+        try:
+            with hold_threads(order["threads"]):
+                reply = actions[order["do"]](order)
+        except DifftapError as error:
+            reply = {"error": str(error)}
+        except MemoryError:
+            reply = {"error": "out of memory"}
+        except Exception as error:  # another package's, of any kind: this contender is out, the others go on
+            reply = {"error": f"{type(error).__name__}: {first_line(error)}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def _lines(orders: TextIO) -> Iterator[dict[str, Any]]:
+    while line := orders.readline():
+        yield json.loads(line)
+
+
+def _main() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, even in the middle of a call
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no reply
+    serve(sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,136 @@
+"""``difftap bench gpu-check``: everything a GPU machine can do, in one run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from difftap.commands.options import build_recipe, cache_option, recipe_options
+
+__all__ = ["gpu_check"]
+
+
+def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of whole numbers above 0, such as 1,4,8")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command("gpu-check", epilog="Exit codes: 0 all is well; 1 some cell was not run or is not sound; 2 bad input.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("out/gpu-check"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for finished cells and the report; a run that was stopped goes on from there.",
+)
+@click.option(
+    "--backends",
+    default="all",
+    show_default=True,
+    metavar="LIST",
+    help="all, or backends with commas between: tensorrt:fp16,torch-compile:fp16,ort (without a precision: all).",
+)
+@click.option(
+    "--rivals", default="none", show_default=True, metavar="LIST", help="dift, dift-tuned, with :fp16 or :bf16; none."
+)
+@click.option(
+    "--sizes", default="512,768", show_default=True, callback=_numbers, metavar="LIST", help="Square inputs in pixels."
+)
+@click.option(
+    "--batches", default="1,4,8", show_default=True, callback=_numbers, metavar="LIST", help="Images in one engine run."
+)
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=900,
+    show_default=True,
+    help="Seconds a cell may take, building included.",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=3.0, show_default=True, help="Least length of a cell's timed part."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    default="cuda",
+    show_default=True,
+    help="cpu is a dry run of this check, on the CPU's backends.",
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]")
+@click.option("--overwrite", is_flag=True, help="Start afresh, whatever the folder holds.")
+@cache_option
+@recipe_options
+def gpu_check(
+    output: Path,
+    backends: str,
+    rivals: str,
+    sizes: tuple[int, ...],
+    batches: tuple[int, ...],
+    limit: float,
+    seconds: float,
+    device: str,
+    threads: int | None,
+    overwrite: bool,
+    cache: Path | None,
+    revision: str | None,
+    random_weights: int | None,
+    **options: Any,
+) -> None:
+    """Build, run, time and check every GPU backend that is installed, each cell in a process of its own.
+
+    Without --model or --recipe it takes Stable Diffusion 2.1 at full size with random weights, so that nothing has to
+    be downloaded. What cannot run is a line that says why. docs/gpu.md says how to bring what a bare machine lacks.
+
+    \b
+    difftap bench gpu-check
+    difftap bench gpu-check --backends tensorrt:fp16,torch-compile:fp16 --sizes 768 --batches 8
+    difftap bench gpu-check --device cpu --model pocket --sizes 128 --backends ort,torch:fp32
+    """
+    from difftap.bench.contenders import parse_rivals
+    from difftap.bench.faisscheck import check_faiss
+    from difftap.bench.gpucheck import GpuCheckCase, present, run
+    from difftap.bench.gpucheck_report import format_gpu_check, to_json
+    from difftap.bench.host import gpu
+    from difftap.errors import InputError, require
+    from difftap.manifest import write_atomic
+
+    if device == "cuda" and gpu() is None:
+        raise InputError(
+            "no NVIDIA GPU here (nvidia-smi names none): run this on a machine with one, or for a dry run give "
+            "--device cpu --model pocket"
+        )
+    require("threadpoolctl", "bench", "measuring throughput")
+    if options["model"] is None and options["recipe_name"] is None:
+        options["model"], random_weights = "sd21", 0 if random_weights is None else random_weights
+    if options["size"] is not None:
+        raise InputError("this check takes --sizes, a list, in place of --size")
+    ours, absent = present(backends, device)
+    case = GpuCheckCase(
+        build_recipe(**options),
+        (*ours, *parse_rivals(rivals, device)),
+        device,
+        tuple((side, side) for side in sizes),
+        batches,
+        limit,
+        seconds,
+        threads,
+        revision,
+        random_weights,
+        cache,
+    )
+    result = run(case, output, absent, lambda text: click.echo(text, err=True), overwrite)
+    faiss = check_faiss(device, limit)
+    for line in [*format_gpu_check(result), faiss.line]:
+        click.echo(line)
+    write_atomic(output / "gpu-check.json", json.dumps({**to_json(result), "faiss": faiss.to_dict()}, indent=1) + "\n")
+    click.echo(f"wrote {output / 'gpu-check.json'}", err=True)
+    if any(one.failed is not None or one.sound is False for _, one in result.cells) or faiss.sound is False:
+        sys.exit(1)

@@ -1,0 +1,255 @@
+"""``difftap bench semantics``: the semantic study, axis by axis, and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from difftap.commands.options import build_recipe, feature_options, runtime_options, take_runtime
+from difftap.commands.progress import progress_bar
+from difftap.commands.prototypes import STUDY_DEFAULT, open_objects, semantic_recipe
+from difftap.errors import InputError
+
+if TYPE_CHECKING:
+    from difftap.bench.semantics.study import Study
+    from difftap.pipeline import Pipeline
+    from difftap.prototypes import Source
+    from difftap.recipe import Recipe
+
+__all__ = ["semantics"]
+
+_DIR = click.Path(path_type=Path)
+
+
+def _options(name: str) -> Callable[[Any], Any]:
+    """What an axis takes; an option stands where it does something."""
+    voc = click.option("--voc", type=_DIR, metavar="ROOT", help="VOC 2012: VOCdevkit or the folder VOC2012.")
+    coco = click.option("--coco", type=_DIR, metavar="ROOT", help="COCO 2017: the folder that holds annotations/.")
+    folder = click.option("--folder", type=_DIR, metavar="ROOT", help="Your own images/ and masks/.")
+    limit = click.option(
+        "--limit", type=click.IntRange(1), metavar="N", help="N images of each set, evenly spaced; clips stay whole."
+    )
+    classes = click.option(
+        "--coco-classes", default="voc", show_default=True, metavar="A,B", help="voc (VOC's 20), all, or names."
+    )
+    davis = click.option("--davis", type=_DIR, metavar="ROOT", help="DAVIS 2017: the folder that holds JPEGImages/.")
+    offsets = click.option("--offsets", metavar="D,D", help="Between frames.  [default: 1,2,3,4,5,10,20,30,40]")
+    timesteps = click.option("--timesteps", metavar="T,T", help="To compare.  [default: 1,50,100,200,300,400,500]")
+    metric = click.option(
+        "--metric", default="correlation", show_default=True, metavar="M",
+        help="euclidean, manhattan, cosine, correlation or dcor" + ("; distances takes all." if name == "all" else "."),
+    )  # fmt: skip
+    stills = [voc, coco, folder, limit, classes] if name != "video" else []
+    clips = [davis, offsets] if name in ("video", "all") else []
+    steps = [timesteps] if name in ("steps", "all") else []
+    measure = [metric] if name != "distances" else []
+    options = [
+        click.option("-o", "--output", type=_DIR, required=True, metavar="DIR", help="Folder for all that is written."),
+        *stills,
+        *clips,
+        click.option(
+            "--split",
+            "splits",
+            multiple=True,
+            metavar="NAME=SPLIT",
+            help="A split, coco=train2017 (repeatable).",
+        ),
+        click.option("--list", "listing", type=_DIR, metavar="FILE", help="Images and clips: a CSV src,dataset."),
+        click.option("--allow-missing", is_flag=True, help="Leave out listed images that are missing, and say so."),
+        click.option("--min-area", type=float, default=0.01, show_default=True, metavar="F", help="Of the image."),
+        click.option("--rule", default="area", show_default=True, metavar="RULE", help="Mask to cells: area, nearest."),
+        *measure,
+        *steps,
+        click.option(
+            "--draws", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="Bootstrap draws."
+        ),
+        click.option(
+            "--draw-seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of the bootstrap."
+        ),
+        click.option("--overwrite", is_flag=True, help="Build prototypes anew instead of resuming."),
+        feature_options(STUDY_DEFAULT),
+        runtime_options,
+    ]
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@click.group()
+def semantics() -> None:
+    """The semantic study: how near objects of one class, and one object seen twice, lie to each other.
+
+    Each axis builds the prototypes it needs (or finds them in the folder), and writes AXIS.json, AXIS.md, its figures
+    as PNG and SVG, and report.html with everything the folder holds.
+    """
+
+
+_HELP = {
+    "distances": "Five distance measures on the study's layer (its Table 1 and Fig. 3).",
+    "layers": "Grids, encoder against decoder, and the layers of the coarsest encoder block (Figs. 4 to 6).",
+    "steps": "Timesteps 1 to 500 (Fig. 7).",
+    "transforms": "Objects cropped, shifted, flipped and turned (Fig. 8).",
+    "video": "People in later frames of a clip (Figs. 9 and 10); needs --davis.",
+    "all": "Every axis that the data sets given allow.",
+}
+
+
+def _command(name: str) -> click.Command:
+    @_options(name)
+    def run(**options: Any) -> None:
+        _run(name, **options)
+
+    return click.command(
+        name,
+        help=f"{_HELP[name]}\n\n\b\ndifftap bench semantics {name} "
+        + ("--davis DAVIS" if name == "video" else "--voc VOCdevkit --coco coco" + (" --davis DAVIS" * (name == "all")))
+        + " -o out/study",
+        short_help=_HELP[name].split(" (")[0].split(";")[0].rstrip("."),
+        epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input.",
+    )(run)
+
+
+for _name in _HELP:
+    semantics.add_command(_command(_name))
+
+
+def _numbers(text: str | None, what: str, low: int, high: int) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and low <= int(part) <= high for part in parts):
+        raise InputError(f"{what} is {text!r}; allowed: whole numbers from {low} to {high}, with commas between")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _sources(options: dict[str, Any]) -> dict[str, Source]:
+    """The data sets that were given, open."""
+    roots = {name: options.pop(name, None) for name in ("voc", "coco", "folder", "davis")}
+    splits = dict(pair.partition("=")[::2] for pair in options.pop("splits"))
+    unknown = sorted(name for name in splits if roots.get(name) is None)
+    if unknown:
+        raise InputError(f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a set that is")
+    listing, allow, area = (options.pop(name) for name in ("listing", "allow_missing", "min_area"))
+    limit, coco_classes = options.pop("limit", None), options.pop("coco_classes", None)
+    classes = {"coco": None if coco_classes == "all" else coco_classes, "davis": "person"}
+    if not any(roots.values()):
+        raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
+    found = {}
+    for name, root in roots.items():
+        if root is None:
+            continue
+        source = open_objects(
+            name,
+            root,
+            split=splits.get(name),
+            listing=None if name in splits else listing,
+            classes=classes.get(name),
+            min_area=area,
+            allow_missing=allow,
+        )
+        found[name] = source if name == "davis" else _limited(source, limit)
+    return found
+
+
+def _limited(source: Source, limit: int | None) -> Source:
+    """So many scenes, evenly spaced; frames of clips stay whole."""
+    if limit is None or limit >= len(source):
+        return source
+    keys = [source.keys[k * len(source) // limit] for k in range(limit)]
+    return dataclasses.replace(source, keys=tuple(keys), about={**source.about, "limit": limit})
+
+
+def _run(name: str, output: Path, **options: Any) -> None:
+    """Run one axis, or all of them."""
+    from difftap.bench.semantics.axes import AXES
+    from difftap.bench.semantics.output import finish_axis, study_folder, write_report
+    from difftap.bench.semantics.study import prepare, run_axis
+
+    if name == "layers" and options["taps"]:
+        raise InputError("the layers axis compares the UNet's own layers; leave --tap out")
+    if name == "steps" and options["timestep"] is not None:
+        raise InputError("the steps axis compares several timesteps; give --timesteps in place of --timestep")
+    timesteps = _numbers(options.pop("timesteps", None), "--timesteps", 0, 999)
+    offsets = _numbers(options.pop("offsets", None), "--offsets", 1, 100_000)
+    sources = _sources(options)
+    stills = [one for one in sources if one != "davis"]
+    if name == "all":
+        axes = [axis for axis in AXES if (axis == "video") <= ("davis" in sources) and (axis == "video" or stills)]
+    else:
+        axes = [name]
+        if name == "video" and "davis" not in sources:
+            raise InputError("the video axis needs clips; give --davis ROOT")
+        if name != "video" and not stills:
+            raise InputError(f"the {name} axis needs images; give --voc, --coco or --folder ROOT")
+    failed = 0
+    with study_folder(output) as folder:
+        study = _study(folder, timesteps, offsets, options)
+        if name == "all":
+            prepare(study, sources, axes)
+        for axis in axes:
+            results = run_axis(study, axis, sources)
+            for line in finish_axis(study, results, sources):
+                click.echo(line)
+            failed += sum(data["counts"]["images_failed"] for data in results["datasets"].values())
+        click.echo(f"wrote {write_report(folder)}", err=True)
+    if failed:
+        sys.exit(1)
+
+
+def _study(
+    folder: Path, timesteps: tuple[int, ...] | None, offsets: tuple[int, ...] | None, options: dict[str, Any]
+) -> Study:
+    """The study that the options ask for."""
+    from difftap.bench.semantics.axes import OFFSETS, TIMESTEPS
+    from difftap.bench.semantics.study import Study
+    from difftap.distances import METRICS
+    from difftap.engine import Cache, default_cache_folder
+    from difftap.export.checkpoints import open_model
+    from difftap.pipeline import Pipeline as Opened
+    from difftap.pipeline import check_fits
+    from difftap.prototypes import RULES
+
+    runtime = take_runtime(options)
+    opening = {key: options.pop(key) for key in ("revision", "random_weights")}
+    metric = options.pop("metric", "correlation")
+    rule, draws, seed, overwrite = (options.pop(key) for key in ("rule", "draws", "draw_seed", "overwrite"))
+    for what, value, allowed in (("--metric", metric, METRICS), ("--rule", rule, RULES)):
+        if value not in allowed:
+            raise InputError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
+    recipe = build_recipe(**semantic_recipe(options))
+    if len(recipe.branches) != 1:
+        raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
+    cache = Cache(runtime.cache or default_cache_folder())
+    model = open_model(recipe.model, cache, **opening)
+    check_fits(recipe, model)
+
+    def opener(filled: Recipe) -> Pipeline:
+        return Opened.open(filled, runtime, **opening)
+
+    return Study(
+        recipe,
+        model,
+        cache.model_key(model),
+        runtime.backend,
+        opener,
+        folder,
+        rule=rule,
+        metric=metric,
+        timesteps=timesteps or TIMESTEPS,
+        offsets=offsets or OFFSETS,
+        draws=draws,
+        seed=seed,
+        device="cuda" if runtime.device == "cuda" else "cpu",
+        overwrite=overwrite,
+        say=lambda text: click.echo(text, err=True),
+        bar=progress_bar,
+    )

@@ -1,0 +1,173 @@
+"""OpenVINO: Intel's CPUs and GPUs, and any other x86-64 or ARM CPU; float32, half precisions, and int8 by nncf.
+
+Shapes are static: a network is compiled for one image on a CPU, which takes a batch image by image, and for each batch
+size it meets on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, Profile
+from difftap.errors import BackendError, first_line, require
+
+_DEVICES = {"cpu": "CPU", "intel-gpu": "GPU"}
+# Always said: left to itself, OpenVINO computes in bf16 on CPUs that have it, and in f16 on GPUs.
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_CAPABILITIES = {"BF16": "bf16", "FP16": "fp16", "INT8": "int8"}
+_MODEL = "model.xml"
+
+
+class OpenVinoEngine(Engine):
+    """One network, compiled for as many batch sizes as were asked for."""
+
+    def __init__(self, graph: Graph, profile: Profile, device: str, core: Any, model: Any, config: dict[str, Any]):
+        super().__init__(graph, profile, device)
+        self._core = core
+        self._model: Any = model
+        self._config = config
+        self._step = 1 if device == "cpu" else profile.batch
+        self._requests: dict[int, Any] = {}
+        self._request(self._step)
+
+    def _request(self, batch: int) -> Any:
+        if batch not in self._requests:
+            model = self._model.clone()
+            _fix_shapes(model, self.graph, self.profile, batch)
+            compiled = self._core.compile_model(model, _DEVICES[self.device], self._config)
+            self._requests[batch] = compiled.create_infer_request()
+        return self._requests[batch]
+
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if self._model is None:
+            raise BackendError(f"the engine of {self.graph.name} is closed; open it again")
+        # The exporter drops inputs that no tap depends on (a prompt, for a tap before the first attention).
+        used = {name: feeds[name] for name in (value.get_any_name() for value in self._model.inputs)}
+        count = len(feeds[self.inputs[0].name])
+        parts: dict[str, list[Array]] = {spec.name: [] for spec in self.outputs}
+        try:
+            for start in range(0, count, self._step):
+                part = {k: np.ascontiguousarray(v[start : start + self._step]) for k, v in used.items()}
+                result = self._request(min(self._step, count - start)).infer(part, share_inputs=True)
+                for name, values in parts.items():
+                    values.append(np.array(result[name], np.float32, order="C"))
+        except RuntimeError as error:
+            raise BackendError(f"openvino failed on {self.graph.name}: {_reason(error)}") from error
+        return {name: values[0] if len(values) == 1 else np.concatenate(values) for name, values in parts.items()}
+
+    def close(self) -> None:
+        self._model = None
+        self._requests = {}
+
+
+class OpenVinoBackend(Backend):
+    """OpenVINO."""
+
+    name = "openvino"
+
+    def missing(self) -> str | None:
+        try:
+            import openvino  # noqa: F401
+        except ImportError as error:
+            return f"backend 'openvino' needs openvino ({error}); pip install 'difftap[openvino]'"
+        return None
+
+    def devices(self) -> tuple[str, ...]:
+        import openvino
+
+        present = {name.split(".")[0] for name in openvino.Core().available_devices}  # two GPUs are GPU.0 and GPU.1
+        return tuple(device for device, name in _DEVICES.items() if name in present)
+
+    def version(self) -> str:
+        import openvino
+
+        return str(openvino.__version__)
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        can = self._capabilities(device)
+        return ("fp32", *(precision for name, precision in _CAPABILITIES.items() if name in can))
+
+    def _capabilities(self, device: str) -> tuple[str, ...]:
+        import openvino
+
+        return tuple(openvino.Core().get_property(_DEVICES[device], "OPTIMIZATION_CAPABILITIES"))
+
+    def builds(self, profile: Profile, device: str) -> bool:
+        return profile.precision == "int8"
+
+    def build(
+        self, graph: Graph, profile: Profile, device: str, folder: Path, calibration: Calibration | None = None
+    ) -> Mapping[str, Any]:
+        """Quantise weights and activations to int8 on the calibration's feeds; what nncf leaves alone stays float."""
+        nncf = require("nncf", "openvino", "quantising to int8")
+        import openvino
+
+        if calibration is None:
+            raise BackendError(f"quantising {graph.name} to int8 needs images to calibrate on; got none")
+        model = _read(openvino.Core(), graph.path)
+        _fix_shapes(model, graph, profile, 1)
+        names = {value.get_any_name() for value in model.inputs}
+        feeds = [{name: array for name, array in one.items() if name in names} for one in calibration(graph, profile)]
+        unet = graph.component == "unet"
+        try:
+            quantised = nncf.quantize(
+                model,
+                nncf.Dataset(feeds),
+                subset_size=len(feeds),
+                # Activations after SiLU and GELU are not symmetric; after the VAE's convolutions it matters less.
+                preset=nncf.QuantizationPreset.MIXED if unet else nncf.QuantizationPreset.PERFORMANCE,
+                model_type=nncf.ModelType.TRANSFORMER if unet else None,
+            )
+            openvino.save_model(quantised, folder / _MODEL, compress_to_fp16=False)
+        except (RuntimeError, nncf.ValidationError, nncf.InternalError) as error:
+            raise BackendError(f"nncf cannot quantise {graph.name}: {_reason(error)}") from error
+        return {"nncf": str(nncf.__version__), "images": len(feeds), "calibration": calibration.key}
+
+    def open(
+        self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
+    ) -> Engine:
+        import openvino
+
+        core = openvino.Core()
+        model = _read(core, built / _MODEL if built else graph.path)
+        hint = _HINTS.get(profile.precision)
+        if hint is None:  # what int8 leaves over: whatever half type is cheap here
+            hint = "bf16" if "BF16" in self._capabilities(device) else "f32"
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        if device == "cpu" and threads:
+            config["INFERENCE_NUM_THREADS"] = threads
+        try:
+            return OpenVinoEngine(graph, profile, device, core, model, config)
+        except RuntimeError as error:
+            raise BackendError(f"openvino cannot open '{graph.path}': {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The line of OpenVINO's error that says what is wrong; the first ones say where in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "While validating"))]
+    return first_line(RuntimeError(telling[0])) if telling else first_line(error)
+
+
+def _read(core: Any, path: Path | None) -> Any:
+    try:
+        return core.read_model(path)
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(f"openvino cannot open '{path}': {_reason(error)}") from error
+
+
+def _fix_shapes(model: Any, graph: Graph, profile: Profile, batch: int) -> None:
+    width, height = profile.size
+    stride = graph.model.latent_stride
+    letters = {"B": batch, "E": profile.ensemble, "T": profile.tokens}
+    letters |= {"H": height, "W": width, "h": height // stride, "w": width // stride}
+    specs = {spec.name: spec for spec in graph.inputs}
+    shapes = {}
+    for value in model.inputs:
+        spec = specs[value.get_any_name()]
+        shapes[spec.name] = [letters[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+    model.reshape(shapes)

@@ -1,0 +1,151 @@
+"""Half-precision variants of exported graphs, kept in the cache beside the float32 ones.
+
+A variant's weights are a copy in the half type, one file a component and type, shared by all variants whatever their
+taps. A cast in the graph would save that file, but then every runtime would read twice the bytes and fold gigabytes at
+each opening, and builders that strip and refit weights would find no weights of the type that they compute in. A
+checkpoint that is in the half type already is pointed into as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.engine.backend import Graph
+from difftap.engine.cache import Cache, file_stem
+from difftap.errors import ArtefactError, require
+from difftap.export.precision import narrow, to_half
+from difftap.export.trace import TensorLocation, locate_tensors
+from difftap.manifest import FileRecord, Manifest, atomic_path
+
+__all__ = ["HALF_VERSION", "ensure_variant"]
+
+_LOG = logging.getLogger("difftap")
+HALF_VERSION = 1
+"""Raised whenever the same graph would give another variant."""
+_KINDS = {"fp16": "F16", "bf16": "BF16"}
+
+
+def ensure_variant(cache: Cache, graph: Graph, precision: str, attention: str = "softmax") -> Graph:
+    """The half-precision variant of a trusted float32 graph: the one in the cache, else a new one.
+
+    Args:
+        cache: where variants are kept; the graph itself may lie elsewhere, beside its checkpoint.
+        graph: the float32 graph, with its file.
+        precision: ``fp16`` or ``bf16``.
+        attention: what of attention stays in float32, as for `difftap.export.precision.to_half`.
+
+    Raises:
+        InputError: the precision is none of these.
+        MissingExtraError: onnx is not installed.
+        OutputError: the cache cannot be written.
+    """
+    folder = cache.model_folder(graph.model)
+    name = precision if attention == "softmax" else f"{precision}-{attention}"
+    variant = Graph(graph.model, graph.component, graph.taps, precision=name)
+    path = folder / f"{file_stem(variant.name)}.onnx"
+    variant = Graph(graph.model, graph.component, graph.taps, path, name)
+    manifest = path.with_suffix(".json")
+    with cache.lock(folder, path.stem):
+        try:
+            known = cache.cached_graph(graph.model, graph.component, graph.taps, name)
+            if known is not None:
+                Manifest.load(manifest).check(folder, {"half_version": HALF_VERSION}, cache.memo.digest)
+                return known
+        except ArtefactError as error:
+            _LOG.warning("%s; making it again", error)
+        _write(cache, graph, variant, path, precision, attention)
+    return variant
+
+
+def _write(cache: Cache, graph: Graph, variant: Graph, path: Path, precision: str, attention: str) -> None:
+    onnx = require("onnx", "export", f"making the {precision} variant of a graph")
+    if graph.path is None:
+        raise ArtefactError(f"{graph.name} has no file to make a variant of")
+    folder = path.parent
+    files = cache.place_weights(graph.model, graph.component, folder)
+    proto, wanted = to_half(onnx.load(graph.path, load_external_data=False), precision, attention)
+    places = locate_tensors(files)
+    by_offset = {(_relative(place.path, folder), place.offset): name for name, place in places.items()}
+    if all(place.dtype == _KINDS[precision] for place in places.values()):
+        halves, used = places, files
+    else:
+        half = _ensure_weights(cache, variant, files, places, precision)
+        halves, used = locate_tensors([half]), (*files, half)
+    for tensor in proto.graph.initializer:
+        if tensor.name in wanted:
+            entries = {entry.key: entry for entry in tensor.external_data}
+            place = halves[by_offset[entries["location"].value, int(entries["offset"].value)]]
+            for key, value in (
+                ("location", _relative(place.path, folder)),
+                ("offset", place.offset),
+                ("length", place.length),
+            ):
+                entries[key].value = str(value)
+    with atomic_path(path) as scratch:
+        scratch.write_bytes(proto.SerializeToString(deterministic=True))
+    cache.save_graph_manifest(variant, used, {"half_version": HALF_VERSION, "attention": attention}, {})
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _ensure_weights(
+    cache: Cache, graph: Graph, files: tuple[Path, ...], places: Mapping[str, TensorLocation], precision: str
+) -> Path:
+    """One component's weights in the half type, written once; trusted by a manifest of its own."""
+    path = files[0].parent / f"{graph.component}.{precision}.safetensors"
+    manifest = path.parent.parent / f"{graph.component}.{precision}.weights.json"
+    made_from = {
+        "half_version": HALF_VERSION,
+        "precision": precision,
+        "weights": graph.model.weights_hash(graph.component, cache.memo),
+    }
+    with cache.lock(manifest.parent, manifest.name):
+        if manifest.is_file():
+            try:
+                Manifest.load(manifest).check(manifest.parent, made_from, cache.memo.digest)
+                return path
+            except ArtefactError as error:
+                _LOG.warning("%s; writing it again", error)
+        _LOG.info("writing the %s weights of model '%s' in %s", graph.component, graph.model.name, precision)
+        _write_half(path, places, precision)
+        record = FileRecord(path.stat().st_size, cache.memo.digest(path))
+        Manifest("weights", made_from, {_relative(path, manifest.parent): record}).save(manifest)
+    return path
+
+
+def _write_half(path: Path, places: Mapping[str, TensorLocation], precision: str) -> None:
+    """Write a safetensors file tensor by tensor, so that no more than one is in memory."""
+    header: dict[str, Any] = {}
+    end = 0
+    floats = {name: place for name, place in places.items() if place.dtype in ("F32", "F16", "BF16")}
+    for name, place in floats.items():
+        length = 2 * int(np.prod(place.shape, dtype=np.int64))
+        header[name] = {"dtype": _KINDS[precision], "shape": list(place.shape), "data_offsets": [end, end + length]}
+        end += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as scratch, open(scratch, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for place in floats.values():
+            out.write(narrow(_read(place), precision).tobytes())
+
+
+def _read(place: TensorLocation) -> NDArray[np.float32]:
+    """One tensor's values in float32, flat."""
+    with open(place.path, "rb") as handle:
+        handle.seek(place.offset)
+        raw = handle.read(place.length)
+    if place.dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[place.dtype]).astype(np.float32, copy=False)

@@ -1,0 +1,30 @@
+"""Object prototypes: one vector an object, the mean of a tap's map over the cells of the object's mask."""
+
+from __future__ import annotations
+
+from difftap.prototypes.average import prototypes
+from difftap.prototypes.build import Built, Column, build, is_built, narrowed, recipe_column
+from difftap.prototypes.cells import RULES, KeptCells, cell_shares, keep_cells
+from difftap.prototypes.scene import Scene, SceneObject, Selection, Source, make_scene
+from difftap.prototypes.table import PrototypeTable, load_provenance
+
+__all__ = [
+    "RULES",
+    "Built",
+    "Column",
+    "KeptCells",
+    "PrototypeTable",
+    "Scene",
+    "SceneObject",
+    "Selection",
+    "Source",
+    "build",
+    "cell_shares",
+    "is_built",
+    "keep_cells",
+    "load_provenance",
+    "make_scene",
+    "narrowed",
+    "prototypes",
+    "recipe_column",
+]

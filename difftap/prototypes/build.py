@@ -1,0 +1,372 @@
+"""Building tables of prototypes: scenes in, Parquet out, streaming and resumable.
+
+Work is done in steps of a few images. A step's rows are written as one file a column, then a mark; a run that was
+stopped, by whatever means, goes on after the last mark, and what a stopped step left behind is written again. When all
+steps are there they are joined, and the tables are the same, byte for byte, as those of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from difftap.engine import Features
+from difftap.errors import InputError, NonFiniteError, OutputError
+from difftap.images import Image
+from difftap.manifest import output_errors, write_atomic
+from difftap.pipeline import Pipeline
+from difftap.prototypes.average import average, joined_grid
+from difftap.prototypes.cells import KeptCells, keep_cells
+from difftap.prototypes.scene import Scene, Source
+from difftap.prototypes.table import PrototypeTable, load_provenance, save_stream
+from difftap.recipe import Recipe
+
+__all__ = ["Built", "Column", "build", "is_built", "narrowed", "recipe_column"]
+
+_STEP = 16
+"""Images of a step, at least: what a killed run may have to do again."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One table to build: which maps make its prototypes.
+
+    Attributes:
+        path: the Parquet file.
+        recipe: the recipe that gives these maps and no others: its keys name the table.
+        taps: what the table's column ``tap`` says.
+        timestep: of the pass; -1 if the maps are of passes at several timesteps.
+        parts: per map, the branch of the pipeline's recipe and the tap.
+    """
+
+    path: Path
+    recipe: Recipe
+    taps: str
+    timestep: int
+    parts: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run did.
+
+    Attributes:
+        rows: prototypes in each table.
+        images: images that gave at least one.
+        empty: images without an object that is wanted.
+        resumed: images that an earlier run had done.
+        small: per table, objects kept by their largest cell alone.
+        left_out: annotated objects that were not wanted, by reason.
+        failures: images that could not be used, and why.
+    """
+
+    rows: int
+    images: int
+    empty: int
+    resumed: int
+    small: tuple[int, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    failures: tuple[tuple[str, str], ...] = ()
+
+
+def recipe_column(path: Path, recipe: Recipe) -> Column:
+    """The column that joins every tap of every branch of a recipe, in its order."""
+    times = {branch.timestep for branch in recipe.branches}
+    parts = tuple((k, tap) for k, branch in enumerate(recipe.branches) for tap in branch.taps)
+    label = "+".join(tap if len(times) == 1 else f"{tap}@{recipe.branches[k].timestep}" for k, tap in parts)
+    return Column(path, recipe, label, times.pop() if len(times) == 1 else -1, parts)
+
+
+def _identity(source: Source, column: Column, rule: str) -> dict[str, Any]:
+    """What must be the same for a table to be the one meant, whoever makes it."""
+    keys = hashlib.sha256("\n".join(source.keys).encode()).hexdigest()[:16]
+    data = {**source.about, "name": source.name, "scenes": len(source), "keys": keys}
+    return {"feature_key": column.recipe.feature_key(), "taps": column.taps, "rule": rule, "data": data}
+
+
+def is_built(source: Source, column: Column, rule: str, model_key: str, backend: str) -> bool:
+    """Whether a column's table is there.
+
+    Raises:
+        OutputError: a file is there, but it is another table, or none.
+    """
+    if not column.path.exists():
+        return False
+    try:
+        known = load_provenance(column.path)
+    except InputError as error:
+        raise OutputError(f"cannot write '{column.path}': {error}; choose another file, or --overwrite") from error
+    wanted = {**_identity(source, column, rule), "model_key": model_key, "backend": backend}
+    have = {**known, "backend": known.get("conditions", {}).get("backend", {}).get("name")}
+    differing = [name for name, value in json.loads(json.dumps(wanted)).items() if have.get(name) != value]
+    if differing:
+        raise OutputError(
+            f"'{column.path}' was built under other conditions ({', '.join(differing)} differ); choose another file, "
+            "or --overwrite"
+        )
+    return True
+
+
+def build(
+    source: Source,
+    pipeline: Pipeline,
+    columns: Sequence[Column],
+    *,
+    rule: str = "area",
+    progress: Callable[[int], None] = lambda count: None,
+    overwrite: bool = False,
+    scratch: Path | None = None,
+) -> Built:
+    """Build the tables of some columns in one pass over the scenes.
+
+    Args:
+        source: the scenes.
+        pipeline: gives the maps that the columns name.
+        columns: the tables; their folders must exist.
+        rule: from masks to cells, one of `difftap.prototypes.cells.RULES`.
+        progress: told how many images are done.
+        scratch: folder for what is not finished; beside the first table by default.
+        overwrite: start afresh whatever an earlier run left.
+
+    Raises:
+        OutputError: a table or its scratch folder cannot be written, or is another run's.
+        InputError: no scene gives a prototype.
+    """
+    folder = scratch or columns[0].path.with_name(f".{columns[0].path.name}.parts")
+    header = _header(source, pipeline, columns, rule)
+    with _only_writer(columns[0].path):
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        _begin(folder, header, columns[0].path)
+        step = int(header["step"])
+        resumed = 0
+        for start in range(0, len(source), step):
+            keys = source.keys[start : start + step]
+            mark = folder / f"{start:09d}.json"
+            if mark.exists():
+                resumed += len(keys)
+            else:
+                _step(source, pipeline, columns, rule, keys, mark)
+            progress(len(keys))
+        built = _finish(folder, columns, source, header, resumed)
+        shutil.rmtree(folder, ignore_errors=True)
+    return built
+
+
+def _header(source: Source, pipeline: Pipeline, columns: Sequence[Column], rule: str) -> dict[str, Any]:
+    step = -(-_STEP // pipeline.batch) * pipeline.batch  # whole batches
+    conditions = {k: v for k, v in pipeline.conditions.items() if k not in ("recipe", "recipe_key")}
+    return {
+        "step": step,
+        "keys": list(source.keys),
+        "conditions": conditions,
+        "columns": [_identity(source, column, rule) for column in columns],
+    }
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Hold the output for this process alone."""
+    lock_path = path.with_name(f".{path.name}.lock")
+    with output_errors(path):
+        if path.is_dir():
+            raise OutputError(f"cannot write '{path}': a folder stands there; give the name of a file")
+        if not path.parent.is_dir():
+            raise OutputError(f"cannot write '{path}': its folder does not exist; make it first")
+        lock = FileLock(str(lock_path))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                f"cannot write '{path}': another run is writing it; wait for it, or choose another"
+            ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock_path.unlink()  # while it is still held: nobody else's lock is taken away
+        lock.release()
+
+
+def _begin(folder: Path, header: Mapping[str, Any], path: Path) -> None:
+    """Make the scratch folder, or take up the one that an earlier run with the same conditions left."""
+    file = folder / "run.json"
+    with output_errors(file):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        write_atomic(file, json.dumps(header, sort_keys=True) + "\n")
+        return
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"'{file}' cannot be read ({error}); --overwrite starts afresh") from error
+    wanted = json.loads(json.dumps(header))
+    differing = [name for name in wanted if earlier.get(name) != wanted[name]]
+    if differing:
+        raise OutputError(
+            f"'{path}' was begun under other conditions ({', '.join(differing)} differ); choose another file, or "
+            "--overwrite"
+        )
+
+
+def _part(folder: Path, mark: Path, index: int) -> Path:
+    return folder / f"{mark.stem}-{index:03d}.parquet"
+
+
+def _step(
+    source: Source, pipeline: Pipeline, columns: Sequence[Column], rule: str, keys: Sequence[str], mark: Path
+) -> None:
+    """Do some images: a file a column, then the mark that makes them count."""
+    record: dict[str, Any] = {"images": 0, "empty": 0, "failures": [], "left_out": Counter()}
+    tables: list[list[PrototypeTable]] = [[] for _ in columns]
+    for scene, features in _features(source, pipeline, keys, record):
+        for made, table in zip(tables, _tables(scene, features, columns, rule), strict=True):
+            made.append(table)
+        record["images"] += 1
+    record["rows"] = sum(len(table) for table in tables[0])
+    record["small"] = [int(sum(table.small.sum() for table in made)) for made in tables]
+    if record["rows"]:
+        for k, made in enumerate(tables):
+            PrototypeTable.concat(made).save(_part(mark.parent, mark, k))
+    write_atomic(mark, json.dumps(record, sort_keys=True) + "\n")
+
+
+def _features(
+    source: Source, pipeline: Pipeline, keys: Sequence[str], record: dict[str, Any]
+) -> Iterator[tuple[Scene, Features]]:
+    """Scenes that hold an object that is wanted, with their features, one at a time; the rest is recorded."""
+    waiting: deque[Scene] = deque()
+
+    def images() -> Iterator[Image]:
+        for key in keys:
+            try:
+                scene = source.read(key)
+            except InputError as error:
+                record["failures"].append([key, " ".join(str(error).split())])
+                continue
+            record["left_out"].update(scene.left_out)
+            if scene.objects:
+                waiting.append(scene)
+                yield scene.image
+            else:
+                record["empty"] += 1
+
+    pending = images()
+    try:
+        for features in pipeline.features(pending):
+            yield waiting.popleft(), features
+    except NonFiniteError:
+        # One image spoils its batch; alone, each gets its own features or its own fault.
+        rest = list(waiting)
+        waiting.clear()
+        for scene in _chained(rest, pending, waiting):
+            try:
+                features = next(iter(pipeline.features([scene.image])))
+            except NonFiniteError as error:
+                record["failures"].append([scene.key, " ".join(str(error).split())])
+                continue
+            yield scene, features
+
+
+def _chained(scenes: Sequence[Scene], pending: Iterable[Image], waiting: deque[Scene]) -> Iterator[Scene]:
+    """The scenes whose features are still to come: those in hand, then those not read yet."""
+    yield from scenes
+    for _ in pending:
+        yield waiting.popleft()
+
+
+def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: str) -> Iterator[PrototypeTable]:
+    """One table a column, of a scene's objects."""
+    known: dict[tuple[int, int], KeptCells] = {}
+    count = len(scene.objects)
+    for column in columns:
+        maps = [features.branches[branch][tap] for branch, tap in column.parts]
+        grid = joined_grid(maps)
+        if grid not in known:
+            known[grid] = keep_cells(scene.masks, maps[0].geometry, grid, rule)
+        cells = known[grid]
+        yield PrototypeTable(
+            average(maps, cells),
+            classes=np.array([one.category for one in scene.objects]),
+            images=np.array([scene.key] * count),
+            instances=np.array([one.instance for one in scene.objects]),
+            areas=np.array([one.area for one in scene.objects], np.float32),
+            coverages=cells.coverage,
+            cells=cells.counts,
+            small=cells.small,
+            taps=np.array([column.taps] * count),
+            timesteps=np.full(count, column.timestep, np.int32),
+        )
+
+
+def _finish(folder: Path, columns: Sequence[Column], source: Source, header: Mapping[str, Any], resumed: int) -> Built:
+    """Join the steps' files into the tables."""
+    records = []
+    for start in range(0, len(source), int(header["step"])):
+        mark = folder / f"{start:09d}.json"
+        records.append((mark, json.loads(mark.read_text(encoding="utf-8"))))
+    left_out: Counter[str] = Counter()
+    for _, record in records:
+        left_out.update(record["left_out"])
+    built = Built(
+        rows=sum(record["rows"] for _, record in records),
+        images=sum(record["images"] for _, record in records),
+        empty=sum(record["empty"] for _, record in records),
+        resumed=resumed,
+        small=tuple(sum(record["small"][k] for _, record in records) for k in range(len(columns))),
+        left_out=dict(sorted(left_out.items())),
+        failures=tuple((key, why) for _, record in records for key, why in record["failures"]),
+    )
+    if not built.rows:
+        shutil.rmtree(folder, ignore_errors=True)
+        why = f" ({built.failures[0][0]}: {built.failures[0][1]})" if built.failures else ""
+        raise InputError(
+            f"no object of '{source.name}' gives a prototype: {len(built.failures)} images failed{why}, {built.empty} "
+            f"have no object that is wanted ({_reasons(built.left_out)}); widen --min-area or --classes"
+        )
+    filled = [mark for mark, record in records if record["rows"]]
+    for k in reversed(range(len(columns))):  # the first one last: its lock and its scratch folder stand for all
+        files = [_part(folder, mark, k) for mark in filled]
+        width = PrototypeTable.load(files[0]).width
+        provenance = _provenance(columns[k], header, k, built)
+        save_stream(columns[k].path, map(PrototypeTable.load, files), width, provenance)
+    return built
+
+
+def _reasons(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none annotated"
+
+
+def _provenance(column: Column, header: Mapping[str, Any], index: int, built: Built) -> dict[str, Any]:
+    conditions = header["conditions"]
+    return {
+        **header["columns"][index],
+        "recipe_key": column.recipe.key(),
+        "model_key": conditions["model"]["key"],
+        "difftap": conditions["difftap"],
+        "conditions": {**conditions, "recipe": column.recipe.to_dict(), "recipe_key": column.recipe.key()},
+        "counts": {
+            "objects": built.rows,
+            "images": built.images,
+            "images_without_objects": built.empty,
+            "images_failed": len(built.failures),
+            "kept_by_largest_cell": built.small[index],
+            "left_out": dict(built.left_out),
+        },
+        "failures": [list(failure) for failure in built.failures],
+    }
+
+
+def narrowed(recipe: Recipe, taps: tuple[str, ...], timestep: int) -> Recipe:
+    """A recipe of one branch: the first one's prompt, other taps and timestep."""
+    return replace(recipe, branches=(replace(recipe.branches[0], taps=taps, timestep=timestep, weight=1.0),))

@@ -1,0 +1,319 @@
+"""Building tables: what comes out, resuming after a kill at any point, other conditions, images that fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from difftap.cli import cli
+from difftap.errors import InputError, NonFiniteError, OutputError
+from difftap.images import Image
+from difftap.pipeline import Pipeline, Runtime
+from difftap.prototypes import (
+    PrototypeTable,
+    Selection,
+    Source,
+    build,
+    is_built,
+    make_scene,
+    narrowed,
+    prototypes,
+    recipe_column,
+)
+from difftap.prototypes import build as build_function
+from difftap.recipe import Branch, load_recipe
+from tests.bench.objects.builders import write_davis, write_folder, write_voc
+from tests.conftest import picture
+
+pytest.importorskip("pyarrow")
+RECIPE = replace(load_recipe("pocket-semantics"), size=(128, 128))
+
+
+def scenes(count=5, faulty=(), empty=()):
+    """A source of small pictures with one or two objects each."""
+
+    def read(key):
+        k = int(key)
+        if k in faulty:
+            raise InputError(f"no image at '{key}'")
+        image = Image(picture(k, (40, 30)))
+        masks = np.zeros((2, 30, 40), np.bool_)
+        masks[0, :15, : 20 + k % 5] = True
+        masks[1, 20:, 5:9] = True
+        found = [(f"{key}/{i}", ["cat", "dog"][i], masks[i]) for i in range(0 if k in empty else 1 + k % 2)]
+        return make_scene(key, image, found, Selection(min_area=0.0), {"crowd": 1})
+
+    return Source("test", tuple(map(str, range(count))), read, {"split": "all"})
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    with Pipeline.open(RECIPE, Runtime(threads=1, cache=tmp_path_factory.mktemp("cache"))) as opened:
+        yield opened
+
+
+def column(path, pipe):
+    return recipe_column(path, pipe.recipe)
+
+
+def test_a_table_holds_every_object_once(tmp_path, pipeline):
+    source = scenes(20)
+    built = build(source, pipeline, [column(tmp_path / "t.parquet", pipeline)])
+    table = PrototypeTable.load(tmp_path / "t.parquet")
+    assert (built.rows, built.images, built.resumed, len(table)) == (30, 20, 0, 30)
+    assert table.instances.tolist() == [f"{k}/{i}" for k in range(20) for i in range(1 + k % 2)]
+    assert set(table.taps) == {"down2.attn0"}
+    assert set(table.timesteps) == {0}
+    scene = source.read("3")
+    [features] = pipeline.features([scene.image])
+    vectors, cells = prototypes([features.branches[0]["down2.attn0"]], scene.masks)
+    mine = table.take(table.images == "3")
+    assert np.array_equal(mine.vectors, vectors)
+    assert mine.cells.tolist() == cells.counts.tolist()
+    assert mine.areas == pytest.approx(scene.masks.mean(axis=(1, 2)))
+    assert built.small[0] == table.small.sum() == 10  # the little dog has no cell of its own
+    made = table.provenance
+    assert made["recipe_key"] == RECIPE.key()
+    assert made["feature_key"] == RECIPE.feature_key()
+    assert made["model_key"] == pipeline.conditions["model"]["key"]
+    assert made["counts"]["left_out"] == {"crowd": 20}
+    assert [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_images_that_fail_and_images_without_objects_are_counted(tmp_path, pipeline):
+    built = build(scenes(6, faulty=(1,), empty=(0, 2)), pipeline, [column(tmp_path / "t", pipeline)])
+    assert (built.images, built.empty, built.failures) == (3, 2, (("1", "no image at '1'"),))
+    assert PrototypeTable.load(tmp_path / "t").provenance["failures"] == [["1", "no image at '1'"]]
+    with pytest.raises(InputError, match=r"no object of 'test' gives a prototype: 2 images failed \(0: no image"):
+        build(scenes(2, faulty=(0, 1)), pipeline, [column(tmp_path / "u", pipeline)])
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_spoiled_image_harms_no_other(tmp_path, pipeline, monkeypatch):
+    source, real = scenes(6), pipeline.features
+    bad = source.read("3").image.digest
+
+    def features(images):
+        for image in images:
+            if image.digest == bad:
+                raise NonFiniteError("output holds NaN")
+            yield from real([image])
+
+    monkeypatch.setattr(pipeline, "features", features)
+    built = build(source, pipeline, [column(tmp_path / "t", pipeline)])
+    assert built.failures == (("3", "output holds NaN"),)
+    assert sorted(set(PrototypeTable.load(tmp_path / "t").images)) == ["0", "1", "2", "4", "5"]
+
+
+class Stopped(BaseException):
+    """As final as a kill, within one process."""
+
+
+@pytest.mark.parametrize("stop", ["read", "part", "mark", "table"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_stopped_run_goes_on_and_nothing_is_lost_or_doubled(tmp_path, pipeline, monkeypatch, stop, nth):
+    source = scenes(40)
+    whole = column(tmp_path / "whole", pipeline)
+    build(source, pipeline, [whole])
+    seen = []
+
+    def stopping(function, after=False):
+        def wrapped(*arguments, **options):
+            seen.append(1)
+            if len(seen) == nth and not after:
+                raise Stopped
+            result = function(*arguments, **options)
+            if len(seen) == nth:
+                raise Stopped
+            return result
+
+        return wrapped
+
+    module = sys.modules[build_function.__module__]
+    with monkeypatch.context() as patch:
+        broken = source
+        if stop == "read":
+            count = []
+
+            def read(key):
+                count.append(1)
+                if len(count) == 15 * nth:
+                    raise Stopped
+                return source.read(key)
+
+            broken = replace(source, read=read)
+        elif stop == "part":
+            patch.setattr(PrototypeTable, "save", stopping(PrototypeTable.save, after=True))
+        elif stop == "mark":
+            patch.setattr(module, "write_atomic", stopping(module.write_atomic, after=True))
+        else:
+            seen.extend([1] * (nth - 1))
+            patch.setattr(module, "save_stream", stopping(module.save_stream))
+        with pytest.raises(Stopped):
+            build(broken, pipeline, [column(tmp_path / "t", pipeline)])
+    assert not (tmp_path / "t").exists()
+    built = build(source, pipeline, [column(tmp_path / "t", pipeline)])
+    if stop == "table":
+        assert built.resumed == 40
+    assert (tmp_path / "t").read_bytes() == whole.path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t", "whole"]
+
+
+def test_several_columns_come_from_one_pass(tmp_path, tmp_path_factory):
+    branches = (Branch(("down2.attn0",), 0), Branch(("down2.attn0",), 300))
+    recipe = replace(RECIPE, branches=branches)
+    with Pipeline.open(recipe, Runtime(threads=1, cache=tmp_path_factory.mktemp("cache"))) as opened:
+        both = recipe_column(tmp_path / "both", recipe)
+        assert (both.taps, both.timestep) == ("down2.attn0@0+down2.attn0@300", -1)
+        one = [
+            replace(
+                recipe_column(tmp_path / str(t), narrowed(recipe, ("down2.attn0",), t)), parts=((k, "down2.attn0"),)
+            )
+            for k, t in enumerate((0, 300))
+        ]
+        build(scenes(3), opened, [*one, both])
+    first, second, joined = (PrototypeTable.load(tmp_path / name) for name in ("0", "300", "both"))
+    assert set(second.timesteps) == {300}
+    assert np.array_equal(joined.vectors, np.concatenate([first.vectors, second.vectors], axis=1))
+    assert not np.array_equal(first.vectors, second.vectors)
+    assert first.provenance["feature_key"] == RECIPE.feature_key() != second.provenance["feature_key"]
+    with Pipeline.open(RECIPE, Runtime(threads=1, cache=tmp_path_factory.mktemp("cache"))) as opened:
+        build(scenes(3), opened, [recipe_column(tmp_path / "alone", RECIPE)])
+    assert np.array_equal(PrototypeTable.load(tmp_path / "alone").vectors, first.vectors)
+
+
+def test_other_conditions_are_refused(tmp_path, pipeline):
+    path = tmp_path / "t"
+    source, own = scenes(3), column(path, pipeline)
+    key = pipeline.conditions["model"]["key"]
+    assert not is_built(source, own, "area", key, "ort")
+    build(source, pipeline, [own])
+    assert is_built(source, own, "area", key, "ort")
+    for changed in [(scenes(4), own, "area", key, "ort"), (source, own, "nearest", key, "ort"),
+                    (source, own, "area", "0", "ort"), (source, own, "area", key, "torch")]:  # fmt: skip
+        with pytest.raises(OutputError, match="was built under other conditions"):
+            is_built(*changed)
+    path.write_bytes(b"something else")
+    with pytest.raises(OutputError, match="is no table of prototypes"):
+        is_built(source, own, "area", key, "ort")
+    begun = tmp_path / ".u.parts"
+    begun.mkdir()
+    (begun / "run.json").write_text(json.dumps({"step": 1}))
+    with pytest.raises(OutputError, match="was begun under other conditions"):
+        build(source, pipeline, [column(tmp_path / "u", pipeline)])
+    build(source, pipeline, [column(tmp_path / "u", pipeline)], overwrite=True)
+    assert len(PrototypeTable.load(tmp_path / "u")) == 4
+
+
+def test_two_runs_do_not_write_one_table(tmp_path, pipeline):
+    source = scenes(2)
+
+    def read(key):
+        with pytest.raises(OutputError, match="another run is writing it"):
+            build(scenes(1), pipeline, [column(tmp_path / "t", pipeline)])
+        return source.read(key)
+
+    build(replace(source, read=read), pipeline, [column(tmp_path / "t", pipeline)])
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, list(map(str, arguments)))
+
+
+def test_the_command_builds_and_describes(tmp_path):
+    root = write_voc(tmp_path / "VOC2012")
+    out = tmp_path / "voc.parquet"
+    result = run("prototypes", "build", "voc", tmp_path, "-o", out, "--size", 128)
+    assert result.exit_code == 0, result.output
+    assert "5 prototypes of 2 images written" in result.stderr
+    assert run("prototypes", "build", "voc", root, "-o", out, "--size", 128).stderr.startswith(f"'{out}' is there")
+    shown = run("prototypes", "info", out).stdout
+    assert shown.startswith("5 prototypes of 160 channels; 2 images, 5 instances\ntap down2.attn0 at t = 0; rule area")
+    assert "  cat           3" in shown
+    counts = json.loads(run("prototypes", "info", out, "--json").stdout)
+    assert counts["classes"] == {"cat": 3, "dog": 1, "person": 1}
+    assert counts["provenance"]["data"]["name"] == "voc"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--rule", "most"), "--rule is 'most'; allowed: area, nearest"),
+        (("--classes", " , "), "--classes is ' , '"),
+        (("--min-area", "2"), "min-area is 2.0"),
+        (("--crowds", "exclude", "--split", "val"), "lacks 'ImageSets/Segmentation/val.txt'"),
+        (("--crowds", "include"), "has no option --crowds"),
+        (("--tap", "nope"), "no tap 'nope'"),
+        (("--split", "trainval", "--list", "x"), "give one of them"),
+        (("-o", "/nowhere/t"), "cannot write '/nowhere/t': its folder does not exist"),
+    ],
+)
+def test_bad_options_write_nothing(tmp_path, extra, message):
+    root = write_voc(tmp_path / "VOC2012")
+    result = run("prototypes", "build", "voc", root, "-o", tmp_path / "t", "--size", 128, *extra)
+    assert message in str(result.exception)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(("t", ".t"))] == []
+
+
+def test_voc_classes_of_coco_have_cocos_names():
+    from difftap.commands.prototypes import classes_of
+
+    assert "airplane" in classes_of("voc", "coco")
+    assert "aeroplane" in classes_of("voc", "voc")
+    assert len(classes_of("voc", "coco")) == len(set(classes_of("voc", "coco"))) == 20
+    assert classes_of("a, b", "voc") == ("a", "b")
+
+
+@pytest.mark.parametrize(("name", "writer", "rows"), [("davis", write_davis, 7), ("folder", write_folder, 3)])
+def test_other_data_sets_and_backends(tmp_path, name, writer, rows):
+    pytest.importorskip("diffusers")
+    writer(tmp_path / "data")
+    tables = []
+    for backend in ("ort", "torch"):
+        out = tmp_path / f"{backend}.parquet"
+        result = run("prototypes", "build", name, tmp_path / "data", "-o", out, "--size", 128, "--backend", backend)
+        assert result.exit_code == 0, result.output
+        tables.append(PrototypeTable.load(out))
+    assert len(tables[0]) == rows
+    assert tables[0].instances.tolist() == tables[1].instances.tolist()
+    assert tables[0].vectors == pytest.approx(tables[1].vectors, abs=2e-4 * float(np.abs(tables[0].vectors).max()))
+
+
+def test_failed_images_make_the_exit_code_1(tmp_path):
+    root = write_voc(tmp_path / "VOC2012")
+    (root / "SegmentationClass/a.png").write_bytes(b"no picture")
+    result = run("prototypes", "build", "voc", root, "-o", tmp_path / "t", "--size", 128)
+    assert result.exit_code == 1
+    assert "a failed: " in result.stderr
+    assert len(PrototypeTable.load(tmp_path / "t")) == 2
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_through_the_command(tmp_path):
+    boxes = {f"{k:03d}": ({"_1": (0, 0, 20, 15)}, {1: 8}) for k in range(200)}
+    root = write_voc(tmp_path / "VOC2012", boxes)
+    command = [sys.executable, "-m", "difftap.cli", "prototypes", "build", "voc", str(root), "--threads", "1", "-o"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
+    kills = 0
+    while not (tmp_path / "t").exists() and kills < 20:
+        process = subprocess.Popen([*command, str(tmp_path / "t")], env=environment, stderr=subprocess.DEVNULL)
+        before = set(tmp_path.glob(".t.parts/*.json"))
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(set(tmp_path.glob(".t.parts/*.json")) - before) >= 3:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.wait()
+    assert kills >= 2
+    subprocess.run([*command, str(tmp_path / "t")], check=True, env=environment, capture_output=True)
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "whole").read_bytes()
