@@ -38,7 +38,7 @@ def list_(folder: Path) -> None:
         gain = f"PCK@0.10 {100 * scores['empty']['0.1']:.1f} -> {100 * scores['best'].get('0.1', float('nan')):.1f}"
         data = about["data"]["name"]
         click.echo(
-            f"{file.parent.as_posix():<28}{found.kind:<8}{about['model']['name']:<10}{size:<9} {taps}, {data}, {gain}"
+            f"{file.parent.as_posix():<28} {found.kind:<8}{about['model']['name']:<10}{size:<9} {taps}, {data}, {gain}"
         )
 
 
