@@ -1,18 +1,21 @@
-"""Engines: a recipe's graphs opened on a backend, run once, held against torch, and recorded in a manifest.
+"""Engines: a recipe's graphs made ready on backends, run, held against the float32 reference, and recorded.
 
-For ONNX Runtime the engine's file is the graph itself with its shapes fixed when it is opened; backends that compile
-will put their own file beside the same manifest.
+For ONNX Runtime and OpenVINO in float32 the engine's file is the graph itself with its shapes fixed when it is opened;
+what is quantised or compiled ahead of time has a folder of its own beside the same manifest.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from difftap.conditioning import checked
+from difftap.coords import Size
 from difftap.engine import (
+    BACKENDS,
     Cache,
     Profile,
     check_precision,
@@ -20,16 +23,22 @@ from difftap.engine import (
     default_cache_folder,
     get_backend,
 )
-from difftap.engine.builds import ensure_built, save_engine_manifest
-from difftap.errors import ArtefactError, BackendError
+from difftap.engine.builds import built_folder, save_engine_manifest
+from difftap.errors import ArtefactError, BackendError, InputError
 from difftap.export.checkpoints import open_model
-from difftap.export.parity import TensorParity, example_feeds, measure
+from difftap.export.parity import TensorParity
+from difftap.making import Maker, report_of
 from difftap.manifest import Manifest, output_errors
-from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph, run_members
-from difftap.prompts import PromptBook
-from difftap.recipe import Recipe
+from difftap.model import Model
+from difftap.pipeline import Runtime, available_cores, check_fits
+from difftap.recipe import Branch, Recipe
 
-__all__ = ["Artefact", "build_engines", "clean", "list_artefacts", "verify_artefact"]
+__all__ = ["Artefact", "BuildJob", "build_engines", "clean", "list_artefacts", "plan_builds", "verify_artefact"]
+
+_SLACK = 1.05
+"""Measured again, an engine's error may be this much larger than when it was built, for another count of threads."""
+_FLOOR = 1e-5
+"""Relative errors below this are rounding, and are not compared."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +54,77 @@ class Artefact:
         return sum(record.size for record in self.manifest.files.values())
 
     @property
+    def stem(self) -> str:
+        """The name of the folder that an engine's own files lie in."""
+        return built_folder(self.path).name
+
+    @property
     def not_run(self) -> str | None:
         """Why an engine was built but not run where it was built; None if it was."""
         return self.manifest.report.get("not_run")
 
+    @property
+    def parity(self) -> dict[str, TensorParity]:
+        """What was measured against the float32 reference, by output; empty where nothing was."""
+        return {name: TensorParity(**one) for name, one in self.manifest.report.get("parity", {}).items()}
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """A recipe's engines on one backend, in one precision and at one size."""
+
+    recipe: Recipe
+    runtime: Runtime
+
+    @property
+    def label(self) -> str:
+        """For tables and messages: ``512x512 openvino int8``."""
+        width, height = self.recipe.size
+        return f"{width}x{height} {self.runtime.backend} {self.runtime.precision}"
+
+
+def plan_builds(
+    recipe: Recipe, runtime: Runtime, backends: Sequence[str], precisions: Sequence[str], sizes: Sequence[Size]
+) -> list[BuildJob]:
+    """What to build: every backend in every precision at every size.
+
+    Args:
+        backends: names; ``all`` for those that can be used here, without those that are there to be compared with.
+        precisions: names; ``all`` for what each backend has. A precision that is named is left out for backends that
+            lack it, where there are several.
+        sizes: ``(W, H)``; none for the recipe's.
+
+    Raises:
+        InputError: there is no such backend.
+        BackendError: a backend that is named cannot be used here, or no backend has a precision.
+    """
+    if "all" in backends:
+        every = {name: get_backend(name) for name in BACKENDS}
+        backends = [name for name, one in every.items() if one.by_default and not one.missing()]
+    pairs = []
+    for name in dict.fromkeys(backends):
+        backend = get_backend(name)
+        device = choose_device(backend, runtime.device)
+        has = backend.precisions(device)
+        wanted = has if "all" in precisions else precisions
+        if len(backends) == 1:
+            for precision in wanted:
+                check_precision(backend, device, precision)
+        pairs += [(name, precision) for precision in dict.fromkeys(wanted) if precision in has]
+    lacking = [p for p in precisions if p != "all" and p not in {precision for _, precision in pairs}]
+    if lacking or not pairs:
+        raise BackendError(f"none of the backends {', '.join(backends)} has precision '{', '.join(lacking)}' here")
+    return [
+        BuildJob(replace(recipe, size=size), replace(runtime, backend=name, precision=precision))
+        for size in dict.fromkeys(sizes or [recipe.size])
+        for name, precision in pairs
+    ]
+
 
 def build_engines(
     recipe: Recipe, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
-) -> Iterator[tuple[Artefact, dict[str, TensorParity] | None]]:
-    """Make a recipe's engines on one backend: yields each one's record and, where torch is installed, its parity.
+) -> Iterator[tuple[Artefact, float]]:
+    """Make a recipe's engines on one backend: yields each one's record, and the seconds that it took.
 
     Raises:
         DifftapError: as `difftap.pipeline.Pipeline.open` does.
@@ -63,35 +134,19 @@ def build_engines(
     device = choose_device(backend, runtime.device)
     check_precision(backend, device, runtime.precision)
     threads = runtime.threads or available_cores()
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
     check_fits(recipe, model)
-    wanted: dict[tuple[str, tuple[str, ...], Profile], None] = {
-        ("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision)): None
-    }
-    members = run_members(backend, device, model, recipe)
-    book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
-    for branch, embedding in zip(recipe.branches, book.any(), strict=True):
-        profile = Profile(recipe.size, members, len(embedding), runtime.batch, runtime.precision)
-        wanted[("unet", branch.taps, profile)] = None
-    for component, taps, profile in wanted:
-        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
-        built = ensure_built(cache, graph, backend, profile, device)
-        hindrance = backend.cannot_run(device)
-        if hindrance:
-            path, manifest = save_engine_manifest(cache, graph, backend, profile, device, {"not_run": hindrance})
-            yield Artefact(path, manifest), None
-            continue
-        # What is built is measured as it is; elsewhere the fidelity of one member is that of many, in less memory.
-        small = profile if built else replace(profile, ensemble=1, batch=1)
-        parity = None
-        if backend.name == "torch" or get_backend("torch").missing():
-            with backend.open(graph, small, device, threads, built) as engine:
-                engine.run(example_feeds(graph, small))  # it must at least work, and be finite
-        else:
-            parity = measure(graph, small, backend.name, device, threads, built)
-        report = {} if parity is None else {"parity": {name: one.to_dict() for name, one in parity.items()}}
+    maker = Maker(cache, backend, device, threads, model, recipe, runtime.batch, runtime.precision, runtime.calibrate)
+    for component, taps, profile in maker.plan():
+        start = time.perf_counter()
+        graph = maker.graph(component, taps, profile)
+        report: dict[str, Any] = {}
+        if not maker.built(graph, profile):  # what has files was measured when it was built
+            # The fidelity of one member is that of many, in less memory.
+            parity = maker.fidelity(graph, replace(profile, ensemble=1, batch=1), None)
+            report = {**maker.record(), **report_of(parity)}
         path, manifest = save_engine_manifest(cache, graph, backend, profile, device, report)
-        yield Artefact(path, manifest), parity
+        yield Artefact(path, manifest), time.perf_counter() - start
 
 
 def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:
@@ -105,14 +160,23 @@ def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:
     return records
 
 
-def verify_artefact(artefact: Artefact) -> str | None:
-    """Read an artefact's files again in full and compare them with its manifest, and its runtime with the one here.
+def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bool = False) -> str | None:
+    """Read an artefact's files again in full and compare them with its manifest, then measure an engine again.
+
+    Args:
+        artefact: what to verify.
+        cache: where it lies; None for the default cache.
+        quick: look at files and versions alone.
+
+    Returns:
+        What could not be looked at here and why, in a few words; None if everything was.
 
     Returns:
         Why an engine could not be opened here as well; None if nothing stands against it.
 
     Raises:
-        ArtefactError: a file is missing or changed, or an engine was made with another version of its runtime.
+        ArtefactError: a file is missing or changed; an engine was made with another version of its runtime or for other
+            weights; or it is farther from the reference than when it was built.
         InputError, BackendError: an engine's backend does not exist, or cannot run here.
     """
     artefact.manifest.check(artefact.path.parent, {})
@@ -128,7 +192,47 @@ def verify_artefact(artefact: Artefact) -> str | None:
             f"engine '{artefact.path.name}' was made with {backend.name} {made_from.get('backend_version')}, "
             f"installed is {backend.version()}; build it again"
         )
-    return backend.cannot_run(str(made_from.get("device")))
+    hindrance = backend.cannot_run(str(made_from.get("device")))
+    if hindrance or quick:
+        return hindrance
+    return _measure_again(artefact, cache or Cache(default_cache_folder()))
+
+
+def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
+    """Compare an engine's error with what its manifest says; gives why that cannot be done, or None."""
+    made_from, report = artefact.manifest.made_from, artefact.manifest.report
+    if "model" not in report:
+        return "not measured: it was built by an older difftap"
+    if not artefact.parity:
+        return "not measured: it is the reference" if not report.get("not_run") else "not measured when it was built"
+    try:
+        model = Model.load(Path(report["model"]["folder"]), report["model"]["name"])
+    except InputError as error:
+        return f"not measured: {error}"
+    profile = Profile(
+        (made_from["size"][0], made_from["size"][1]),
+        made_from["ensemble"],
+        made_from["tokens"],
+        made_from["batch"],
+        made_from["precision"],
+    )
+    taps = tuple(made_from["taps"])
+    recipe = Recipe(model=model.name, size=profile.size, branches=(Branch(taps or ("up1",), 0),))  # nothing reads it
+    backend, device = get_backend(made_from["backend"]), made_from["device"]
+    maker = Maker(cache, backend, device, available_cores(), model, recipe, profile.batch, profile.precision)
+    graph = maker.graph(made_from["component"], taps, profile)
+    artefact.manifest.check(artefact.path.parent, cache.graph_identity(graph) | {"precision": profile.precision})
+    built = built_folder(artefact.path)
+    files = built if built.is_dir() else None
+    parity = maker.fidelity(graph, profile if files else replace(profile, ensemble=1, batch=1), files)
+    for name, one in (parity or {}).items():
+        then = artefact.parity[name].relative
+        if one.relative > max(_FLOOR, _SLACK * then):
+            raise ArtefactError(
+                f"engine '{artefact.path.name}' gives '{name}' with a relative error of {one.relative:.1e}; "
+                f"when it was built it was {then:.1e}; build it again"
+            )
+    return None
 
 
 def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:

@@ -54,10 +54,10 @@ def open_journal(path: Path, header: Mapping[str, Any], *, overwrite: bool = Fal
     Raises:
         OutputError: it cannot be written, is another run's, or is being written.
     """
-    lock_path = path.with_name(f".{path.name}.lock")
     with output_errors(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        lock_path = path.with_name(f".{path.name}.lock")
         if not path.parent.exists():  # the lock would make it without a word
             raise FileNotFoundError(errno.ENOENT, "No such folder")
         lock = FileLock(str(lock_path))

@@ -32,12 +32,11 @@ from difftap.engine import (
     choose_device,
     default_cache_folder,
     get_backend,
-    members_per_run,
 )
-from difftap.engine.builds import ensure_built
 from difftap.errors import BackendError, RecipeError
 from difftap.features import FeatureMap
 from difftap.images import Image
+from difftap.making import Maker, prepare_graph, run_members
 from difftap.matching import combine
 from difftap.model import Model
 from difftap.prompts import Prompt, PromptBook, Subject, wants_category
@@ -59,6 +58,7 @@ class Runtime:
         batch: images per engine run on a GPU; a CPU takes one at a time.
         cache: the cache folder; None for the default one.
         precision: what engines compute in; all but fp32 change the features a little, by what their manifests say.
+        calibrate: pictures, and folders of them, for precisions that are calibrated; none for the bundled ones.
     """
 
     backend: str = "ort"
@@ -67,6 +67,7 @@ class Runtime:
     batch: int = 1
     cache: Path | None = None
     precision: str = "fp32"
+    calibrate: tuple[Path, ...] = ()
 
 
 class Pipeline:
@@ -134,22 +135,24 @@ class Pipeline:
         if hindrance:
             raise BackendError(hindrance)
         threads = runtime.threads or available_cores()
-        model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+        model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
         check_fits(recipe, model)
+        maker = Maker(
+            cache, backend, device, threads, model, recipe, runtime.batch, runtime.precision, runtime.calibrate
+        )
         opened: dict[tuple[Any, ...], Engine] = {}
         try:
 
             def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
                 key = (component, taps, profile)
                 if key not in opened:
-                    graph = prepare_graph(cache, backend, model, component, taps, profile, device)
-                    built = ensure_built(cache, graph, backend, profile, device)
-                    opened[key] = backend.open(graph, profile, device, threads, built)
-                    _LOG.debug("opened %s on %s (%s) for %s", graph.name, backend.name, device, profile.label)
+                    graph = maker.graph(component, taps, profile)
+                    opened[key] = maker.open(graph, profile, maker.built(graph, profile))
                 return opened[key]
 
-            vae = engine("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision))
+            vae = engine("vae", (), maker.vae_profile())
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
+            maker = dataclasses.replace(maker, device=device)
             latents = Latents(recipe, vae, LATENTS_KEPT) if recipe.learned is not None else None
 
             def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
@@ -163,10 +166,9 @@ class Pipeline:
             opening = Opening(unet, small, vae, latents)
             book = open_book(model, recipe, cache, opening)
             branches = []
-            members = run_members(backend, device, model, recipe)
             for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)
-                profile = Profile(recipe.size, members, len(tokens), runtime.batch, runtime.precision)
-                branches.append(BranchEngine(branch, engine("unet", branch.taps, profile), tokens))
+                run = engine("unet", branch.taps, maker.unet_profile(len(tokens)))
+                branches.append(BranchEngine(branch, run, tokens))
             batch = 1 if device == "cpu" else runtime.batch
             extractor = Extractor(model, recipe, vae, branches, batch, latents)
             said = describe(recipe, model, cache, backend, device, threads, runtime.precision)
@@ -296,13 +298,6 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def run_members(backend: Backend, device: str, model: Model, recipe: Recipe) -> int:
-    """How many ensemble members one UNet run of a backend takes."""
-    if backend.fused_attention(device):
-        return recipe.ensemble
-    return members_per_run(model, recipe.size, recipe.ensemble)
-
-
 def check_fits(recipe: Recipe, model: Model) -> None:
     """Make sure, before anything slow starts, that a model can do what a recipe asks.
 
@@ -319,27 +314,6 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             )
         for name in branch.taps:
             model.tap(name)
-
-
-def prepare_graph(
-    cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...], profile: Profile, device: str
-) -> Graph:
-    """The graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
-
-    For a backend that runs the checkpoint itself it is just named.
-    """
-    if not backend.needs_graph:
-        return Graph(model, component, taps)
-    from difftap.export.graphs import ensure_graph
-
-    graph = ensure_graph(cache, model, component, taps)
-    wanted = backend.graph_precision(profile, device)
-    if wanted == "fp32":
-        return graph
-    from difftap.export.variants import ensure_variant
-
-    kind, _, attention = wanted.partition("-")
-    return ensure_variant(cache, graph, kind, attention or "softmax")
 
 
 def describe(

@@ -10,7 +10,18 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
-COMPOSED = {"conditioning", "pipeline", "engines", "pairs", "maps", "journal", "draw", "results", "prototypes"}
+COMPOSED = {
+    "conditioning",
+    "pipeline",
+    "making",
+    "engines",
+    "pairs",
+    "maps",
+    "journal",
+    "draw",
+    "results",
+    "prototypes",
+}
 ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", "tuning", *COMPOSED}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difftap.cli import cli
-from difftap.errors import InputError
+from difftap.engine import Cache
+from difftap.errors import InputError, RecipeError
+from difftap.export.checkpoints import open_model
 from difftap.images import Image
 from difftap.pipeline import Pipeline, Runtime
 from difftap.prompts import Prompt, Subject, choose_prompt, choose_prompts, fill, wants_category
@@ -111,3 +113,45 @@ def test_match_fills_the_category_and_says_what_it_asked(photos):
     refused = match("--category", "dog")
     assert isinstance(refused.exception, InputError)
     assert "this recipe's has none" in str(refused.exception)
+
+
+def write_recipe(path, combine):
+    path.write_text(
+        f'model = "pocket"\nsize = 64\nensemble = 1\ncombine = "{combine}"\n'
+        'branches = [{ taps = ["up1"], timestep = 1 }, { taps = ["up2"], timestep = 1 }]\n'
+    )
+    return str(path)
+
+
+def test_match_keeps_branches_apart(photos, tmp_path):
+    """score-sum finds what concat finds; score-product runs too; --pairs and pictures go the same way."""
+    found = {}
+    for combine in ("concat", "score-sum", "score-product"):
+        recipe = write_recipe(tmp_path / f"{combine}.toml", combine)
+        out = tmp_path / f"{combine}.png"
+        arguments = ["--recipe", recipe, "--grid", "3", "-o", str(out), "--heat", "2"]
+        done = CliRunner().invoke(cli, ["match", *map(str, photos), *arguments])
+        assert done.exit_code == 0, done.exception
+        assert out.stat().st_size > 1000
+        found[combine] = json.loads(done.stdout)["matches"]
+        (tmp_path / "pairs.csv").write_text("source,target\n" + ",".join(path.name for path in photos) + "\n")
+        many = ["match", "--pairs", str(tmp_path / "pairs.csv"), "--recipe", recipe, "--grid", "3"]
+        listed = tmp_path / f"{combine}.jsonl"
+        assert CliRunner().invoke(cli, [*many, "-o", str(listed)]).exit_code == 0
+        assert json.loads(listed.read_text().splitlines()[1])["matches"] == found[combine]
+    for joined, apart in zip(found["concat"], found["score-sum"], strict=True):
+        assert apart["target"] == joined["target"]
+        assert apart["score"] == pytest.approx(joined["score"], abs=1e-5)
+    assert found["score-product"] != found["concat"]
+    mutual = ["match", *map(str, photos), "--mutual", "--recipe"]
+    both = [CliRunner().invoke(cli, [*mutual, str(tmp_path / f"{c}.toml")]) for c in ("concat", "score-sum")]
+    assert json.loads(both[0].stdout)["matches"] == json.loads(both[1].stdout)["matches"] != []
+    refused = CliRunner().invoke(cli, [*mutual, str(tmp_path / "score-product.toml")])
+    assert isinstance(refused.exception, InputError)
+    assert "--mutual needs branches that add up" in str(refused.exception)
+
+
+def test_a_size_that_cannot_fit_is_refused_before_anything_is_built(tmp_path):
+    with pytest.raises(RecipeError, match="size 100 x 100 does not fit model 'sd15'"):
+        open_model("sd15", Cache(tmp_path / "cache"), random_weights=0, size=(100, 100))
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.safetensors"))

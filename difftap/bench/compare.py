@@ -2,10 +2,15 @@
 
 Both results are resampled alike, so what makes a pair hard for both cancels. The p-value is two-sided: twice the share
 of resamplings on the far side of zero, at least ``1 / (draws + 1)``, at most 1.
+
+A dozen pairs or fewer are too few to be resampled (the bootstrap of one pair knows no spread at all). There the p-value
+is that of the exact sign-flip test: if the two methods were alike, each pair's outcomes could be exchanged; of all
+``2^n`` ways to do so, the share that makes the difference at least as large.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +25,13 @@ from difftap.bench.protocols import AGGREGATES
 from difftap.bench.scoring import SCHEMA
 from difftap.errors import InputError
 
-__all__ = ["Comparison", "Row", "compare", "format_comparison", "load_results", "to_json"]
+__all__ = ["Comparison", "Row", "compare", "format_comparison", "load_results", "sign_flip", "to_json"]
 
-COMPARE_SCHEMA = "difftap.bench.compare/1"
+COMPARE_SCHEMA = "difftap.bench.compare/2"
+EXACT = 12
+"""Up to so many pairs, the exact test: 4096 ways to exchange outcomes."""
+FEW = 20
+"""Below so many pairs, a remark that they are too few."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Row:
         low: lower bound of the difference's interval.
         high: upper bound.
         p: two-sided p-value of the difference being zero.
+        test: where it is from: ``bootstrap`` or ``sign-flip``.
     """
 
     protocol: str
@@ -50,6 +60,7 @@ class Row:
     low: float
     high: float
     p: float
+    test: str = "bootstrap"
 
 
 @dataclass(frozen=True)
@@ -86,11 +97,52 @@ def load_results(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         schema = data["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"'{path}' cannot be read as results ({error}); give a results.json of 'bench pck'") from error
     if schema != SCHEMA:
         raise InputError(f"'{path}' has schema {schema!r}; this difftap reads {SCHEMA!r}")
+    try:
+        _check_shape(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"'{path}' is damaged ({what}); score the run again: 'bench pck ... --score-only'") from error
     return dict(data)
+
+
+def _check_shape(data: Mapping[str, Any]) -> None:
+    """Touch all that tables, plots and comparisons read, so that what is missing is said once and here."""
+    at, counts, pairs = data["conditions"], data["counts"], data["pairs"]
+    for name in ("difftap", "recipe", "recipe_key", "backend", "matching"):
+        at[name]
+    for value in (at["dataset"]["name"], at["model"]["name"]):
+        if not isinstance(value, str):
+            raise ValueError(f"a name is {value!r}")
+    for name in ("pairs_scored", "pairs_failed", "points", "images"):
+        int(counts[name])
+    names = pairs["names"]
+    for kind in ("classes", "points", "digests"):
+        if len(pairs[kind]) != len(names):
+            raise ValueError(f"{len(names)} pairs have {len(pairs[kind])} {kind}")
+    for protocol, result in data["protocols"].items():
+        for name in ("basis", "comparison", "headline", "frame", "side", "alphas"):
+            result["conditions"][name]
+        for name in ("alphas", "image", "point"):
+            result["curve"][name]
+        for name in ("calibration", "by_flag", "by_class", "pck_dagger"):
+            result[name].keys()
+        alphas = [alpha for alpha in result["pck"] if alpha not in ("pairs", "points")]
+        for cut in (result["pck"], *result["by_class"].values(), *_cuts(result["by_flag"])):
+            for alpha in alphas:
+                for by in ("image", "point"):
+                    cut[alpha][by]["value"]
+        for alpha in alphas:
+            hits = pairs["hits"][protocol][alpha]
+            if len(hits) != len(names) or not all(isinstance(hit, int) for hit in hits):
+                raise ValueError(f"{len(names)} pairs have {len(hits)} hits under {protocol} at {alpha}")
+
+
+def _cuts(flags: Mapping[str, Any]) -> list[Any]:
+    return [cut for values in flags.values() for cut in values.values()]
 
 
 def compare(
@@ -113,29 +165,29 @@ def compare(
         level: of the intervals.
 
     Raises:
-        InputError: they have no pair, no protocol or no threshold in common, or count a pair's points differently.
+        InputError: they are of different data sets or annotations, score by different rules, or have no pair, no
+            protocol or no threshold in common.
     """
     unknown = [name for name in by if name not in AGGREGATES]
     if unknown:
         raise InputError(f"aggregate is {unknown[0]!r}; allowed: {', '.join(AGGREGATES)}")
     if count < 1 or not 0 < level < 1:
         raise InputError(f"draws is {count} and level {level}; allowed: 1 or more, and between 0 and 1")
+    _same_data(first, second)
     here, there = ({name: k for k, name in enumerate(one["pairs"]["names"])} for one in (first, second))
     common = [name for name in here if name in there]
     if not common:
         raise InputError("the two results have no pair in common; compare runs over the same data set and split")
     left, right = np.array([here[name] for name in common]), np.array([there[name] for name in common])
     tallies = (_Pairs(first, left), _Pairs(second, right))
-    differing = np.flatnonzero(tallies[0].points != tallies[1].points)
-    if len(differing):
-        raise InputError(
-            f"pair '{common[differing[0]]}' has {tallies[0].points[differing[0]]} points in one and "
-            f"{tallies[1].points[differing[0]]} in the other; the results are of different annotations"
-        )
+    for name, one, two in zip(common, left, right, strict=True):
+        if first["pairs"]["digests"][one] != second["pairs"]["digests"][two]:
+            raise InputError(f"pair '{name}' is annotated differently in the two; compare runs over the same data")
     weights = draws(len(common), count, seed)
     rows = []
     for protocol, hits in first["pairs"]["hits"].items():
         other = second["pairs"]["hits"].get(protocol, {})
+        _same_rules(first, second, protocol)
         means = by or [first["protocols"][protocol]["conditions"]["headline"]]
         alphas = [alpha for alpha in hits if alpha in other]
         if alphas:
@@ -152,8 +204,25 @@ def compare(
         len(there) - len(common),
         count,
         level,
-        tuple(_notes(first, second)),
+        tuple(_notes(first, second, len(common))),
     )
+
+
+def _same_data(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    for key, what in (("name", "data sets"), ("split", "splits")):
+        one, two = (str(result["conditions"]["dataset"].get(key, "")) for result in (first, second))
+        if one != two:
+            raise InputError(f"the results are of different {what}, '{one}' and '{two}'; compare runs over the same")
+
+
+def _same_rules(first: Mapping[str, Any], second: Mapping[str, Any], protocol: str) -> None:
+    both = [result["protocols"].get(protocol, {}).get("conditions", {}) for result in (first, second)]
+    for name in ("frame", "side", "basis", "comparison", "clip"):
+        if all(both) and both[0].get(name) != both[1].get(name):
+            raise InputError(
+                f"protocol '{protocol}' has {name} = {both[0].get(name)!r} in one result and {both[1].get(name)!r} in "
+                "the other; score both again with this difftap: 'bench pck ... --score-only'"
+            )
 
 
 class _Pairs:
@@ -183,6 +252,9 @@ def _rows(
     below, above = (spread <= 0).sum(axis=0), (spread >= 0).sum(axis=0)
     # Two-sided, and never below what so many draws can tell: the observed data count as one of them.
     p = np.minimum(2 * (np.minimum(below, above) + 1) / (len(weights) + 1), 1.0)
+    test = "bootstrap"
+    if len(first.points) <= EXACT:
+        p, test = sign_flip(first, second, by), "sign-flip"
     return [
         Row(
             protocol,
@@ -194,15 +266,37 @@ def _rows(
             float(low[k]),
             float(high[k]),
             float(p[k]),
+            test,
         )
         for k, alpha in enumerate(alphas)
     ]
 
 
-def _notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+def sign_flip(first: Tally, second: Tally, by: str) -> NDArray[np.float64]:
+    """Two-sided p-values ``(K,)`` of the exact sign-flip test, for `EXACT` pairs or fewer.
+
+    Every mean is a weighted sum of the pairs' hits, and the weights (points, classes) are the same for both results.
+    Exchanging a pair's outcomes therefore turns the sign of its part of the difference.
+    """
+    count = len(first.points)
+    parts = np.zeros((count, first.hits.shape[1]))
+    for k in range(count):
+        hits = np.zeros_like(first.hits)
+        hits[k] = first.points[k]  # all of this pair's points right, and no other's: its whole weight
+        weight = np.nan_to_num(aggregate(dataclasses.replace(first, hits=hits), by))
+        parts[k] = weight * (second.hits[k] - first.hits[k]) / max(1, first.points[k])
+    signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)  # (2^n, n)
+    spread, seen = np.abs(signs @ parts), np.abs(parts.sum(axis=0))
+    p: NDArray[np.float64] = np.mean(spread >= seen - 1e-12, axis=0)
+    return p
+
+
+def _notes(first: Mapping[str, Any], second: Mapping[str, Any], pairs: int) -> list[str]:
     notes = []
+    if pairs < FEW:
+        notes.append(f"{pairs} pairs are too few to tell much: intervals are too narrow, and p is coarse")
     here, there = first["conditions"], second["conditions"]
-    for name, what in (("dataset", "data sets"), ("backend", "backends"), ("difftap", "versions of difftap")):
+    for name, what in (("dataset", "data sets' options"), ("backend", "backends"), ("difftap", "versions of difftap")):
         if here.get(name) != there.get(name):
             notes.append(f"the {what} differ")
     failed = [one["counts"]["pairs_failed"] for one in (first, second)]
@@ -230,7 +324,10 @@ def format_comparison(comparison: Comparison) -> list[str]:
         span = f"{100 * row.low:+.2f} to {100 * row.high:+.2f}"
         figures = f"{100 * row.first:>8.2f}{100 * row.second:>8.2f}{100 * row.difference:>+8.2f}{span:>20}{row.p:>9.4f}"
         lines.append(f"{row.protocol:16}{row.alpha:>7g}  {row.by:12}{figures}")
+    exact = any(row.test == "sign-flip" for row in comparison.rows)
     lines.append(
-        f"paired bootstrap over pairs, {comparison.draws} draws; pairs share images, so p is somewhat too small"
+        f"paired bootstrap over pairs, {comparison.draws} draws"
+        + ("; p by the exact sign-flip test" if exact else "")
+        + "; pairs share images, so p is somewhat too small"
     )
     return [*lines, *(f"note: {note}" for note in comparison.notes)]

@@ -6,6 +6,7 @@ keypoint's colour; a line joins ring and dot, green if the match is right, red i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from difftap.manifest import output_errors
 from difftap.maps import View, load_view
 from difftap.matching import Matches
 
-__all__ = ["choose", "draw_pair", "save_gallery"]
+__all__ = ["choose", "clear_gallery", "draw_pair", "save_gallery"]
 
+_NAME = re.compile(r"(best|median|worst)-\d+-.*\.png$")
 _RIGHT, _WRONG = (40, 170, 70), (215, 40, 40)
 
 
@@ -78,6 +80,14 @@ def draw_pair(pair: Prediction, measured: Measured, protocol: Protocol, alpha: f
     return picture
 
 
+def clear_gallery(folder: Path) -> None:
+    """Remove the pictures of an earlier gallery, and nothing else."""
+    with output_errors(folder):
+        for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
+            if _NAME.match(path.name):
+                path.unlink()
+
+
 def save_gallery(
     predictions: Predictions, protocol: Protocol, folder: Path, count: int = 3, alpha: float = 0.1
 ) -> list[Path]:
@@ -101,6 +111,7 @@ def save_gallery(
     measured = [measure(pair, protocol, predictions.dataset) for pair in pairs]
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    clear_gallery(folder)
     files = []
     for kind, indices in choose(measured, count).items():
         for place, k in enumerate(indices, start=1):

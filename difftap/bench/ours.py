@@ -35,6 +35,7 @@ class Ours:
         self._undo: list[Callable[[], None]] = []
         for engine in pipeline.engines:
             self._time(engine, "_run", engine.graph.component)
+            self._time(engine, "_run_on_device", engine.graph.component)
         self._time(extractor, "to_input", "resize")
         self._time(extractor, "draw", "noise")
         self.together = max(engine.profile.ensemble for engine in pipeline.engines)

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from difftap.bench.protocols import alpha_key
 from difftap.bench.published import SPAIR_CLASSES
 from difftap.errors import InputError, require
 from difftap.manifest import output_errors, write_atomic
 
-__all__ = ["save_plots"]
+__all__ = ["clear_plots", "save_plots"]
 
 Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
+_NAMES = ("pck-over-alpha", "pck-per-class", "pck-by-flag", "reliability")
 _COLOURS = ("#1f6f8b", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#5c5c5c", "#2e4057", "#b5651d")
 
 
@@ -42,19 +44,15 @@ def save_plots(runs: Runs, folder: Path, *, protocol: str | None = None, alpha: 
     if any(chosen not in results["protocols"] for _, results in runs):
         raise InputError(f"not all results hold protocol '{chosen}'; score them again with --protocol {chosen}")
     have = [key for key in runs[0][1]["protocols"][chosen]["pck"] if key not in ("pairs", "points")]
-    key = f"{alpha:g}" if alpha is not None else ("0.1" if "0.1" in have else have[-1])
+    key = alpha_key(alpha) if alpha is not None else ("0.1" if "0.1" in have else have[-1])
     if any(key not in results["protocols"][chosen]["pck"] for _, results in runs):
         raise InputError(f"not all results hold alpha {key}; score them again with --alpha {key}")
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Callable[[Any, Runs, str, str], bool]] = {
-        "pck-over-alpha": _curve,
-        "pck-per-class": _classes,
-        "pck-by-flag": _flags,
-        "reliability": _reliability,
-    }
+    ways: tuple[Callable[[Any, Runs, str, str], bool], ...] = (_curve, _classes, _flags, _reliability)
+    clear_plots(folder)
     files = []
-    for name, draw in drawn.items():
+    for name, draw in zip(_NAMES, ways, strict=True):
         figure = require("matplotlib.figure", "bench", "drawing plots").Figure(figsize=(8, 4.5), layout="constrained")
         if draw(figure, runs, chosen, key):
             path = folder / f"{name}.png"
@@ -63,6 +61,13 @@ def save_plots(runs: Runs, folder: Path, *, protocol: str | None = None, alpha: 
             write_atomic(path, picture.getvalue())
             files.append(path)
     return files
+
+
+def clear_plots(folder: Path) -> None:
+    """Remove the plots that an earlier run drew."""
+    for name in _NAMES:
+        with output_errors(folder):
+            (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def _axes(figure: Any, runs: Runs, protocol: str, title: str) -> Any:
@@ -139,6 +144,11 @@ def _flags(figure: Any, runs: Runs, protocol: str, key: str) -> bool:
     return True
 
 
+def _places(counts: Sequence[int]) -> list[float]:
+    """Where each bin's middle lies among all matches, 0 to 1: bins hold different numbers where matches tie."""
+    return [(sum(counts[:k]) + count / 2) / sum(counts) for k, count in enumerate(counts)]
+
+
 def _reliability(figure: Any, runs: Runs, protocol: str, key: str) -> bool:
     axes = _axes(figure, runs, protocol, f"how often a match is right at alpha {key}, by how sure it is")
     some = False
@@ -147,7 +157,7 @@ def _reliability(figure: Any, runs: Runs, protocol: str, key: str) -> bool:
             one = results["protocols"][protocol]["calibration"].get(key, {}).get(kind)
             if one:
                 steps = one["reliability"]
-                places = [(i + 0.5) / len(steps) for i in range(len(steps))]
+                places = _places([step["count"] for step in steps])
                 shown = [100 * step["right"] for step in steps]
                 area = "-" if one["auc"] is None else f"{one['auc']:.2f}"
                 axes.plot(places, shown, style, marker="o", ms=3, color=_colour(k), label=f"{name}, {kind}: AUC {area}")

@@ -15,7 +15,7 @@ basis          the length that alpha is a share of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from difftap.coords import Size
 from difftap.errors import InputError
 
-__all__ = ["AGGREGATES", "BASES", "FRAMES", "PROTOCOLS", "Protocol", "get_protocols"]
+__all__ = ["AGGREGATES", "BASES", "FRAMES", "PROTOCOLS", "Protocol", "alpha_key", "get_protocols"]
 
 FRAMES = ("original", "square", "letterbox")
 BASES = ("box", "image", "extent")
@@ -48,6 +48,7 @@ class Protocol:
         alphas: the authors' thresholds, as shares of the basis.
         clip: target keypoints are moved into ``[clip, side - 1 - clip]`` of the frame; None leaves them.
         inferred: what the authors' code does not settle and is chosen here.
+        own_alphas: data set's name to the authors' thresholds, where they differ from ``alphas``.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Protocol:
     alphas: tuple[float, ...]
     clip: float | None = None
     inferred: tuple[str, ...] = ()
+    own_alphas: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for what, got, allowed in (
@@ -71,12 +73,17 @@ class Protocol:
                 raise InputError(f"protocol '{self.name}': {what} is {got!r}; allowed: {', '.join(allowed)}")
         if (self.side > 0) == (self.frame == "original"):
             raise InputError(f"protocol '{self.name}': side is {self.side}; allowed: 0 for original, else above 0")
-        if not self.alphas or not all(0 < alpha < float("inf") for alpha in self.alphas):
-            raise InputError(f"protocol '{self.name}': alphas are {self.alphas}; allowed: numbers above 0")
+        for alphas in (self.alphas, *self.own_alphas.values()):
+            if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
+                raise InputError(f"protocol '{self.name}': alphas are {alphas}; allowed: numbers above 0")
 
     def basis(self, dataset: str) -> str | None:
         """What alpha is a share of on a data set; None where the protocol does not apply."""
         return self.bases.get(dataset, self.bases.get("*"))
+
+    def thresholds(self, dataset: str) -> tuple[float, ...]:
+        """The authors' alphas on a data set."""
+        return self.own_alphas.get(dataset, self.alphas)
 
     def to_frame(self, points: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
         """Original pixels ``(N, 2)`` of an image of ``(W, H)`` to the frame's.
@@ -144,6 +151,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             headline="image",
             alphas=(0.01, 0.05, 0.10),
             inferred=("the bases of PF-WILLOW and the synthetic set",),
+            own_alphas={"pf-pascal": (0.05, 0.10, 0.15)},
         ),
         Protocol(
             "distilldift",
@@ -169,6 +177,15 @@ PROTOCOLS: Mapping[str, Protocol] = {
         ),
     )
 }
+
+
+def alpha_key(alpha: float) -> str:
+    """A threshold as the results' keys have it: all the digits that tell it from others, and no more.
+
+    >>> alpha_key(0.10), alpha_key(0.1000001), alpha_key(1)
+    ('0.1', '0.1000001', '1')
+    """
+    return repr(float(alpha)).removesuffix(".0")
 
 
 def get_protocols(names: Sequence[str] = ()) -> list[Protocol]:

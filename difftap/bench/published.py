@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["PUBLISHED", "SPAIR_CLASSES", "SPAIR_TEST_PAIRS", "PublishedRow", "published"]
+__all__ = ["PUBLISHED", "SPAIR_CLASSES", "SPAIR_TEST_PAIRS", "TEST_PAIRS", "PublishedRow", "comparable", "published"]
 
 SPAIR_CLASSES = {
     "aeroplane": "aero",
@@ -53,9 +54,10 @@ class PublishedRow:
         value: PCK over all pairs, a fraction.
         classes: per class, if the paper gives it; fractions.
         by: ``image`` or ``point``; None where the source does not say.
-        basis: what alpha is a share of, as in `difftap.bench.protocols`.
+        protocols: names of those in `difftap.bench.protocols` that it was measured under, or that agree with all that
+            is known of how it was measured.
         conditions: what the paper says, or what it must have been, of the averaging and the threshold.
-        source: where the figure stands.
+        source: where the figure stands, in short.
     """
 
     method: str
@@ -63,14 +65,28 @@ class PublishedRow:
     alpha: float
     value: float
     by: str | None
-    basis: str
+    protocols: tuple[str, ...]
     conditions: str
     source: str
     classes: Mapping[str, float] | None = None
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of the whole test set, which the figure is of."""
+        return TEST_PAIRS[self.dataset]
 
-_POSTER = "Using Multiple Latent Layers in Stable Diffusion for Image Semantic Matching (poster)"
-_POSTER_CONDITIONS = "per image, box [inferred: All is weighted by pairs]"
+    def label(self, comparable: bool, mark: str = "") -> str:
+        """The row's name, with whose it is, and whether it may be compared with ours: in words, or by a mark."""
+        note = "" if comparable else mark or f"; not comparable: of {self.pairs:,} pairs"
+        return f"{self.method} (published, {self.source}{note})"
+
+
+TEST_PAIRS = {"spair-test": 12234, "pf-willow": 900, "pf-pascal": 299}
+"""Pairs of the whole test sets."""
+
+_POSTER = "poster"
+"""Using Multiple Latent Layers in Stable Diffusion for Image Semantic Matching."""
+_POSTER_CONDITIONS = "per image, <= alpha x box [inferred: All is weighted by pairs; the frame is not said]"
 _POSTER_ROWS = {  # in the order of SPAIR_CLASSES, then All; percent, as printed
     "DIFT": "45.78 37.01 59.23 17.80 29.03 31.40 26.86 70.86 24.44 "
     "52.44 37.90 41.87 33.09 31.46 31.11 29.30 43.78 32.77 37.26",
@@ -91,18 +107,29 @@ _POSTER_ROWS = {  # in the order of SPAIR_CLASSES, then All; percent, as printed
     "dual CPM": "70.65 57.37 74.16 51.14 47.77 81.61 73.36 80.75 62.71 "
     "74.99 61.52 62.93 61.66 64.66 51.71 47.30 81.28 74.42 65.01",
 }
-_OTHERS: tuple[tuple[str, str, str | None, tuple[tuple[float, float], ...]], ...] = (
-    ("DINOv2-B", "spair-test", "image", ((0.01, 6.3), (0.05, 38.4), (0.10, 53.9))),
-    ("DIFT", "spair-test", "image", ((0.01, 7.2), (0.05, 39.7), (0.10, 52.9))),
-    ("SD+DINO", "spair-test", "image", ((0.01, 7.9), (0.05, 44.7), (0.10, 59.9))),
-    ("GeoAware-SC zero-shot", "spair-test", "image", ((0.01, 8.9), (0.05, 48.7), (0.10, 64.2))),
-    ("GeoAware-SC supervised", "spair-test", "image", ((0.01, 21.6), (0.05, 72.6), (0.10, 82.9))),
-    ("DIFT", "pf-willow", "point", ((0.10, 76.4),)),
-    ("SD+DINO", "pf-willow", "point", ((0.10, 74.8),)),
-    ("DINOv2", "pf-willow", "point", ((0.10, 67.4),)),
-    ("DIFT", "pf-pascal", None, ((0.05, 66.0), (0.10, 81.1), (0.15, 87.2))),
+_GEOAWARE = "per image, < alpha x box; table of GeoAware-SC (CVPR 2024)"
+_WILLOW = "per point, alpha x the keypoints' extent"
+_PASCAL = "alpha x image; image or point unstated"
+_Figures = tuple[tuple[float, float], ...]
+_OTHERS: tuple[tuple[str, str, str | None, str, str, _Figures], ...] = (
+    ("DINOv2-B", "spair-test", "image", "geoaware", _GEOAWARE, ((0.01, 6.3), (0.05, 38.4), (0.10, 53.9))),
+    ("DIFT", "spair-test", "image", "geoaware", _GEOAWARE, ((0.01, 7.2), (0.05, 39.7), (0.10, 52.9))),
+    ("SD+DINO", "spair-test", "image", "geoaware", _GEOAWARE, ((0.01, 7.9), (0.05, 44.7), (0.10, 59.9))),
+    ("GeoAware-SC zero-shot", "spair-test", "image", "geoaware", _GEOAWARE, ((0.01, 8.9), (0.05, 48.7), (0.10, 64.2))),
+    (
+        "GeoAware-SC supervised",
+        "spair-test",
+        "image",
+        "geoaware",
+        _GEOAWARE,
+        ((0.01, 21.6), (0.05, 72.6), (0.10, 82.9)),
+    ),
+    ("DIFT", "pf-willow", "point", "distilldift", _WILLOW, ((0.10, 76.4),)),
+    ("SD+DINO", "pf-willow", "point", "distilldift", _WILLOW, ((0.10, 74.8),)),
+    ("DINOv2", "pf-willow", "point", "distilldift", _WILLOW, ((0.10, 67.4),)),
+    ("DIFT", "pf-pascal", None, "geoaware", _PASCAL, ((0.05, 66.0), (0.10, 81.1), (0.15, 87.2))),
 )
-_BASES = {"spair-test": "box", "pf-willow": "extent", "pf-pascal": "image"}
+_SOURCES = {"geoaware": "GeoAware-SC", "distilldift": "DistillDIFT [source inferred]"}
 
 
 def _rows() -> tuple[PublishedRow, ...]:
@@ -111,14 +138,22 @@ def _rows() -> tuple[PublishedRow, ...]:
         *classes, value = (float(figure) / 100 for figure in figures.split())
         by_class = dict(zip(SPAIR_CLASSES, classes, strict=True))
         rows.append(
-            PublishedRow(method, "spair-test", 0.05, value, "image", "box", _POSTER_CONDITIONS, _POSTER, by_class)
+            PublishedRow(
+                method,
+                "spair-test",
+                0.05,
+                value,
+                "image",
+                ("dift", "sd4match"),
+                _POSTER_CONDITIONS,
+                _POSTER,
+                by_class,
+            )
         )
-    for method, dataset, by, pairs in _OTHERS:
-        basis = _BASES[dataset]
-        conditions = f"per {by}, {basis}" if by else f"{basis}; image or point unstated"
+    for method, dataset, by, protocol, conditions, values in _OTHERS:
         rows += [
-            PublishedRow(method, dataset, alpha, value / 100, by, basis, conditions, "docs/benchmark.md")
-            for alpha, value in pairs
+            PublishedRow(method, dataset, alpha, percent / 100, by, (protocol,), conditions, _SOURCES[protocol])
+            for alpha, percent in values
         ]
     return tuple(rows)
 
@@ -127,9 +162,9 @@ PUBLISHED = _rows()
 
 
 def published(
-    dataset: str, split: str, alpha: float, by: str | None = None, basis: str | None = None
+    dataset: str, split: str, alpha: float, by: str | None = None, protocol: str | None = None
 ) -> list[PublishedRow]:
-    """What was published for a data set's split at a threshold; ``by`` and ``basis`` keep only what may stand beside.
+    """What was published for a data set's split at a threshold; ``by`` and ``protocol`` keep only what was measured so.
 
     Rows whose averaging is unstated stay with either.
     """
@@ -138,7 +173,13 @@ def published(
         row
         for row in PUBLISHED
         if row.dataset == name
+        and split == "test"
         and abs(row.alpha - alpha) < 1e-9
         and (by is None or row.by in (by, None))
-        and basis in (None, row.basis)
+        and (protocol is None or protocol in row.protocols)
     ]
+
+
+def comparable(results: Mapping[str, Any], row: PublishedRow) -> bool:
+    """Whether a run is of the whole test set that a published figure is of."""
+    return int(results["counts"]["pairs_scored"]) == row.pairs

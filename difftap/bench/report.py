@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from difftap.bench.published import SPAIR_CLASSES, PublishedRow, published
+from difftap.bench.protocols import alpha_key
+from difftap.bench.published import SPAIR_CLASSES, PublishedRow, comparable, published
 from difftap.errors import InputError
+from difftap.recipe import presets
 
 __all__ = ["FORMATS", "ResultTable", "dump_results", "format_results", "result_table"]
 
@@ -23,7 +25,7 @@ def dump_results(results: Mapping[str, Any]) -> str:
     head = {key: value for key, value in results.items() if key != "pairs"}
     text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
     pairs = results["pairs"]
-    lines = [f'  "{key}": {_compact(pairs[key])}' for key in ("names", "classes", "points")]
+    lines = [f'  "{key}": {_compact(pairs[key])}' for key in ("names", "classes", "points", "digests")]
     hits = [
         f'   "{protocol}": {{\n' + ",\n".join(f'    "{a}": {_compact(row)}' for a, row in by_alpha.items()) + "\n   }"
         for protocol, by_alpha in pairs["hits"].items()
@@ -66,9 +68,34 @@ def conditions_line(results: Mapping[str, Any]) -> str:
     )
 
 
+_BASIS_WORDS = {"extent": "keypoint extent", "box": "box", "image": "image side"}
+
+
+def headline_of(results: Mapping[str, Any]) -> str:
+    """The one figure that most people look for: the first protocol's own mean, at 0.1 or its highest alpha."""
+    chosen = _main(results)
+    data = results["conditions"]["dataset"]
+    what = f"{recipe_name(results)} on {data['name']}"
+    if chosen is None:
+        return f"{what}: no protocol applies"
+    name, alpha = chosen
+    result = results["protocols"][name]
+    by = result["conditions"]["headline"]
+    figure = _percent(result["pck"][alpha][by]["value"], 1)
+    shown = f"{float(alpha):.2f}" if float(alpha) == round(float(alpha), 2) else alpha
+    return f"{what}: PCK@{shown} {figure} (per {by}, {_BASIS_WORDS[result['conditions']['basis']]}; {name})"
+
+
+def recipe_name(results: Mapping[str, Any]) -> str:
+    """The preset's name, if the run's recipe is one as it stands; else the model's."""
+    at = results["conditions"]
+    known = {recipe.key(): name for name, recipe in presets().items()}
+    return known.get(at["recipe_key"], str(at["model"]["name"]))
+
+
 def format_results(results: Mapping[str, Any], *, show_published: bool = True) -> list[str]:
     """The results as lines for a terminal."""
-    lines = [conditions_line(results), ""]
+    lines = [headline_of(results), conditions_line(results), ""]
     boot = results["bootstrap"]
     lines.append(
         f"PCK in %, with {100 * boot['level']:g} % intervals ({boot['draws']} bootstrap draws over pairs); * marks the "
@@ -145,12 +172,13 @@ def _confidence_lines(results: Mapping[str, Any]) -> list[str]:
 
 def _published_lines(results: Mapping[str, Any]) -> list[str]:
     data = results["conditions"]["dataset"]
-    alphas = {float(a) for result in results["protocols"].values() for a, _ in _by_alpha(result["pck"])}
-    rows = [row for a in sorted(alphas) for row in published(data["name"], str(data.get("split", "")), a)]
-    if not rows:
-        return []
-    lines = ["", "published, not ours (their pairs, their conditions):"]
-    return lines + [f"{row.alpha:>6g}  {_percent(row.value):>6}  {row.method:28}{row.conditions}" for row in rows]
+    lines = []
+    for name, result in results["protocols"].items():
+        for alpha, _ in _by_alpha(result["pck"]):
+            for row in published(data["name"], str(data.get("split", "")), float(alpha), None, name):
+                label = row.label(comparable(results, row))
+                lines.append(f"{name:16}{alpha:>6}{_percent(row.value):>8}  {label}: {row.conditions}")
+    return ["", "published, not ours:", *lines] if lines else []
 
 
 def _count_lines(results: Mapping[str, Any]) -> list[str]:
@@ -186,36 +214,37 @@ class ResultTable:
     marks: tuple[str, ...]
 
     def _best(self, column: int) -> float | None:
-        figures = [row[column] for _, row in self.rows if row[column] is not None]
-        if len(self.rows) < 2:  # with one row there is nothing to be better than
+        """The best of our own rows in percent; None where there is nothing to be better than."""
+        ours = [row for (_, row), mark in zip(self.rows, self.marks, strict=True) if mark == "ours"]
+        figures = [row[column] for row in ours if row[column] is not None]
+        if len(ours) < 2 or len({round(100 * figure, 2) for figure in figures if figure is not None}) < 2:
             return None
         return max((round(100 * figure, 2) for figure in figures if figure is not None), default=None)
 
     def _texts(self, bold: tuple[str, str]) -> list[list[str]]:
         best = [self._best(k) for k in range(len(self.heads))]
         texts = []
-        for _, row in self.rows:
+        for (_, row), mark in zip(self.rows, self.marks, strict=True):
             cells = []
             for figure, top in zip(row, best, strict=True):
                 text = _percent(figure)
-                cells.append(
-                    f"{bold[0]}{text}{bold[1]}" if figure is not None and round(100 * figure, 2) == top else text
-                )
+                wins = mark == "ours" and figure is not None and round(100 * figure, 2) == top
+                cells.append(f"{bold[0]}{text}{bold[1]}" if wins else text)
             texts.append(cells)
         return texts
 
     def markdown(self) -> str:
-        """A Markdown table; the best of each column is bold."""
+        """A Markdown table; of our rows, the best of each column is bold."""
         lines = ["| method | " + " | ".join(self.heads) + " |", "|---|" + "---:|" * len(self.heads)]
-        for (name, _), mark, cells in zip(self.rows, self.marks, self._texts(("**", "**")), strict=True):
-            label = name if mark == "ours" else f"{name} ({mark})"
-            lines.append("| " + " | ".join([label.replace("|", "\\|"), *cells]) + " |")
+        for (name, _), cells in zip(self.rows, self._texts(("**", "**")), strict=True):
+            lines.append("| " + " | ".join([name.replace("|", "\\|"), *cells]) + " |")
         return "\n".join([*lines, "", self.caption, ""])
 
     def latex(self) -> str:
-        """A LaTeX tabular for booktabs; the best of each column is bold, published rows are in italics."""
+        """A LaTeX table across both columns, for booktabs; as `markdown`, with published rows in italics."""
         lines = [
-            "\\begin{table}",
+            "\\begin{table*}",
+            "\\centering\\scriptsize\\setlength{\\tabcolsep}{2.5pt}",
             f"\\caption{{{_tex(self.caption)}}}",
             "\\begin{tabular}{l" + "r" * len(self.heads) + "}",
             "\\toprule",
@@ -223,12 +252,21 @@ class ResultTable:
             "\\midrule",
         ]
         for (name, _), mark, cells in zip(self.rows, self.marks, self._texts(("\\textbf{", "}")), strict=True):
-            label = _tex(name) if mark == "ours" else f"\\textit{{{_tex(name)} ({mark})}}"
+            label = _tex(name) if mark == "ours" else f"\\textit{{{_tex(name)}}}"
             lines.append(" & ".join([label, *cells]) + " \\\\")
-        return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+        return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table*}", ""])
 
 
-_TEX = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "\\textless{}"}
+_MARK = "\u2020"  # a dagger
+_TEX = {
+    _MARK: "\\dag{}",
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+}
 
 
 def _tex(text: str) -> str:
@@ -257,7 +295,8 @@ def result_table(
     """
     if by not in ("image", "point") or not runs:
         raise InputError(f"{len(runs)} results averaged by {by!r}; allowed: at least one, by image or point")
-    key = f"{alpha:g}"
+    key = alpha_key(alpha)
+    _same_pairs(runs, protocol)
     for name, results in runs:
         have = results["protocols"].get(protocol)
         if have is None or key not in have["pck"]:
@@ -268,11 +307,11 @@ def result_table(
     spair = data["name"] == "spair" and present <= set(SPAIR_CLASSES)
     classes = list(SPAIR_CLASSES) if spair else sorted(present)
     rows, marks = [], []
-    basis = runs[0][1]["protocols"][protocol]["conditions"]["basis"]
-    # Only what was averaged alike and has the same threshold may stand in one table.
-    extra = published(data["name"], str(data.get("split", "")), alpha, by, basis) if show_published else []
+    # Only what was averaged alike under the same protocol may stand in one table.
+    extra = published(data["name"], str(data.get("split", "")), alpha, by, protocol) if show_published else []
+    alike = all(comparable(results, row) for _, results in runs for row in extra)
     for row in extra:
-        rows.append((row.method, _published_figures(row, classes)))
+        rows.append((row.label(alike, _MARK), _published_figures(row, classes)))
         marks.append("published")
     for name, results in runs:
         result = results["protocols"][protocol]
@@ -280,7 +319,36 @@ def result_table(
         rows.append((name, (*figures, result["pck"][key][by]["value"])))
         marks.append("ours")
     heads = tuple(SPAIR_CLASSES[one] if spair else one for one in classes)
-    return ResultTable(_caption(runs, protocol, key, by, bool(extra)), (*heads, "All"), tuple(rows), tuple(marks))
+    caption = _caption(runs, protocol, key, by, bool(extra))
+    if extra and not alike:
+        caption += f" {_MARK}: not comparable with ours, being of the whole test set of {extra[0].pairs:,} pairs."
+    return ResultTable(caption, (*heads, "All"), tuple(rows), tuple(marks))
+
+
+def _same_pairs(runs: Sequence[tuple[str, Mapping[str, Any]]], protocol: str) -> None:
+    """Refuse rows of different data sets, pairs or rules: their figures would stand beside each other unmarked."""
+    first, results = runs[0]
+    for name, other in runs[1:]:
+        for what, one, two in (
+            ("data set", *(r["conditions"]["dataset"]["name"] for r in (results, other))),
+            ("split", *(str(r["conditions"]["dataset"].get("split", "")) for r in (results, other))),
+            ("pairs", *(dict(zip(r["pairs"]["names"], r["pairs"]["digests"], strict=True)) for r in (results, other))),
+            ("rules", *(_rules(r, protocol) for r in (results, other))),
+        ):
+            if one != two:
+                shown = f": '{one}' and '{two}'" if isinstance(one, str) else ""
+                raise InputError(
+                    f"'{first}' and '{name}' differ in their {what}{shown}; one table holds runs over the same pairs, "
+                    "scored alike: make one for each"
+                )
+
+
+def _rules(results: Mapping[str, Any], protocol: str) -> Any:
+    """What decides a protocol's figures on a data set, beside the thresholds."""
+    if protocol not in results["protocols"]:
+        return None
+    at = results["protocols"][protocol]["conditions"]
+    return {name: at.get(name) for name in ("frame", "side", "basis", "comparison", "clip")}
 
 
 def _published_figures(row: PublishedRow, classes: Sequence[str]) -> tuple[float | None, ...]:
@@ -297,10 +365,10 @@ def _caption(
     numbers = "; ".join(f"{pairs} pairs, {points} points" for pairs, points in counts)
     where = "original pixels" if at["frame"] == "original" else f"a {at['frame']} of {at['side']} pixels"
     models = ", ".join(sorted({r["conditions"]["model"]["name"] for _, r in runs}))
-    note = " Published rows are the papers' own, under their conditions." if with_published else ""
-    best = "Best of each column in bold." if len(runs) > 1 or with_published else ""
+    note = "Published rows are the papers' own, under their conditions." if with_published else ""
+    best = "Best of each column in bold." if len(runs) > 1 else ""
     return (
         f"{data['name']} {data.get('split', '')}, PCK@{alpha} per {by} in %, protocol {protocol} ({at['comparison']} "
         f"alpha times the {at['basis']}, in {where}); {numbers}; model {models}; difftap "
-        f"{results['conditions']['difftap']}. {best}{note}"
+        f"{results['conditions']['difftap']}. {' '.join(part for part in (best, note) if part)}".rstrip()
     )

@@ -5,6 +5,8 @@ Axis letters: N points of a pair; P pairs; K thresholds; B bootstrap draws.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from difftap.bench.calibration import calibrate
 from difftap.bench.pck import Tally, aggregate, box_side, draws, extent, intervals, rival, within
 from difftap.bench.predictions import Prediction, Predictions
-from difftap.bench.protocols import AGGREGATES, Protocol
+from difftap.bench.protocols import AGGREGATES, Protocol, alpha_key
 
 __all__ = ["CURVE", "SCHEMA", "Measured", "Settings", "measure", "reason_against", "score"]
 
@@ -127,9 +129,17 @@ def score(predictions: Predictions, protocols: Sequence[Protocol], settings: Set
             "names": [pair.name for pair in good],
             "classes": [pair.category for pair in good],
             "points": [len(pair.target_points) for pair in good],
+            "digests": [_digest(pair) for pair in good],
             "hits": hits,
         },
     }
+
+
+def _digest(pair: Prediction) -> str:
+    """8 hex digits of the pair's annotation: only pairs that are the same may be compared."""
+    listing = [pair.category, pair.mirrored, pair.target_size, pair.target_box, pair.keypoint_ids, pair.target_ids]
+    points = [pair.source_points.tolist(), pair.target_points.tolist(), pair.target_visible.tolist()]
+    return hashlib.sha256(json.dumps([listing, points]).encode()).hexdigest()[:8]
 
 
 def _counts(predictions: Predictions) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def _under(
     settings: Settings,
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """One protocol's results, and each pair's hits by alpha."""
-    alphas = sorted({*protocol.alphas, *settings.alphas})
+    alphas = sorted({*protocol.thresholds(dataset), *settings.alphas})
     right = [one.hits(alphas, protocol.strict) for one in measured]
     dagger = [hit & one.dagger()[:, None] for hit, one in zip(right, measured, strict=True)]
     tally = _tally(pairs, right, len(alphas))
@@ -174,7 +184,11 @@ def _under(
         return _figures(tally, chosen, weights, alphas, which, level)
 
     results = {
-        "conditions": {**protocol.to_dict(), "basis": protocol.basis(dataset)},
+        "conditions": {
+            **protocol.to_dict(),
+            "alphas": list(protocol.thresholds(dataset)),
+            "basis": protocol.basis(dataset),
+        },
         "counts": {
             "pairs": int((tally.points > 0).sum()),
             "points": int(tally.points.sum()),
@@ -197,11 +211,11 @@ def _under(
             **{by: plain(aggregate(curve, by).tolist()) for by in ("image", "point")},
         },
         "calibration": {
-            f"{alpha:g}": calibrate(pairs, [hit[:, k] for hit in right], settings.seed)
+            alpha_key(alpha): calibrate(pairs, [hit[:, k] for hit in right], settings.seed)
             for k, alpha in enumerate(alphas)
         },
     }
-    return results, {f"{alpha:g}": tally.hits[:, k].tolist() for k, alpha in enumerate(alphas)}
+    return results, {alpha_key(alpha): tally.hits[:, k].tolist() for k, alpha in enumerate(alphas)}
 
 
 def _tally(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], alphas: int) -> Tally:
@@ -228,7 +242,7 @@ def _figures(
     figures: dict[str, Any] = {"pairs": int((part.points > 0).sum()), "points": int(part.points.sum())}
     spans = {by: (aggregate(part, by), intervals(part, by, drawn, level)) for by in which}
     for k, alpha in enumerate(alphas):
-        figures[f"{alpha:g}"] = {
+        figures[alpha_key(alpha)] = {
             by: {"value": plain(value[k]), "low": plain(span.low[k]), "high": plain(span.high[k])}
             for by, (value, span) in spans.items()
         }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from difftap.bench.parts import take_part
 from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
-from difftap.bench.runner import Opener, PredictRun, count_passes, predict, subset
+from difftap.bench.runner import Opener, PredictRun, count_passes, digest, predict, subset
 from difftap.bench.samples import Sample
 from difftap.bench.scoring import Settings, score
 from difftap.errors import InputError
@@ -22,7 +22,16 @@ from difftap.maps import Makers
 from difftap.matching import Joining
 from difftap.recipe import Recipe
 
-__all__ = ["Pairs", "Selection", "load_pairs", "make_folder", "match_pairs", "write_results"]
+__all__ = [
+    "Pairs",
+    "Selection",
+    "check_run",
+    "clear_pictures",
+    "load_pairs",
+    "make_folder",
+    "match_pairs",
+    "write_results",
+]
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,68 @@ def load_pairs(chosen: Selection, made: Path) -> Pairs:
     return Pairs(subset(samples, chosen.limit, chosen.per_class), about, data.makers)
 
 
+def check_run(chosen: Selection, folder: Path, recipe: Recipe | None, matching: Mapping[str, Any]) -> Iterator[str]:
+    """Make sure that a run's predictions are of the pairs, and by the recipe, that are asked for.
+
+    Args:
+        chosen: the pairs. If their folder is not there (predictions outlive it) only what was recorded is compared.
+        folder: the run's.
+        recipe: asked for; None if nothing was said of it.
+        matching: what was said of joining and confidence, by the names of the conditions' ``matching``.
+
+    Yields:
+        remarks.
+
+    Raises:
+        InputError: they differ; the message says in what.
+    """
+    file = folder / "predictions.jsonl"
+    at = load_predictions(file).conditions
+    data = at["dataset"]
+    subset_asked = {"limit": chosen.limit, "per_class": chosen.per_class}
+    asked: list[tuple[str, Any, Any]] = [
+        ("data set", chosen.name, data["name"]),
+        *((f"--{name}", value, data.get(name)) for name, value in chosen.options.items()),
+        *((f"--{name.replace('_', '-')}", value, data["subset"][name]) for name, value in subset_asked.items()),
+        *((f"--{name}", value, at["matching"][name]) for name, value in matching.items() if value is not None),
+    ]
+    if recipe is not None:
+        asked.append(("recipe", recipe.key(), at["recipe_key"]))
+    for what, wanted, there in asked:
+        if wanted != there:
+            raise InputError(
+                f"'{file}' was made with {what} {_said(there)}, and {_said(wanted)} is asked for; "
+                "give what the run was made with, or another -o"
+            )
+    loader(chosen.name)
+    if not chosen.root.is_dir():
+        yield f"'{chosen.root}' is not there: the pairs could not be compared with the predictions"
+        return
+    options = {**chosen.options, **{name: data[name] for name in _LISTED if name in data and name != "split"}}
+    again = replace(chosen, options={**options, "split": data["split"]}, allow_missing=bool(data["left_out"]))
+    if digest(load_pairs(again, folder / "targets").samples) != at["pairs_sha256"]:
+        raise InputError(
+            f"the pairs in '{chosen.root}' are not those of '{file}'; give the folder that the run was made from"
+        )
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+_LISTED = ("split", "layout", "pairs", "flip")
+"""Options of loaders that the conditions hold."""
+
+
+def clear_pictures(folder: Path) -> None:
+    """Remove the plots and the gallery of an earlier run, whose predictions are about to be replaced."""
+    from difftap.bench.gallery import clear_gallery
+    from difftap.bench.plots import clear_plots
+
+    clear_gallery(folder / "gallery")
+    clear_plots(folder / "plots")
+
+
 def match_pairs(
     pairs: Pairs,
     recipe: Recipe,
@@ -156,14 +227,16 @@ def write_results(
     write_atomic(folder / "results.json", dump_results(results))
     for name, result in results["protocols"].items():
         alpha = 0.05 if "0.05" in result["pck"] else result["conditions"]["alphas"][0]
-        table = result_table([(folder.name, results)], name, alpha, show_published=show_published)
+        by = "point" if result["conditions"]["headline"] == "point" else "image"
+        label = folder.resolve().name  # of '.', too
+        table = result_table([(label, results)], name, alpha, by, show_published=show_published)
         write_atomic(folder / "table.md", table.markdown())
         write_atomic(folder / "table.tex", table.latex())
         break
     if plots:
         from difftap.bench.plots import save_plots
 
-        save_plots([(folder.name, results)], folder / "plots")
+        save_plots([(folder.resolve().name, results)], folder / "plots")
     if gallery:
         from difftap.bench.gallery import save_gallery
 

@@ -8,7 +8,18 @@ from typing import Any
 
 import click
 
-from difftap.commands.options import build_recipe, cache_option, recipe_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    build_recipe,
+    cache_option,
+    parse_size,
+    recipe_options,
+    runtime_options,
+    take_runtime,
+)
+
+
+def _sizes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[tuple[int, int]]:
+    return [parse_size(part) for part in value.split(",")] if value else []
 
 
 @click.group()
@@ -16,28 +27,79 @@ def engines() -> None:
     """Build, list, verify and remove engines."""
 
 
-@engines.command()
+@engines.command(epilog="Exit codes: 0 all built; 1 some could not be built; 2 bad input, nothing built.")
 @recipe_options
 @runtime_options
-def build(revision: str | None, random_weights: int | None, **options: Any) -> None:
-    """Export what a recipe needs, open it on a backend, and hold it against torch where torch is installed.
+@click.option(
+    "--sizes", callback=_sizes, metavar="N|WxH,...", help="Network inputs to build for, in place of the recipe's size."
+)
+def build(revision: str | None, random_weights: int | None, sizes: list[tuple[int, int]], **options: Any) -> None:
+    """Make a recipe's engines, and hold each against the float32 reference: torch, or onnxruntime without it.
+
+    --backend and --precision take several, separated by commas, or 'all': every backend that can be used here, every
+    precision that a backend has. What cannot be built does not keep the rest from being built.
 
     \b
     difftap engines build
-    difftap engines build --model path/to/checkpoint --size 512
+    difftap engines build --model path/to/checkpoint --sizes 512,768 --backend all --precision all
+    difftap engines build --backend openvino --precision int8 --calibrate photos/
     """
-    from difftap.engines import build_engines
+    from difftap.engines import build_engines, plan_builds
+    from difftap.errors import DifftapError
 
     runtime = take_runtime(options)
     recipe = build_recipe(**options)
-    for record, parity in build_engines(recipe, runtime, revision=revision, random_weights=random_weights):
-        click.echo(f"{record.path}")
-        if record.not_run:
-            click.echo(f"  built; neither run nor held against torch here: {record.not_run}")
-        elif parity is None:
-            click.echo("  ran once, all finite (torch is not installed or is the backend: no parity)")
-        for name, one in (parity or {}).items():
-            click.echo(f"  {name:<16} {one.summary}")
+    jobs = plan_builds(recipe, runtime, _names(runtime.backend), _names(runtime.precision), sizes)
+    rows, failed = [], []
+    for job in jobs:
+        try:
+            for record, seconds in build_engines(
+                job.recipe, job.runtime, revision=revision, random_weights=random_weights
+            ):
+                rows.append((job, record, seconds))
+                click.echo(f"{record.path}", err=len(jobs) > 1)
+        except DifftapError as error:
+            if len(jobs) == 1:
+                raise
+            failed.append(f"{job.label}: {error}")
+            click.echo(f"error: {failed[-1]}", err=True)
+    click.echo(_table(rows))
+    for label in failed:
+        click.echo(f"not built: {label}")
+    if failed:
+        sys.exit(1)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] or [text]
+
+
+def _table(rows: list[tuple[Any, Any, float]]) -> str:
+    """A line per engine and output: what it is, its own files' size, how long it took, how near the reference it is."""
+    lines = [("size", "backend", "precision", "engine", "MB", "s", "output", "relative", "cosine mean", "min")]
+    for job, record, seconds in rows:
+        made_from = record.manifest.made_from
+        own = sum(one.size for name, one in record.manifest.files.items() if record.stem in name) / 1e6
+        name = made_from["component"] + ("" if not made_from["taps"] else " " + "+".join(made_from["taps"]))
+        width, height = job.recipe.size
+        first = (
+            f"{width}x{height}",
+            made_from["backend"],
+            made_from["precision"],
+            name,
+            f"{own:.1f}",
+            f"{seconds:.1f}",
+        )
+        note = record.not_run or "the reference itself: ran, all finite"
+        for output, one in record.parity.items():
+            figures = (f"{one.relative:.1e}", f"{one.cosine_mean:.6f}", f"{one.cosine_min:.6f}")
+            lines.append((*first, output, *figures))
+            first = ("",) * 6
+        if not record.parity:
+            lines.append((*first, "", note, "", ""))
+    # A note may be long; it stands where figures would, and widens no column.
+    widths = [max(len(line[i]) for line in lines if i < 7 or line[8]) for i in range(10)]
+    return "\n".join("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines)
 
 
 def _open(cache: Path | None) -> Any:
@@ -63,9 +125,10 @@ def list_(cache: Path | None) -> None:
 
 
 @engines.command(epilog="Exit codes: 0 all whole; 1 something is broken.")
+@click.option("--quick", is_flag=True, help="Files and versions alone: do not run the engines again.")
 @cache_option
-def verify(cache: Path | None) -> None:
-    """Read the files of every graph and engine again in full and compare them with their manifests."""
+def verify(cache: Path | None, quick: bool) -> None:
+    """Read every file again in full, compare it with its manifest, and measure every engine again."""
     from difftap.engines import Artefact, list_artefacts, verify_artefact
     from difftap.errors import DifftapError
 
@@ -75,8 +138,8 @@ def verify(cache: Path | None) -> None:
         try:
             if not isinstance(one, Artefact):
                 raise one
-            note = verify_artefact(one)
-            click.echo(f"whole   {one.path.name}{f'  (files alone: {note})' if note else ''}")
+            note = verify_artefact(one, cache=store, quick=quick)
+            click.echo(f"whole   {one.path.name}{f'  ({note})' if note else ''}")
         except DifftapError as error:
             broken += 1
             click.echo(f"BROKEN  {error}")

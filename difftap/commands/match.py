@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, category_option, recipe_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    Grouped,
+    build_recipe,
+    category_option,
+    recipe_options,
+    runtime_options,
+    take_runtime,
+)
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
@@ -27,7 +34,9 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path)
 
 
-@click.command(epilog="Exit codes: 0 done; 1 done, but some pairs of the list failed; 2 bad input, nothing done.")
+@click.command(
+    cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some pairs of the list failed; 2 bad input, nothing done."
+)
 @click.argument("source", type=_FILE, required=False)
 @click.argument("target", type=_FILE, required=False)
 @click.option(

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from difftap.recipe import Learned, Recipe
 
 __all__ = [
+    "Grouped",
     "build_recipe",
     "cache_option",
     "category_option",
     "feature_options",
     "model_options",
+    "parse_size",
     "recipe_options",
     "runtime_options",
     "size_option",
@@ -28,7 +30,34 @@ __all__ = [
     "take_runtime",
 ]
 
+_SECTIONS = {
+    "Recipe": (
+        *("recipe_name", "model", "revision", "random_weights", "size", "ensemble", "taps", "timestep", "prompt"),
+        *("prompts", "prompt_mode"),
+        *("category", "matcher", "interpolation", "seed", "noise", "combine", "reading"),
+    ),
+    "Runtime": ("backend", "device", "precision", "threads", "batch", "cache", "memory"),
+}
+"""Options by name, under the heads that `Grouped` shows them."""
+
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Grouped(click.Command):
+    """A command of many options, whose help has a section for its own, the recipe's and the runtime's."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        owner = {name: head for head, names in _SECTIONS.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{head: [] for head in _SECTIONS}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[owner.get(parameter.name or "", "Options")].append(record)
+        for head, records in sections.items():
+            if records:
+                with formatter.section(head):
+                    formatter.write_dl(records)
 
 
 def stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
@@ -43,8 +72,11 @@ def stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
 
 
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
+    return None if value is None else parse_size(value)
+
+
+def parse_size(value: str) -> tuple[int, int]:
+    """A network input, ``512`` or ``640x480``, as ``(W, H)``."""
     parts = value.lower().split("x")
     if len(parts) not in (1, 2) or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r} is not a size; allowed: N or WxH in pixels, such as 512 or 640x480")
@@ -116,7 +148,9 @@ recipe_options = stack(
     [
         *_feature_list("pocket; dift with --model"),
         click.option(
-            "--matcher", metavar="NAME", help="dense, nn, softargmax, kernel-softargmax, window-softargmax or mutual."
+            "--matcher",
+            metavar="NAME",
+            help="dense, nn, bilinear, softargmax, kernel-softargmax, window-softargmax or mutual.",
         ),
         click.option(
             "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
@@ -132,14 +166,27 @@ category_option = click.option(
 
 runtime_options = stack(
     [
-        click.option("--backend", default="ort", show_default=True, metavar="B", help="ort, openvino or torch."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--backend",
+            default="ort",
+            show_default=True,
+            metavar="B",
+            help="ort, openvino, tensorrt-rtx, tensorrt, torch or torch-compile.",
+        ),
+        click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda or intel-gpu."),
         click.option(
             "--precision",
             default="fp32",
             show_default=True,
             metavar="P",
             help="fp32, fp16, bf16, int8 or fp8, as far as the backend has it.",
+        ),
+        click.option(
+            "--calibrate",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            metavar="FILE|DIR",
+            help="Pictures to calibrate int8 engines on (repeatable).  [default: a bundled few]",
         ),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
         click.option(
@@ -209,5 +256,5 @@ def take_runtime(options: dict[str, Any]) -> Runtime:
     """The runtime that a command's options ask for; takes what `runtime_options` added out of them."""
     from difftap.pipeline import Runtime
 
-    names = ("backend", "device", "threads", "batch", "cache", "precision")
+    names = ("backend", "device", "threads", "batch", "cache", "precision", "calibrate")
     return Runtime(**{name: options.pop(name) for name in names})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, recipe_options, runtime_options, take_runtime
+from difftap.commands.options import Grouped, build_recipe, recipe_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -22,12 +23,18 @@ _FILE = click.Path(path_type=Path)
 _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the result as JSON too.")
 
 
-@click.command(epilog="Exit codes: 0 done; 1 done, but some pairs failed and take no part; 2 bad input, nothing done.")
+@click.command(
+    cls=Grouped,
+    epilog="Exit codes: 0 done; 1 done, but some pairs failed or are not done yet and take no part; 2 bad input, "
+    "nothing done.",
+)
 @click.argument("dataset", metavar="NAME")
 @click.argument("root", type=_FILE)
 @click.option("-o", "--output", type=_FILE, required=True, metavar="DIR", help="Folder for all that is written.")
 @click.option("--split", metavar="SPLIT", help="trn, val or test, where the data set has them.  [default: test]")
 @click.option("--layout", metavar="KIND", help="SPair-71k's list of pairs: large or small.")
+@click.option("--pairs", "listing", metavar="LIST", help="PF-PASCAL: a list's file; PF-WILLOW: csv or mat.")
+@click.option("--flip", metavar="KIND", help="PF-PASCAL's column flip: both (default), target or ignore.")
 @click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing or broken, and say so.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N pairs only.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
@@ -46,10 +53,21 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
 @click.option(
     "--confidence/--no-confidence", default=True, show_default=True, help="Also margin and cycle error; matching x 2."
 )
-@click.option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
+@click.option(
+    "--memory",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    metavar="MB",
+    help="For features and their norms.",
+)
 @click.option("--features", type=_FILE, metavar="DIR", help="Keep features there, with their provenance, and use them.")
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
-@click.option("--score-only", is_flag=True, help="Score the predictions that are there; no model is opened.")
+@click.option(
+    "--score-only",
+    is_flag=True,
+    help="Score the predictions that are there, if they are the ones asked for; no model is opened.",
+)
 @click.option("--plots", is_flag=True, help="Draw PCK over alpha, per class and by flag.")
 @click.option(
     "--gallery", type=click.IntRange(0), default=0, metavar="N", help="Draw the N best, median and worst pairs."
@@ -63,6 +81,8 @@ def pck(
     output: Path,
     split: str | None,
     layout: str | None,
+    listing: str | None,
+    flip: str | None,
     allow_missing: bool,
     limit: int | None,
     per_class: int | None,
@@ -94,15 +114,37 @@ def pck(
     chosen = get_protocols(protocols)  # a wrong name is said before anything slow starts
     settings = Settings(draws=draws, alphas=_checked(alphas))
     folder = make_folder(output)
-    if not score_only:
-        extra = {name: value for name, value in (("split", split), ("layout", layout)) if value is not None}
-        _predict(Selection(dataset, root, extra, allow_missing, limit, per_class, part), folder, overwrite, options)
+    given = {"split": split, "layout": layout, "pairs": listing, "flip": flip}
+    extra = {name: value for name, value in given.items() if value is not None}
+    selection = Selection(dataset, root, extra, allow_missing, limit, per_class, part)
+    if score_only:
+        _verify(selection, folder, overwrite, options)
+    else:
+        _predict(selection, folder, overwrite, options)
     results = write_results(folder, chosen, settings, show_published=published, plots=plots, gallery=gallery)
     for line in format_results(results, show_published=published):
         click.echo(line)
     click.echo(f"wrote {folder}", err=True)
-    if results["counts"]["pairs_failed"]:
+    if results["counts"]["pairs_failed"] or results["counts"]["pairs_pending"]:
         sys.exit(1)
+
+
+def _verify(chosen: Selection, folder: Path, overwrite: bool, options: dict[str, Any]) -> None:
+    """Make sure that the predictions there are the ones asked for."""
+    from difftap.bench.session import check_run
+    from difftap.errors import InputError
+
+    typed = click.core.ParameterSource.COMMANDLINE
+    context = click.get_current_context()
+    told = {name for name in options if context.get_parameter_source(name) == typed}
+    useless = told & {"features", "revision", "random_weights"} | ({"overwrite"} if overwrite else set())
+    if useless:
+        raise InputError(f"--{min(useless).replace('_', '-')} has no say with --score-only; leave one of the two out")
+    matching: dict[str, Any] = {name: options[name] for name in ("combine", "reading", "confidence") if name in told}
+    fields = {name: options[name] for name in inspect.signature(build_recipe).parameters}
+    recipe = build_recipe(**fields) if told & set(fields) else None
+    for line in check_run(chosen, folder, recipe, matching):
+        click.echo(line, err=True)
 
 
 def _checked(alphas: tuple[float, ...]) -> tuple[float, ...]:
@@ -116,8 +158,8 @@ def _checked(alphas: tuple[float, ...]) -> tuple[float, ...]:
 
 def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str, Any]) -> None:
     """Fill the file of predictions."""
-    from difftap.bench.session import load_pairs, match_pairs
-    from difftap.matching.joining import Joining
+    from difftap.bench.session import clear_pictures, load_pairs, match_pairs
+    from difftap.matching import Joining
     from difftap.pipeline import Pipeline as Opened
 
     runtime = take_runtime(options)
@@ -127,6 +169,8 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     )
     recipe = build_recipe(**options)
     joining = Joining.of(recipe, combining, reading)
+    if overwrite:
+        clear_pictures(folder)
     pairs = load_pairs(chosen, folder / "targets")
 
     def opener(filled: Recipe) -> Pipeline:
@@ -222,7 +266,12 @@ def table(
 @click.option("--grid", type=click.IntRange(1), default=48, show_default=True, help="Side of the maps, in cells.")
 @click.option("--image", "size", type=click.IntRange(1), nargs=2, default=(500, 375), show_default=True, metavar="W H")
 @click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True)
-@click.option("--confidence/--no-confidence", default=False, show_default=True, help="Also margin and cycle error.")
+@click.option(
+    "--confidence/--no-confidence",
+    default=True,
+    show_default=True,
+    help="Also margin and cycle error, as bench pck does.",
+)
 @click.option("--memory", type=click.IntRange(1), default=512, show_default=True, metavar="MB", help="For maps.")
 @_JSON
 def dense_speed(json_file: Path | None, **case: Any) -> None:

@@ -39,8 +39,6 @@ def recipes(name: str | None) -> None:
         how = f"matcher {recipe.matcher.name} ({recipe.matcher.interpolation})"
         if len(recipe.branches) > 1:
             how += f", {recipe.combine}"
-        if recipe.combine == "score-product":
-            how += " (bench pck only)"
         if recipe.noise != "independent":
             how += f", noise {recipe.noise}"
         if recipe.learned is not None:

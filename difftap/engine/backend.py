@@ -10,19 +10,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from difftap.coords import Size
-from difftap.errors import BackendError, InputError, NonFiniteError
-from difftap.model import Model
-from difftap.taps import deepest
+from difftap.engine.graph import (
+    CALIBRATED,
+    PRECISIONS,
+    VAE_INPUTS,
+    Array,
+    Graph,
+    Profile,
+    TensorSpec,
+    unet_inputs,
+    vae_outputs,
+)
+from difftap.errors import BackendError, NonFiniteError
 
 __all__ = [
+    "CALIBRATED",
     "PRECISIONS",
     "VAE_INPUTS",
     "Array",
@@ -37,127 +44,6 @@ __all__ = [
     "unet_inputs",
     "vae_outputs",
 ]
-
-Array = NDArray[Any]
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-"""What an engine computes in; inputs and outputs are float32 in all of them."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and shape of one input or output; a shape's letter is an axis that the profile or the feeds fix."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One exported network: the VAE encoder, or a UNet cut after its deepest tap.
-
-    Attributes:
-        model: the checkpoint it comes from.
-        component: ``vae`` or ``unet``.
-        taps: names of the tapped tensors, the UNet graph's outputs; empty for the VAE.
-        path: the ONNX file; None where it has not been exported (the torch backend needs none).
-        precision: the types inside: ``fp32`` as exported, or the half type of a variant (`difftap.export.variants`).
-    """
-
-    model: Model
-    component: str
-    taps: tuple[str, ...] = ()
-    path: Path | None = None
-    precision: str = "fp32"
-
-    @property
-    def name(self) -> str:
-        """The file's stem: ``vae``, or ``unet.`` and the taps; then the types inside, if they are not float32."""
-        kind = [self.precision] if self.precision != "fp32" else []
-        return ".".join([self.component, *(["+".join(self.taps)] if self.taps else []), *kind])
-
-    @property
-    def cut(self) -> str | None:
-        """The tap that the network finishes last, after which it is cut; None for the VAE."""
-        if not self.taps:
-            return None
-        return deepest([self.model.tap(name) for name in self.taps], self.model.unet).name
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What the network is fed."""
-        return VAE_INPUTS if self.component == "vae" else unet_inputs(self.model)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What it gives."""
-        if self.component == "vae":
-            return vae_outputs(self.model)
-        taps = [self.model.tap(name) for name in self.taps]
-        return tuple(
-            TensorSpec(tap.name, "float32", ("B", tap.channels or f"C{i}", f"h{i}", f"w{i}"))
-            for i, tap in enumerate(taps)
-        )
-
-
-VAE_INPUTS = (TensorSpec("image", "float32", ("B", 3, "H", "W")),)
-
-
-def vae_outputs(model: Model) -> tuple[TensorSpec, ...]:
-    """The posterior's mean and standard deviation, before the scaling factor."""
-    shape = ("B", model.latent_channels, "h", "w")
-    return (TensorSpec("mean", "float32", shape), TensorSpec("std", "float32", shape))
-
-
-def unet_inputs(model: Model) -> tuple[TensorSpec, ...]:
-    """What a tapped UNet is fed, per image; the graph forms every member's noisy latent itself.
-
-    ``latent = signal * (mean + std * posterior_noise) + sigma * noise``, where ``signal`` is the square root of the
-    schedule's cumulative alpha times the VAE's scaling factor and ``sigma`` the square root of one minus it. For SDXL
-    the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
-    """
-    posterior: tuple[int | str, ...] = ("B", model.latent_channels, "h", "w")
-    members: tuple[int | str, ...] = ("B", "E", model.latent_channels, "h", "w")
-    return (
-        TensorSpec("mean", "float32", posterior),
-        TensorSpec("std", "float32", posterior),
-        TensorSpec("posterior_noise", "float32", members),
-        TensorSpec("noise", "float32", members),
-        TensorSpec("signal", "float32", ("B",)),
-        TensorSpec("sigma", "float32", ("B",)),
-        TensorSpec("timestep", "int64", ("B",)),
-        TensorSpec("prompt", "float32", ("B", "T", model.prompt_width)),
-    )
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The shapes and the precision an engine is made for.
-
-    Attributes:
-        size: the network's input, ``(W, H)`` in pixels.
-        ensemble: members per image, E.
-        tokens: prompt tokens, T.
-        batch: most images in one run, B.
-        precision: what the engine computes in, one of `PRECISIONS`.
-    """
-
-    size: Size
-    ensemble: int = 1
-    tokens: int = 1
-    batch: int = 1
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision is '{self.precision}'; allowed: {', '.join(PRECISIONS)}")
-
-    @property
-    def label(self) -> str:
-        """For file names and messages: ``256x256.e4.t77.b1.fp32``."""
-        width, height = self.size
-        return f"{width}x{height}.e{self.ensemble}.t{self.tokens}.b{self.batch}.{self.precision}"
 
 
 class Calibration(ABC):
@@ -247,15 +133,23 @@ class Engine(ABC):
             NonFiniteError: an output holds NaN or infinity.
         """
         self._check(feeds)
+        if self.profile.precision in CALIBRATED:
+            # Rounding to a few levels makes a number of everything, so nothing would show in the outputs.
+            self._check_finite({name: value for name, value in feeds.items() if not isinstance(value, DeviceArray)})
         outputs = self._run(feeds if self.chains else {name: _on_host(value) for name, value in feeds.items()})
-        for name, value in outputs.items():
+        self._check_finite(outputs)
+        return outputs
+
+    def _check_finite(self, arrays: Mapping[str, Array]) -> None:
+        given = {spec.name for spec in self.inputs}
+        for name, value in arrays.items():
             if not np.isfinite(value).all():
                 bad = int(np.count_nonzero(~np.isfinite(value)))
+                kind, advice = ("input", "") if name in given else ("output", "; use a precision with more range")
                 raise NonFiniteError(
-                    f"output '{name}' of {self.graph.name} of model '{self.graph.model.name}' holds {bad} values "
-                    "that are not finite; use a precision with more range"
+                    f"{kind} '{name}' of {self.graph.name} of model '{self.graph.model.name}' holds {bad} values "
+                    f"that are not finite{advice}"
                 )
-        return outputs
 
     def run_on_device(self, feeds: Mapping[str, Value]) -> Mapping[str, Value]:
         """Like `run`, but an engine that `chains` leaves its outputs on its device.
@@ -277,11 +171,7 @@ class Engine(ABC):
             raise BackendError(
                 f"{self.graph.name} takes the inputs {', '.join(wanted)}; got {', '.join(feeds) or 'none'}"
             )
-        # Latent cells follow from the profile for both graphs; batch and what else is free, from the first array seen.
-        width, height = self.profile.size
-        stride = self.graph.model.latent_stride
-        letters: dict[str, int] = {"H": height, "W": width, "h": height // stride, "w": width // stride}
-        letters |= {"E": self.profile.ensemble, "T": self.profile.tokens}
+        letters = self.profile.axes(self.graph.model)  # the batch comes from the first array seen
         for spec in self.inputs:
             array = feeds[spec.name]
             letters.setdefault("B", array.shape[0] if array.ndim else 0)
@@ -325,7 +215,8 @@ class Backend(ABC):
     def graph_precision(self, profile: Profile, device: str) -> str:
         """The types of the graph it opens for a profile: a half type, if it computes in what the graph says.
 
-        ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too (`difftap.export.variants`).
+        ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too; ``fp32-fused`` and
+        ``fp16-fused`` have attention as one operator of onnxruntime's (`difftap.export.variants`).
         """
         return "fp32"
 

@@ -13,13 +13,13 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from difftap.engine.backend import Backend, Calibration, Graph, Profile
 from difftap.engine.cache import Cache, file_stem
-from difftap.errors import ArtefactError
+from difftap.errors import ArtefactError, BackendError
 from difftap.manifest import FileRecord, Manifest, output_errors
 
 __all__ = ["engine_identity", "engine_manifest_path", "ensure_built", "save_engine_manifest"]
@@ -62,11 +62,17 @@ def ensure_built(
     profile: Profile,
     device: str,
     calibration: Calibration | None = None,
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Path | None:
     """The folder of an engine's files, built if it is not there or not to be trusted; None if the engine has none.
 
+    Args:
+        calibration: feeds of real images; where the user chose them, an engine calibrated on others is built again.
+        check: called with the files' folder before they are trusted; what it gives goes into the manifest's report, and
+            an engine for which it raises is not kept.
+
     Raises:
-        BackendError: the runtime cannot build it.
+        BackendError: the runtime cannot build it, or it gives values that are not finite.
         OutputError: the cache cannot be written.
     """
     if not backend.builds(profile, device):
@@ -77,7 +83,9 @@ def ensure_built(
     with cache.lock(path.parent, path.name):
         if path.is_file():
             try:
-                Manifest.load(path).check(path.parent, identity, cache.memo.digest)
+                manifest = Manifest.load(path)
+                manifest.check(path.parent, identity, cache.memo.digest)
+                _check_calibration(manifest, calibration, folder)
                 return folder
             except ArtefactError as error:
                 _LOG.warning("%s; building it again", error)
@@ -90,12 +98,19 @@ def ensure_built(
             scratch = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
             scratch.mkdir(parents=True)
         try:
-            details = backend.build(graph, profile, device, scratch, calibration)
+            with output_errors(folder):
+                details = backend.build(graph, profile, device, scratch, calibration)
+            report = {"build": dict(details), **(check(scratch) if check else {})}
             with output_errors(folder):
                 os.replace(scratch, folder)
+        except MemoryError as error:
+            raise BackendError(
+                f"building {graph.name} on {backend.name} for {profile.label} ran out of memory; close other programs, "
+                "or build for a smaller size or ensemble"
+            ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        save_engine_manifest(cache, graph, backend, profile, device, {"build": dict(details)})
+        save_engine_manifest(cache, graph, backend, profile, device, report)
     return folder
 
 
@@ -124,6 +139,12 @@ def save_engine_manifest(
         path.parent.mkdir(parents=True, exist_ok=True)
     manifest.save(path)
     return path, manifest
+
+
+def _check_calibration(manifest: Manifest, calibration: Calibration | None, folder: Path) -> None:
+    used = manifest.report.get("build", {}).get("calibration")
+    if calibration is not None and calibration.chosen and used is not None and used != calibration.key:
+        raise ArtefactError(f"engine in '{folder}' was calibrated on other images")
 
 
 def _remove(folder: Path) -> None:

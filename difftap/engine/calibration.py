@@ -10,21 +10,56 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as PIL
+from PIL import ImageDraw
 
 from difftap.engine.backend import Calibration, Engine, Graph, Profile
 from difftap.engine.extractor import branch_feeds, draw_noise
-from difftap.images import Image, to_input
+from difftap.images import Image, load_image, to_input
 from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["MAX_IMAGES", "RecipeCalibration"]
+__all__ = ["MAX_IMAGES", "RecipeCalibration", "bundled_images"]
 
 MAX_IMAGES = 32
 """Images that are calibrated on at most; more change the ranges no further and cost minutes at full size."""
+
+
+def bundled_images() -> list[Image]:
+    """What is calibrated on where the user names nothing.
+
+    A portrait, two mirrored parts of it, and three seeded pictures of overlapping discs, whose sizes follow a power law
+    (the dead leaves model: Lee, Mumford and Huang 2001) and so have edges and flat parts at all scales as photographs
+    do. The last one is another portrait, to measure on.
+    """
+    folder = Path(str(resources.files("difftap"))) / "assets" / "calibration"
+    seen, kept = load_image(folder / "collins.jpg"), load_image(folder / "hopper.jpg")
+    height, width = seen.pixels.shape[:2]
+    parts = [seen.pixels[: height * 2 // 3, : width * 2 // 3], seen.pixels[height // 3 :, width // 3 :]]
+    mirrored = [Image(np.ascontiguousarray(part[:, ::-1]), f"{seen.path} (part)") for part in parts]
+    return [seen, *mirrored, *(Image(_dead_leaves(seed), f"<discs {seed}>") for seed in range(3)), kept]
+
+
+def _dead_leaves(seed: int, side: int = 512, count: int = 3000) -> NDArray[np.uint8]:
+    """Discs of power-law sizes over one another, ``(side, side, 3)``."""
+    stream = np.random.default_rng([7, seed])
+    picture = PIL.new("RGB", (side, side))
+    draw = ImageDraw.Draw(picture)
+    # Radii with density r^-3 between 4 pixels and half the side, by inversion.
+    least, most = 4.0, side / 2
+    radii = (least**-2 - stream.random(count) * (least**-2 - most**-2)) ** -0.5
+    for radius, (x, y), colour in zip(
+        radii, stream.random((count, 2)) * side, stream.integers(0, 256, (count, 3)), strict=True
+    ):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(int(c) for c in colour))
+    return np.asarray(picture, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -34,44 +69,51 @@ class RecipeCalibration(Calibration):
     Attributes:
         model: the checkpoint.
         recipe: resolution, noise, seed, branches.
-        images: what to calibrate on; of more than `MAX_IMAGES`, as many are taken at even steps.
-        prompts: each branch's prompt, ``(T, D)`` float32.
+        find: gives the images; of more than `MAX_IMAGES`, as many are taken at even steps. Like what follows, it is
+            called only when an engine really has to be built.
+        prompts: gives each branch's prompt, ``(T, D)`` float32.
         vae: opens the VAE's engine, whose posteriors the UNet is fed.
         chosen: whether the user named the images; then an engine calibrated on others is built again.
     """
 
     model: Model
     recipe: Recipe
-    images: Sequence[Image]
-    prompts: Sequence[NDArray[np.float32]]
+    find: Callable[[], Sequence[Image]]
+    prompts: Callable[[], Sequence[NDArray[np.float32]]]
     vae: Callable[[], Engine]
     chosen: bool = False
 
-    @property
-    def taken(self) -> list[Image]:
-        """The images that are really used."""
-        count = len(self.images)
-        return [self.images[i * count // min(count, MAX_IMAGES)] for i in range(min(count, MAX_IMAGES))]
+    @cached_property
+    def images(self) -> list[Image]:
+        """The images that are used, the last of which is kept out of calibration, to measure on."""
+        found = self.find()
+        count = min(len(found), MAX_IMAGES)
+        return [found[i * len(found) // count] for i in range(count)]
 
     @property
     def key(self) -> str:
         """16 hex digits of the images that are used."""
-        return hashlib.sha256("\n".join(image.digest for image in self.taken).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(image.digest for image in self.images).encode()).hexdigest()[:16]
 
     def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, NDArray[Any]]]:
         """One image at a time; for the UNet, every branch that reads these taps takes its turn."""
+        for i, image in enumerate(self.images[:-1] or self.images):
+            yield self._feeds(graph, profile, image, i)
+
+    def probe(self, graph: Graph, profile: Profile) -> Mapping[str, NDArray[Any]]:
+        """Feeds of an image that is not calibrated on (unless there is only one)."""
+        return self._feeds(graph, profile, self.images[-1], 0)
+
+    def _feeds(self, graph: Graph, profile: Profile, image: Image, turn: int) -> Mapping[str, NDArray[Any]]:
         recipe = self.recipe
         if graph.component == "vae":
-            for image in self.taken:
-                yield {"image": to_input(image, recipe.size, recipe.fit)[0][None]}
-            return
+            return {"image": to_input(image, recipe.size, recipe.fit)[0][None]}
         branches = [
             (branch, prompt)
-            for branch, prompt in zip(recipe.branches, self.prompts, strict=True)
+            for branch, prompt in zip(recipe.branches, self.prompts(), strict=True)
             if branch.taps == graph.taps and len(prompt) == profile.tokens
         ]
-        for i, image in enumerate(self.taken):
-            yield self._unet_feeds(image, *branches[i % len(branches)], profile.ensemble)
+        return self._unet_feeds(image, *branches[turn % len(branches)], profile.ensemble)
 
     def _unet_feeds(
         self, image: Image, branch: Branch, prompt: NDArray[np.float32], members: int
@@ -80,4 +122,4 @@ class RecipeCalibration(Calibration):
         posterior = self.vae().run({"image": pixels[None]})
         noises = draw_noise(self.recipe, [image], posterior["mean"].shape[1:], members)
         feeds = branch_feeds(self.model, self.recipe, branch, prompt, posterior, 1)
-        return {**feeds, "posterior_noise": noises[0], "noise": noises[1]}
+        return {**feeds, **posterior, "posterior_noise": noises[0], "noise": noises[1]}

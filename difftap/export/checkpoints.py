@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from difftap.coords import Size
 from difftap.engine.cache import Cache
 from difftap.errors import ModelError, first_line, require
 from difftap.manifest import output_errors
@@ -48,7 +49,14 @@ _HUB_FILES = [
 _GONE = "stabilityai/stable-diffusion-2-1"
 
 
-def open_model(name: str, cache: Cache, *, revision: str | None = None, random_weights: int | None = None) -> Model:
+def open_model(
+    name: str,
+    cache: Cache,
+    *,
+    revision: str | None = None,
+    random_weights: int | None = None,
+    size: Size | None = None,
+) -> Model:
     """Find, build or download a model.
 
     Args:
@@ -57,17 +65,22 @@ def open_model(name: str, cache: Cache, *, revision: str | None = None, random_w
         cache: where built checkpoints are kept.
         revision: branch, tag or commit of a hub id.
         random_weights: seed; build the preset with random weights instead of loading it.
+        size: the input that is wanted, ``(W, H)``: refused before anything is built, if it cannot fit.
 
     Raises:
         ModelError: there is no such model, or it cannot be had, or the options do not fit it.
+        RecipeError: the size does not fit the model that would be built.
     """
     base, plus, file = name.rpartition("+")
     if plus and base and file.endswith(".safetensors") and not _is_folder(name):
-        under = open_model(base, cache, revision=revision, random_weights=random_weights)
+        under = open_model(base, cache, revision=revision, random_weights=random_weights, size=size)
         return Model.load(_with_unet(under, Path(file), cache), name)
     if random_weights is not None:
         if name not in PRESETS:
             raise ModelError(f"--random-weights builds {', '.join(PRESETS[:-1])} or {PRESETS[-1]}; got model '{name}'")
+        if size is not None:
+            config = _preset(name)
+            Model(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
         return Model.load(_build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})")
     if revision is not None and (name not in PRESETS and not _HUB_ID.match(name)):
         raise ModelError(f"--revision goes with a hub id; got model '{name}'")

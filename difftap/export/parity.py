@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,7 @@ def _share(error: float, whole: float) -> float:
 def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Seeded inputs of the right kind for a graph: a noise picture, or a noisy latent with a unit-variance prompt."""
     rng = np.random.default_rng(seed)
-    stride = graph.model.latent_stride
-    width, height = profile.size
-    sides = {"B": profile.batch, "E": profile.ensemble, "T": profile.tokens}
-    sides |= {"H": height, "W": width, "h": height // stride, "w": width // stride}
+    sides = {"B": profile.batch, **profile.axes(graph.model)}
     alpha = float(graph.model.alphas_cumprod[min(261, len(graph.model.alphas_cumprod) - 1)])
     constants = {"signal": alpha**0.5 * graph.model.scaling_factor, "sigma": (1 - alpha) ** 0.5}
     feeds: dict[str, NDArray[Any]] = {}
@@ -97,14 +95,27 @@ def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, ND
 
 
 def measure(
-    graph: Graph, profile: Profile, backend: str, device: str, threads: int | None, built: Path | None = None
+    graph: Graph,
+    profile: Profile,
+    backend: str,
+    device: str,
+    threads: int | None,
+    built: Path | None = None,
+    *,
+    feeds: Mapping[str, NDArray[Any]] | None = None,
+    against: tuple[str, Graph] | None = None,
 ) -> dict[str, TensorParity]:
-    """Run a graph on a backend and on the torch reference (CPU), on the same seeded feeds: the parity of every output.
+    """Run a graph on a backend and on the float32 reference (CPU), on the same feeds: the parity of every output.
 
     One after the other, so that only one of them is in memory.
+
+    Args:
+        feeds: what to run on; None for `example_feeds`.
+        against: the reference's backend and graph; None for torch.
     """
-    feeds = example_feeds(graph, profile)
-    with get_backend("torch").open(graph, replace(profile, precision="fp32"), "cpu", threads) as reference:
+    feeds = example_feeds(graph, profile) if feeds is None else feeds
+    name, exact = against or ("torch", graph)
+    with get_backend(name).open(exact, replace(profile, precision="fp32"), "cpu", threads) as reference:
         wanted = reference.run(feeds)
     with get_backend(backend).open(graph, profile, device, threads, built) as engine:
         got = engine.run(feeds)

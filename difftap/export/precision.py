@@ -32,7 +32,7 @@ HALVES = ("fp16", "bf16")
 ATTENTIONS = ("half", "softmax", "float")
 """What of attention stays in float32: nothing (fused kernels sum in float32 anyway), softmax, or the logits too."""
 
-_ALWAYS_HALF = {"Conv", "ConvTranspose", "MatMul", "Gemm"}
+_ALWAYS_HALF = {"Conv", "ConvTranspose", "MatMul", "Gemm", "MultiHeadAttention"}
 _ALWAYS_FLOAT = {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "ReduceMean", "Sin", "Cos", "Exp"}
 # What comes out of these is of the size of what half precision computes on; so it is narrowed at once.
 _NARROWED = {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax"}

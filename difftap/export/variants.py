@@ -1,4 +1,4 @@
-"""Half-precision variants of exported graphs, kept in the cache beside the float32 ones.
+"""Variants of exported graphs (half precision, fused attention), kept in the cache beside the plain float32 ones.
 
 A variant's weights are a copy in the half type, one file a component and type, shared by all variants whatever their
 taps. A cast in the graph would save that file, but then every runtime would read twice the bytes and fold gigabytes at
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from difftap.engine.backend import Graph
 from difftap.engine.cache import Cache, file_stem
 from difftap.errors import ArtefactError, require
+from difftap.export.fuse import fuse_attention
 from difftap.export.precision import narrow, to_half
 from difftap.export.trace import TensorLocation, locate_tensors
 from difftap.manifest import FileRecord, Manifest, atomic_path
@@ -35,13 +36,14 @@ _KINDS = {"fp16": "F16", "bf16": "BF16"}
 
 
 def ensure_variant(cache: Cache, graph: Graph, precision: str, attention: str = "softmax") -> Graph:
-    """The half-precision variant of a trusted float32 graph: the one in the cache, else a new one.
+    """A variant of a trusted float32 graph: the one in the cache, else a new one.
 
     Args:
         cache: where variants are kept; the graph itself may lie elsewhere, beside its checkpoint.
         graph: the float32 graph, with its file.
-        precision: ``fp16`` or ``bf16``.
-        attention: what of attention stays in float32, as for `difftap.export.precision.to_half`.
+        precision: ``fp16`` or ``bf16``; ``fp32`` with fused attention.
+        attention: what of attention stays in float32, as for `difftap.export.precision.to_half`; or ``fused`` for one
+            operator of onnxruntime's in its place (`difftap.export.fuse`).
 
     Raises:
         InputError: the precision is none of these.
@@ -72,10 +74,17 @@ def _write(cache: Cache, graph: Graph, variant: Graph, path: Path, precision: st
         raise ArtefactError(f"{graph.name} has no file to make a variant of")
     folder = path.parent
     files = cache.place_weights(graph.model, graph.component, folder)
-    proto, wanted = to_half(onnx.load(graph.path, load_external_data=False), precision, attention)
+    proto, wanted = onnx.load(graph.path, load_external_data=False), dict[str, str]()
+    report: dict[str, Any] = {}
+    if attention == "fused":
+        proto, count, of = fuse_attention(proto)
+        report = {"fused_attentions": count, "attentions": of}
+        _LOG.debug("%s: %d of %d attentions fused", graph.name, count, of)
+    if precision != "fp32":
+        proto, wanted = to_half(proto, precision, "half" if attention == "fused" else attention)
     places = locate_tensors(files)
     by_offset = {(_relative(place.path, folder), place.offset): name for name, place in places.items()}
-    if all(place.dtype == _KINDS[precision] for place in places.values()):
+    if precision == "fp32" or all(place.dtype == _KINDS[precision] for place in places.values()):
         halves, used = places, files
     else:
         half = _ensure_weights(cache, variant, files, places, precision)
@@ -92,7 +101,7 @@ def _write(cache: Cache, graph: Graph, variant: Graph, path: Path, precision: st
                 entries[key].value = str(value)
     with atomic_path(path) as scratch:
         scratch.write_bytes(proto.SerializeToString(deterministic=True))
-    cache.save_graph_manifest(variant, used, {"half_version": HALF_VERSION, "attention": attention}, {})
+    cache.save_graph_manifest(variant, used, {"half_version": HALF_VERSION, "attention": attention}, report)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Comparing two results: no difference where there is none, a real one found, the common pairs only."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -28,6 +29,7 @@ def shifted(pairs, pixels):
             box=p.target_box,
             index=p.index,
             category=p.category,
+            visible=p.target_visible[len(p.target_points) :],
         )
         for p in pairs
     ]
@@ -112,10 +114,95 @@ def test_what_cannot_be_compared(pairs):
         compare(first, result(pairs, ("sd4match",)))
     fewer = copy.deepcopy(first)
     fewer["pairs"]["points"][3] += 1
-    with pytest.raises(InputError, match="different annotations"):
+    fewer["pairs"]["digests"][3] = "0"
+    with pytest.raises(InputError, match="pair 'pair-3' is annotated differently"):
         compare(first, fewer)
+    for key, what in (("name", "data sets, 'spair' and 'x'"), ("split", "splits, 'test' and 'x'")):
+        other = copy.deepcopy(first)
+        other["conditions"]["dataset"][key] = "x"
+        with pytest.raises(InputError, match=what):
+            compare(first, other)
+    other = copy.deepcopy(first)
+    other["protocols"]["dift"]["conditions"]["basis"] = "image"
+    with pytest.raises(InputError, match="protocol 'dift' has basis = 'box' in one result and 'image' in the other"):
+        compare(first, other)
     with pytest.raises(InputError, match="aggregate is 'mean'"):
         compare(first, first, by=("mean",))
+
+
+def exchanged(first, second, by, alpha):
+    """Slow: exchange each pair's outcomes in every way, and average anew by the definition."""
+    hits = [np.array(one["pairs"]["hits"]["dift"][alpha], float) for one in (first, second)]
+    points, classes = np.array(first["pairs"]["points"], float), np.array(first["pairs"]["classes"])
+
+    def mean(h):
+        if by == "image":
+            return (h / points).mean()
+        if by == "point":
+            return h.sum() / points.sum()
+        return np.mean([mean_of(h, classes == c) for c in sorted(set(classes))])
+
+    def mean_of(h, inside):
+        return (h[inside] / points[inside]).mean() if by == "class-image" else h[inside].sum() / points[inside].sum()
+
+    seen, count = abs(mean(hits[1]) - mean(hits[0])), 0
+    for ways in itertools.product([False, True], repeat=len(points)):
+        one, two = np.where(ways, hits[1], hits[0]), np.where(ways, hits[0], hits[1])
+        count += abs(mean(two) - mean(one)) >= seen - 1e-12
+    return count / 2 ** len(points)
+
+
+@pytest.mark.parametrize("by", ["image", "point", "class-image", "class-point"])
+def test_few_pairs_get_the_exact_test(by):
+    pairs = random_pairs(4, 7)
+    first, second = result(pairs), result(shifted(pairs, 0.4))
+    made = compare(first, second, by=(by,), count=50)
+    for row in made.rows:
+        assert row.test == "sign-flip"
+        assert row.p == pytest.approx(exchanged(first, second, by, f"{row.alpha:g}"))
+    assert "7 pairs are too few to tell much" in made.notes[0]
+    assert "exact sign-flip test" in "\n".join(format_comparison(made))
+
+
+def test_one_pair_tells_nothing_however_large_its_difference():
+    far, near = prediction([[50, 50]], [[150, 50]]), prediction([[50, 50]], [[50, 50]])
+    (row, *_) = compare(result([far]), result([near]), count=100).rows
+    assert row.difference == 1.0
+    assert row.p == 1.0
+
+
+def test_malformed_results_are_one_clear_line(tmp_path, pairs):
+    """Whatever key is taken out, or cut short: refused on reading, not a KeyError later."""
+    whole = json.loads(dump_results(result(pairs)))
+
+    def drop(*path):
+        data = copy.deepcopy(whole)
+        place = data
+        for key in path[:-1]:
+            place = place[key]
+        del place[path[-1]]
+        return data
+
+    damaged = [
+        drop("conditions"),
+        drop("conditions", "dataset", "name"),
+        drop("counts"),
+        drop("protocols", "dift", "pck", "0.1", "image"),
+        drop("protocols", "dift", "conditions", "basis"),
+        drop("protocols", "dift", "curve"),
+        drop("pairs", "names"),
+        drop("pairs", "digests"),
+        drop("pairs", "points", 0),
+        drop("pairs", "hits", "dift", "0.05"),
+        drop("pairs", "hits", "dift", "0.05", 3),
+        {**whole, "protocols": []},
+        {**whole, "pairs": 3},
+    ]
+    for data in damaged:
+        (tmp_path / "r.json").write_text(json.dumps(data))
+        with pytest.raises(InputError, match=r"'.*r\.json' is damaged \(.*score the run again") as caught:
+            load_results(tmp_path / "r.json")
+        assert "\n" not in str(caught.value)
 
 
 def test_files_and_output(tmp_path, pairs):
@@ -123,15 +210,15 @@ def test_files_and_output(tmp_path, pairs):
     data = load_results(tmp_path / "a.json")
     assert data == json.loads(json.dumps(result(pairs)))
     other = copy.deepcopy(data)
-    other["conditions"]["dataset"]["split"] = "val"
+    other["conditions"]["dataset"]["left_out"] = {"missing-image": 3}
     made = compare(data, other, count=20)
-    assert made.notes == ("the data sets differ",)
+    assert made.notes == ("the data sets' options differ",)
     plain = json.loads(json.dumps(to_json(made)))
-    assert plain["schema"] == "difftap.bench.compare/1"
+    assert plain["schema"] == "difftap.bench.compare/2"
     assert len(plain["rows"]) == 3
     text = "\n".join(format_comparison(made))
     assert "80 common pairs" in text
-    assert "note: the data sets differ" in text
+    assert "note: the data sets' options differ" in text
     for content, message in (("[]", "cannot be read"), ('{"schema": "x"}', "schema 'x'"), ("{", "cannot be read")):
         (tmp_path / "b.json").write_text(content)
         with pytest.raises(InputError, match=message):

@@ -71,6 +71,89 @@ def test_pck_writes_everything_and_resumes(tmp_path, willow):
     assert "published" not in only.output
 
 
+def test_score_only_is_of_the_run_that_is_asked_for(tmp_path, willow):
+    out = tmp_path / "out"
+    assert invoke(pck, "pf-willow", willow, "-o", out, "--limit", 4).exit_code == 0
+    lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
+
+    def again(*arguments):
+        return invoke(pck, *arguments, "-o", out, "--score-only")
+
+    asked = ("pf-willow", willow, "--limit", 4)
+    assert again(*asked).exit_code == 0
+    assert again(*asked, "--recipe", "pocket", "--reading", "centres").exit_code == 0
+    for arguments, words in (
+        (("spair", willow, "--limit", 4), "made with data set pf-willow, and spair is asked for"),
+        (("pf-willow", willow), "made with --limit 4, and none is asked for"),
+        ((*asked, "--per-class", 2), "--per-class"),
+        ((*asked, "--recipe", "dift"), "made with recipe"),
+        ((*asked, "--seed", 3), "made with recipe"),
+        ((*asked, "--reading", "corners"), "made with --reading centres"),
+        ((*asked, "--no-confidence"), "made with --confidence True"),
+        ((*asked, "--overwrite"), "--overwrite has no say"),
+        ((*asked, "--features", tmp_path), "--features has no say"),
+        ((*asked, "--split", "val"), "made with --split"),
+    ):
+        refused = again(*arguments)
+        assert isinstance(refused.exception, InputError), arguments
+        assert words in str(refused.exception)
+    gone = again("pf-willow", tmp_path / "nowhere", "--limit", 4)
+    assert gone.exit_code == 0
+    assert "could not be compared" in gone.stderr
+    text = (willow / "test_pairs.csv").read_text()
+    (willow / "test_pairs.csv").write_text("\n".join([text.splitlines()[0], *text.splitlines()[:0:-1]]) + "\n")
+    assert "are not those of" in str(again(*asked).exception)
+    (willow / "test_pairs.csv").write_text(text)
+    (out / "predictions.jsonl").write_text("".join(lines[:-1]))
+    pending = again(*asked)
+    assert pending.exit_code == 1
+    assert "1 pairs are not done yet" in pending.output
+
+
+def test_headline_and_the_mean_of_the_table(tmp_path, willow, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = invoke(pck, "pf-willow", willow, "-o", ".", "--protocol", "distilldift")
+    assert done.exit_code == 0, done.exception
+    assert done.stdout.splitlines()[0].startswith("pocket on pf-willow: PCK@0.10 ")
+    assert "(per point, keypoint extent; distilldift)" in done.stdout.splitlines()[0]
+    table = (tmp_path / "here" / "table.md").read_text()
+    assert "| here |" in table
+    assert "PCK@0.05 per point" in table
+
+
+def test_a_synthetic_set_does_not_eat_its_own_output(tmp_path):
+    for k in range(2):
+        coarse = np.random.default_rng(k).integers(0, 256, (4, 5, 3), np.uint8)
+        PIL.fromarray(coarse).resize((40, 30), PIL.Resampling.BICUBIC).save(tmp_path / f"{k}.png")
+    PIL.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:4000])  # its header is whole
+    for _ in range(2):  # a damaged image fails its pairs, and ends nothing
+        done = invoke(pck, "synthetic", tmp_path, "-o", tmp_path / "out", "--gallery", 1)
+        assert done.exit_code == 1, done.output
+        assert isinstance(done.exception, SystemExit), done.exception
+        data = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert data["counts"]["pairs_listed"] == 6
+        assert data["counts"]["pairs_scored"] == 4
+        assert data["counts"]["pairs_failed"] == 2
+        assert "cut.jpg" in data["counts"]["failures"][0]["error"]
+
+
+def test_lists_and_flips_are_options(tmp_path, willow):
+    done = invoke(pck, "pf-willow", willow, "-o", tmp_path / "out", "--pairs", "csv")
+    assert done.exit_code == 0, done.exception
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert data["conditions"]["dataset"]["pairs"] == "csv"
+    refused = invoke(pck, "pf-willow", willow, "-o", tmp_path / "b", "--flip", "both")
+    assert "has no option --flip" in str(refused.exception)
+
+
+def test_help_has_sections():
+    text = invoke(pck, "--help").output
+    assert text.index("Options:") < text.index("--score-only") < text.index("Recipe:") < text.index("--prompt")
+    assert text.index("--prompt") < text.index("Runtime:") < text.index("--threads")
+
+
 def test_pck_with_a_missing_image(tmp_path, willow):
     (willow / "PF-dataset" / "car(G)" / "1.png").unlink()
     refused = invoke(pck, "pf-willow", willow, "-o", tmp_path / "out")
@@ -118,9 +201,9 @@ def test_compare_and_table(tmp_path):
     made = invoke(table, *files, "--name", "first", "--name", "second", "--plots", tmp_path / "plots")
     assert made.exit_code == 0, made.exception
     assert made.output.splitlines()[-3].startswith("| second |")
-    assert "(published)" in made.output
+    assert "(published, poster\u2020" in made.output
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
-    assert invoke(table, *files, "--format", "latex").output.startswith("\\begin{table}")
+    assert invoke(table, *files, "--format", "latex").output.startswith("\\begin{table*}")
     wrong = invoke(table, *files, "--name", "one")
     assert "1 names for 2 results" in str(wrong.exception)
 

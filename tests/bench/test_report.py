@@ -11,10 +11,11 @@ from difftap.bench.gallery import choose, save_gallery
 from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS, get_protocols
 from difftap.bench.published import PUBLISHED, SPAIR_CLASSES, SPAIR_TEST_PAIRS, published
-from difftap.bench.report import dump_results, format_results, result_table
-from difftap.bench.scoring import SCHEMA, measure, score
+from difftap.bench.report import dump_results, format_results, headline_of, result_table
+from difftap.bench.scoring import SCHEMA, Settings, measure, score
 from difftap.errors import InputError
 from difftap.matching import Matches
+from difftap.recipe import load_recipe
 from tests.bench.pck_cases import prediction, predictions, random_pairs, samples
 
 
@@ -97,24 +98,75 @@ def test_terminal_tells_what_was_left_out():
 def test_table_in_the_posters_layout(results):
     table = result_table([("ours", results)], "dift", 0.05, show_published=True)
     assert table.heads == (*SPAIR_CLASSES.values(), "All")
-    assert len(table.rows) == 9 + 5 + 1
+    assert len(table.rows) == 9 + 1
     lines = table.markdown().splitlines()
     assert lines[0].split("|")[2:4] == [" aero ", " bike "]
-    assert len({line.count("|") for line in lines[:17]}) == 1
-    assert "DIFT dual layer (published)" in table.markdown()
+    assert len({line.count("|") for line in lines[:12]}) == 1
+    assert "DIFT dual layer (published, poster\u2020)" in table.markdown()
+    assert "\u2020: not comparable with ours, being of the whole test set of 12,234 pairs" in table.caption
+    assert "(published, poster\\dag{})" in table.latex()
+    full = {**results, "counts": {**results["counts"], "pairs_scored": 12234}}
+    assert (
+        "DIFT dual layer (published, poster) |"
+        in result_table([("a", full)], "dift", 0.05, show_published=True).markdown()
+    )
+    geoaware = result_table([("a", full)], "geoaware", 0.05, show_published=True)
+    assert [name for name, _ in geoaware.rows][:2] == [
+        "DINOv2-B (published, GeoAware-SC)",
+        "DIFT (published, GeoAware-SC)",
+    ]
+    assert len(geoaware.rows) == 5 + 1
+    assert len(result_table([("a", full)], "distilldift", 0.05, "point", show_published=True).rows) == 1
     assert "| ours |" in table.markdown()
     for words in ("PCK@0.05 per image", "protocol dift (<= alpha times the box", "54 pairs", "Published rows"):
         assert words in table.caption
 
 
-def test_best_of_each_column_is_bold(results):
-    table = result_table([("ours", results)], "dift", 0.05, show_published=True)
-    rows = [line.split("|")[2:-1] for line in table.markdown().splitlines()[2:17]]
-    for column in range(19):
-        cells = [row[column].strip() for row in rows]
-        numbers = [float(cell.strip("*")) for cell in cells if cell != "-"]
-        assert {float(cell.strip("*")) for cell in cells if cell.startswith("**")} == {max(numbers)}
-    assert "**72.60**" in result_table([("o", low(results))], "dift", 0.05, show_published=True).markdown()
+def test_best_of_each_column_is_bold_among_our_rows(results):
+    worse = low(results)
+    table = result_table([("ours", results), ("worse", worse)], "dift", 0.05, show_published=True)
+    rows = [line.split("|")[1:-1] for line in table.markdown().splitlines()[2:13]]
+    for column in range(1, 20):
+        ours = [row[column].strip() for row in rows[-2:]]
+        figures = {float(cell.strip("*")) for cell in ours}
+        best = {max(figures)} if len(figures) > 1 else set()  # nothing is bold where all are alike
+        assert {float(cell.strip("*")) for cell in ours if cell.startswith("**")} == best
+        assert not any("**" in row[column] for row in rows[:-2])  # published rows never are
+    assert "**" not in result_table([("alone", results)], "dift", 0.05, show_published=True).markdown()
+
+
+def test_a_table_holds_one_data_set_the_same_pairs_and_rules(results):
+    other = json.loads(json.dumps(results))
+    other["conditions"]["dataset"]["name"] = "pf-pascal"
+    fewer = score(predictions(random_pairs(2, 53, classes=tuple(SPAIR_CLASSES))), get_protocols())
+    rules = json.loads(json.dumps(results))
+    rules["protocols"]["dift"]["conditions"]["basis"] = "image"
+    for bad, what in ((other, "data set: 'spair' and 'pf-pascal'"), (fewer, "pairs"), (rules, "rules")):
+        with pytest.raises(InputError, match=f"'a' and 'b' differ in their {what}"):
+            result_table([("a", results), ("b", bad)], "dift", 0.05)
+
+
+def test_thresholds_that_differ_late_do_not_collide():
+    settings = Settings(alphas=(0.1, 0.10, 0.1000001, 1.0))
+    one = score(predictions(random_pairs(2, 5)), get_protocols(["dift"]), settings)["protocols"]["dift"]
+    assert [key for key in one["pck"] if key not in ("pairs", "points")] == ["0.05", "0.1", "0.1000001", "0.15", "1"]
+
+
+def test_geoaware_has_thresholds_of_its_own_on_pf_pascal():
+    pairs = [prediction([[1, 1]], [[1, 1]], box=None)]
+    for name, alphas in (("pf-pascal", [0.05, 0.1, 0.15]), ("pf-willow", [0.01, 0.05, 0.1])):
+        one = score(predictions(pairs, name), get_protocols(["geoaware"]))["protocols"]["geoaware"]
+        assert one["conditions"]["alphas"] == alphas
+        assert [float(key) for key in one["pck"] if key not in ("pairs", "points")] == alphas
+
+
+def test_headline(results):
+    assert headline_of(results).startswith("pocket on spair: PCK@0.10 ")
+    assert headline_of(results).endswith("(per image, box; dift)")
+    preset = json.loads(json.dumps(results))
+    preset["conditions"]["recipe_key"] = load_recipe("dual").key()
+    assert headline_of(preset).startswith("dual on spair")
+    assert "no protocol applies" in headline_of({**results, "protocols": {}})
 
 
 def low(results):
@@ -130,6 +182,9 @@ def test_latex_compiles_by_eye(results):
     text = result_table([("50 % & more_", results)], "dift", 0.1, by="point").latex()
     assert "50 \\% \\& more\\_ & " in text
     assert "\\textless{}= alpha" in text
+    assert text.startswith("\\begin{table*}")
+    assert "\\scriptsize" in text
+    assert "a \\textgreater{} b" in result_table([("a > b", results)], "dift", 0.1).latex()
     rows = [line for line in text.splitlines() if line.endswith("\\\\")]
     assert {len(re.split(r"(?<!\\)&", line)) for line in rows} == {20}
     assert text.count("{") == text.count("}")
@@ -148,13 +203,15 @@ def test_table_of_other_classes_and_bad_values(results):
 
 def test_plots(tmp_path, results):
     pytest.importorskip("matplotlib")
-    from difftap.bench.plots import save_plots
+    from difftap.bench.plots import _places, save_plots
 
     files = save_plots([("one", results), ("two", low(results))], tmp_path / "plots")
     assert [f.stem for f in files] == ["pck-over-alpha", "pck-per-class", "pck-by-flag", "reliability"]
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)
     bare = score(predictions([prediction([[1, 1]], [[1, 1]])]), get_protocols(["dift"]))
     assert len(save_plots([("bare", bare)], tmp_path / "plots")) == 3  # no flags
+    assert not (tmp_path / "plots" / "pck-by-flag.png").exists()
+    assert _places([1, 3, 4]) == [1 / 16, 5 / 16, 12 / 16]
     with pytest.raises(InputError, match="not all results hold protocol 'x'"):
         save_plots([("one", results)], tmp_path, protocol="x")
     with pytest.raises(InputError, match=r"alpha 0\.7"):
@@ -186,6 +243,14 @@ def test_gallery(tmp_path):
         "median-2-003.png",
         "worst-1-005.png",
         "worst-2-004.png",
+    ]
+    (tmp_path / "gallery" / "mine.png").write_bytes(b"")
+    save_gallery(run_, PROTOCOLS["dift"], tmp_path / "gallery", 1)  # what an earlier one left does not stay
+    assert sorted(f.name for f in (tmp_path / "gallery").iterdir()) == [
+        "best-1-000.png",
+        "median-1-002.png",
+        "mine.png",
+        "worst-1-005.png",
     ]
     boxless = predictions([prediction([[1, 1]], [[1, 1]], box=None)])
     with pytest.raises(InputError, match="no gallery under protocol 'dift'"):

@@ -73,10 +73,10 @@ def test_estimate_then_run_then_nothing_left(tmp_path, pairs):
 def test_published_rows_stand_only_where_they_compare(tmp_path, pairs):
     reproduce(stand_in_rows(96)[:1], [pairs], tmp_path, opener)
     sections = dict(part.split("\n", 1) for part in (tmp_path / "spair" / "table.md").read_text().split("## ")[1:])
-    assert "(published)" in sections["dift"]
-    assert "(published)" in sections["sd4match"]
+    for name, source in (("dift", "poster"), ("sd4match", "poster"), ("geoaware", "GeoAware-SC")):
+        assert f"(published, {source}\u2020)" in sections[name]
     for name in ("distilldift", "distilldift-img"):  # per point
-        assert "(published)" not in sections[name]
+        assert "(published" not in sections[name]
 
 
 def test_rows_that_cannot_run_are_said(tmp_path, pairs):

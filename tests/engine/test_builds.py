@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from difftap.engine import Backend, Cache, Engine, Graph, Profile
 from difftap.engine.builds import engine_manifest_path, ensure_built
-from difftap.errors import BackendError
+from difftap.errors import BackendError, NonFiniteError, OutputError
+from difftap.manifest import Manifest
 from difftap.model import Model
 
 PROFILE = Profile((16, 16))
@@ -22,9 +28,11 @@ class Compiler(Backend):
 
     name = "compiler"
     fails = False
+    trouble: BaseException | None = None
 
     def __init__(self) -> None:
         self.built = 0
+        self.details: Mapping[str, Any] = {"seconds": 1}
 
     def missing(self) -> str | None:
         return None
@@ -45,8 +53,10 @@ class Compiler(Backend):
         (folder / "plan").write_bytes(b"half")
         if self.fails:
             raise BackendError("the builder gave up")
+        if self.trouble:
+            raise self.trouble
         (folder / "plan").write_bytes(b"whole")
-        return {"seconds": 1}
+        return self.details
 
     def open(
         self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
@@ -102,3 +112,69 @@ def test_two_at_once_build_one(tmp_path: Path, mini: Path) -> None:
     for thread in threads:
         thread.join()
     assert backend.built == 1
+
+
+def _chosen(key: str) -> Any:
+    return SimpleNamespace(chosen=True, key=key)
+
+
+def test_an_engine_calibrated_on_other_images_is_built_again_if_the_user_chose_them(tmp_path: Path, mini: Path) -> None:
+    cache, graph, backend = Cache(tmp_path), Graph(Model.load(mini), "vae"), Compiler()
+    backend.details = {"calibration": "a"}
+    for calibration, builds in ((_chosen("a"), 1), (_chosen("a"), 1), (None, 1), (_chosen("b"), 2)):
+        backend.details = {"calibration": calibration.key} if calibration else {}
+        ensure_built(cache, graph, backend, PROFILE, "cpu", calibration)
+        assert backend.built == builds
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "cannot write .*: the disk is full"),
+        (MemoryError(), BackendError, "building vae on compiler for 16x16.* ran out of memory; close other programs"),
+    ],
+)
+def test_a_build_that_runs_out_says_so_in_one_line(tmp_path: Path, mini: Path, trouble, kind, words) -> None:
+    cache, model, backend = Cache(tmp_path), Model.load(mini), Compiler()
+    backend.trouble = trouble
+    with pytest.raises(kind, match=words) as caught:
+        _ensure(cache, model, backend)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("plan")) and not list(tmp_path.rglob("*.engine.json"))
+
+
+def test_a_build_that_fails_its_check_is_not_kept(tmp_path: Path, mini: Path) -> None:
+    cache, graph, backend = Cache(tmp_path), Graph(Model.load(mini), "vae"), Compiler()
+
+    def check(folder: Path) -> Mapping[str, Any]:
+        assert (folder / "plan").read_bytes() == b"whole"
+        raise NonFiniteError("output 'mean' holds 3 values that are not finite")
+
+    with pytest.raises(NonFiniteError):
+        ensure_built(cache, graph, backend, PROFILE, "cpu", None, check)
+    assert not list(tmp_path.rglob("plan")) and not list(tmp_path.rglob("*.engine.json"))
+    ensure_built(cache, graph, backend, PROFILE, "cpu", None, lambda folder: {"parity": {}})
+    report = Manifest.load(engine_manifest_path(cache, graph, backend, PROFILE, "cpu")).report
+    assert report == {"build": {"seconds": 1}, "parity": {}}
+
+
+def test_a_build_killed_half_way_is_no_engine(tmp_path: Path, mini: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from tests.engine.test_builds import Compiler, _ensure
+from difftap.engine import Cache
+from difftap.model import Model
+
+class Killed(Compiler):
+    def build(self, graph, profile, device, folder, calibration=None):
+        (folder / "plan").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+_ensure(Cache(Path({str(tmp_path)!r})), Model.load(Path({str(mini)!r})), Killed())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    assert len(list(tmp_path.rglob("plan"))) == 1 and not list(tmp_path.rglob("*.engine.json"))
+    folder = _ensure(Cache(tmp_path), Model.load(mini), Compiler())
+    assert [p.read_bytes() for p in tmp_path.rglob("plan")] == [b"whole"] and (folder / "plan").is_file()

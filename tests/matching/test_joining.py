@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from difftap.coords import Geometry
-from difftap.errors import InputError
+from difftap.errors import InputError, PointError
 from difftap.features import FeatureMap
+from difftap.matching.grid import content_cells
 from difftap.matching.joining import CornerGeometry, Joining, find
 from difftap.recipe import Branch, Matcher, Recipe
 
 SIZE, INPUT = (50, 36), (96, 96)
-MATCHERS = ("dense", "nn", "softargmax", "kernel-softargmax", "window-softargmax")
+MATCHERS = ("dense", "nn", "bilinear", "softargmax", "kernel-softargmax", "window-softargmax")
 
 
 def maps(seed, shapes=((10, 6), (7, 12)), size=SIZE, geometry=None):
@@ -154,6 +155,17 @@ def loop_sd4match(source, target, points, matcher, side=96):
         by, bx = np.unravel_index(scores.argmax(), scores.shape)
         if matcher == "nn":
             cx, cy = bx, by
+        elif matcher == "bilinear":
+            cx = cy = 0.0
+            for dx, dy, weight in (
+                (0, 0, (1 - fx) * (1 - fy)),
+                (1, 0, fx * (1 - fy)),
+                (0, 1, (1 - fx) * fy),
+                (1, 1, fx * fy),
+            ):
+                corner = np.tensordot(source.data[:, y0 + dy, x0 + dx].astype(np.float64), cells, 1)
+                ny, nx = np.unravel_index(corner.argmax(), corner.shape)
+                cx, cy = cx + weight * nx, cy + weight * ny
         else:
             ys, xs = np.mgrid[:h, :w]
             if matcher == "kernel-softargmax":
@@ -165,7 +177,7 @@ def loop_sd4match(source, target, points, matcher, side=96):
     return np.array(found) * np.array(target.image_size) / side
 
 
-@pytest.mark.parametrize("name", ["nn", "softargmax", "kernel-softargmax"])
+@pytest.mark.parametrize("name", ["nn", "bilinear", "softargmax", "kernel-softargmax"])
 def test_corners_against_sd4matchs_loop(name):
     rng = np.random.default_rng(1)
     for seed in range(5):
@@ -173,6 +185,69 @@ def test_corners_against_sd4matchs_loop(name):
         points = np.concatenate([np.floor(rng.uniform(0, 1, (5, 2)) * SIZE), [[0, 0], [49, 35], [49.4, 35.4]]])
         found = matched(Joining(Matcher(name), (1.0,), reading="corners"), [source], [target], points)
         np.testing.assert_allclose(found.target, loop_sd4match(source, target, points, name), atol=2e-3)
+
+
+def test_bilinear_by_centres_mixes_the_corners_matches():
+    """By the half-pixel rule, joined and apart: each corner cell's best cell, mixed; letterbox padding has no say."""
+    for geometry in (Geometry.stretch(SIZE, INPUT), Geometry.letterbox(SIZE, INPUT)):
+        (source,), (target,) = (maps(seed, ((16, 8),), geometry=geometry) for seed in (0, 1))
+        points = np.random.default_rng(3).uniform(-0.5, 1, (12, 2)) + np.random.default_rng(4).uniform(0, 34, (12, 2))
+        found = matched(Joining(Matcher("bilinear"), (1.0,)), [source], [target], points)
+        shown = content_cells(geometry, (8, 8))
+        rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+        unit = target.data / np.linalg.norm(target.data, axis=0)
+        want = []
+        for x, y in geometry.to_cells(points, (8, 8)):
+            x, y = min(max(x, columns[0]), columns[-1]), min(max(y, rows[0]), rows[-1])
+            x0, y0 = min(int(x), columns[-1] - 1), min(int(y), rows[-1] - 1)
+            place = np.zeros(2)
+            for dx in (0, 1):
+                for dy in (0, 1):
+                    cosine = np.where(shown, np.tensordot(source.data[:, y0 + dy, x0 + dx], unit, 1), -np.inf)
+                    ny, nx = np.unravel_index(cosine.argmax(), cosine.shape)
+                    weight = (x - x0 if dx else x0 + 1 - x) * (y - y0 if dy else y0 + 1 - y)
+                    place += weight * np.array([nx, ny])
+            want.append(place)
+        pixels = geometry.to_pixels(np.array(want), (8, 8))
+        np.testing.assert_allclose(found.target, np.clip(pixels, 0, np.array(SIZE) - 1.0), atol=1e-6)
+        assert np.isfinite(found.score).all()
+        assert (found.margin >= 0).all()
+        assert np.isfinite(found.cycle_error).all()
+
+
+@pytest.mark.parametrize("combine", ["concat", "score-sum"])
+def test_bilinear_on_a_cell_s_centre_is_its_nearest_neighbour(combine):
+    source, target = maps(0), maps(1)
+    points = source[0].geometry.to_pixels(np.array([[2.0, 3.0], [5.0, 5.0], [11.0, 11.0]]), (12, 12))
+    for_one, for_all = (
+        matched(Joining(Matcher(name), (1.0, 2.0), combine=combine), source, target, points)
+        for name in ("bilinear", "nn")
+    )
+    np.testing.assert_allclose(for_one.target, for_all.target)
+    np.testing.assert_allclose(for_one.margin, for_all.margin)
+
+
+@pytest.mark.parametrize("combine", ["score-sum", "score-product"])
+def test_heat_of_branches_apart_peaks_where_the_match_is(combine):
+    joining = Joining(Matcher("dense"), (1.0, 3.0), combine=combine)
+    ready = [joining.ready(joining.kept(maps(seed))) for seed in (0, 1)]
+    point = np.array([[21.0, 17.0]])
+    heat = ready[0].heat(ready[1], point[0])
+    assert heat.shape == (SIZE[1], SIZE[0])
+    y, x = np.unravel_index(heat.argmax(), heat.shape)
+    found = ready[0].match(ready[1], point)
+    assert found.target.tolist() == [[x, y]]
+    assert found.score[0] == pytest.approx(heat.max(), abs=1e-6)
+    if combine == "score-sum":
+        joined = Joining(Matcher("dense"), (1.0, 3.0))
+        both = [joined.ready(joined.kept(maps(seed))) for seed in (0, 1)]
+        np.testing.assert_allclose(heat, both[0].heat(both[1], point[0]), atol=2e-6)
+    with pytest.raises(PointError, match="lies outside"):
+        ready[0].heat(ready[1], (-9, 2))
+    with pytest.raises(InputError, match="no mutual matches"):
+        ready[0].mutual(ready[1])
+    assert ready[1].nbytes > 0
+    assert ready[0].image_size == SIZE
 
 
 def test_corner_geometry_takes_corners_to_corners():

@@ -78,8 +78,9 @@ def to_box(values: Any) -> Box:
 
 
 def points_array(points: Any) -> NDArray[np.float64]:
-    """Keypoints as ``(N, 2)``, ``(0, 2)`` if there are none."""
-    return np.asarray(points, np.float64).reshape(-1, 2)
+    """Keypoints as ``(N, 2)``, ``(0, 2)`` if there are none; one that is null, or half so, is NaN."""
+    filled = [(None, None) if point is None else point for point in points]
+    return np.asarray(filled, np.float64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)

@@ -135,13 +135,14 @@ def _side(collector: Collector, root: Path, row: dict[str, str], end: str, categ
         if len(xs) != len(ys):
             raise BadPairError("malformed", f"X{letter} has {len(xs)} numbers and Y{letter} {len(ys)}; must be equal")
         return Side(image, collector.size(image), np.array([xs, ys], np.float64).T)
+    size = collector.size(image)  # first: a list without its images asks for no .mat reader
     file = locate(root, f"PF-dataset-PASCAL/Annotations/{category}/{image.stem}.mat")
     content = collector.document(file, read_mat)
     points = np.asarray(content["kps"], np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
         raise BadPairError("malformed", f"'{file}' has kps of {points.shape}; expected (N, 2)", file)
     box = to_box(content["bbox"]) if "bbox" in content else None
-    return Side(image, collector.size(image), points, box)
+    return Side(image, size, points, box)
 
 
 def _copied(collector: Collector, side: Side, cache: Path | None) -> Side:

@@ -102,6 +102,8 @@ def _add_all(collector: Collector, root: Path) -> None:
         for ends in permutations(stems, 2):
             with collector.pair(f"{folder.name}/{ends[0]}-{ends[1]}"):
                 images = [found.get(stem, folder / f"{stem}.png") for stem in ends]
+                for image in images:
+                    collector.size(image)  # first: a class without its images asks for no .mat reader
                 _add(collector, images, [_points(collector, folder / f"{stem}.mat") for stem in ends])
 
 

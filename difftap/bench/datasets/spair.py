@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from difftap.bench.datasets.collect import Collector, Dataset
 from difftap.bench.datasets.layout import Tree, one_of, require_files
-from difftap.bench.datasets.parse import points_array, to_box
+from difftap.bench.datasets.parse import Side, joined, points_array, to_box
 from difftap.bench.samples import Sample
 
 __all__ = ["SPLITS", "TREE", "load", "variants"]
@@ -21,6 +24,7 @@ TREE: Tree = (
     ("Layout/large/*.txt", "lists of pairs: trn.txt, val.txt, test.txt; Layout/small holds shorter ones"),
     ("PairAnnotation/*/*.json", "the pairs: trn, val and test, 000001-SOURCE-TARGET:class.json"),
 )
+_POINTS = ("src_kps", "trg_kps")
 _FLAGS = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
 
 
@@ -80,26 +84,20 @@ def _sample(collector: Collector, root: Path, split: str, name: str, with_images
     sizes = [
         collector.size(image, pair.get(f"{side}_imsize")) for side, image in zip(("src", "trg"), images, strict=True)
     ]
-    target_ids = keypoint_ids = tuple(str(key) for key in pair["kps_ids"])
-    target_visible = target_points = points_array(pair["trg_kps"])
+    names = tuple(str(key) for key in pair["kps_ids"])
+    both = [Side(image, size, points_array(pair[key])) for image, size, key in zip(images, sizes, _POINTS, strict=True)]
+    visible = dict(zip(names, both[1].points, strict=True))
     if with_images:
         known = collector.json(root / "ImageAnnotation" / category / f"{images[1].stem}.json")["kps"]
-        visible = {str(key): point for key, point in known.items() if point is not None}
-        target_ids, target_visible = tuple(visible), points_array(list(visible.values()))
+        visible = dict(zip(map(str, known), points_array(list(known.values())), strict=True))
+    visible = {key: point for key, point in visible.items() if np.isfinite(point).all()}
     if pair.get("mirror"):
         collector.note("a pair has mirror set; it is read as a description, and no image is flipped")
-    return Sample(
-        name=name,
-        source=images[0],
-        target=images[1],
-        category=category,
-        source_points=points_array(pair["src_kps"]),
-        target_points=target_points,
-        keypoint_ids=keypoint_ids,
-        target_visible=target_visible,
-        target_ids=target_ids,
-        source_size=sizes[0],
-        target_size=sizes[1],
+    sample = joined(name, category, both, names)
+    return dataclasses.replace(
+        sample,
+        target_visible=points_array(list(visible.values())),
+        target_ids=tuple(visible),
         source_box=to_box(pair["src_bndbox"]),
         target_box=to_box(pair["trg_bndbox"]),
         flags={flag: int(pair[flag]) for flag in _FLAGS if flag in pair},

@@ -43,7 +43,8 @@ def load(
     """Make pairs of a folder's images. Source and target are equally large, and the box of each is the whole image.
 
     Args:
-        root: a folder of images, read at any depth, in order of name; what lies in ``cache`` is no part of it.
+        root: a folder of images, read at any depth, in order of name; what lies in ``cache``, and what
+            benchmark runs wrote, is no part of it.
         split: ``all``.
         distortion: how targets are made.
         limit: images to take, spread evenly over the folder; all by default.
@@ -59,7 +60,11 @@ def load(
         raise DatasetError("the synthetic data set writes images; give cache, a folder for them")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; allowed: 1 or more images")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    found = sorted(root.rglob("*"))
+    # What runs wrote under the root (targets, plots, galleries) is no part of it: each has a file of predictions.
+    runs = {path.parent for path in found if path.name == "predictions.jsonl"} - {root}
+    files = [path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    files = [path for path in files if runs.isdisjoint(path.parents)]
     if cache.resolve() == root.resolve():
         raise InputError(f"cache is '{cache}', the folder of the images itself; give another one for what is made")
     if cache.resolve().is_relative_to(root.resolve()):

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, Profile
-from difftap.errors import BackendError, first_line, require
+from difftap.engine.quantise import quantise, reason
+from difftap.errors import BackendError, OutputError, require
 
 _DEVICES = {"cpu": "CPU", "intel-gpu": "GPU"}
 # Always said: left to itself, OpenVINO computes in bf16 on CPUs that have it, and in f16 on GPUs.
@@ -56,7 +57,7 @@ class OpenVinoEngine(Engine):
                 for name, values in parts.items():
                     values.append(np.array(result[name], np.float32, order="C"))
         except RuntimeError as error:
-            raise BackendError(f"openvino failed on {self.graph.name}: {_reason(error)}") from error
+            raise BackendError(f"openvino failed on {self.graph.name}: {reason(error)}") from error
         return {name: values[0] if len(values) == 1 else np.concatenate(values) for name, values in parts.items()}
 
     def close(self) -> None:
@@ -103,29 +104,21 @@ class OpenVinoBackend(Backend):
         self, graph: Graph, profile: Profile, device: str, folder: Path, calibration: Calibration | None = None
     ) -> Mapping[str, Any]:
         """Quantise weights and activations to int8 on the calibration's feeds; what nncf leaves alone stays float."""
-        nncf = require("nncf", "openvino", "quantising to int8")
         import openvino
 
+        require("nncf", "openvino", "quantising to int8")  # before anything slow
         if calibration is None:
             raise BackendError(f"quantising {graph.name} to int8 needs images to calibrate on; got none")
         model = _read(openvino.Core(), graph.path)
         _fix_shapes(model, graph, profile, 1)
         names = {value.get_any_name() for value in model.inputs}
         feeds = [{name: array for name, array in one.items() if name in names} for one in calibration(graph, profile)]
-        unet = graph.component == "unet"
+        quantised, details = quantise(model, feeds, graph)
         try:
-            quantised = nncf.quantize(
-                model,
-                nncf.Dataset(feeds),
-                subset_size=len(feeds),
-                # Activations after SiLU and GELU are not symmetric; after the VAE's convolutions it matters less.
-                preset=nncf.QuantizationPreset.MIXED if unet else nncf.QuantizationPreset.PERFORMANCE,
-                model_type=nncf.ModelType.TRANSFORMER if unet else None,
-            )
             openvino.save_model(quantised, folder / _MODEL, compress_to_fp16=False)
-        except (RuntimeError, nncf.ValidationError, nncf.InternalError) as error:
-            raise BackendError(f"nncf cannot quantise {graph.name}: {_reason(error)}") from error
-        return {"nncf": str(nncf.__version__), "images": len(feeds), "calibration": calibration.key}
+        except RuntimeError as error:
+            raise OutputError(f"cannot write '{folder}': {reason(error)}; is the disk full?") from error
+        return {**details, "images": len(feeds), "calibration": calibration.key}
 
     def open(
         self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
@@ -143,31 +136,17 @@ class OpenVinoBackend(Backend):
         try:
             return OpenVinoEngine(graph, profile, device, core, model, config)
         except RuntimeError as error:
-            raise BackendError(f"openvino cannot open '{graph.path}': {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The line of OpenVINO's error that says what is wrong; the first ones say where in its source."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "While validating"))]
-    return first_line(RuntimeError(telling[0])) if telling else first_line(error)
+            raise BackendError(f"openvino cannot open '{graph.path}': {reason(error)}") from error
 
 
 def _read(core: Any, path: Path | None) -> Any:
     try:
         return core.read_model(path)
     except (RuntimeError, TypeError) as error:
-        raise BackendError(f"openvino cannot open '{path}': {_reason(error)}") from error
+        raise BackendError(f"openvino cannot open '{path}': {reason(error)}") from error
 
 
 def _fix_shapes(model: Any, graph: Graph, profile: Profile, batch: int) -> None:
-    width, height = profile.size
-    stride = graph.model.latent_stride
-    letters = {"B": batch, "E": profile.ensemble, "T": profile.tokens}
-    letters |= {"H": height, "W": width, "h": height // stride, "w": width // stride}
-    specs = {spec.name: spec for spec in graph.inputs}
-    shapes = {}
-    for value in model.inputs:
-        spec = specs[value.get_any_name()]
-        shapes[spec.name] = [letters[axis] if isinstance(axis, str) else axis for axis in spec.shape]
-    model.reshape(shapes)
+    letters = {"B": batch, **profile.axes(graph.model)}
+    used = {value.get_any_name() for value in model.inputs}
+    model.reshape({s.name: [letters.get(str(a), a) for a in s.shape] for s in graph.inputs if s.name in used})

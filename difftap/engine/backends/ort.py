@@ -103,7 +103,10 @@ class OrtBackend(Backend):
         return ("fp32", "fp16") if device == "cuda" else ("fp32",)
 
     def graph_precision(self, profile: Profile, device: str) -> str:
-        return profile.precision
+        return f"{profile.precision}-fused" if device == "cuda" else profile.precision
+
+    def fused_attention(self, device: str) -> bool:
+        return device == "cuda"
 
     def open(
         self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
@@ -114,12 +117,8 @@ class OrtBackend(Backend):
         options.log_severity_level = _QUIET
         options.use_deterministic_compute = True
         options.intra_op_num_threads = threads or 0  # 0: one a physical core
-        options.add_free_dimension_override_by_name("E", profile.ensemble)
-        options.add_free_dimension_override_by_name("T", profile.tokens)
-        stride = graph.model.latent_stride
-        for letter, side in zip("WH", profile.size, strict=True):
-            options.add_free_dimension_override_by_name(letter, side)
-            options.add_free_dimension_override_by_name(letter.lower(), side // stride)
+        for letter, length in profile.axes(graph.model).items():
+            options.add_free_dimension_override_by_name(letter, length)
         wanted = _PROVIDERS[device]
         providers: list[Any] = [_PROVIDERS["cpu"]]
         if device == "cuda":

@@ -134,9 +134,13 @@ def test_a_folder_with_neither_draws_what_is_expected(tmp_path):
 
 def test_without_scipy_the_pip_line_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
-    write_picture(tmp_path / "car/a.png")
     for name in "ab":
+        (tmp_path / "car").mkdir(exist_ok=True)
         (tmp_path / f"car/{name}.mat").write_bytes(b"")
+    with pytest.raises(DatasetError, match="missing-image"):  # nothing to read the annotations for
+        load("pf-willow", tmp_path, allow_missing=True)
+    for name in "ab":
+        write_picture(tmp_path / f"car/{name}.png")
     with pytest.raises(MissingExtraError, match=r"pip install 'difftap\[bench\]'"):
         load("pf-willow", tmp_path, allow_missing=True)
 
