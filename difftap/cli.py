@@ -28,10 +28,12 @@ _COMMANDS = {
     "extract": ("difftap.commands.extract:extract", "Extract a data set's features into a store."),
     "index": ("difftap.commands.index:index", "Index prototypes or patch features, search them, judge the hits."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
+    "prompts": ("difftap.commands.prompts:prompts", "List learned prompts, and show where one comes from."),
     "prototypes": ("difftap.commands.prototypes:prototypes", "Build object prototypes, and look at them."),
     "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),
     "store": ("difftap.commands.store:store", "Look at a feature store, verify it, make it compact."),
     "taps": ("difftap.commands.taps:taps", "List a model's taps."),
+    "tune": ("difftap.commands.tune:tune", "Learn prompts for matching."),
 }
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from difftap.conditioning import checked
 from difftap.engine import Cache, Extractor, Features, choose_device, default_cache_folder, get_backend
 from difftap.errors import InputError
 from difftap.images import Image
 from difftap.model import Model
 from difftap.pipeline import Pipeline, Runtime, available_cores, check_fits, describe
-from difftap.prompts import Prompt, Subject, choose_prompts
+from difftap.prompts import Prompt, PromptBook, Subject
 from difftap.recipe import Recipe
 from difftap.store import FeatureStore
 
@@ -46,9 +47,11 @@ class FeatureSource(Pipeline):
         model: Model,
         conditions: dict[str, Any],
         opening: dict[str, Any],
+        book: PromptBook,
         *,
         complete: bool,
     ) -> None:
+        self.prompts = book
         self.recipe = recipe
         self.model = model
         self.store = store
@@ -91,6 +94,8 @@ class FeatureSource(Pipeline):
         model = open_model(recipe.model, cache, **opening)
         check_fits(recipe, model)
         store.check(recipe, cache.model_key(model))
+        book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
+        book.check_one_map_an_image()
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
         threads = runtime.threads or available_cores()
@@ -101,7 +106,7 @@ class FeatureSource(Pipeline):
             "backend": made.conditions["backend"],
             "complete": complete,
         }
-        return cls(recipe, runtime, store, model, conditions, opening, complete=complete)
+        return cls(recipe, runtime, store, model, conditions, opening, book, complete=complete)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -121,7 +126,7 @@ class FeatureSource(Pipeline):
         Raises:
             InputError: an image is not in the store, and nothing is to be extracted.
         """
-        own = choose_prompts(self.recipe, Subject())
+        own = self.prompts.choose(Subject())
         asked = own if prompts is None else prompts
         stored = all(one is None or one == other for one, other in zip(asked, own, strict=True))
         waiting: list[tuple[Image, str | None]] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.conditioning import checked
 from difftap.engine import Backend, Cache, Engine, Graph, Profile, get_backend, members_per_run
 from difftap.engine.backend import CALIBRATED, Array
 from difftap.engine.builds import ensure_built
@@ -25,7 +26,7 @@ from difftap.export.parity import TensorParity, example_feeds, measure
 from difftap.images import Image, load_image
 from difftap.manifest import output_errors
 from difftap.model import Model
-from difftap.prompts import Prompt, Subject, choose_prompts, embed
+from difftap.prompts import PromptBook
 from difftap.recipe import Recipe
 
 __all__ = ["Maker", "calibration_images", "fidelity_feeds", "prepare_graph", "report_of", "run_members"]
@@ -115,17 +116,10 @@ class Maker:
     batch: int = 1
     precision: str = "fp32"
     calibrate: tuple[Path, ...] = ()
-    _embeddings: dict[Prompt, NDArray[np.float32]] = field(default_factory=dict, repr=False, compare=False)
 
     def prompts(self) -> list[NDArray[np.float32]]:
-        """Each branch's prompt, ``(T, D)`` float32."""
-        return [self.embedding(prompt) for prompt in choose_prompts(self.recipe, Subject())]
-
-    def embedding(self, prompt: Prompt) -> NDArray[np.float32]:
-        """A prompt's embedding, ``(T, D)`` float32; worked out once."""
-        if prompt not in self._embeddings:
-            self._embeddings[prompt] = embed(self.model, prompt, self.cache)
-        return self._embeddings[prompt]
+        """Each branch's prompt, ``(T, D)`` float32; one of them where it depends on what is in an image."""
+        return PromptBook(self.model, self.recipe, self.cache, checked(self.recipe, self.model, self.cache)).any()
 
     def vae_profile(self) -> Profile:
         """The profile of the VAE's engine."""

@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError, PairsError
+from difftap.features import FeatureMap
 from difftap.images import Image, load_image
 from difftap.journal import open_journal
 from difftap.maps import Made, MapShelf
 from difftap.matching import Joining, Matches, Ready
 from difftap.pipeline import Pipeline
 from difftap.points import parse_point
+from difftap.prompts import Subject
 from difftap.results import SCHEMA, Threshold, match_records
 
 __all__ = ["Pair", "PairsRun", "load_pairs", "run_pairs"]
@@ -108,6 +110,7 @@ def run_pairs(
     overwrite: bool = False,
     batch: int = 1,
     memory: int = 2 << 30,
+    category: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PairsRun:
     """Match many pairs into a file of JSON lines.
@@ -123,6 +126,7 @@ def run_pairs(
         overwrite: start afresh whatever ``output`` holds.
         batch: images extracted together.
         memory: bytes of features kept in memory; more goes to a scratch folder.
+        category: what all images show, where learned prompts depend on it.
         progress: called with the number of pairs just finished.
 
     Raises:
@@ -144,49 +148,87 @@ def run_pairs(
         reasons: list[str] = []
         done, failed = len(journal.earlier), sum("error" in record for record in journal.earlier)
         rest = pairs[done:]
-        order = [path for pair in rest for path in (pair.source, pair.target)]
-        shelf = MapShelf(_maker(pipeline, joining), joining.ready, order, memory, Path(scratch), max(1, batch))
+        apart = pipeline.prompts.depends_on == "pair"
+        order = [use for pair in rest for use in _uses(pair, apart)]
+        shelf = MapShelf(
+            _maker(pipeline, joining, category), joining.ready, order, memory, Path(scratch), max(1, batch)
+        )
         progress(done)
         for index, pair in enumerate(rest, start=done):
-            line = _match_pair(shelf, pair, find, threshold)
+            line = _match_pair(shelf, pair, _uses(pair, apart), find, threshold)
             if "error" in line:
                 failed += 1
                 reasons.append(f"pair {index}: {line['error']}")
             shown = {"source": str(pair.source), "target": str(pair.target)}
             journal.write({"type": "pair", "index": index, **shown, **line})
-            shelf.done(pair.source, pair.target)
+            shelf.done(*_uses(pair, apart))
             progress(1)
     return PairsRun(len(rest), failed, done, tuple(reasons[:_REASONS]))
 
 
-def _maker(pipeline: Pipeline, joining: Joining) -> Callable[[Sequence[Path]], Iterator[Made | DifftapError]]:
-    """What makes image files' maps; an unreadable image becomes its fault."""
+@dataclass(frozen=True)
+class _Use:
+    """An image, in the pair it is used in where its prompts depend on that."""
 
-    def make(paths: Sequence[Path]) -> Iterator[Made | DifftapError]:
-        images: list[Image | ImageError] = []
-        for path in paths:
-            try:
-                images.append(load_image(path))
-            except ImageError as error:
-                images.append(error)
-        features = pipeline.features([image for image in images if isinstance(image, Image)])
+    path: Path
+    pair: tuple[Path, Path] | None = None
+
+
+def _uses(pair: Pair, apart: bool) -> tuple[_Use, _Use]:
+    both = (pair.source, pair.target) if apart else None
+    return _Use(pair.source, both), _Use(pair.target, both)
+
+
+def _maker(
+    pipeline: Pipeline, joining: Joining, category: str | None
+) -> Callable[[Sequence[_Use]], Iterator[Made | DifftapError]]:
+    """What makes image files' maps; an unreadable image becomes its fault, and that of the pairs it is in."""
+
+    def load(path: Path) -> Image | ImageError:
+        try:
+            return load_image(path)
+        except ImageError as error:
+            return error
+
+    def made(image: Image, maps: Sequence[FeatureMap]) -> Made:
+        return Made(joining.kept(maps), image.size, image.digest)
+
+    def alone(uses: Sequence[_Use]) -> Iterator[Made | DifftapError]:
+        images = [load(use.path) for use in uses]
+        maps = pipeline.maps([image for image in images if isinstance(image, Image)], category)
         for image in images:
-            if isinstance(image, ImageError):
-                yield image
-            else:
-                maps = [one for taps in next(features).branches for one in taps.values()]
-                yield Made(joining.kept(maps), image.size, image.digest)
+            yield image if isinstance(image, ImageError) else made(image, next(maps))
 
-    return make
+    def paired(uses: Sequence[_Use]) -> Iterator[Made | DifftapError]:
+        for use in uses:
+            both = [load(path) for path in use.pair or ()]
+            fault = next((one for one in both if isinstance(one, ImageError)), None)
+            if fault is not None:
+                yield fault
+                continue
+            image = both[0] if use.pair is not None and use.path == use.pair[0] else both[1]
+            names = []
+            for one in both:
+                assert isinstance(one, Image)  # noqa: S101 - the faults have left
+                pipeline.prompts.know(one.digest, one)
+                names.append(one.digest)
+            prompts = pipeline.prompts.choose(Subject(pair=(names[0], names[1])))
+            assert isinstance(image, Image)  # noqa: S101
+            features = next(pipeline.features([image], prompts))
+            yield made(image, [one for taps in features.branches for one in taps.values()])
+
+    return paired if pipeline.prompts.depends_on == "pair" else alone
 
 
-def _match_pair(shelf: MapShelf[Path], pair: Pair, find: Finder, threshold: Threshold) -> dict[str, Any]:
+def _match_pair(
+    shelf: MapShelf[_Use], pair: Pair, uses: tuple[_Use, _Use], find: Finder, threshold: Threshold
+) -> dict[str, Any]:
     """One pair's record: its matches, or why there are none."""
     try:
-        source, target = shelf.ready(pair.source), shelf.ready(pair.target)
+        source, target = (shelf.ready(use) for use in uses)
         records = {
             name: {"width": made.size[0], "height": made.size[1], "sha256": made.digest}
-            for name, made in (("source_image", shelf.get(pair.source)), ("target_image", shelf.get(pair.target)))
+            for name, made in zip(("source_image", "target_image"), map(shelf.get, uses), strict=True)
         }
         matches = find(source, target, np.reshape(np.array(pair.points, np.float64), (-1, 2)))
     except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair

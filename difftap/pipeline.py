@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.conditioning import LATENTS_KEPT, Opening, checked, open_book, small_engine
 from difftap.engine import (
     Backend,
     BranchEngine,
@@ -25,6 +26,8 @@ from difftap.engine import (
     Engine,
     Extractor,
     Features,
+    Graph,
+    Latents,
     Profile,
     check_precision,
     choose_device,
@@ -37,7 +40,7 @@ from difftap.images import Image
 from difftap.making import Maker, prepare_graph, run_members
 from difftap.matching import combine
 from difftap.model import Model
-from difftap.prompts import Prompt, Subject, choose_prompts, embed, wants_category
+from difftap.prompts import Prompt, PromptBook, Subject, wants_category
 from difftap.recipe import Recipe
 
 __all__ = [
@@ -85,6 +88,7 @@ class Pipeline:
         model: the checkpoint.
         conditions: what must go with every number made here: recipe, model, backend, device, threads, versions.
         batch: images per engine run: 1 on a CPU.
+        prompts: which prompts an image gets, and their embeddings.
 
     Use it as a context manager, or call `close`.
 
@@ -102,7 +106,7 @@ class Pipeline:
         engines: list[Engine],
         conditions: dict[str, Any],
         batch: int,
-        embedding: Callable[[Prompt], NDArray[np.float32]],
+        book: PromptBook,
     ) -> None:
         self.recipe = recipe
         self.model = model
@@ -111,7 +115,7 @@ class Pipeline:
         self._extractor = extractor
         self._branches = tuple(branches)
         self._engines = engines
-        self._embedding = embedding
+        self.prompts = book
         self._told = False
 
     @classmethod
@@ -160,18 +164,31 @@ class Pipeline:
             vae = engine("vae", (), maker.vae_profile())
             device = vae.device  # a runtime may have fallen back, and then the rest follows it
             maker = dataclasses.replace(maker, device=device)
+            latents = Latents(recipe, vae, LATENTS_KEPT) if recipe.learned is not None else None
+
+            def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
+                return engine("unet", taps, dataclasses.replace(profile, precision=runtime.precision))
+
+            def small(graph: Graph) -> Engine:
+                key = (graph.name, graph.path)
+                opened[key] = small_engine(graph, device, threads)
+                return opened[key]
+
+            opening = Opening(unet, small, vae, latents)
+            book = open_book(model, recipe, cache, opening)
             branches = []
-            for branch, tokens in zip(recipe.branches, maker.prompts(), strict=True):
-                unet = engine("unet", branch.taps, maker.unet_profile(len(tokens)))
-                branches.append(BranchEngine(branch, unet, tokens))
+            for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)
+                run = engine("unet", branch.taps, maker.unet_profile(len(tokens)))
+                branches.append(BranchEngine(branch, run, tokens))
             batch = 1 if device == "cpu" else runtime.batch
-            extractor = Extractor(model, recipe, vae, branches, batch)
-            conditions = describe(recipe, model, cache, backend, device, threads, runtime.precision)
+            extractor = Extractor(model, recipe, vae, branches, batch, latents)
+            said = describe(recipe, model, cache, backend, device, threads, runtime.precision)
+            conditions = said | book.conditions
         except BaseException:
             for one in opened.values():
                 one.close()
             raise
-        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, maker.embedding)
+        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, book)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -189,16 +206,18 @@ class Pipeline:
         """
         if prompts is None:
             self._tell_of_missing_category()
-            return self._extractor(images)
+            if self.recipe.learned is None:
+                return self._extractor(images)
+            prompts = self.prompts.choose(Subject())
         wanted = [
-            dataclasses.replace(branch, prompt=self._embedding(prompt))
+            dataclasses.replace(branch, prompt=self.prompts.embedding(prompt))
             for branch, prompt in zip(self._branches, prompts, strict=True)
             if prompt is not None
         ]
         return self._extractor(images, wanted)
 
     def _tell_of_missing_category(self) -> None:
-        if wants_category(self.recipe.branches) and not self._told:
+        if self.recipe.learned is None and wants_category(self.recipe.branches) and not self._told:
             self._told = True
             asked = ", ".join(sorted({f"'{branch.prompt}'" for branch in self.recipe.branches}))
             _LOG.info("the recipe prompts with %s, but no category is given: the prompt stays empty", asked)
@@ -206,6 +225,7 @@ class Pipeline:
     @property
     def stages(self) -> Extractor:
         """The stages of `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
+        self.prompts.check_one_map_an_image()
         return self._extractor
 
     def join(self, features: Features) -> FeatureMap:
@@ -229,19 +249,49 @@ class Pipeline:
 
     def maps(self, images: Iterable[Image], category: str | None = None) -> Iterator[tuple[FeatureMap, ...]]:
         """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.Joining`; as `extract`."""
-        prompts = None if category is None else choose_prompts(self.recipe, Subject(category))
-        for features in self.features(images, prompts):
-            yield tuple(one for taps in features.branches for one in taps.values())
+        return map(_flat, self._each(images, category))
 
     def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
         """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order.
 
         Args:
             images: any number.
-            category: what fills ``{category}`` in the recipe's prompts; where it is wanted and None, they stay empty.
+            category: what the prompts depend on: it fills ``{category}`` in texts, which stay empty where it is None,
+                or chooses among prompts learned for classes.
+
+        Raises:
+            InputError: learned prompts depend on a category and it is None, or on pairs (see `pair`).
         """
-        prompts = None if category is None else choose_prompts(self.recipe, Subject(category))
-        return map(self.join, self.features(images, prompts))
+        return map(self.join, self._each(images, category))
+
+    def _each(self, images: Iterable[Image], category: str | None) -> Iterator[Features]:
+        if self.prompts.depends_on == "image":
+            return map(self._alone, images)
+        return self.features(images, None if category is None else self.prompts.choose(Subject(category)))
+
+    def _alone(self, image: Image) -> Features:
+        """An image's features under a prompt made of itself."""
+        self.prompts.know(image.digest, image)
+        return next(self.features([image], self.prompts.choose(Subject(image=image.digest))))
+
+    def pair(
+        self, source: Image, target: Image, category: str | None = None
+    ) -> tuple[tuple[FeatureMap, ...], tuple[FeatureMap, ...]]:
+        """Both images' maps for matching them with one another, as `maps`; the prompts may depend on the pair.
+
+        Args:
+            source: the one whose points are looked for in the target.
+            target: the other one.
+            category: what both show, where a prompt depends on it.
+        """
+        if self.prompts.depends_on != "pair":
+            first, second = self.maps([source, target], category)
+            return first, second
+        for image in (source, target):
+            self.prompts.know(image.digest, image)
+        prompts = self.prompts.choose(Subject(category, pair=(source.digest, target.digest)))
+        one, other = self.features([source, target], prompts)
+        return _flat(one), _flat(other)
 
     def close(self) -> None:
         """Release the engines."""
@@ -253,6 +303,10 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _flat(features: Features) -> tuple[FeatureMap, ...]:
+    return tuple(one for taps in features.branches for one in taps.values())
 
 
 def available_cores() -> int:
@@ -280,8 +334,8 @@ def check_fits(recipe: Recipe, model: Model) -> None:
 
 
 def embed_prompts(recipe: Recipe, model: Model, cache: Cache) -> list[NDArray[np.float32]]:
-    """Every branch's prompt for images of no named category, ``(T, D)`` each."""
-    return [embed(model, prompt, cache) for prompt in choose_prompts(recipe, Subject())]
+    """Every branch's prompt for images of no named category, ``(T, D)`` each; one of them where it depends on more."""
+    return PromptBook(model, recipe, cache, checked(recipe, model, cache)).any()
 
 
 def describe(

@@ -37,9 +37,12 @@ __all__ = [
     "COMBINES",
     "FITS",
     "INTERPOLATIONS",
+    "KINDS",
     "MATCHERS",
+    "MODES",
     "NOISES",
     "Branch",
+    "Learned",
     "Matcher",
     "Recipe",
     "load_recipe",
@@ -51,6 +54,8 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 COMBINES = ("concat", "score-sum", "score-product")
 FITS = ("stretch", "letterbox")
 NOISES = ("independent", "antithetic", "none")
+KINDS = ("single", "class", "cpm")
+MODES = ("pair", "class", "image")
 MAX_SIDE = 4096
 
 
@@ -94,12 +99,15 @@ class Branch:
         timestep: 0 to 999, of the model's training schedule.
         prompt: text that conditions the UNet; empty for none.
         weight: share of this branch in the combined similarity; the shares are normalised to sum to 1.
+        tuned_at: timestep at which ``difftap tune`` learns this branch's prompt; None for ``timestep``. It has no say
+            in the features.
     """
 
     taps: tuple[str, ...]
     timestep: int
     prompt: str = ""
     weight: float = 1.0
+    tuned_at: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "taps", tuple(self.taps))
@@ -107,6 +115,30 @@ class Branch:
         _check(len(set(self.taps)) == len(self.taps), "taps", self.taps, "each tap once")
         _check(0 <= self.timestep < 1000, "timestep", self.timestep, "0 to 999")
         _check(0 < self.weight < float("inf"), "weight", self.weight, "a number above 0")
+        whole = self.tuned_at is None or (isinstance(self.tuned_at, int) and 0 <= self.tuned_at < 1000)
+        _check(whole, "tuned_at", self.tuned_at, "0 to 999")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Learned prompts, one a branch, that take the place of the branches' texts (docs/tuning.md).
+
+    Attributes:
+        path: the folder that ``difftap tune`` wrote, or the safetensors file in it.
+        kind: what it must hold, one of `KINDS`; empty for whatever it holds.
+        mode: of conditional prompts, one of `MODES`: made for each ``pair`` (exact), for each ``class`` (the mean over
+            the training pairs of the class), or for each ``image`` (of the image with itself). Empty for the kind's
+            own: ``pair`` for cpm.
+    """
+
+    path: str
+    kind: str = ""
+    mode: str = ""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.path), "path of learned prompts", self.path, "a folder that 'difftap tune' wrote")
+        _check(self.kind in ("", *KINDS), "kind of learned prompts", self.kind, ", ".join(KINDS))
+        _check(self.mode in ("", *MODES), "mode of learned prompts", self.mode, ", ".join(MODES))
 
 
 @dataclass(frozen=True)
@@ -129,6 +161,7 @@ class Recipe:
         combine: ``concat`` joins the branches' maps into one; ``score-sum`` gives the same without storing the joined
             map, where that saves memory; ``score-product`` takes the share-weighted geometric mean of the cosines.
         matcher: rule from similarities to points.
+        learned: learned prompts in place of the branches' texts; None for the texts.
     """
 
     branches: tuple[Branch, ...]
@@ -141,6 +174,7 @@ class Recipe:
     upsample: str = "bicubic"
     combine: str = "concat"
     matcher: Matcher = field(default_factory=Matcher)
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "branches", tuple(self.branches))
@@ -173,8 +207,12 @@ class Recipe:
         _check(self.upsample in INTERPOLATIONS, "upsample", self.upsample, ", ".join(INTERPOLATIONS))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested data, ready for JSON or TOML; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        """Plain nested data, ready for JSON or TOML, what is None left out; `from_dict` reads it back."""
+        data = dataclasses.asdict(self)
+        for table in (data, *data["branches"]):
+            for name in [name for name, value in table.items() if value is None]:
+                del table[name]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -187,6 +225,8 @@ class Recipe:
         try:
             branches = [_build(Branch, branch, "branches") for branch in values.pop("branches", ())]
             matcher = _build(Matcher, values.pop("matcher", {}), "matcher")
+            if values.get("learned") is not None:
+                values["learned"] = _build(Learned, values["learned"], "learned")
             if isinstance(values.get("size"), int):
                 values["size"] = (values["size"], values["size"])
             recipe: Recipe = _build(cls, {**values, "branches": tuple(branches), "matcher": matcher}, "recipe")
@@ -200,6 +240,7 @@ class Recipe:
         del data["matcher"], data["upsample"], data["combine"]
         for branch in data["branches"]:
             del branch["weight"]
+            branch.pop("tuned_at", None)
         return data
 
     def key(self) -> str:
@@ -238,6 +279,8 @@ def _build(kind: Any, data: Any, where: str) -> Any:
             raise RecipeError(f"{name} in {where} is {value!r}; allowed: a value of type {fields[name].type}")
         if wanted == plain["float"]:
             data[name] = float(value)  # 1 and 1.0 are one number, so they must give one key
+    if isinstance(data.get("tuned_at"), bool):
+        raise RecipeError(f"tuned_at in {where} is {data['tuned_at']!r}; allowed: a value of type int")
     if isinstance(data.get("taps"), str):
         raise RecipeError(f'taps in {where} is {data["taps"]!r}; allowed: a list of names, such as ["{data["taps"]}"]')
     return kind(**data)

@@ -16,6 +16,7 @@ COMPOSED = {
     "making",
     "extraction",
     "featuresource",
+    "conditioning",
     "engines",
     "pairs",
     "maps",
@@ -38,6 +39,7 @@ ROOMS = {
     "distances",
     "sources",
     "store",
+    "tuning",
     *COMPOSED,
 }
 FORBIDDEN = {
@@ -46,10 +48,11 @@ FORBIDDEN = {
     "distances": ROOMS - {"distances"},
     "sources": ROOMS - {"sources"},
     "store": {"sources", "bench", "commands", "cli", "export", "matching", "prompts", "distances", *COMPOSED},
-    "prompts": {"bench", "commands", "cli", "export", "matching", *COMPOSED},
-    "export": {"bench", "commands", "cli", "matching", "prompts", *COMPOSED},
-    **{part: {"bench", "commands", "cli"} for part in sorted(COMPOSED)},
-    "bench": {"commands", "cli"},
+    "prompts": {"bench", "commands", "cli", "export", "matching", "tuning", *COMPOSED},
+    "export": {"bench", "commands", "cli", "matching", "prompts", "tuning", *COMPOSED},
+    **{part: {"bench", "commands", "cli", "tuning"} for part in sorted(COMPOSED)},
+    "bench": {"commands", "cli", "tuning"},
+    "tuning": {"commands", "cli"},
     **dict.fromkeys(VOCABULARY, ROOMS),
 }
 
@@ -123,7 +126,9 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "ray",
     }
     allowed = {
-        "engine/torch_model.py"
+        "engine/torch_model.py",
+        "engine/torch_prompts.py",
+        "tuning/loss.py",
     }  # torch modules themselves; imported by the torch backend and the export step alone
     for path in sorted(ROOT.rglob("*.py")):
         found = {name.split(".")[0] for name in _imports(path, top=True)} & heavy

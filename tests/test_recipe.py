@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from difftap.cli import cli
 from difftap.errors import RecipeError
-from difftap.recipe import FITS, INTERPOLATIONS, MATCHERS, Branch, Matcher, Recipe, load_recipe, presets
+from difftap.recipe import FITS, INTERPOLATIONS, MATCHERS, Branch, Learned, Matcher, Recipe, load_recipe, presets
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 branches = st.builds(
@@ -84,13 +84,20 @@ CHANGES = {
     "branches": (Branch(("up1",), 20), Branch(("up2",), 50)),
     "model": "sd21", "size": (768, 512), "fit": "letterbox", "ensemble": 4, "noise": "none", "seed": 1,
     "upsample": "bilinear", "combine": "score-sum", "matcher": Matcher("nn"),
+    "learned": Learned("prompts/one"),
 }  # fmt: skip
+LEARNED_CHANGES = {"path": "prompts/two", "kind": "cpm", "mode": "image"}
 MATCHER_CHANGES = {"name": "nn", "interpolation": "bicubic", "temperature": 0.1, "sigma": 3.0, "window": 5}
-BRANCH_CHANGES = {"taps": ("up2",), "timestep": 21, "prompt": "a cat", "weight": 2.0}
+BRANCH_CHANGES = {"taps": ("up2",), "timestep": 21, "prompt": "a cat", "weight": 2.0, "tuned_at": 40}
 
 
 def test_the_key_changes_with_every_field():
-    for kind, changes in ((Recipe, CHANGES), (Matcher, MATCHER_CHANGES), (Branch, BRANCH_CHANGES)):
+    for kind, changes in (
+        (Recipe, CHANGES),
+        (Matcher, MATCHER_CHANGES),
+        (Learned, LEARNED_CHANGES),
+        (Branch, BRANCH_CHANGES),
+    ):
         assert set(changes) == {field.name for field in dataclasses.fields(kind)}, "a new field needs a line here"
     base = dataclasses.replace(PLAIN, ensemble=1)
     changed = [dataclasses.replace(base, **{name: value}) for name, value in CHANGES.items()]
@@ -98,6 +105,10 @@ def test_the_key_changes_with_every_field():
         dataclasses.replace(base, matcher=Matcher(**{name: value}))
         for name, value in MATCHER_CHANGES.items()
         if name != "name"
+    ]
+    changed += [
+        dataclasses.replace(base, learned=dataclasses.replace(CHANGES["learned"], **{name: value}))
+        for name, value in LEARNED_CHANGES.items()
     ]
     changed += [
         dataclasses.replace(base, branches=(dataclasses.replace(base.branches[0], **{name: value}),))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from difftap.coords import Geometry
-from difftap.errors import ArtefactError
+from difftap.errors import ArtefactError, InputError
 from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.manifest import atomic_path, output_errors, write_atomic
@@ -36,7 +36,11 @@ def provenance(pipeline: Pipeline, branch: int, prompt: Prompt) -> dict[str, Any
     """Everything that decides one branch's maps under one prompt, and who made them."""
     recipe, at = pipeline.recipe, pipeline.conditions
     fields = recipe.feature_fields()
-    own = {**fields.pop("branches")[branch], "prompt": prompt.text}
+    learned = fields.pop("learned", None) and at["prompts"]
+    if prompt.pair is not None:
+        raise InputError("maps under prompts made of images are not kept in files; leave --features out")
+    text = prompt.text if prompt.row is None else {**learned, "branch": branch, "row": prompt.row}
+    own = {**fields.pop("branches")[branch], "prompt": text}
     return {
         "schema": SCHEMA,
         "difftap": at["difftap"],

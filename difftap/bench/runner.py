@@ -27,7 +27,7 @@ from difftap.maps import Makers, MapShelf
 from difftap.matching import Joining
 from difftap.matching.joining import find
 from difftap.pipeline import Pipeline
-from difftap.prompts import Prompt, Subject, choose_prompts
+from difftap.prompts import Prompt
 from difftap.recipe import Recipe
 
 __all__ = ["Opener", "Plan", "PredictRun", "finished", "plan", "predict", "subset"]
@@ -77,9 +77,9 @@ class Plan:
 
 def plan(samples: Sequence[Sample], recipe: Recipe) -> Plan:
     """Group pairs by what conditions the recipe's branches for them, in order of first appearance."""
-    groups: dict[tuple[Prompt, ...], list[int]] = {}
+    groups: dict[tuple[tuple[Prompt, ...], ...], list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(choose_prompts(recipe, Subject(sample.category)), []).append(index)
+        groups.setdefault(tuple(unit.prompts for unit in units(sample, recipe)), []).append(index)
     return Plan(tuple(tuple(indices) for indices in groups.values()))
 
 

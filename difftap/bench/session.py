@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.bench.datasets import load, loader
+from difftap.bench.parts import take_part
 from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
@@ -44,6 +45,7 @@ class Selection:
         allow_missing: leave broken pairs out, and count them.
         limit: the first so many pairs.
         per_class: so many of each class, evenly spaced.
+        part: of the images, one of `difftap.bench.parts.PARTS`; None for all.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Selection:
     allow_missing: bool = False
     limit: int | None = None
     per_class: int | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,11 @@ def load_pairs(chosen: Selection, made: Path) -> Pairs:
         "left_out": data.problem_counts(),
         "problems": [{"pair": one.pair, "kind": one.kind, "message": one.message} for one in data.problems],
         "notes": list(data.notes),
-        "subset": {"limit": chosen.limit, "per_class": chosen.per_class},
+        "subset": {"limit": chosen.limit, "per_class": chosen.per_class}
+        | ({} if chosen.part is None else {"part": chosen.part}),
     }
-    return Pairs(subset(data.samples, chosen.limit, chosen.per_class), about, data.makers)
+    samples = data.samples if chosen.part is None else take_part(data.samples, chosen.part, chosen.root, made)
+    return Pairs(subset(samples, chosen.limit, chosen.per_class), about, data.makers)
 
 
 def check_run(chosen: Selection, folder: Path, recipe: Recipe | None, matching: Mapping[str, Any]) -> Iterator[str]:

@@ -51,8 +51,9 @@ class Unit:
 
 def units(sample: Sample, recipe: Recipe) -> tuple[Unit, Unit]:
     """A pair's source and target."""
-    prompts = choose_prompts(recipe, Subject(sample.category))
-    return Unit(View(sample.source), prompts), Unit(View(sample.target, sample.mirrored), prompts)
+    pair = View(sample.source), View(sample.target, sample.mirrored)
+    first, second = (Unit(view, choose_prompts(recipe, Subject(sample.category, view, pair))) for view in pair)
+    return first, second
 
 
 def passes(wanted: Sequence[Unit]) -> set[_Part]:
@@ -103,11 +104,13 @@ class Maker:
                     images[unit.view] = load_view(unit.view, self._makers)
                 except ImageError as error:
                     images[unit.view] = error
+        faults = {unit: fault for unit in wanted if (fault := self._know(unit, images)) is not None}
+        whole = [unit for unit in wanted if unit not in faults]
         good = {view: image for view, image in images.items() if isinstance(image, Image)}
-        known = {part: self._known(part, image) for view, image in good.items() for part in _of(wanted, view)}
-        fresh = self._extract(wanted, good, {part for part, maps in known.items() if maps is None})
+        known = {part: self._known(part, image) for view, image in good.items() for part in _of(whole, view)}
+        fresh = self._extract(whole, good, {part for part, maps in known.items() if maps is None})
         for unit in wanted:
-            image = images[unit.view]
+            image = faults.get(unit, images[unit.view])
             if isinstance(image, ImageError):
                 yield image
                 continue
@@ -115,6 +118,22 @@ class Maker:
             yield Made(self._joining.kept(maps), image.size, image.digest)
             for part in unit.parts:
                 self._share(part, known[part] or fresh[part])
+
+    def _know(self, unit: Unit, images: dict[View, Image | ImageError]) -> ImageError | None:
+        """Make the images known that a unit's prompts are made of; what keeps one of them from it, if anything does."""
+        book = self._pipeline.prompts
+        for view in dict.fromkeys(name for prompt in unit.prompts for name in prompt.pair or ()):
+            if not isinstance(view, View) or book.knows(view):
+                continue
+            image = images.get(view)
+            try:
+                image = image or load_view(view, self._makers)
+            except ImageError as error:
+                return error
+            if isinstance(image, ImageError):
+                return image
+            book.know(view, image)
+        return None
 
     def _known(self, part: _Part, image: Image) -> tuple[FeatureMap, ...] | None:
         if part in self._shared:

@@ -125,6 +125,7 @@ def match(
         5 if grid is None else grid,
         _empty_prompt(recipe) if category is None else "",
         features,
+        category if recipe.learned is not None else None,
     )
     if pairs_file is not None:
         if source is not None or point_texts or points_file or heat is not None:
@@ -146,6 +147,8 @@ def _filled(recipe: Recipe, category: str | None) -> Recipe:
     """The recipe with the category in its prompts, so that its key and record name what was really asked."""
     from difftap.prompts import Subject, fill, wants_category
 
+    if recipe.learned is not None:  # a file of its own says whether it wants one
+        return recipe
     if category is not None and not wants_category(recipe.branches):
         raise InputError(
             "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt "
@@ -158,7 +161,7 @@ def _empty_prompt(recipe: Recipe) -> str:
     """What to say of a prompt that asks for a category when none is given."""
     from difftap.prompts import wants_category
 
-    asked = [branch.prompt for branch in recipe.branches if wants_category([branch])]
+    asked = [] if recipe.learned else [b.prompt for b in recipe.branches if wants_category([b])]
     return f"the recipe's prompt is '{asked[0]}': it stays empty without --category WORD" if asked else ""
 
 
@@ -174,6 +177,7 @@ class _Job:
     grid: int
     note: str = ""
     features: str | None = None
+    category: str | None = None
 
     def open(self) -> Pipeline:
         """The recipe made ready; then, bad input being out of the way, says what there is to say."""
@@ -185,6 +189,9 @@ class _Job:
             pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
         else:
             pipeline = FeatureSource.open(self.recipe, self.features, self.runtime, **self.opening)
+        if self.category is not None and pipeline.prompts.depends_on != "category":
+            pipeline.close()
+            raise InputError("--category chooses among learned prompts, and these do not depend on it; leave it out")
         if self.note:
             click.echo(self.note, err=True)
         return pipeline
@@ -203,7 +210,8 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """What decides, besides the recipe, which matches are written."""
         grid = None if self.mutual else self.grid
-        return {"mutual": self.mutual, "grid": grid, **dataclasses.asdict(self.threshold)}
+        said = {} if self.category is None else {"category": self.category}
+        return {"mutual": self.mutual, "grid": grid, **dataclasses.asdict(self.threshold), **said}
 
     def choose(self, size: tuple[int, int], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
         """Points of an image of ``size`` to match, ``(N, 2)``; None if they are to be found."""
@@ -247,7 +255,8 @@ def _one(
         raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
     joining = job.joining
     with job.open() as pipeline:
-        first, second = (joining.ready(joining.kept(maps)) for maps in pipeline.maps([source, target]))
+        both = pipeline.pair(source, target, job.category)
+        first, second = (joining.ready(joining.kept(maps)) for maps in both)
     found = job.find(first, second, points)
     matches = job.threshold.keep(found)
     if output is not None:
@@ -293,6 +302,7 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
             overwrite=overwrite,
             batch=pipeline.batch,
             memory=memory,
+            category=job.category,
             progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""

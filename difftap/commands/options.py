@@ -13,7 +13,7 @@ from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline import Runtime
-    from difftap.recipe import Recipe
+    from difftap.recipe import Learned, Recipe
 
 __all__ = [
     "Grouped",
@@ -25,12 +25,15 @@ __all__ = [
     "parse_size",
     "recipe_options",
     "runtime_options",
+    "size_option",
+    "stack",
     "take_runtime",
 ]
 
 _SECTIONS = {
     "Recipe": (
         *("recipe_name", "model", "revision", "random_weights", "size", "ensemble", "taps", "timestep", "prompt"),
+        *("prompts", "prompt_mode"),
         *("category", "matcher", "interpolation", "seed", "noise", "combine", "reading"),
     ),
     "Runtime": ("backend", "device", "precision", "threads", "batch", "cache", "memory"),
@@ -57,7 +60,9 @@ class Grouped(click.Command):
                     formatter.write_dl(records)
 
 
-def _stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
+def stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
+    """Several options as one decorator."""
+
     def decorate(function: _F) -> _F:
         for option in reversed(options):
             function = option(function)
@@ -86,7 +91,7 @@ cache_option = click.option(
     help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
 )
 
-model_options = _stack(
+model_options = stack(
     [
         click.option(
             "--model",
@@ -104,6 +109,8 @@ model_options = _stack(
     ]
 )
 
+size_option = click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")
+
 
 def _feature_list(default: str) -> list[Callable[[Any], Any]]:
     return [
@@ -114,13 +121,17 @@ def _feature_list(default: str) -> list[Callable[[Any], Any]]:
             help=f"Recipe: a preset ('difftap recipes') or a TOML file.  [default: {default}]",
         ),
         model_options,
-        click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels."),
+        size_option,
         click.option("--ensemble", type=int, metavar="E", help="Noise samples averaged per image."),
         click.option(
             "--tap", "taps", multiple=True, metavar="TAP", help="Tap to read, for a recipe of one branch (repeatable)."
         ),
         click.option("--timestep", type=int, metavar="T", help="Timestep, for a recipe of one branch."),
         click.option("--prompt", metavar="TEXT", help="Text that conditions every branch.  [default: the recipe's]"),
+        click.option("--prompts", metavar="DIR", help="Learned prompts ('difftap tune') in the text's place."),
+        click.option(
+            "--prompt-mode", metavar="MODE", help="Of conditional ones: pair (exact), class or image.  [default: pair]"
+        ),
         click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
         click.option(
             "--noise", metavar="KIND", help="independent, antithetic (pairs of opposite sign), or none with ensemble 1."
@@ -130,10 +141,10 @@ def _feature_list(default: str) -> list[Callable[[Any], Any]]:
 
 def feature_options(default: str) -> Callable[[_F], _F]:
     """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe."""
-    return _stack(_feature_list(default))
+    return stack(_feature_list(default))
 
 
-recipe_options = _stack(
+recipe_options = stack(
     [
         *_feature_list("pocket; dift with --model"),
         click.option(
@@ -153,7 +164,7 @@ category_option = click.option(
     help="What the images show: fills {category} in the recipe's prompt.  [default: such a prompt stays empty]",
 )
 
-runtime_options = _stack(
+runtime_options = stack(
     [
         click.option(
             "--backend",
@@ -203,6 +214,8 @@ def build_recipe(
     prompt: str | None,
     seed: int | None,
     noise: str | None,
+    prompts: str | None = None,
+    prompt_mode: str | None = None,
     matcher: str | None = None,
     interpolation: str | None = None,
 ) -> Recipe:
@@ -221,8 +234,23 @@ def build_recipe(
     matcher_changes: dict[str, Any] = {"name": matcher, "interpolation": interpolation}
     new_matcher = dataclasses.replace(recipe.matcher, **{k: v for k, v in matcher_changes.items() if v is not None})
     changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed, "noise": noise}
+    changes["learned"] = _learned(recipe, prompt, prompts, prompt_mode)
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)
+
+
+def _learned(recipe: Recipe, prompt: str | None, path: str | None, mode: str | None) -> Learned | None:
+    """The recipe's learned prompts with what was given put in their place; None to leave them as they are."""
+    from difftap.recipe import Learned
+
+    if prompt is not None and (path is not None or recipe.learned is not None):
+        raise InputError("--prompt gives a text, and this recipe has learned prompts in its place; leave one out")
+    if path is None and mode is None:
+        return None
+    known = recipe.learned or (Learned(path) if path is not None else None)
+    if known is None:
+        raise InputError("--prompt-mode goes with learned prompts; give them by --prompts DIR")
+    return dataclasses.replace(known, path=path or known.path, mode=mode or known.mode)
 
 
 def take_runtime(options: dict[str, Any]) -> Runtime:

@@ -38,6 +38,7 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
 @click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing or broken, and say so.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N pairs only.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
+@click.option("--part", metavar="P", help="Pairs of one part of the images (train, val, test): see docs/tuning.md.")
 @click.option("--protocol", "protocols", multiple=True, metavar="P", help="Score under P (repeatable).  [default: all]")
 @click.option("--alpha", "alphas", multiple=True, type=float, metavar="A", help="Score at A too (repeatable).")
 @click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap resamplings.")
@@ -90,6 +91,7 @@ def pck(
     allow_missing: bool,
     limit: int | None,
     per_class: int | None,
+    part: str | None,
     protocols: tuple[str, ...],
     alphas: tuple[float, ...],
     draws: int,
@@ -119,7 +121,7 @@ def pck(
     folder = make_folder(output)
     given = {"split": split, "layout": layout, "pairs": listing, "flip": flip}
     extra = {name: value for name, value in given.items() if value is not None}
-    selection = Selection(dataset, root, extra, allow_missing, limit, per_class)
+    selection = Selection(dataset, root, extra, allow_missing, limit, per_class, part)
     if score_only:
         _verify(selection, folder, overwrite, options)
     else:

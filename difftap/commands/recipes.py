@@ -41,4 +41,6 @@ def recipes(name: str | None) -> None:
             how += f", {recipe.combine}"
         if recipe.noise != "independent":
             how += f", noise {recipe.noise}"
+        if recipe.learned is not None:
+            how += f", learned prompts ({recipe.learned.kind})"
         click.echo(f"{preset:<18}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")

@@ -2,7 +2,16 @@
 
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
-from difftap.engine.extractor import BranchEngine, Encoded, Extractor, Features, Laid, members_per_run
+from difftap.engine.extractor import (
+    BranchEngine,
+    Encoded,
+    Extractor,
+    Features,
+    Laid,
+    latent_scales,
+    members_per_run,
+)
+from difftap.engine.latents import Latents
 from difftap.engine.registry import BACKENDS, check_precision, choose_device, get_backend
 
 __all__ = [
@@ -16,11 +25,13 @@ __all__ = [
     "Features",
     "Graph",
     "Laid",
+    "Latents",
     "Profile",
     "TensorSpec",
     "check_precision",
     "choose_device",
     "default_cache_folder",
     "get_backend",
+    "latent_scales",
     "members_per_run",
 ]

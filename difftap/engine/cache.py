@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,13 @@ class Cache:
 
         Runtimes refuse symbolic links that leave the graph's folder, so a link has to be a hard one.
         """
+        return self.place_files(model.weight_files(component), folder / component)
+
+    def place_files(self, sources: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+        """Put files into a folder of artefacts, as `place_weights` does."""
         placed = []
-        for source in model.weight_files(component):
-            target = folder / component / source.name
+        for source in sources:
+            target = folder / source.name
             placed.append(target)
             with output_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)

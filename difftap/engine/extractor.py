@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
 from difftap.engine.backend import Engine, Value
+from difftap.engine.latents import Latents
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.features import FeatureMap
@@ -32,6 +33,7 @@ __all__ = [
     "Laid",
     "branch_feeds",
     "draw_noise",
+    "latent_scales",
     "members_per_run",
 ]
 
@@ -109,16 +111,24 @@ class Extractor:
         vae: the VAE encoder's engine.
         branches: one per branch of the recipe.
         batch: images per engine run; the engines' profiles must allow it.
+        latents: what remembers what passes start from, where an image is seen under several prompts; None for nothing.
     """
 
     def __init__(
-        self, model: Model, recipe: Recipe, vae: Engine, branches: Sequence[BranchEngine], batch: int = 1
+        self,
+        model: Model,
+        recipe: Recipe,
+        vae: Engine,
+        branches: Sequence[BranchEngine],
+        batch: int = 1,
+        latents: Latents | None = None,
     ) -> None:
         if batch < 1:
             raise InputError(f"batch is {batch}; allowed: 1 or more images")
         self._model = model
         self._recipe = recipe
         self._vae = vae
+        self._latents = latents
         self._branches = tuple(branches)
         self._batch = batch
         self._turn = threading.Lock()
@@ -136,12 +146,24 @@ class Extractor:
 
     def _extract(self, images: Sequence[Image], branches: Sequence[BranchEngine]) -> Iterator[Features]:
         """Run one batch of images."""
+        if self._latents is not None:
+            with self._turn:
+                starts = self._latents.starts(images)
+            posterior: Mapping[str, Value] = {
+                name: np.stack([getattr(one, name) for one in starts]) for name in ("mean", "std")
+            }
+            noises = np.stack([one.noises[:, : self._recipe.ensemble] for one in starts], axis=1)  # (2, B, E, C, h, w)
+            digests, geometries = tuple(image.digest for image in images), tuple(one.geometry for one in starts)
+            with self._turn:
+                outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
+            yield from _features(digests, geometries, outputs)
+            return
         laid = self.lay(images)
         with self._turn:
             posterior = self._vae.run_on_device({"image": laid.pixels})
             noises = draw_noise(self._recipe, laid.digests, posterior["mean"].shape[1:], self._recipe.ensemble)
             outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-        yield from _features(laid, outputs)
+        yield from _features(laid.digests, laid.geometries, outputs)
 
     # The same in three stages, for who runs them at once on batches of their own. Engines take turns: they would be in
     # each other's way. Some write the next run's outputs where the last one's are, so the posterior is brought home.
@@ -163,7 +185,7 @@ class Extractor:
         """Run every branch's UNet."""
         with self._turn:
             outputs = [self._run_branch(branch, encoded.posterior, encoded.noises) for branch in self._branches]
-        yield from _features(encoded.laid, outputs)
+        yield from _features(encoded.laid.digests, encoded.laid.geometries, outputs)
 
     def _run_branch(
         self, branch: BranchEngine, posterior: Mapping[str, Value], noises: NDArray[np.float32]
@@ -205,7 +227,7 @@ def branch_feeds(
     count: int,
 ) -> dict[str, Value]:
     """All that a branch's UNet is fed for ``count`` images, but for the noises."""
-    signal, sigma = _scales(model, recipe, branch.timestep)
+    signal, sigma = latent_scales(model, branch.timestep, recipe.noise)
     return {
         "mean": posterior["mean"],
         "std": posterior["std"],
@@ -216,10 +238,14 @@ def branch_feeds(
     }
 
 
-def _scales(model: Model, recipe: Recipe, timestep: int) -> tuple[float, float]:
-    """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4)."""
+def latent_scales(model: Model, timestep: int, noise: str) -> tuple[float, float]:
+    """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4).
+
+    Raises:
+        InputError: the schedule has no such timestep.
+    """
     scaling = model.scaling_factor
-    if recipe.noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
+    if noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
         return scaling, 0.0
     schedule = model.alphas_cumprod
     if timestep >= len(schedule):
@@ -228,9 +254,11 @@ def _scales(model: Model, recipe: Recipe, timestep: int) -> tuple[float, float]:
     return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
 
 
-def _features(laid: Laid, outputs: Sequence[Mapping[str, NDArray[np.float32]]]) -> Iterator[Features]:
-    for i, digest in enumerate(laid.digests):
-        yield Features(digest, tuple(_maps(output, i, laid.geometries[i]) for output in outputs))
+def _features(
+    digests: Sequence[str], geometries: Sequence[Geometry], outputs: Sequence[Mapping[str, NDArray[np.float32]]]
+) -> Iterator[Features]:
+    for i, digest in enumerate(digests):
+        yield Features(digest, tuple(_maps(output, i, geometries[i]) for output in outputs))
 
 
 def _maps(output: Mapping[str, NDArray[np.float32]], index: int, geometry: Geometry) -> dict[str, FeatureMap]:

@@ -1,5 +1,6 @@
 """Prompts: what conditions the UNet for an image, and its embedding."""
 
+from difftap.prompts.book import PromptBook
 from difftap.prompts.choose import (
     SLOT,
     Prompt,
@@ -15,6 +16,7 @@ from difftap.prompts.encode import encode_prompt
 __all__ = [
     "SLOT",
     "Prompt",
+    "PromptBook",
     "Subject",
     "choose_prompt",
     "choose_prompts",

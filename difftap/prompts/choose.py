@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.engine.cache import Cache
+from difftap.errors import InputError
 from difftap.model import Model
 from difftap.prompts.encode import encode_prompt
+from difftap.prompts.learned import LearnedPrompts, remembered
 from difftap.recipe import Branch, Recipe
 
 __all__ = ["SLOT", "Prompt", "Subject", "choose_prompt", "choose_prompts", "embed", "fill", "wants_category"]
@@ -31,9 +33,13 @@ class Subject:
 
     Attributes:
         category: class of the object that is looked for; None if nobody has said.
+        image: the image's own name, under which its tokens are known (`difftap.prompts.PromptBook.know`).
+        pair: names of the source and the target image that it is matched in.
     """
 
     category: str | None = None
+    image: Hashable = None
+    pair: tuple[Hashable, Hashable] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,15 @@ class Prompt:
 
     Attributes:
         text: as the text encoder gets it.
+        branch: of a learned prompt, the branch it was learned for.
+        row: of a learned prompt, which one of the file's.
+        pair: of a conditional prompt, the names of the images whose tokens make it.
     """
 
     text: str = ""
+    branch: int = 0
+    row: int | None = None
+    pair: tuple[Hashable, Hashable] | None = None
 
 
 def choose_prompt(branch: Branch, subject: Subject) -> Prompt:
@@ -64,8 +76,25 @@ def choose_prompt(branch: Branch, subject: Subject) -> Prompt:
     return Prompt(branch.prompt.replace(SLOT, word))
 
 
-def choose_prompts(recipe: Recipe, subject: Subject) -> tuple[Prompt, ...]:
-    """`choose_prompt` of every branch."""
+def choose_prompts(recipe: Recipe, subject: Subject, learned: LearnedPrompts | None = None) -> tuple[Prompt, ...]:
+    """`choose_prompt` of every branch; ``learned`` prompts take the place of the branches' texts.
+
+    Raises:
+        InputError: the learned prompts depend on what the subject does not name.
+    """
+    if recipe.learned is not None:
+        learned = learned or remembered(recipe.learned.path)
+        mode = learned.mode(recipe.learned)
+        pair = subject.pair if mode == "pair" else (subject.image, subject.image)
+        if mode in ("pair", "image"):
+            if pair is None or None in pair:
+                raise InputError(
+                    f"'{learned.path}' makes a prompt for each {mode}, and none was named here; allowed: pairs, or "
+                    "--prompt-mode class"
+                )
+            return tuple(Prompt(branch=k, pair=pair) for k in range(len(recipe.branches)))
+        row = learned.row(subject.category)
+        return tuple(Prompt(branch=k, row=row) for k in range(len(recipe.branches)))
     return tuple(choose_prompt(branch, subject) for branch in recipe.branches)
 
 
@@ -86,6 +115,8 @@ def wants_category(branches: Sequence[Branch]) -> bool:
 
 def fill(recipe: Recipe, subject: Subject) -> Recipe:
     """The recipe with its prompts filled in for one subject, so that its key names what was really asked."""
+    if recipe.learned is not None:
+        return recipe
     branches = [
         dataclasses.replace(branch, prompt=prompt.text)
         for branch, prompt in zip(recipe.branches, choose_prompts(recipe, subject), strict=True)

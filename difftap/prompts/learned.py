@@ -1,0 +1,236 @@
+"""Files of learned prompts: safetensors with their provenance, read and written without torch.
+
+A folder that ``difftap tune`` writes holds ``prompt.safetensors``; for conditional prompts also one exported head a
+branch (``cpm.0.onnx`` and its manifest), whose weights lie in that file. Tensors are named by branch:
+
+===================  ===============  ==========================================================================
+name                 shape            what
+===================  ===============  ==========================================================================
+``0.embedding``      ``(K, T, D)``    what the UNet reads: one (single), or one a class (class, and cpm's means)
+``0.tokens``         ``(K, n, W)``    the learned vectors before the text encoder (single, class)
+``0.head.*``         as the network   the conditional head's weights (cpm)
+===================  ===============  ==========================================================================
+
+Axis letters: K classes; T prompt tokens; D width of the UNet's cross-attention; n learned tokens; W their width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.errors import InputError, ModelError
+from difftap.manifest import file_digest, write_atomic
+from difftap.prompts.tokens import TokenSource
+from difftap.recipe import KINDS, Learned, Recipe
+
+__all__ = [
+    "PROMPT_FILE",
+    "SCHEMA",
+    "LearnedPrompts",
+    "find_learned",
+    "fits_of",
+    "load_learned",
+    "remembered",
+    "save_learned",
+]
+
+PROMPT_FILE = "prompt.safetensors"
+SCHEMA = 1
+_KEY = "difftap"
+
+
+def fits_of(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that a learned prompt is made for: ensemble, seed, joining and matcher are free."""
+    return {
+        "branches": [{"taps": list(branch.taps), "timestep": branch.timestep} for branch in recipe.branches],
+        "size": list(recipe.size),
+        "fit": recipe.fit,
+        "noise": recipe.noise,
+    }
+
+
+@dataclass(frozen=True)
+class LearnedPrompts:
+    """What a prompt file holds.
+
+    Attributes:
+        path: the safetensors file.
+        sha256: its hash.
+        about: its provenance: kind, model, recipe, data, settings, steps, scores.
+        embeddings: one a branch, ``(K, T, D)`` float32.
+    """
+
+    path: Path
+    sha256: str
+    about: Mapping[str, Any]
+    embeddings: tuple[NDArray[np.float32], ...] = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        """``single``, ``class`` or ``cpm``."""
+        return str(self.about["kind"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes there are prompts for; none for ``single``."""
+        return tuple(self.about["classes"])
+
+    @property
+    def image_tokens(self) -> TokenSource | None:
+        """Where conditional prompts' image tokens come from."""
+        data = self.about.get("image_tokens")
+        return None if data is None else TokenSource.from_dict(data)
+
+    def mode(self, asked: Learned) -> str:
+        """What the prompt depends on: ``all`` (nothing), ``class``, ``pair`` or ``image``.
+
+        Raises:
+            InputError: the kind has no such mode.
+        """
+        own = {"single": "all", "class": "class", "cpm": "pair"}[self.kind]
+        allowed = {"single": (), "class": ("class",), "cpm": ("pair", "class", "image")}[self.kind]
+        if asked.mode and asked.mode not in allowed:
+            raise InputError(
+                f"prompt mode is '{asked.mode}'; '{self.path}' holds {self.kind} prompts; allowed: "
+                f"{', '.join(allowed) or 'none, since they depend on nothing'}"
+            )
+        return asked.mode or own
+
+    def check(self, asked: Learned, recipe: Recipe, model: str, key: str) -> None:
+        """Refuse a prompt that was learned for something else.
+
+        Args:
+            asked: what the recipe says of it.
+            recipe: the recipe that would use it.
+            model: the model's name, for the message.
+            key: the model's key.
+
+        Raises:
+            InputError: it is of another kind, or was learned for another model or recipe.
+        """
+        if asked.kind and asked.kind != self.kind:
+            raise InputError(f"'{self.path}' holds {self.kind} prompts; this recipe takes {asked.kind} prompts")
+        if self.about["model"]["key"] != key:
+            raise InputError(
+                f"'{self.path}' was learned for model '{self.about['model']['name']}' (key "
+                f"{self.about['model']['key']}), not for '{model}' (key {key}); learn one with 'difftap tune'"
+            )
+        wanted, made = fits_of(recipe), self.about["fits"]
+        differing = [name for name in wanted if wanted[name] != made.get(name)]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"'{self.path}' was learned for {name} = {json.dumps(made.get(name))}, and this recipe has "
+                f"{json.dumps(wanted[name])}; use the recipe it was learned for, or learn one with 'difftap tune'"
+            )
+
+    def row(self, category: str | None) -> int:
+        """Which row of `embeddings` a class has.
+
+        Raises:
+            InputError: there is no prompt for it.
+        """
+        if self.kind == "single":
+            return 0
+        if category not in self.classes:
+            said = "no class was given" if category is None else f"there is no prompt for class '{category}'"
+            raise InputError(f"{said}; '{self.path}' holds {', '.join(self.classes)}")
+        return self.classes.index(category)
+
+
+def find_learned(path: str | Path) -> Path:
+    """The prompt file of a folder, or the file itself.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = Path(path)
+    try:
+        file = given / PROMPT_FILE if given.is_dir() else given
+        found = file.is_file()
+    except OSError:  # too long a name for the file system
+        found = False
+    if not found:
+        raise InputError(
+            f"no learned prompts at '{path}'; learn them with 'difftap tune', or name another folder with --prompts"
+        )
+    return file
+
+
+def load_learned(path: str | Path) -> LearnedPrompts:
+    """Read a prompt file.
+
+    Raises:
+        InputError: there is none.
+        ModelError: it is damaged, or no prompt file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = find_learned(path)
+    try:
+        with safe_open(str(file), framework="np") as handle:
+            about = json.loads((handle.metadata() or {})[_KEY])
+            if about["schema"] != SCHEMA:
+                raise ValueError(f"its schema is {about['schema']}, this difftap reads {SCHEMA}")
+            if about["kind"] not in KINDS:
+                raise ValueError(f"its kind is {about['kind']!r}")
+            count = len(about["fits"]["branches"])
+            rows = 1 if about["kind"] == "single" else len(about["classes"])
+            embeddings = tuple(handle.get_tensor(f"{k}.embedding") for k in range(count))
+        if any(one.ndim != 3 or one.dtype != np.float32 or len(one) != rows for one in embeddings):
+            raise ValueError(f"its embeddings have shapes {[one.shape for one in embeddings]}")
+        if not all(np.isfinite(one).all() for one in embeddings):
+            raise ValueError("its embeddings are not finite")
+        for name in ("model", "data", "settings", "scores", "steps"):
+            about[name]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ModelError(f"'{file}' is no whole file of learned prompts ({what}); learn them again") from error
+    return LearnedPrompts(file, file_digest(file), about, embeddings)
+
+
+_remembered: dict[tuple[Path, int, int], LearnedPrompts] = {}
+
+
+def remembered(path: str | Path) -> LearnedPrompts:
+    """As `load_learned`, reading an unchanged file once."""
+    file = find_learned(path)
+    stamp = file.stat()
+    key = (file.resolve(), stamp.st_size, stamp.st_mtime_ns)
+    if key not in _remembered:
+        _remembered.clear()
+        _remembered[key] = load_learned(file)
+    return _remembered[key]
+
+
+def save_learned(
+    folder: Path, about: Mapping[str, Any], branches: Sequence[Mapping[str, NDArray[np.float32]]]
+) -> LearnedPrompts:
+    """Write a prompt file; the same content gives the same bytes.
+
+    Args:
+        folder: an existing folder.
+        about: the provenance.
+        branches: each branch's tensors: ``embedding`` and what belongs to its kind.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from safetensors.numpy import save
+
+    tensors = {
+        f"{k}.{name}": np.ascontiguousarray(value, np.float32)
+        for k, branch in enumerate(branches)
+        for name, value in sorted(branch.items())
+    }
+    # One entry: the order of several is not fixed in the file.
+    text = json.dumps({"schema": SCHEMA, **about}, sort_keys=True)
+    write_atomic(folder / PROMPT_FILE, save(tensors, metadata={_KEY: text}))
+    return load_learned(folder)

@@ -1,0 +1,322 @@
+"""The training loop: steps, validation, the best epoch kept, and a state to go on from.
+
+The order of pairs depends on nothing but the seed and the epoch, so a resumed run does what an unbroken one would have.
+Axis letters: B images; N keypoints; C channels; h w cells.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.bench.predictions import Prediction
+from difftap.bench.protocols import PROTOCOLS
+from difftap.bench.samples import Sample
+from difftap.bench.scoring import measure
+from difftap.coords import Geometry
+from difftap.errors import InputError, NonFiniteError
+from difftap.maps import View
+from difftap.matching import Matches
+from difftap.matching.joining import CornerGeometry
+from difftap.recipe import Recipe
+from difftap.tuning.crew import Crew
+from difftap.tuning.data import TrainingPairs
+from difftap.tuning.learner import Key, Learner, key_of, views_of
+from difftap.tuning.loss import fused_cosines, gaussian_cross_entropy
+from difftap.tuning.passes import Passes
+from difftap.tuning.settings import Settings
+from difftap.tuning.state import Progress, load_state, save_state
+from difftap.tuning.store import ImageStore
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ALPHAS", "CELLS_AT_ONCE", "Loop", "Watcher"]
+
+ALPHAS = (0.05, 0.1)
+CELLS_AT_ONCE = 16384
+"""Latent cells whose passes' intermediate values are held at once, unless `Settings.passes` says otherwise."""
+_EVERY = 30.0  # seconds between states
+_MAPS = 1 << 30  # bytes of maps kept while validating
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told of a training's progress: of each step (done, of, seconds left), and of each epoch (its row)."""
+
+    step: Callable[[int, int, float], None] = lambda done, of, left: None
+    epoch: Callable[[Progress, dict[str, float]], None] = lambda progress, row: None
+
+
+class Loop:
+    """One training: one prompt for each branch of a recipe, learned together.
+
+    Args:
+        recipe: its branches, joining and size; the whole recipe's, or one branch of it.
+        settings: how it is learned.
+        pairs: what from.
+        learners: one a branch.
+        passes: the UNet, one pass a branch.
+        store: what is known of each image.
+        empty: ``(T, D)`` the empty prompt, to compare with.
+        crew: the processes that share the work.
+        device: where tensors lie.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Settings,
+        pairs: TrainingPairs,
+        learners: Sequence[Learner],
+        passes: Passes,
+        store: ImageStore,
+        empty: NDArray[np.float32],
+        crew: Crew,
+        device: str,
+    ) -> None:
+        import torch
+
+        self._recipe = recipe
+        self._settings = settings
+        self._pairs = pairs
+        self._learners = tuple(learners)
+        self._passes = passes
+        self._store = store
+        self._crew = crew
+        self._device = device
+        self._empty = torch.from_numpy(empty).to(device)
+        groups = [group for learner in learners for group in learner.groups(settings)]
+        self._parameters = [value for value, _ in groups]
+        self.best = [value.detach().clone() for value in self._parameters]
+        # One at a time rather than many at once: the same arithmetic wherever it runs.
+        self._optimizer = torch.optim.Adam([{"params": [value], "lr": rate} for value, rate in groups], foreach=False)
+        self._shares = [branch.weight / len(branch.taps) for branch in recipe.branches for _ in branch.taps]
+        self.progress = Progress()
+        self._sizes: dict[View, tuple[int, int]] = {}
+
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch."""
+        return -(-len(self._pairs.train) // self._settings.batch)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        whole = self.steps * self._settings.epochs
+        return min(whole, self._settings.steps) if self._settings.steps else whole
+
+    def run(self, state: Path, identity: dict[str, Any], watcher: Watcher) -> None:
+        """Learn, from the state on disk if there is one, to the end; `best` then holds the best epoch's values.
+
+        Raises:
+            OutputError: the state is another training's, or cannot be written.
+            NonFiniteError: the loss is not finite.
+        """
+        if state.is_file():
+            self.progress = load_state(state, identity, self._parameters, self.best, self._optimizer)
+        saved = time.monotonic()
+
+        def save() -> None:
+            nonlocal saved
+            saved = time.monotonic()
+            if self._crew.rank == 0:
+                save_state(state, identity, self.progress, self._parameters, self.best, self._optimizer)
+            self._crew.wait()
+
+        if not self.progress.empty:
+            self.progress.empty = self.validate(None)
+            save()
+        at = self.progress
+        spent: list[float] = []
+        while not self._finished():
+            order = self._order(at.epoch)
+            while at.step < self.steps and not self._at_limit():
+                began = time.monotonic()
+                batch = order[at.step * self._settings.batch : (at.step + 1) * self._settings.batch]
+                loss = self._step([self._pairs.train[k] for k in batch])
+                at.step, at.done = at.step + 1, at.done + 1
+                at.total, at.pairs = at.total + loss * len(batch), at.pairs + len(batch)
+                at.losses.append(loss)
+                spent = [*spent[-19:], time.monotonic() - began]
+                at.seconds += spent[-1]
+                watcher.step(at.done, self.total, sum(spent) / len(spent) * (self.total - at.done))
+                if time.monotonic() - saved > _EVERY:
+                    save()
+            self._end_epoch(watcher)
+            save()
+
+    def take_best(self) -> None:
+        """Put the best epoch's values into the learners."""
+        import torch
+
+        with torch.no_grad():
+            for value, best in zip(self._parameters, self.best, strict=True):
+                value.copy_(best)
+
+    def _at_limit(self) -> bool:
+        return bool(self._settings.steps) and self.progress.done >= self._settings.steps
+
+    def _finished(self) -> bool:
+        return self.progress.epoch >= self._settings.epochs or (self._at_limit() and self.progress.step == 0)
+
+    def _end_epoch(self, watcher: Watcher) -> None:
+        at = self.progress
+        began = time.monotonic()
+        row = {"epoch": at.epoch + 1.0, "loss": at.total / max(1, at.pairs), **self.validate(self._learners)}
+        at.seconds += time.monotonic() - began
+        if not at.best or row["0.1"] > max(old["0.1"] for old in at.history):
+            at.best = at.epoch + 1
+            self.best = [value.detach().clone() for value in self._parameters]
+        at.history.append(row)
+        at.epoch, at.step, at.total, at.pairs = at.epoch + 1, 0, 0.0, 0
+        watcher.epoch(at, row)
+
+    def _order(self, epoch: int) -> list[int]:
+        rng = np.random.Generator(np.random.Philox(key=[self._settings.seed, epoch]))
+        return [int(k) for k in rng.permutation(len(self._pairs.train))]
+
+    def _step(self, batch: Sequence[Sample]) -> float:
+        """One step of Adam on a batch; gives its mean loss."""
+        import torch
+
+        self._optimizer.zero_grad(set_to_none=False)
+        for value in self._parameters:
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+        mine = self._crew.share(batch)
+        width, height = self._recipe.size
+        cells = (width // self._passes.stride) * (height // self._passes.stride)
+        together = self._settings.passes or max(1, CELLS_AT_ONCE // (2 * cells))
+        total = torch.zeros(1, device=self._device)
+        for start in range(0, len(mine), together):
+            losses = self.losses(mine[start : start + together])
+            (losses.sum() / len(batch)).backward()
+            total += losses.detach().sum()
+        loss = float(self._crew.add(total)) / len(batch)
+        if not np.isfinite(loss):
+            raise NonFiniteError(f"the loss of step {self.progress.done + 1} is not finite; use precision fp32")
+        for value in self._parameters:
+            value.grad = self._crew.add(value.grad)
+        self._optimizer.step()
+        return loss
+
+    def losses(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """The loss of each pair, the mean over its keypoints, ``(pairs,)``."""
+        import torch
+
+        maps = self._maps(samples, self._learners)
+        losses = []
+        for sample in samples:
+            scores, _, there = self._scores(sample, maps)
+            cells = self._cells(sample.target_points, there, (scores.shape[2], scores.shape[1]))
+            losses.append(gaussian_cross_entropy(scores, cells).mean())
+        return torch.stack(losses)
+
+    def validate(self, learners: Sequence[Learner] | None) -> dict[str, float]:
+        """Mean per-image PCK of the validation pairs at each of `ALPHAS`, nearest cell, SD4Match's frame and basis.
+
+        Args:
+            learners: whose prompts; None for the empty one.
+        """
+        import torch
+
+        protocol, dataset = PROTOCOLS["sd4match"], str(self._pairs.about["name"])
+        kept: OrderedDict[tuple[View, Key], list[torch.Tensor]] = OrderedDict()
+        sums = torch.zeros(len(ALPHAS) + 1, dtype=torch.float64)
+        with torch.no_grad():
+            for sample in self._crew.share(self._pairs.val):
+                maps = self._maps([sample], learners, kept)
+                scores, _, geometry = self._scores(sample, maps, learners is None)
+                flat = scores.flatten(1).argmax(1).cpu().numpy()
+                cells = np.stack([flat % scores.shape[2], flat // scores.shape[2]], axis=1).astype(np.float64)
+                found = geometry.to_pixels(cells, (scores.shape[2], scores.shape[1]))
+                nothing = np.full(len(found), np.nan)
+                matches = Matches(sample.source_points, found, np.zeros(len(found)), nothing, nothing)
+                hits = measure(Prediction.of(0, sample, matches), protocol, dataset).hits(ALPHAS, protocol.strict)
+                sums += torch.tensor([*hits.mean(0), 1.0], dtype=torch.float64)
+        sums = self._crew.add(sums.to(self._device)).cpu()
+        return {f"{alpha:g}": float(sums[k] / sums[-1]) for k, alpha in enumerate(ALPHAS)}
+
+    def _maps(
+        self,
+        samples: Sequence[Sample],
+        learners: Sequence[Learner] | None,
+        kept: OrderedDict[tuple[View, Key], list[torch.Tensor]] | None = None,
+    ) -> dict[tuple[View, Key], list[torch.Tensor]]:
+        """Maps of all the images of these pairs under their prompts, branch by branch; equal ones made once."""
+        kind = self._settings.kind if learners is not None else "single"
+        wanted: dict[tuple[View, Key], None] = {}
+        for sample in samples:
+            for view, size in zip(views_of(sample), (sample.source_size, sample.target_size), strict=True):
+                self._sizes[view] = size
+                wanted[view, key_of(sample, kind)] = None
+        found = {one: kept[one] for one in wanted if kept is not None and one in kept}
+        missing = [one for one in wanted if one not in found]
+        if missing:
+            made = self._run(missing, learners)
+            found |= made
+            if kept is not None:
+                kept.update(made)
+                while len(kept) > 2 and sum(m.nbytes for maps in kept.values() for m in maps) > _MAPS:
+                    kept.popitem(last=False)
+        return found
+
+    def _run(
+        self, wanted: Sequence[tuple[View, Key]], learners: Sequence[Learner] | None
+    ) -> dict[tuple[View, Key], list[torch.Tensor]]:
+        import torch
+
+        known = [self._store.get(view, self._sizes[view]) for view, _ in wanted]
+        keys = list(dict.fromkeys(key for _, key in wanted))
+        place = {key: k for k, key in enumerate(keys)}
+        rows = torch.tensor([place[key] for _, key in wanted], device=self._device)
+
+        def tokens(view: View) -> torch.Tensor:
+            return torch.from_numpy(self._store.get(view, self._sizes[view]).tokens).to(self._device)
+
+        found: list[list[torch.Tensor]] = [[] for _ in wanted]
+        for k in range(len(self._recipe.branches)):
+            if learners is None:
+                prompts = self._empty.expand(len(wanted), -1, -1)
+            else:
+                prompts = learners[k].prompts(keys, tokens).index_select(0, rows)
+            for maps, more in zip(found, self._passes.run(k, known, prompts), strict=True):
+                maps.extend(more)
+        return dict(zip(wanted, found, strict=True))
+
+    def _scores(
+        self, sample: Sample, maps: dict[tuple[View, Key], list[torch.Tensor]], empty: bool = False
+    ) -> tuple[torch.Tensor, Geometry, Geometry]:
+        """Scores ``(N, h, w)`` of a pair's source keypoints, and both geometries."""
+        key = key_of(sample, "single" if empty else self._settings.kind)
+        first, second = views_of(sample)
+        here, there = (self._geometry(view) for view in (first, second))
+        source, target = maps[first, key], maps[second, key]
+        grid = max(one.shape[2] for one in source), max(one.shape[1] for one in source)
+        cells = self._cells(sample.source_points, here, grid)
+        recipe = self._recipe
+        return fused_cosines(source, target, cells, self._shares, recipe.upsample, recipe.combine), here, there
+
+    def _geometry(self, view: View) -> Geometry:
+        geometry = self._store.get(view, self._sizes[view]).geometry
+        if self._settings.reading == "corners":
+            if self._recipe.fit != "stretch":
+                raise InputError("reading by corners needs a stretched image; the recipe's fit is 'letterbox'")
+            return CornerGeometry(geometry.image, geometry.input, geometry.content)
+        return geometry
+
+    def _cells(self, points: NDArray[np.float64], geometry: Geometry, grid: tuple[int, int]) -> torch.Tensor:
+        """Points as fractional cells ``(N, 2)``; those beyond the image are moved onto its border."""
+        import torch
+
+        inside = np.clip(points, -0.5, np.array(geometry.image, np.float64) - 0.5)
+        cells = torch.from_numpy(geometry.to_cells(inside, grid))
+        return cells.to(self._device, self._empty.dtype)
