@@ -121,8 +121,8 @@ class Maker:
 
     def _know(self, unit: Unit, images: dict[View, Image | ImageError]) -> ImageError | None:
         """Make the images known that a unit's prompts are made of; what keeps one of them from it, if anything does."""
-        book = self._pipeline.prompts
         for view in dict.fromkeys(name for prompt in unit.prompts for name in prompt.pair or ()):
+            book = self._pipeline.prompts
             if not isinstance(view, View) or book.knows(view):
                 continue
             image = images.get(view)
