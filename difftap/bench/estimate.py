@@ -115,7 +115,8 @@ class Estimator:
             both = units(sample, row.recipe)
             images = [load_view(unit.view, pairs.makers) for unit in both]
             for unit, image in zip(both, images, strict=True):
-                pipeline.prompts.know(unit.view, image)
+                if any(prompt.pair for prompt in unit.prompts):
+                    pipeline.prompts.know(unit.view, image)
             several = (images * self._batch)[: self._batch]
             list(pipeline.features(several, both[0].prompts))
             began = clock()
