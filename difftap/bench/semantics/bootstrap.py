@@ -223,7 +223,8 @@ class _ImageSums:
             total, many = (_products(table, weights) for table in self.matrices)
         else:
             total, many = np.array([self._looked_up(row) for row in weights]).T
-        return np.divide(total, many, out=np.full(len(weights), math.nan), where=many > 0)
+        found: NDArray[np.float64] = np.divide(total, many, out=np.full(len(weights), math.nan), where=many > 0)
+        return found
 
     def _looked_up(self, weights: NDArray[np.float64]) -> tuple[float, float]:
         often = np.where(self.left == self.right, weights[self.left], weights[self.left] * weights[self.right])
