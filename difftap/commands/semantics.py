@@ -200,7 +200,8 @@ def _run(name: str, output: Path, **options: Any) -> None:
             for line in finish_axis(study, results, sources):
                 click.echo(line)
             failed += sum(data["counts"]["images_failed"] for data in results["datasets"].values())
-        click.echo(f"wrote {write_report(folder)}", err=True)
+            report = write_report(folder)  # after every axis: a run that is stopped leaves a report of what it did
+        click.echo(f"wrote {report}", err=True)
     if failed:
         sys.exit(1)
 

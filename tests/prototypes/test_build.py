@@ -303,9 +303,10 @@ def test_failed_images_make_the_exit_code_1(tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_and_resume_through_the_command(tmp_path):
-    boxes = {f"{k:03d}": ({"_1": (0, 0, 20, 15)}, {1: 8}) for k in range(200)}
+    boxes = {f"{k:03d}": ({"_1": (0, 0, 20, 15)}, {1: 8}) for k in range(160)}
     root = write_voc(tmp_path / "VOC2012", boxes)
-    command = [sys.executable, "-m", "difftap.cli", "prototypes", "build", "voc", str(root), "--threads", "1", "-o"]
+    command = [sys.executable, "-m", "difftap.cli", "prototypes", "build", "voc", str(root), "--size", "128"]
+    command += ["--threads", "1", "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
     kills = 0

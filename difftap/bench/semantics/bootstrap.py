@@ -111,9 +111,9 @@ def bootstrap_means(
     present = _present(sets.values(), images)
     sums = {name: _ImageSums.of(one, images) for name, one in sets.items()}
     drawn = {name: np.empty(draws) for name in sets}
-    for r, weights in enumerate(_weights(present, draws, seed)):
+    for start, weights in _batches(present, draws, seed):
         for name, one in sums.items():
-            drawn[name][r] = one.mean(weights)
+            drawn[name][start : start + len(weights)] = one.means(weights)
     given = {name: float(one.values.mean()) if len(one) else math.nan for name, one in sets.items()}
     names = list(sets)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
@@ -196,13 +196,15 @@ def _weights(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[NDAr
 class _ImageSums:
     """Sums and numbers of distances by pair of images, those that occur.
 
-    A draw's mean needs no more, so its time does not grow with the number of distances.
+    A draw's mean needs no more, so its time does not grow with the number of distances. Unless few pairs of images
+    occur they are kept as matrices too, and one product serves many draws.
     """
 
     left: NDArray[np.int64]
     right: NDArray[np.int64]
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]
+    matrices: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     @classmethod
     def of(cls, one: DistanceSet, images: int) -> _ImageSums:
@@ -210,12 +212,61 @@ class _ImageSums:
         pairs, where = np.unique(low * max(images, 1) + high, return_inverse=True)
         sums = np.bincount(where, one.values, len(pairs)).astype(np.float64)
         counts = np.bincount(where, minlength=len(pairs)).astype(np.float64)
-        return cls(pairs // max(images, 1), pairs % max(images, 1), sums, counts)
+        left, right = pairs // max(images, 1), pairs % max(images, 1)
+        dense = images <= _DENSE and 200 * len(pairs) > images**2
+        matrices = (_table(left, right, sums, images), _table(left, right, counts, images)) if dense else None
+        return cls(left, right, sums, counts, matrices)
 
-    def mean(self, weights: NDArray[np.float64]) -> float:
+    def means(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The means of several draws, ``(R,)``, from their weights ``(R, I)``."""
+        if self.matrices is not None:
+            total, many = (_products(table, weights) for table in self.matrices)
+        else:
+            total, many = np.array([self._looked_up(row) for row in weights]).T
+        found: NDArray[np.float64] = np.divide(total, many, out=np.full(len(weights), math.nan), where=many > 0)
+        return found
+
+    def _looked_up(self, weights: NDArray[np.float64]) -> tuple[float, float]:
         often = np.where(self.left == self.right, weights[self.left], weights[self.left] * weights[self.right])
-        count = float(np.dot(often, self.counts))
-        return float(np.dot(often, self.sums)) / count if count else math.nan
+        return float(np.dot(often, self.sums)), float(np.dot(often, self.counts))
+
+
+_DENSE = 4000
+"""Most images whose pairs are kept as matrices: two of 128 MB a set."""
+
+_BATCH = 128
+"""Draws whose means are taken in one product."""
+
+
+def _table(
+    left: NDArray[np.int64], right: NDArray[np.int64], values: NDArray[np.float64], images: int
+) -> NDArray[np.float64]:
+    """Values by pair of images as a matrix ``(I, I)``, each pair once."""
+    table = np.zeros((images, images))
+    table[left, right] = values
+    return table
+
+
+def _products(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The weighted sums of a table's entries, ``(R,)``.
+
+    An entry between two images counts as often as the product of their weights, one within an image as its weight.
+    """
+    diagonal = np.diagonal(table)
+    found: NDArray[np.float64] = np.einsum("ri,ri->r", weights @ table, weights) + (weights - weights**2) @ diagonal
+    return found
+
+
+def _batches(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """The weights of `_weights` in stacks ``(R, I)``, each with its first draw's number."""
+    start, rows = 0, []
+    for row in _weights(present, draws, seed):
+        rows.append(row)
+        if len(rows) == _BATCH:
+            yield start, np.stack(rows)
+            start, rows = start + len(rows), []
+    if rows:
+        yield start, np.stack(rows)
 
 
 def _interval(value: float, drawn: NDArray[np.float64], level: float) -> Interval:

@@ -98,6 +98,7 @@ def _frame(axes: Any, scene: Scene, clip: Clip, marked: int, frame: int, people:
     axes.imshow(scene.image.pixels, interpolation="bilinear")
     rows = {str(clip.instances[k]): k for k in np.flatnonzero(clip.frames == frame)}
     nearest = min(rows, key=lambda name: clip.distances[marked, rows[name]]) if rows else None
+    placed: list[tuple[float, float]] = []
     for one, mask in zip(scene.objects, scene.masks, strict=True):
         if one.instance not in rows:
             continue
@@ -110,8 +111,12 @@ def _frame(axes: Any, scene: Scene, clip: Clip, marked: int, frame: int, people:
         text = f"{number}*" if row == marked else f"{number}: {distance:.3f}"
         frame_box: dict[str, Any] = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.55), "edgecolor": colour}
         frame_box["linewidth"] = 1.6 if one.instance == nearest and row != marked else 0.0
+        x, y = float(xs.mean()), max(float(ys.min()) - 6.0, 0.1 * mask.shape[0])
+        while any(abs(x - a) < 0.14 * mask.shape[1] and abs(y - b) < 0.07 * mask.shape[0] for a, b in placed):
+            y += 0.075 * mask.shape[0]  # below the label that stands there
+        placed.append((x, y))
         axes.text(
-            float(xs.mean()), max(float(ys.min()) - 6.0, 0.1 * mask.shape[0]), text, color="white", fontsize=7.5,
+            x, y, text, color="white", fontsize=7.5,
             ha="center", va="bottom", bbox=frame_box, clip_on=True,
             path_effects=[effects.withStroke(linewidth=1.2, foreground="black")],
         )  # fmt: skip

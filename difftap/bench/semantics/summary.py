@@ -86,7 +86,7 @@ def trend_lines(results: Results) -> list[str]:
     """Per data set and case whether the paper's order of means holds; one line each."""
     lines = []
     for name, data in results["datasets"].items():
-        title = TITLES.get(name, name)
+        title = f"{TITLES.get(name, name)} ({data['counts']['images']} images)"
         if results["axis"] == "video":
             held = [row for row in data["offsets"] if row["holds"]]
             known = [row for row in data["offsets"] if row["holds"] is not None]

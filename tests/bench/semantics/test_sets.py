@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difftap.bench.semantics.analysis import analyse, plain
+from difftap.bench.semantics.bootstrap import DistanceSet, bootstrap_means
 from difftap.bench.semantics.published import published_dunn
 from difftap.bench.semantics.sets import SETS, aligned_distances, pair_sets
 from difftap.bench.semantics.video import clips, offset_results
@@ -173,3 +174,13 @@ def test_offsets_hold_every_pair_of_frames_once(noise):
 def test_images_that_are_no_frames_are_refused():
     with pytest.raises(InputError, match="'a' is no frame of a clip"):
         clips(make_table([("person", "a", "x")]), "cosine")
+
+
+def test_looking_pairs_of_images_up_and_multiplying_matrices_agree(monkeypatch):
+    rng = np.random.default_rng(3)
+    left, right = rng.integers(0, 12, (2, 400))
+    one = DistanceSet(rng.random(400), left, right)
+    fast = bootstrap_means({"a": one}, draws=30)
+    monkeypatch.setattr("difftap.bench.semantics.bootstrap._DENSE", 0)
+    slow = bootstrap_means({"a": one}, draws=30)
+    assert (fast.means["a"].low, fast.means["a"].high) == pytest.approx((slow.means["a"].low, slow.means["a"].high))

@@ -97,7 +97,7 @@ def test_distances_and_video_fill_one_report(data, tmp_path):
     out = tmp_path / "out"
     result = run("distances", "--voc", data / "voc", "-o", out, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "VOC 2012, Euclidean distance: scsi < scdi < dcsi < dcdi" in result.stdout
+    assert "VOC 2012 (2 images), Euclidean distance: scsi < scdi < dcsi < dcdi" in result.stdout
     assert "published" in result.stdout
     results = json.loads((out / "distances.json").read_text())
     cases = results["datasets"]["voc"]["cases"]
