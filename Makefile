@@ -18,9 +18,14 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= 2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := constraints.txt
+# Everything that runs and is tested here; TensorRT for RTX, which builds without a GPU too, where there are wheels of it.
+EXTRAS := export,bench,openvino,tune,prototypes,index,milvus,store,ray,dev
+ifeq ($(shell uname -sm),Linux x86_64)
+EXTRAS := $(EXTRAS),tensorrt-rtx
+endif
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: setup base dev match test slow-test lint format engines bench reproduce pocket-graphs clean
+.PHONY: setup base dev match test slow-test lint format engines bench reproduce gpu-check pocket-graphs clean
 .DELETE_ON_ERROR:
 
 setup: dev
@@ -47,7 +52,7 @@ else ifeq ($(shell uname -s),Linux)
 else
 	@$(PIP) install "torch==$(TORCH_VERSION)"
 endif
-	@$(PIP) install -c $(CONSTRAINTS) -e '.[export,bench,dev]'
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 match: base
@@ -87,6 +92,11 @@ reproduce: dev
 bench: dev
 	mkdir -p $(OUT)
 	$(BIN)/difftap bench matching --json $(OUT)/bench-matching.json
+
+# On a machine with an NVIDIA GPU: builds, checks and times every GPU backend that is installed; docs/gpu.md says how to
+# bring wheels to one without a network. It installs nothing: it takes .venv's difftap, or the one on the PATH.
+gpu-check:
+	$(if $(wildcard $(BIN)/difftap),$(BIN)/difftap,difftap) bench gpu-check -o "$(OUT)/gpu-check" $(GPU_CHECK)
 
 # After the embedded model's weights change: its graphs, which ship beside it so that matching needs no torch.
 pocket-graphs: dev
