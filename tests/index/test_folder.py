@@ -326,8 +326,9 @@ def test_a_missing_package_is_named_before_anything_is_done(tmp_path, monkeypatc
 def test_efforts_double():
     import faiss
 
-    index = faiss.index_factory(8, "IVF128,Flat")
-    assert list(efforts(index)) == [1, 2, 4, 8, 16, 32]
+    assert list(efforts(faiss.index_factory(8, "IVF12,Flat"))) == [1, 2, 4, 8, 12]
+    assert list(efforts(faiss.index_factory(8, "IVF1024,Flat")))[-1] == 512
+    assert list(efforts(faiss.index_factory(8, "HNSW8,Flat")))[:2] == [16, 32]
     assert list(efforts(faiss.IndexFlat(8))) == []
 
 
