@@ -33,6 +33,7 @@ SCHEMA = "difftap.bench.index/1"
 _BLOCK = 8192
 _CLUSTERS = 1000
 _COMMON = 48  # directions along which members of any cluster vary
+_SPREAD = 0.08  # along each: members lie half as far from their centre as centres from the origin
 _K = 10
 
 
@@ -119,7 +120,7 @@ def _draw(case: IndexCase) -> Callable[[int, int], NDArray[np.float32]]:
     clusters = min(_CLUSTERS, max(10, case.vectors // 50))
     centres = rng.standard_normal((clusters, case.width), np.float32)
     shares = rng.pareto(2.0, clusters) + 0.2
-    directions = rng.standard_normal((min(_COMMON, case.width), case.width), np.float32) / np.float32(6.0)
+    directions = rng.standard_normal((min(_COMMON, case.width), case.width), np.float32) * np.float32(_SPREAD)
 
     def block(number: int, count: int) -> NDArray[np.float32]:
         one = np.random.default_rng([case.seed, case.width, number])

@@ -26,6 +26,7 @@ from difftap.manifest import FileRecord, Manifest, atomic_path, output_errors
 __all__ = ["FolderIndex", "check_new", "only_writer", "write_index"]
 
 _MANIFEST = "index.json"
+_OURS = ("index-", "rows-", "vectors-", ".index", ".rows")  # how the names of our files begin, scratch files among them
 
 
 class FolderIndex(Index):
@@ -128,8 +129,8 @@ def check_new(folder: Path, overwrite: bool) -> None:
 def _strange(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
-    ours = (_MANIFEST, ".lock", "index-", "rows-", "vectors-", ".index", ".rows")
-    return next((path.name for path in sorted(folder.iterdir()) if not path.name.startswith(ours)), None)
+    kept = (_MANIFEST, ".lock", *_OURS)
+    return next((path.name for path in sorted(folder.iterdir()) if not path.name.startswith(kept)), None)
 
 
 @contextlib.contextmanager
@@ -154,12 +155,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what no manifest names."""
+    """Remove our files that no manifest names."""
     kept = {_MANIFEST, ".lock"}
     if (folder / _MANIFEST).exists():
         kept |= set(Manifest.load(folder / _MANIFEST).files)
     for path in folder.iterdir():
-        if path.name not in kept and path.is_file():
+        if path.name.startswith(_OURS) and path.name not in kept and path.is_file():
             with contextlib.suppress(OSError):
                 path.unlink()
 

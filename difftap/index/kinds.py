@@ -227,10 +227,10 @@ def efforts(index: Any) -> Iterator[int]:
 
 
 def steps(kind: str, lists: int | None) -> Iterator[int]:
-    """Efforts worth trying for a kind of index: doubling, up to a quarter of many lists."""
+    """Efforts worth trying for a kind of index: doubling, up to all lists, or half of many."""
     if kind == "flat":
         return
-    effort, most = (16, _FURTHEST) if lists is None else (1, lists if lists <= 64 else lists // 4)
+    effort, most = (16, _FURTHEST) if lists is None else (1, lists if lists <= 256 else lists // 2)
     while effort < most:
         yield effort
         effort *= 2

@@ -54,8 +54,12 @@ def _connect(where: str) -> Any:
     pymilvus = require("pymilvus", "milvus", "an index in Milvus")
     if where.endswith(".db") and "://" not in where:
         require("milvus_lite", "milvus", "an index in a milvus-lite file")
-        # Its server lacks calls that the client tries and does without; each would be logged with a traceback.
-        logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
+        # Its server lacks calls that the client tries and does without; each would be logged with a traceback. What
+        # keeps it from starting is said below, in one line.
+        for chatty in ("grpc._server", "milvus_lite"):
+            logging.getLogger(chatty).setLevel(logging.CRITICAL)
+        if Path(where).is_file():  # its own is a folder
+            raise InputError(f"'{where}' is no milvus-lite index, but a file; give another name")
         if not Path(where).absolute().parent.is_dir():
             raise OutputError(f"cannot write '{where}': its folder does not exist; make it first")
     try:

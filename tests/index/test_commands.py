@@ -17,7 +17,7 @@ from tests.index.cases import origin, write_table
 
 pytest.importorskip("faiss")
 pytest.importorskip("pyarrow")
-SMALL = ("--size", "64", "--ensemble", "1")
+SMALL = ("--size", "64")
 
 
 def difftap(*arguments, fails=None):

@@ -250,6 +250,18 @@ def test_building_where_something_stands(made, tmp_path):
         build_folder(tmp_path / "no" / "ix", origin(), batches(vectors, rows), Options())
 
 
+def test_what_a_killed_build_left_is_removed_and_what_is_not_ours_stays(tmp_path):
+    vectors, rows = objects(20)
+    (tmp_path / "ix").mkdir()
+    for name in (".lock", "vectors-0a.tmp", "index-0a.faiss", ".rows-0a.parquet.7.ab.part"):
+        (tmp_path / "ix" / name).write_text("half")
+    index = build_folder(tmp_path / "ix", origin(), batches(vectors, rows), Options())
+    assert len(list((tmp_path / "ix").iterdir())) == 4
+    (tmp_path / "ix" / "notes.txt").write_text("mine")
+    index.add(batches(vectors, rows))
+    assert (tmp_path / "ix" / "notes.txt").read_text() == "mine"
+
+
 def test_nothing_to_index(tmp_path):
     with pytest.raises(InputError, match="nothing to index"):
         build_folder(tmp_path / "ix", origin(), [], Options())
@@ -314,8 +326,9 @@ def test_a_missing_package_is_named_before_anything_is_done(tmp_path, monkeypatc
 def test_efforts_double():
     import faiss
 
-    index = faiss.index_factory(8, "IVF128,Flat")
-    assert list(efforts(index)) == [1, 2, 4, 8, 16, 32]
+    assert list(efforts(faiss.index_factory(8, "IVF12,Flat"))) == [1, 2, 4, 8, 12]
+    assert list(efforts(faiss.index_factory(8, "IVF1024,Flat")))[-1] == 512
+    assert list(efforts(faiss.index_factory(8, "HNSW8,Flat")))[:2] == [16, 32]
     assert list(efforts(faiss.IndexFlat(8))) == []
 
 

@@ -109,6 +109,9 @@ def test_what_is_refused(place, tmp_path):
         MilvusIndex.open(str(tmp_path / "no.db"))
     with pytest.raises(OutputError, match="its folder does not exist"):
         build_milvus(str(tmp_path / "no" / "x.db"), origin(), batches(vectors, rows), Options())
+    (tmp_path / "file.db").write_text("mine")
+    with pytest.raises(InputError, match="is no milvus-lite index"):
+        build_milvus(str(tmp_path / "file.db"), origin(), batches(vectors, rows), Options())
     with pytest.raises(InputError, match="--gpu is for an index in a folder"):
         open_index(place, gpu=True)
     with (
