@@ -226,6 +226,7 @@ class Pipeline:
     def stages(self) -> Extractor:
         """The stages of `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
         self.prompts.check_one_map_an_image()
+        self._tell_of_missing_category()
         return self._extractor
 
     def join(self, features: Features) -> FeatureMap:

@@ -1,4 +1,4 @@
-"""A store in a pipeline's place: what is in is read, what is not is extracted or refused, what does not fit is refused."""
+"""A store in a pipeline's place: what is in is read, what is not is extracted or refused."""
 
 import dataclasses
 
@@ -52,7 +52,8 @@ def test_what_is_in_is_read_and_the_rest_extracted(recipe, mini_cache, store):
     with FeatureSource.open(recipe, store, runtime) as source:
         got = list(source.features(IMAGES))
         assert source.extracted == 2
-        assert all((a == b).all() for one, other in zip(got, want, strict=True) for a, b in zip(flat(one), flat(other), strict=True))  # fmt: skip
+        for one, other in zip(got, want, strict=True):
+            assert all((a == b).all() for a, b in zip(flat(one), flat(other), strict=True))
         assert all((a.data == b.data).all() for a, b in zip(source.extract(IMAGES), joined, strict=True))
         assert (next(source.extract(IMAGES[:1], "cat")).data == category.data).all()
         assert len(next(source.maps(IMAGES[:1]))) == 4

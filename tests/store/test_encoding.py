@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -15,12 +15,14 @@ MAPS = arrays.arrays(
 )
 
 
+@settings(deadline=None)
 @given(MAPS)
 def test_float32_is_exact(data):
     encoding = Encoding("float32")
     assert (encoding.decode(encoding.encode(data)) == data).all()
 
 
+@settings(deadline=None)
 @given(MAPS)
 def test_float16_is_within_half_a_step(data):
     encoding = Encoding()
@@ -28,6 +30,7 @@ def test_float16_is_within_half_a_step(data):
     assert (np.abs(got - data) <= np.maximum(np.abs(data) * 2.0**-11, 2.0**-25)).all()
 
 
+@settings(deadline=None)
 @given(MAPS, st.sampled_from(["channel", "map"]))
 def test_int8_is_within_half_a_scale(data, scale):
     encoding = Encoding("int8", scale)
@@ -82,6 +85,7 @@ def test_all_components_give_the_map_back():
         moments.basis(6)
 
 
+@settings(deadline=None)
 @given(MAPS, MAPS)
 def test_fidelity_against_a_loop_over_cells(first, second):
     if first.shape != second.shape:
