@@ -90,7 +90,8 @@ def _table(rows: list[tuple[Any, Any, float]]) -> str:
             f"{own:.1f}",
             f"{seconds:.1f}",
         )
-        note = record.not_run or "the reference itself: ran, all finite"
+        unmeasured = "built earlier, never measured" if record.manifest.report.get("build") else "the reference: it ran"
+        note = record.not_run or unmeasured
         for output, one in record.parity.items():
             figures = (f"{one.relative:.1e}", f"{one.cosine_mean:.6f}", f"{one.cosine_min:.6f}")
             lines.append((*first, output, *figures))
