@@ -41,4 +41,4 @@ def recipes(name: str | None) -> None:
             how += f", {recipe.combine}"
         if recipe.noise != "independent":
             how += f", noise {recipe.noise}"
-        click.echo(f"{preset:<14}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")
+        click.echo(f"{preset:<18}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")
