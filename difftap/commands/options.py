@@ -134,7 +134,10 @@ def _feature_list(default: str) -> list[Callable[[Any], Any]]:
         ),
         click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
         click.option(
-            "--noise", metavar="KIND", help="independent, antithetic (pairs of opposite sign), or none with ensemble 1."
+            "--noise",
+            metavar="KIND",
+            help="independent, antithetic (pairs of opposite sign), or none with ensemble 1.  [default: the recipe's; "
+            "independent where --ensemble is odd]",
         ),
     ]
 
@@ -235,6 +238,8 @@ def build_recipe(
     new_matcher = dataclasses.replace(recipe.matcher, **{k: v for k, v in matcher_changes.items() if v is not None})
     changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed, "noise": noise}
     changes["learned"] = _learned(recipe, prompt, prompts, prompt_mode)
+    if noise is None and recipe.noise == "antithetic" and ensemble is not None and ensemble % 2:
+        changes["noise"] = "independent"  # no pairs can be made of an odd number
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)
 
