@@ -12,15 +12,19 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DifftapError": "difftap.errors",
+    "Extractor": "difftap.extraction",
     "FeatureMap": "difftap.features",
+    "FeatureStore": "difftap.store",
     "Image": "difftap.images",
     "Pipeline": "difftap.pipeline",
     "Recipe": "difftap.recipe",
     "Runtime": "difftap.pipeline",
+    "extract_to_store": "difftap.extraction",
     "load_image": "difftap.images",
     "load_recipe": "difftap.recipe",
     "match_points": "difftap.matching",
     "mutual_matches": "difftap.matching",
+    "open_source": "difftap.sources",
 }
 
 __all__ = ["__version__", *_HOMES]

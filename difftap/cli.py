@@ -22,12 +22,16 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "bench": ("difftap.commands.bench:bench", "Measure speed, memory and quality."),
     "data": ("difftap.commands.data:data", "Look at the benchmarks' data sets."),
+    "doctor": ("difftap.commands.doctor:doctor", "Say what is installed, what is missing and how to get it."),
     "engines": ("difftap.commands.engines:engines", "Build, list, verify and remove engines."),
     "export": ("difftap.commands.export:export", "Export a model's networks to ONNX and hold them against torch."),
+    "extract": ("difftap.commands.extract:extract", "Extract a data set's features into a store."),
+    "index": ("difftap.commands.index:index", "Index prototypes or patch features, search them, judge the hits."),
     "match": ("difftap.commands.match:match", "Find corresponding points in two images, or in many pairs."),
     "prompts": ("difftap.commands.prompts:prompts", "List learned prompts, and show where one comes from."),
     "prototypes": ("difftap.commands.prototypes:prototypes", "Build object prototypes, and look at them."),
     "recipes": ("difftap.commands.recipes:recipes", "List the named recipes, or show one as TOML."),
+    "store": ("difftap.commands.store:store", "Look at a feature store, verify it, make it compact."),
     "taps": ("difftap.commands.taps:taps", "List a model's taps."),
     "tune": ("difftap.commands.tune:tune", "Learn prompts for matching."),
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from difftap.auto import forget_choices, resolve
 from difftap.coords import Size
 from difftap.engine import (
     BACKENDS,
@@ -129,6 +130,7 @@ def build_engines(
     Raises:
         DifftapError: as `difftap.pipeline.Pipeline.open` does.
     """
+    runtime = resolve(recipe, runtime, revision=revision, random_weights=random_weights)
     cache = Cache(runtime.cache or default_cache_folder())
     backend = get_backend(runtime.backend)
     device = choose_device(backend, runtime.device)
@@ -141,11 +143,14 @@ def build_engines(
         start = time.perf_counter()
         graph = maker.graph(component, taps, profile)
         report: dict[str, Any] = {}
-        if not maker.built(graph, profile):  # what has files was measured when it was built
+        engine_is_file = maker.built(graph, profile) is not None
+        if not engine_is_file:  # what has files was measured when it was built
             # The fidelity of one member is that of many, in less memory.
             parity = maker.fidelity(graph, replace(profile, ensemble=1, batch=1), None)
             report = {**maker.record(), **report_of(parity)}
         path, manifest = save_engine_manifest(cache, graph, backend, profile, device, report)
+        if engine_is_file:
+            forget_choices(cache)  # what was left out for want of this engine is measured next time
         yield Artefact(path, manifest), time.perf_counter() - start
 
 
@@ -236,7 +241,7 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
 
 
 def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:
-    """Remove every model's graphs, engines and linked weights from the cache.
+    """Remove every model's graphs, engines and linked weights from the cache, and what ``auto`` chose.
 
     Args:
         cache: what to clean.
@@ -252,6 +257,8 @@ def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:
     # Only folders that bear a model's key are ours to remove.
     folders = [p for p in cache.folder.glob("*") if len(p.name) == 16 and set(p.name) <= set("0123456789abcdef")]
     before = _size(cache.folder)
+    with output_errors(cache.folder):
+        forget_choices(cache)
     for folder in [*folders, *([built] if checkpoints and built.is_dir() else [])]:
         with output_errors(folder):
             shutil.rmtree(folder)

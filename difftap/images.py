@@ -8,6 +8,7 @@ over white. Axis letters: B batch, H W image pixels.
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from PIL import ImageOps, UnidentifiedImageError
 from difftap.coords import Geometry, Size
 from difftap.errors import ImageError
 
-__all__ = ["MAX_PIXELS", "Image", "load_image", "to_input"]
+__all__ = ["MAX_PIXELS", "Image", "decode_image", "load_image", "to_input"]
 
 MAX_PIXELS = 150_000_000
 """Largest image that is decoded, in pixels: above it, a small file could take all memory."""
@@ -89,10 +90,32 @@ def load_image(path: str | Path) -> Image:
             raise ImageError(f"'{path}' is not a file; give the path of one picture")
         if path.stat().st_size == 0:
             raise ImageError(f"'{path}' is empty (0 bytes); give a picture file")
+    except OSError as error:  # too long a name, or a folder that may not be entered
+        raise ImageError(f"'{path}' cannot be decoded ({error}); it is damaged or cut short") from error
+    return _decode(path, path)
+
+
+def decode_image(data: bytes, name: str) -> Image:
+    """Read an image from the bytes of its file.
+
+    Args:
+        data: a JPEG, PNG or other picture file's content.
+        name: where it came from, for messages.
+
+    Raises:
+        ImageError: as `load_image` does.
+    """
+    if not data:
+        raise ImageError(f"'{name}' is empty (0 bytes); give a picture file")
+    return _decode(io.BytesIO(data), Path(name))
+
+
+def _decode(source: Path | io.BytesIO, path: Path) -> Image:
+    try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures from 89 Mpixel on, where our own limit decides, and of damaged EXIF data.
             warnings.simplefilter("ignore")
-            with PIL.open(path) as picture:
+            with PIL.open(source) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from difftap.conditioning import LATENTS_KEPT, Opening, open_book, small_engine
+from difftap.conditioning import LATENTS_KEPT, Opening, checked, open_book, small_engine
 from difftap.engine import (
     Backend,
     BranchEngine,
@@ -42,7 +43,16 @@ from difftap.model import Model
 from difftap.prompts import Prompt, PromptBook, Subject, wants_category
 from difftap.recipe import Recipe
 
-__all__ = ["Pipeline", "Runtime", "available_cores", "check_fits", "describe", "prepare_graph", "run_members"]
+__all__ = [
+    "Pipeline",
+    "Runtime",
+    "available_cores",
+    "check_fits",
+    "describe",
+    "embed_prompts",
+    "prepare_graph",
+    "run_members",
+]
 
 _LOG = logging.getLogger("difftap")
 
@@ -52,7 +62,7 @@ class Runtime:
     """Where and how engines run; at fp32, nothing here changes the features beyond rounding.
 
     Attributes:
-        backend: name of a backend.
+        backend: name of a backend, or ``auto`` for the one that is fastest here (`difftap.auto`).
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: CPU threads; None for all that the process may use.
         batch: images per engine run on a GPU; a CPU takes one at a time.
@@ -124,9 +134,10 @@ class Pipeline:
             MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
             BackendError, ArtefactError: an engine cannot be opened, or a file it needs is not to be trusted.
         """
+        from difftap.auto import resolve
         from difftap.export.checkpoints import open_model
 
-        runtime = runtime or Runtime()
+        runtime = resolve(recipe, runtime or Runtime(), revision=revision, random_weights=random_weights)
         cache = Cache(runtime.cache or default_cache_folder())
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
@@ -210,6 +221,12 @@ class Pipeline:
             self._told = True
             asked = ", ".join(sorted({f"'{branch.prompt}'" for branch in self.recipe.branches}))
             _LOG.info("the recipe prompts with %s, but no category is given: the prompt stays empty", asked)
+
+    @property
+    def stages(self) -> Extractor:
+        """The stages of `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
+        self.prompts.check_one_map_an_image()
+        return self._extractor
 
     def join(self, features: Features) -> FeatureMap:
         """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
@@ -314,6 +331,11 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             )
         for name in branch.taps:
             model.tap(name)
+
+
+def embed_prompts(recipe: Recipe, model: Model, cache: Cache) -> list[NDArray[np.float32]]:
+    """Every branch's prompt for images of no named category, ``(T, D)`` each; one of them where it depends on more."""
+    return PromptBook(model, recipe, cache, checked(recipe, model, cache)).any()
 
 
 def describe(

@@ -213,7 +213,10 @@ def test_bad_images(refused, photos, tmp_path, monkeypatch, name, place):
         (("--model", "nope"), "no model 'nope'"),
         (("--model", "x" * 300), "no model"),
         (("--model", ""), "model"),
-        (("--backend", "nope"), "no backend 'nope'; allowed: ort, torch"),
+        (
+            ("--backend", "nope"),
+            "no backend 'nope'; allowed: ort, openvino, torch, torch-compile",
+        ),
         (("--device", "tpu"), "no device 'tpu'"),
         (("--matcher", "best"), "matcher is 'best'; allowed: dense"),
         (("--interpolation", "cubic"), "interpolation is 'cubic'"),

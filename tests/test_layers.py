@@ -10,10 +10,13 @@ import difftap
 
 ROOT = Path(difftap.__file__).parent
 VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
+VOCABULARY |= {"machine"}
 COMPOSED = {
-    "conditioning",
     "pipeline",
     "making",
+    "extraction",
+    "featuresource",
+    "conditioning",
     "engines",
     "pairs",
     "maps",
@@ -21,12 +24,30 @@ COMPOSED = {
     "draw",
     "results",
     "prototypes",
+    "auto",
+    "doctor",
+    "index",
 }
-ROOMS = {"export", "engine", "matching", "bench", "prompts", "commands", "cli", "distances", "tuning", *COMPOSED}
+ROOMS = {
+    "export",
+    "engine",
+    "matching",
+    "bench",
+    "prompts",
+    "commands",
+    "cli",
+    "distances",
+    "sources",
+    "store",
+    "tuning",
+    *COMPOSED,
+}
 FORBIDDEN = {
     "engine": ROOMS - {"engine"},
     "matching": ROOMS - {"matching"},
     "distances": ROOMS - {"distances"},
+    "sources": ROOMS - {"sources"},
+    "store": {"sources", "bench", "commands", "cli", "export", "matching", "prompts", "distances", *COMPOSED},
     "prompts": {"bench", "commands", "cli", "export", "matching", "tuning", *COMPOSED},
     "export": {"bench", "commands", "cli", "matching", "prompts", "tuning", *COMPOSED},
     **{part: {"bench", "commands", "cli", "tuning"} for part in sorted(COMPOSED)},
@@ -91,12 +112,18 @@ def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
         "openvino",
         "nncf",
         "tensorrt",
+        "tensorrt_rtx",
         "faiss",
+        "pymilvus",
+        "milvus_lite",
         "huggingface_hub",
         "onnxruntime",
         "pyarrow",
         "pycocotools",
         "matplotlib",
+        "zarr",
+        "fsspec",
+        "ray",
     }
     allowed = {
         "engine/torch_model.py",

@@ -174,6 +174,11 @@ GOOD = 'branches = [{ taps = ["up1"], timestep = 20 }]\n'
         (GOOD + "size = [true, 64]", "size"),
         (GOOD + 'fit = "crop"', "stretch, letterbox"),
         (GOOD + 'noise = "none"', "1 when noise"),
+        (
+            GOOD + 'noise = "antithetic"\nensemble = 3',
+            "ensemble is 3; allowed: an even number when noise is 'antithetic'",
+        ),
+        (GOOD + 'noise = "paired"', "independent, antithetic, none"),
         (GOOD + 'model = ""', "model"),
         (GOOD + 'matcher = "dense"', "table"),
         (GOOD + 'matcher = { name = "best" }', "dense, nn"),

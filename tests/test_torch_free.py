@@ -12,7 +12,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 BLOCK = """
 import sys
 BLOCKED = {"torch", "torchvision", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "openvino", "tensorrt",
-           "faiss", "huggingface_hub", "accelerate", "scipy", "matplotlib", "threadpoolctl", "psutil"}
+           "tensorrt_rtx", "nncf", "faiss", "huggingface_hub", "accelerate", "scipy", "matplotlib", "threadpoolctl",
+           "psutil", "zarr", "fsspec", "pyarrow", "ray", "pymilvus", "milvus_lite", "pycocotools", "polygraphy"}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:

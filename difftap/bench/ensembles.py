@@ -32,8 +32,7 @@ from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity
 from difftap.images import Image, to_input
 from difftap.model import Model
-from difftap.pipeline import Runtime, available_cores, check_fits, prepare_graph
-from difftap.prompts import Subject, choose_prompts, embed
+from difftap.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph
 from difftap.recipe import Recipe
 
 __all__ = ["KINDS", "Curve", "CurveCase", "Point", "run_curve", "worth"]
@@ -133,7 +132,7 @@ def run_curve(
     wrong = [t for t in case.timesteps if not 0 <= t < len(model.alphas_cumprod)]
     if wrong:
         raise InputError(f"timestep is {wrong[0]}; allowed: 0 to {len(model.alphas_cumprod) - 1}")
-    prompt = embed(model, choose_prompts(recipe, Subject())[0], cache)
+    prompt = embed_prompts(recipe, model, cache)[0]
 
     def opened(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
         graph = prepare_graph(cache, backend, model, component, taps, profile, device)

@@ -75,8 +75,10 @@ def _draw(curve: Curve) -> bytes:
         figsize=(2.6 * len(steps) + 1.2, 3.6), layout="constrained"
     )
     styles = {KINDS[0]: ("#5c5c5c", "o-"), KINDS[1]: ("#d1495b", "s-"), KINDS[2]: ("#1f6f8b", "^--")}
+    first = None
     for place, timestep in enumerate(steps):
-        axes = figure.add_subplot(1, len(steps), place + 1)
+        axes = figure.add_subplot(1, len(steps), place + 1, sharey=first)
+        first = first or axes
         for kind, (colour, style) in styles.items():
             points = curve.at(timestep, kind)
             axes.loglog(

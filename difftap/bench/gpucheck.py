@@ -244,8 +244,9 @@ def _finish(
         result = _measure(case, cell, threads, pictures, folder)
     except DifftapError as error:
         result = CellResult(cell.key, failed=str(error))
-    journal.write(json.loads(json.dumps(asdict(result), allow_nan=False, default=float)))
-    return result
+    record = json.loads(json.dumps(asdict(result), allow_nan=False))
+    journal.write(record)
+    return CellResult(**record)
 
 
 def _measure(case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Path], folder: Path) -> CellResult:

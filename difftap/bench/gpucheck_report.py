@@ -68,8 +68,9 @@ def _line(cell: Cell, one: CellResult) -> str:
         return f"{start}  not run: {one.failed}"
     worst = max((two["relative"] for two in one.fidelity.values()), default=None)
     cosine = min((two["cosine_mean"] for two in one.fidelity.values()), default=None)
-    times = [one.timing["median"], one.timing["low"], one.timing["high"], one.stages["vae"], one.stages["unet"]]
-    ms = "".join(f"{1e3 * t:>{width}.1f}" for t, width in zip(times, (10, 9, 9, 8, 9), strict=True))
+    times = [*(one.timing[name] for name in ("median", "low", "high")), *(one.stages.get(n) for n in ("vae", "unet"))]
+    widths = zip(times, (10, 9, 9, 8, 9), strict=True)
+    ms = "".join(f"{'-' if t is None else f'{1e3 * t:.1f}':>{width}}" for t, width in widths)
     held = "-" if one.device_peak is None else f"{one.device_peak / 1e6:.0f}"
     built = "-" if one.build_seconds is None else f"{one.build_seconds:.0f}"
     parity = {None: "the reference" if not one.fidelity else "", True: "good", False: "LOW"}[one.sound]

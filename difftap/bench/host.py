@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.errors import require
+from difftap.machine import available_memory, cpu, gpu, gpu_memory
 
 __all__ = [
     "available_memory",
@@ -63,38 +62,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def available_memory() -> int:
-    """Bytes that a process can still take; all of the machine's memory where the system does not tell."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _ask_nvidia(field: str) -> list[str]:
-    """One field of every NVIDIA GPU; nothing where there is none or no driver."""
-    try:
-        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
-
-
-def gpu() -> str | None:
-    """Name and driver of the first NVIDIA GPU; None without one."""
-    names, drivers = _ask_nvidia("name"), _ask_nvidia("driver_version")
-    return f"{names[0]}, driver {drivers[0]}" if names and drivers else None
-
-
-def gpu_memory() -> int | None:
-    """Bytes in use on the first NVIDIA GPU, by everybody; None without one."""
-    used = _ask_nvidia("memory.used")
-    return int(used[0]) << 20 if used and used[0].isdigit() else None
-
-
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -109,13 +76,3 @@ def blas() -> str:
         if p["user_api"] == "blas"
     }
     return ", ".join(sorted(names))
-
-
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from difftap.bench.flops import count_graph
-from difftap.engine import Cache, Profile, default_cache_folder, get_backend, members_per_run
+from difftap.engine import Cache, Profile, default_cache_folder
 from difftap.errors import ArtefactError, MissingExtraError
 from difftap.export.checkpoints import open_model
-from difftap.pipeline import check_fits, prepare_graph
-from difftap.prompts import Subject, choose_prompts, embed
+from difftap.export.graphs import ensure_graph
+from difftap.pipeline import check_fits, embed_prompts
 from difftap.recipe import Recipe
 
 __all__ = ["survey"]
@@ -22,32 +22,27 @@ def survey(
     """Export what is missing, and count.
 
     Returns:
-        ``model`` and its ``key``, ``weights`` in bytes, ``members`` in one UNet run, and multiply-adds: ``vae`` of one
+        ``model`` and its ``key``, ``weights`` in bytes, and multiply-adds: ``vae`` of one
         encoding, ``unet`` of one member in all branches; both None with the reason in ``uncounted`` where they cannot
         be counted.
     """
     cache = Cache(cache_folder or default_cache_folder())
     model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
     check_fits(recipe, model)
-    backend = get_backend("ort")  # any that takes the graph
-    vae = Profile(recipe.size)
-    graph = prepare_graph(cache, backend, model, "vae", (), vae, "cpu")
+    graph = ensure_graph(cache, model, "vae")
     about: dict[str, Any] = {
         "model": model.name,
         "key": cache.model_key(model),
         "weights": sum(p.stat().st_size for part in ("unet", "vae") for p in model.weight_files(part)),
-        "members": members_per_run(model, recipe.size, recipe.ensemble),
         "vae": None,
         "unet": None,
         "uncounted": None,
     }
     networks = []
-    for branch, prompt in zip(recipe.branches, choose_prompts(recipe, Subject()), strict=True):
-        tokens = len(embed(model, prompt, cache))
-        profile = Profile(recipe.size, 1, tokens)
-        networks.append((prepare_graph(cache, backend, model, "unet", branch.taps, profile, "cpu"), profile))
+    for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
+        networks.append((ensure_graph(cache, model, "unet", branch.taps), Profile(recipe.size, 1, len(prompt))))
     try:
-        about["vae"] = count_graph(graph, vae)
+        about["vae"] = count_graph(graph, Profile(recipe.size))
         about["unet"] = sum(count_graph(one, profile) for one, profile in networks)
     except (MissingExtraError, ArtefactError) as error:
         about["uncounted"] = str(error)

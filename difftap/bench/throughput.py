@@ -202,10 +202,10 @@ def run(case: ThroughputCase, say: Callable[[str], None] = lambda text: None) ->
         resident = _fits(case, about) if case.resident is None else case.resident
         logs = [_Log(contender) for contender in case.contenders]
         gemm: list[dict[str, float]] = []
+        products = Worker(threads)
         try:
             for turn in range(case.rounds):
-                with Worker(threads) as worker:
-                    gemm.append(worker.ask("gemm", device=_device(case))["gemm"])
+                gemm.append(products.ask("gemm", device=_device(case))["gemm"])
                 for log in logs:
                     if log.failed is None:
                         say(f"round {turn + 1} of {case.rounds}: {log.contender.label}")
@@ -215,6 +215,7 @@ def run(case: ThroughputCase, say: Callable[[str], None] = lambda text: None) ->
                         if not resident:
                             log.release()
         finally:
+            products.close()
             for log in logs:
                 log.release()
         rates = {kind: statistics.median(one[kind] for one in gemm) for kind in gemm[0]}

@@ -97,12 +97,12 @@ class _RivalRunner:
     def __init__(self, job: _Job) -> None:
         from difftap.bench.rivals import Rival
         from difftap.export.checkpoints import open_model
-        from difftap.prompts import Subject, choose_prompts, embed
+        from difftap.pipeline import embed_prompts
 
         self._job = job
         cache = Cache(job.cache or default_cache_folder())
         self._model = open_model(job.recipe.model, cache, **job.opening)
-        prompts = [embed(self._model, prompt, cache) for prompt in choose_prompts(job.recipe, Subject())]
+        prompts = embed_prompts(job.recipe, self._model, cache)
         self._tuned = job.contender.name == "dift-tuned"
         device, precision = job.contender.device, job.contender.precision
         self._rival = Rival(self._model, job.recipe, prompts, device, precision, tuned=self._tuned)

@@ -10,6 +10,8 @@ import click
 from difftap.commands.gpucheck import gpu_check
 from difftap.commands.pck import compare, dense_speed, pck, table
 from difftap.commands.reproduce import reproduce
+from difftap.commands.retrieval_bench import distances
+from difftap.commands.retrieval_bench import index as index_bench
 from difftap.commands.semantics import semantics
 from difftap.commands.throughput import throughput
 
@@ -19,7 +21,7 @@ def bench() -> None:
     """Measure speed, memory and quality."""
 
 
-for _command in (pck, compare, table, dense_speed, reproduce, throughput, semantics, gpu_check):
+for _command in (pck, compare, table, dense_speed, reproduce, throughput, semantics, gpu_check, distances, index_bench):
     bench.add_command(_command)
 
 
@@ -67,3 +69,41 @@ def matching(
         click.echo(line)
     if json_file is not None:
         write_atomic(json_file, json.dumps(to_json(result), indent=1) + "\n")
+
+
+@bench.command("extract")
+@click.option(
+    "--engine", "engines", type=click.FloatRange(min=0.1), multiple=True, default=(1.0, 50.0), show_default=True,
+    metavar="MS", help="Milliseconds that an engine takes for an image (repeatable).",
+)  # fmt: skip
+@click.option("--seconds", type=click.FloatRange(min=0.5), default=10.0, show_default=True, help="Of each measurement.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; each runs every engine.")
+@click.option(
+    "--images", type=click.IntRange(100), metavar="N",
+    help="Instead: one long run of N images with the first engine, and how memory goes.",
+)  # fmt: skip
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON too."
+)
+def extract(
+    engines: tuple[float, ...], seconds: float, repeats: int, images: int | None, json_file: Path | None
+) -> None:
+    """What 'difftap extract' itself costs, beside engines that do nothing but take a set time; and its memory."""
+    import tempfile
+
+    from difftap.bench.extraction import format_course, format_paces, measure, run, to_json
+    from difftap.commands.progress import progress_bar
+    from difftap.manifest import write_atomic
+
+    if images is None:
+        with progress_bar(repeats + 1, "rounds") as advance:
+            rounds = run(tuple(one / 1000 for one in engines), seconds, repeats, advance)
+        lines = format_paces(rounds)
+    else:
+        with tempfile.TemporaryDirectory(prefix="difftap-") as folder, progress_bar(images, "images", rate=True) as bar:
+            pace = measure(engines[0] / 1000, images, Path(folder), progress=bar)
+        rounds, lines = [[pace]], format_course(pace)
+    for line in lines:
+        click.echo(line)
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(to_json(rounds), indent=1) + "\n")

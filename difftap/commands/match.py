@@ -73,6 +73,7 @@ _FILE = click.Path(path_type=Path)
     metavar="MB",
     help="With --pairs: features kept in memory.",
 )
+@click.option("--features", metavar="STORE", help="Take features from a store where it has them ('difftap extract').")
 @recipe_options
 @category_option
 @runtime_options
@@ -91,6 +92,7 @@ def match(
     max_cycle_error: float | None,
     overwrite: bool,
     memory: int,
+    features: str | None,
     category: str | None,
     revision: str | None,
     random_weights: int | None,
@@ -122,6 +124,7 @@ def match(
         mutual,
         5 if grid is None else grid,
         _empty_prompt(recipe) if category is None else "",
+        features,
         category if recipe.learned is not None else None,
     )
     if pairs_file is not None:
@@ -173,13 +176,19 @@ class _Job:
     mutual: bool
     grid: int
     note: str = ""
+    features: str | None = None
     category: str | None = None
 
     def open(self) -> Pipeline:
         """The recipe made ready; then, bad input being out of the way, says what there is to say."""
+        from difftap.featuresource import FeatureSource
         from difftap.pipeline import Pipeline
 
-        pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+        pipeline: Pipeline
+        if self.features is None:
+            pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+        else:
+            pipeline = FeatureSource.open(self.recipe, self.features, self.runtime, **self.opening)
         if self.category is not None and pipeline.prompts.depends_on != "category":
             pipeline.close()
             raise InputError("--category chooses among learned prompts, and these do not depend on it; leave it out")

@@ -61,7 +61,12 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
     metavar="MB",
     help="For features and their norms.",
 )
-@click.option("--features", type=_FILE, metavar="DIR", help="Keep features there, with their provenance, and use them.")
+@click.option(
+    "--features",
+    type=_FILE,
+    metavar="DIR",
+    help="Keep features there, with provenance, and use them; or use a store of 'difftap extract'.",
+)
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
 @click.option(
     "--score-only",
@@ -173,7 +178,13 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
         clear_pictures(folder)
     pairs = load_pairs(chosen, folder / "targets")
 
+    stored = features is not None and (features / "zarr.json").is_file()  # a store that 'difftap extract' wrote
+
     def opener(filled: Recipe) -> Pipeline:
+        if stored:
+            from difftap.featuresource import FeatureSource
+
+            return FeatureSource.open(filled, features, runtime, **opening)
         return Opened.open(filled, runtime, **opening)
 
     passes = pairs.passes(recipe)
@@ -191,7 +202,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
             overwrite=overwrite,
             memory=memory << 20,
             batch=runtime.batch,
-            features=features,
+            features=None if stored else features,
             progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""

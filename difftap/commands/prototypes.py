@@ -146,10 +146,10 @@ def build(
         from difftap.prototypes import is_built
 
         key = pipeline.conditions["model"]["key"]
-        if not overwrite and is_built(source, column, rule, key, runtime.backend):
+        if not overwrite and is_built(source, column, rule, key, runtime.backend, runtime.precision):
             click.echo(f"'{output}' is there already, built under these conditions", err=True)
             return
-        with progress_bar(len(source)) as advance:
+        with progress_bar(len(source), "images") as advance:
             built = run(source, pipeline, [column], rule=rule, progress=advance, overwrite=overwrite)
     earlier = f" ({built.resumed} images by an earlier run)" if built.resumed else ""
     click.echo(f"{built.rows} prototypes of {built.images} images written to {output}{earlier}", err=True)

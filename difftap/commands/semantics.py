@@ -240,6 +240,7 @@ def _study(
         model,
         cache.model_key(model),
         runtime.backend,
+        runtime.precision,
         opener,
         folder,
         rule=rule,
@@ -251,5 +252,5 @@ def _study(
         device="cuda" if runtime.device == "cuda" else "cpu",
         overwrite=overwrite,
         say=lambda text: click.echo(text, err=True),
-        bar=progress_bar,
+        bar=lambda count: progress_bar(count, "images"),
     )

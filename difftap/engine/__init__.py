@@ -2,7 +2,15 @@
 
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
-from difftap.engine.extractor import BranchEngine, Extractor, Features, latent_scales, members_per_run
+from difftap.engine.extractor import (
+    BranchEngine,
+    Encoded,
+    Extractor,
+    Features,
+    Laid,
+    latent_scales,
+    members_per_run,
+)
 from difftap.engine.latents import Latents
 from difftap.engine.registry import BACKENDS, check_precision, choose_device, get_backend
 
@@ -11,10 +19,12 @@ __all__ = [
     "Backend",
     "BranchEngine",
     "Cache",
+    "Encoded",
     "Engine",
     "Extractor",
     "Features",
     "Graph",
+    "Laid",
     "Latents",
     "Profile",
     "TensorSpec",

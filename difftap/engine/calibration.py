@@ -120,6 +120,6 @@ class RecipeCalibration(Calibration):
     ) -> Mapping[str, NDArray[Any]]:
         pixels, _ = to_input(image, self.recipe.size, self.recipe.fit)
         posterior = self.vae().run({"image": pixels[None]})
-        noises = draw_noise(self.recipe, [image], posterior["mean"].shape[1:], members)
+        noises = draw_noise(self.recipe, [image.digest], posterior["mean"].shape[1:], members)
         feeds = branch_feeds(self.model, self.recipe, branch, prompt, posterior, 1)
         return {**feeds, **posterior, "posterior_noise": noises[0], "noise": noises[1]}

@@ -7,6 +7,7 @@ are then the same bit for bit in any company. Axis letters as in `difftap.engine
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,8 +27,10 @@ from difftap.recipe import Branch, Recipe
 
 __all__ = [
     "BranchEngine",
+    "Encoded",
     "Extractor",
     "Features",
+    "Laid",
     "branch_feeds",
     "draw_noise",
     "latent_scales",
@@ -81,6 +84,24 @@ class Features:
     branches: tuple[Mapping[str, FeatureMap], ...]
 
 
+@dataclass(frozen=True)
+class Laid:
+    """A batch of images laid on the network's input, ``(B, 3, H, W)`` in [-1, 1], with identities and geometries."""
+
+    digests: tuple[str, ...]
+    geometries: tuple[Geometry, ...]
+    pixels: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch after the VAE: its posterior, ``(B, C, h, w)`` each, and its noises, ``(2, B, E, C, h, w)``."""
+
+    laid: Laid
+    posterior: Mapping[str, NDArray[np.float32]]
+    noises: NDArray[np.float32]
+
+
 class Extractor:
     """Streams images through a model's engines.
 
@@ -110,6 +131,7 @@ class Extractor:
         self._latents = latents
         self._branches = tuple(branches)
         self._batch = batch
+        self._turn = threading.Lock()
 
     def __call__(self, images: Iterable[Image], branches: Sequence[BranchEngine] | None = None) -> Iterator[Features]:
         """Yield each image's features, in the images' order.
@@ -125,22 +147,45 @@ class Extractor:
     def _extract(self, images: Sequence[Image], branches: Sequence[BranchEngine]) -> Iterator[Features]:
         """Run one batch of images."""
         if self._latents is not None:
-            starts = self._latents.starts(images)
+            with self._turn:
+                starts = self._latents.starts(images)
             posterior: Mapping[str, Value] = {
                 name: np.stack([getattr(one, name) for one in starts]) for name in ("mean", "std")
             }
             noises = np.stack([one.noises[:, : self._recipe.ensemble] for one in starts], axis=1)  # (2, B, E, C, h, w)
-            geometries = [one.geometry for one in starts]
-        else:
-            recipe = self._recipe
-            laid = [to_input(image, recipe.size, recipe.fit) for image in images]
-            pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
-            posterior = self._vae.run_on_device({"image": pixels})
-            noises = draw_noise(recipe, images, posterior["mean"].shape[1:], recipe.ensemble)
-            geometries = [geometry for _, geometry in laid]
-        outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-        for i, (image, geometry) in enumerate(zip(images, geometries, strict=True)):
-            yield Features(image.digest, tuple(_maps(output, i, geometry) for output in outputs))
+            digests, geometries = tuple(image.digest for image in images), tuple(one.geometry for one in starts)
+            with self._turn:
+                outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
+            yield from _features(digests, geometries, outputs)
+            return
+        laid = self.lay(images)
+        with self._turn:
+            posterior = self._vae.run_on_device({"image": laid.pixels})
+            noises = draw_noise(self._recipe, laid.digests, posterior["mean"].shape[1:], self._recipe.ensemble)
+            outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
+        yield from _features(laid.digests, laid.geometries, outputs)
+
+    # The same in three stages, for who runs them at once on batches of their own. Engines take turns: they would be in
+    # each other's way. Some write the next run's outputs where the last one's are, so the posterior is brought home.
+
+    def lay(self, images: Sequence[Image]) -> Laid:
+        """Lay images on the network's input."""
+        laid = [to_input(image, self._recipe.size, self._recipe.fit) for image in images]
+        pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
+        return Laid(tuple(image.digest for image in images), tuple(geometry for _, geometry in laid), pixels)
+
+    def encode(self, laid: Laid) -> Encoded:
+        """Run the VAE encoder, and draw the noise."""
+        with self._turn:
+            posterior = self._vae.run({"image": laid.pixels})
+        noises = draw_noise(self._recipe, laid.digests, posterior["mean"].shape[1:], self._recipe.ensemble)
+        return Encoded(laid, posterior, noises)
+
+    def tap(self, encoded: Encoded) -> Iterator[Features]:
+        """Run every branch's UNet."""
+        with self._turn:
+            outputs = [self._run_branch(branch, encoded.posterior, encoded.noises) for branch in self._branches]
+        yield from _features(encoded.laid.digests, encoded.laid.geometries, outputs)
 
     def _run_branch(
         self, branch: BranchEngine, posterior: Mapping[str, Value], noises: NDArray[np.float32]
@@ -157,17 +202,19 @@ class Extractor:
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
 
 
-def draw_noise(recipe: Recipe, images: Sequence[Image], shape: tuple[int, ...], members: int) -> NDArray[np.float32]:
+def draw_noise(recipe: Recipe, digests: Sequence[str], shape: tuple[int, ...], members: int) -> NDArray[np.float32]:
     """The posterior's noise and the diffusion noise of the first ``members`` members: ``(2, B, E, C, h, w)``.
 
     Args:
+        recipe: whose seed and kind of noise.
+        digests: the images' identities.
         shape: ``(C, h, w)`` of the latent.
     """
     latent = (shape[0], shape[1], shape[2])
     if recipe.noise == "none":
-        return np.zeros((2, len(images), members, *latent), np.float32)
+        return np.zeros((2, len(digests), members, *latent), np.float32)
     pairs = recipe.noise == "antithetic"
-    draws = [draw(recipe.seed, image.digest, members, latent, pairs) for image in images]
+    draws = [draw(recipe.seed, digest, members, latent, pairs) for digest in digests]
     return np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
 
 
@@ -205,6 +252,13 @@ def latent_scales(model: Model, timestep: int, noise: str) -> tuple[float, float
         raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
     alpha = float(schedule[timestep])
     return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
+
+
+def _features(
+    digests: Sequence[str], geometries: Sequence[Geometry], outputs: Sequence[Mapping[str, NDArray[np.float32]]]
+) -> Iterator[Features]:
+    for i, digest in enumerate(digests):
+        yield Features(digest, tuple(_maps(output, i, geometries[i]) for output in outputs))
 
 
 def _maps(output: Mapping[str, NDArray[np.float32]], index: int, geometry: Geometry) -> dict[str, FeatureMap]:

@@ -114,6 +114,20 @@ class PromptBook:
         mode = self._learned.mode(self._recipe.learned)
         return {"all": "nothing", "class": "category"}.get(mode, mode)
 
+    def check_one_map_an_image(self) -> None:
+        """Refuse prompts under which an image has several maps, which no store of features can hold.
+
+        A text with a category in it stays empty where none is named, and so gives one map.
+
+        Raises:
+            InputError: learned prompts that depend on category, image or pair.
+        """
+        if self._learned is not None and self.depends_on != "nothing":
+            raise InputError(
+                f"a store holds one map an image, and the prompts in '{self._learned.path}' depend on its "
+                f"{self.depends_on}; allowed: texts, and prompts learned by 'difftap tune single'"
+            )
+
     @property
     def conditions(self) -> dict[str, Any]:
         """What must go with every number made under these prompts, beside the recipe."""

@@ -94,7 +94,7 @@ def _identity(source: Source, column: Column, rule: str) -> dict[str, Any]:
     return {"feature_key": column.recipe.feature_key(), "taps": column.taps, "rule": rule, "data": data}
 
 
-def is_built(source: Source, column: Column, rule: str, model_key: str, backend: str) -> bool:
+def is_built(source: Source, column: Column, rule: str, model_key: str, backend: str, precision: str = "fp32") -> bool:
     """Whether a column's table is there.
 
     Raises:
@@ -106,8 +106,9 @@ def is_built(source: Source, column: Column, rule: str, model_key: str, backend:
         known = load_provenance(column.path)
     except InputError as error:
         raise OutputError(f"cannot write '{column.path}': {error}; choose another file, or --overwrite") from error
-    wanted = {**_identity(source, column, rule), "model_key": model_key, "backend": backend}
-    have = {**known, "backend": known.get("conditions", {}).get("backend", {}).get("name")}
+    wanted = {**_identity(source, column, rule), "model_key": model_key, "backend": backend, "precision": precision}
+    made_by = known.get("conditions", {}).get("backend", {})
+    have = {**known, "backend": made_by.get("name"), "precision": made_by.get("precision")}
     differing = [name for name, value in json.loads(json.dumps(wanted)).items() if have.get(name) != value]
     if differing:
         raise OutputError(

@@ -18,7 +18,12 @@ TOLERANCES = {"fp32": (1e-4, 1 - 1e-6), "fp16": (5e-3, 0.9999), "bf16": (0.1, 0.
 PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=3)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+SLOW = {"torch-compile"}  # half a minute of compiling for every network, precision and batch size
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in BACKENDS]
+)
 def backend(request) -> Backend:
     found = get_backend(request.param)
     if found.missing():

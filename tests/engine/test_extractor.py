@@ -103,6 +103,9 @@ def reference(recipe, image, folder, prompts):
     with torch.inference_mode():
         posterior = vae.encode(pixels).latent_dist
         first, second = draw(recipe.seed, image.digest, recipe.ensemble, tuple(posterior.mean.shape[1:]))
+        if recipe.noise == "antithetic":
+            for noise in (first, second):
+                noise[1::2] = -noise[0::2]
         for branch, prompt in zip(recipe.branches, prompts, strict=True):
             caught = {path: [] for path in ("up_blocks.1", "down_blocks.1.attentions.0")}
             for path, store in caught.items():
@@ -127,12 +130,14 @@ def reference(recipe, image, folder, prompts):
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
-@pytest.mark.parametrize("kind", ["one", "two", "clean"])
+@pytest.mark.parametrize("kind", ["one", "two", "clean", "pairs"])
 def test_features_are_those_of_plain_diffusers(recipe, mini, mini_cache, backend, kind):
     if kind == "two":
         recipe = dataclasses.replace(recipe, branches=(*recipe.branches, Branch(MINI_TAPS, 40, "a dog on grass", 2.0)))
     if kind == "clean":
         recipe = dataclasses.replace(recipe, noise="none", ensemble=1)
+    if kind == "pairs":
+        recipe = dataclasses.replace(recipe, noise="antithetic", ensemble=4)
     prompts = [encode_prompt(Model.load(mini), branch.prompt, mini_cache) for branch in recipe.branches]
     got = run(recipe, IMAGES[1:2], mini_cache, backend=backend, threads=2)[0]
     want = reference(recipe, IMAGES[1], mini, prompts)

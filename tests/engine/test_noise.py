@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from difftap.engine.noise import draw
 
@@ -58,3 +60,39 @@ def test_it_is_standard_normal_and_uncorrelated():
     correlation = np.corrcoef(values)
     assert np.abs(correlation - np.eye(16)).max() < 5.5 / values.shape[1] ** 0.5
     assert 0.0024 < (np.abs(values) > 3).mean() < 0.0030  # 0.0027
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    digest=st.text("0123456789abcdef", min_size=64, max_size=64),
+    pairs=st.integers(1, 5),
+    more=st.integers(0, 3),
+)
+def test_antithetic_pairs_cancel_and_stay_keyed_by_member(seed, digest, pairs, more):
+    shape = (2, 3, 4)
+    turned = draw(seed, digest, 2 * pairs, shape, True)
+    longer = draw(seed, digest, 2 * (pairs + more), shape, True)
+    plain = draw(seed, digest, 2 * pairs, shape)
+    for kind in range(2):
+        assert (turned[kind][0::2] + turned[kind][1::2] == 0).all()  # exactly: the sum of a pair has no rounding
+        assert (turned[kind].mean(axis=0, dtype=np.float64) == 0).all()
+        assert (longer[kind][: 2 * pairs] == turned[kind]).all()
+        assert (turned[kind][0::2] == plain[kind][0::2]).all()
+        assert (np.abs(turned[kind][1::2]) == np.abs(turned[kind][0::2])).all()
+        assert not (turned[kind][1::2] == plain[kind][1::2]).all()
+
+
+def test_antithetic_members_are_standard_normal_one_by_one():
+    members = np.concatenate(draw(5, DIGEST, 8, (4, 64, 64), True)).reshape(16, -1).astype(np.float64)
+    count = members.shape[1]
+    for values in members:
+        assert abs(values.mean()) < 5 / count**0.5
+        assert abs(values.var() - 1) < 5 * (2 / count) ** 0.5
+        assert abs((values**3).mean()) < 5 * (15 / count) ** 0.5
+        assert abs((values**4).mean() - 3) < 5 * (96 / count) ** 0.5
+    correlation = np.corrcoef(members)
+    for pair in range(8):
+        block = correlation[2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2]
+        assert np.allclose(block, [[1, -1], [-1, 1]])
+    heads = members[0::2]
+    assert np.abs(np.corrcoef(heads) - np.eye(8)).max() < 5.5 / count**0.5

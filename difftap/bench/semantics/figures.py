@@ -202,10 +202,14 @@ def _offsets(results: Results, _group: str) -> Any:
         counts = data["counts"]
         upper.set_title(
             f"{TITLES.get(name, name)}: {counts['objects']} people in {counts['images']} frames of "
-            f"{len(data['clips'])} clips; bands: {int(100 * 0.95)} % bootstrap over frames",
+            f"{len(data['clips'])} clip{'s' if len(data['clips']) > 1 else ''}; bands: 95 % intervals from resampled "
+            "frames\nbelow, how often a person's nearest in the later frame is itself, and in how many cases",
             fontsize=9,
         )
-    lower.set(ylim=(0, 108), xlabel="offset, frames")
+    offsets = sorted({row["offset"] for data in results["datasets"].values() for row in data["offsets"]})
+    lower.set(ylim=(0, 108), xlabel="offset, frames", xscale="log", xlim=(0.9 * offsets[0], 1.1 * offsets[-1]))
+    lower.set_xticks(offsets, [str(offset) for offset in offsets], fontsize=8)
+    lower.set_xticks([], minor=True)
     lower.set_ylabel("nearest is\nitself, %", fontsize=9)
     upper.set_ylim(0, None)
     upper.legend(fontsize=8, frameon=False)

@@ -73,7 +73,7 @@ def draw_frames(
         axes.set_axis_off()
     figure.suptitle(
         f"{clip.name}: {UNITS[metric]} to person {str(clip.instances[marked]).rpartition('/')[2]} of frame {first}; "
-        "the nearest in each frame is framed",
+        "the nearest in each later frame is framed",
         fontsize=9,
     )
     png, _ = save_figure(figure, folder, "fig10-frames")
@@ -111,7 +111,7 @@ def _frame(axes: Any, scene: Scene, clip: Clip, marked: int, frame: int, people:
         frame_box: dict[str, Any] = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.55), "edgecolor": colour}
         frame_box["linewidth"] = 1.6 if one.instance == nearest and row != marked else 0.0
         axes.text(
-            float(xs.mean()), max(float(ys.min()) - 6.0, 14.0), text, color="white", fontsize=7.5, ha="center",
-            va="bottom", bbox=frame_box, path_effects=[effects.withStroke(linewidth=1.2, foreground="black")],
-            clip_on=True,
+            float(xs.mean()), max(float(ys.min()) - 6.0, 0.1 * mask.shape[0]), text, color="white", fontsize=7.5,
+            ha="center", va="bottom", bbox=frame_box, clip_on=True,
+            path_effects=[effects.withStroke(linewidth=1.2, foreground="black")],
         )  # fmt: skip

@@ -51,6 +51,7 @@ class Study:
         model: the checkpoint it names.
         model_key: the checkpoint's key in the cache.
         backend: name of the backend, part of what tables must agree in.
+        precision: what its engines compute in; so too.
         opener: opens a pipeline for a recipe.
         folder: where everything goes.
         rule: from masks to cells.
@@ -70,6 +71,7 @@ class Study:
     model: Model
     model_key: str
     backend: str
+    precision: str
     opener: Callable[[Recipe], Pipeline]
     folder: Path
     rule: str = "area"
@@ -112,7 +114,7 @@ def tables(study: Study, source: Source, cases: Sequence[Case], name: str) -> li
     missing = [
         case
         for case, column in wanted.items()
-        if study.overwrite or not is_built(source, column, study.rule, study.model_key, study.backend)
+        if study.overwrite or not is_built(source, column, study.rule, study.model_key, study.backend, study.precision)
     ]
     if missing:
         recipe = union_recipe(study.recipe, study.model, missing)

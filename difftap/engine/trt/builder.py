@@ -52,7 +52,7 @@ def make_log(trt: Any) -> Log:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 log.errors.append(message)
-            _LOG.debug("%s: %s", trt.__name__, message)
+            _LOG.debug("%s: %s", trt.__name__, message.strip().partition("\n")[0][:300])
 
     log.logger = Collector()
     return log

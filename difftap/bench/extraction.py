@@ -1,0 +1,134 @@
+"""What extraction itself costs: streaming, storing and bookkeeping beside engines that take a set time.
+
+Wall time over the engines' own time, measured inside them. The networks take turns, as on a CPU, so that nothing is
+hidden by running them at once; decoding and writing are the real ones, on small made pictures and maps.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from difftap.bench.fakeengine import FakePipeline, made_source
+from difftap.bench.host import cores, cpu, resident_memory
+from difftap.extraction import Settings, extract_to_store
+
+__all__ = ["Pace", "format_course", "format_paces", "measure", "run", "to_json"]
+
+_SAMPLES = 20  # points of the memory's course that are kept
+
+
+@dataclass(frozen=True)
+class Pace:
+    """One measured run.
+
+    Attributes:
+        engine: seconds that the engines were set to take for an image.
+        images: how many were extracted.
+        seconds: wall time of the run, store opened and finished inside.
+        busy: seconds spent in the engines.
+        overhead: the rest over ``busy``: what extraction adds.
+        rate: images a second.
+        memory: resident bytes over the run, evenly spaced, from the first tenth on.
+        growth: bytes an image that the resident memory grew by, from the second half of the run.
+    """
+
+    engine: float
+    images: int
+    seconds: float
+    busy: float
+    overhead: float
+    rate: float
+    memory: tuple[int, ...]
+    growth: float
+
+
+def measure(
+    seconds: float,
+    images: int,
+    folder: Path,
+    *,
+    shape: tuple[int, int, int] = (16, 8, 8),
+    progress: Callable[[int], None] = lambda count: None,
+) -> Pace:
+    """Extract so many made pictures with engines that take ``seconds`` each.
+
+    Args:
+        folder: an existing one; the store is made there and left.
+        shape: ``(C, h, w)`` of the maps.
+        progress: as `extract_to_store` takes it.
+    """
+    pipeline, source = FakePipeline(seconds, shape), made_source(images)
+    course: list[tuple[int, int]] = []
+    done = 0
+
+    def note(count: int) -> None:
+        nonlocal done
+        done += count
+        course.append((done, resident_memory()))
+        progress(count)
+
+    began = time.perf_counter()
+    extract_to_store(pipeline, source, folder / "store.zarr", Settings(), progress=note)
+    wall = time.perf_counter() - began
+    busy = pipeline.busy
+    settled = [point for point in course if point[0] >= images / 10]
+    step = max(1, len(settled) // _SAMPLES)
+    half = [point for point in settled if point[0] >= images / 2] or settled
+    (first, low), (last, high) = half[0], half[-1]
+    growth = (high - low) / (last - first) if last > first else 0.0
+    memory = tuple(size for _, size in settled[::step])
+    return Pace(seconds, images, wall, busy, wall / busy - 1, images / wall, memory, growth)
+
+
+def run(
+    engines: tuple[float, ...], seconds: float, repeats: int, progress: Callable[[int], None] = lambda count: None
+) -> list[list[Pace]]:
+    """Measure several engines side by side: in each round every one of them, for about ``seconds``."""
+    rounds: list[list[Pace]] = []
+    for _ in range(repeats + 1):
+        paces = []
+        for engine in engines:
+            with tempfile.TemporaryDirectory(prefix="difftap-") as folder:
+                paces.append(measure(engine, max(20, round(seconds / engine)), Path(folder)))
+        rounds.append(paces)
+        progress(1)
+    return rounds[1:]  # the first is the warm-up
+
+
+def format_paces(rounds: list[list[Pace]]) -> list[str]:
+    """A line for each engine: medians over the rounds, and the spread of the overhead."""
+    lines = ["engine ms   images   images/s   overhead %  (lowest to highest)   overhead us/image"]
+    for paces in zip(*rounds, strict=True):
+        shares = sorted(100 * pace.overhead for pace in paces)
+        each = median((pace.seconds - pace.busy) / pace.images for pace in paces)
+        lines.append(
+            f"{1000 * paces[0].engine:9.1f} {paces[0].images:8d} {median(p.rate for p in paces):10.1f} "
+            f"{median(shares):12.2f}  ({shares[0]:.2f} to {shares[-1]:.2f}) {1e6 * each:22.0f}"
+        )
+    return lines
+
+
+def format_course(pace: Pace) -> list[str]:
+    """How the resident memory went over a long run."""
+    shown = " ".join(f"{size / 1e6:.0f}" for size in pace.memory)
+    return [
+        f"{pace.images:,} images in {pace.seconds:.1f} s, {pace.rate:.1f} images/s, overhead "
+        f"{100 * pace.overhead:.2f} % of {1000 * pace.engine:.1f} ms engines",
+        f"resident MB from the first tenth on: {shown}",
+        f"growth over the second half: {pace.growth:.0f} bytes an image",
+    ]
+
+
+def to_json(rounds: list[list[Pace]]) -> dict[str, Any]:
+    """Plain data, with the machine."""
+    return {
+        "type": "bench extract",
+        "machine": {"cpu": cpu(), "cores": cores()},
+        "rounds": [[asdict(pace) for pace in paces] for paces in rounds],
+    }

@@ -1,0 +1,119 @@
+"""A pipeline whose engines do nothing but take a set time: what is left of the wall time is difftap's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.coords import Size
+from difftap.engine import BranchEngine, Engine, Extractor, Graph, Profile
+from difftap.engine.backend import Array
+from difftap.images import Image
+from difftap.model import Model, pocket_folder
+from difftap.recipe import Branch, Recipe
+from difftap.sources import Item, Source
+
+__all__ = ["FakePipeline", "made_source"]
+
+_INPUT = (32, 32)
+
+
+class FakeEngine(Engine):
+    """Takes ``seconds`` for each image and gives maps that follow from what it is fed, though not as a network's do.
+
+    Attributes:
+        busy: seconds spent in all runs.
+    """
+
+    def __init__(self, graph: Graph, profile: Profile, seconds: float, shape: tuple[int, int, int]) -> None:
+        super().__init__(graph, profile, "cpu")
+        self._seconds = seconds
+        self._shape = shape
+        self.busy = 0.0
+
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        began = time.perf_counter()
+        if self._seconds:
+            time.sleep(self._seconds * len(next(iter(feeds.values()))))
+        self.busy += time.perf_counter() - began
+        if self.graph.component == "vae":
+            pixels = feeds["image"]  # (B, 3, H, W)
+            model = self.graph.model
+            cells = pixels[:, np.arange(model.latent_channels) % 3, :: model.latent_stride, :: model.latent_stride]
+            return {"mean": np.ascontiguousarray(cells), "std": np.full_like(cells, 0.1)}
+        noisy = feeds["mean"] + (feeds["noise"] * feeds["std"][:, None]).mean(axis=1)  # (B, C, h, w)
+        wanted = int(np.prod(self._shape))
+        maps = [np.resize(one, wanted).reshape(self._shape) for one in noisy]
+        return {name: np.stack(maps) for name in (spec.name for spec in self.outputs)}
+
+
+class FakePipeline:
+    """What extraction needs of a `difftap.Pipeline`.
+
+    Args:
+        seconds: that the engines take for an image, half in the VAE, half in the UNet.
+        shape: ``(C, h, w)`` of the tap's map.
+        device: what it says it runs on; on a CPU the two networks take turns.
+        batch: images a run.
+        size: of the network's input.
+    """
+
+    def __init__(
+        self,
+        seconds: float = 0.0,
+        shape: tuple[int, int, int] = (16, 8, 8),
+        device: str = "cpu",
+        batch: int = 1,
+        size: Size = _INPUT,
+        recipe: Recipe | None = None,
+    ) -> None:
+        self.model = Model.load(pocket_folder(), "pocket")
+        self.recipe = recipe or Recipe((Branch(("up1",), 261),), size=size, ensemble=2)
+        self.batch = batch
+        self.conditions: dict[str, Any] = {
+            "difftap": "fake",
+            "recipe": self.recipe.to_dict(),
+            "model": {"name": "fake", "key": "0" * 16},
+            "backend": {"name": "fake", "version": "0", "device": device, "precision": "fp32"},
+        }
+        vae = FakeEngine(Graph(self.model, "vae"), Profile(self.recipe.size, batch=batch), seconds / 2, shape)
+        branches, self.engines = [], [vae]
+        for branch in self.recipe.branches:
+            prompt: NDArray[np.float32] = np.zeros((1, int(self.model.unet["cross_attention_dim"])), np.float32)
+            profile = Profile(self.recipe.size, self.recipe.ensemble, 1, batch)
+            share = seconds / 2 / len(self.recipe.branches)
+            engine = FakeEngine(Graph(self.model, "unet", branch.taps), profile, share, shape)
+            self.engines.append(engine)
+            branches.append(BranchEngine(branch, engine, prompt))
+        self.stages = Extractor(self.model, self.recipe, vae, branches, batch)
+
+    def close(self) -> None:
+        """There is nothing to release."""
+
+    @property
+    def busy(self) -> float:
+        """Seconds that the engines took."""
+        return sum(engine.busy for engine in self.engines)
+
+
+@dataclass(frozen=True)
+class MadeAt:
+    """A small picture made of its number."""
+
+    number: int
+
+    def load(self) -> Image:
+        """Make it."""
+        pixels = np.zeros((*_INPUT, 3), np.uint8)
+        pixels.reshape(-1)[:8] = np.frombuffer(self.number.to_bytes(8, "little"), np.uint8)
+        return Image(pixels, f"<{self.number}>")
+
+
+def made_source(count: int) -> Source:
+    """So many made pictures."""
+    return Source("made pictures", [Item(f"{number:07d}", MadeAt(number)) for number in range(count)])

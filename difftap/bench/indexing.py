@@ -1,0 +1,344 @@
+"""Indexes at size: build time, recall against exact, queries a second and bytes, beside FAISS used directly.
+
+Vectors are generated, seeded, in blocks into a memory-mapped file: clusters of unequal size whose members vary along a
+few common directions, as features do, and a little along all. Queries are further draws that are not in the index.
+FAISS itself is given the same parameters, training sample, blocks and effort, in the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.bench.host import cores, cpu, peak_memory
+from difftap.errors import InputError, OutputError
+from difftap.index.build import Filled, Options, fill, plan_for
+from difftap.index.exact import exact_neighbours, prepared_blocks, recall
+from difftap.index.kinds import load_faiss, set_effort
+from difftap.index.spaces import Space
+from difftap.manifest import output_errors
+
+__all__ = ["SCHEMA", "IndexBench", "IndexCase", "Measured", "format_table", "generate", "run", "to_json"]
+
+SCHEMA = "difftap.bench.index/1"
+_BLOCK = 8192
+_CLUSTERS = 1000
+_COMMON = 48  # directions along which members of any cluster vary
+_K = 10
+
+
+@dataclass(frozen=True)
+class IndexCase:
+    """What is indexed.
+
+    Attributes:
+        vectors: N.
+        width: D.
+        queries: Q.
+        half: the file holds float16, not float32.
+        seed: of the vectors.
+    """
+
+    vectors: int = 200_000
+    width: int = 1280
+    queries: int = 1000
+    half: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.vectors < 1000 or min(self.width, self.queries) < 1:
+            raise InputError(f"{self.vectors} vectors; allowed: 1000 or more, and 1 or more of width and queries")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of one kind.
+
+    Attributes:
+        way: ``difftap`` or ``faiss``.
+        kind: of the index.
+        parameters: lists, codes, refine, effort.
+        train: seconds.
+        add: seconds, reading and preparing the vectors included.
+        tune: seconds for the exact answer of held-out queries and the search for the effort; 0 for FAISS itself.
+        recall: recall@10 of the queries against exact.
+        stated: recall@10 that the build measured by itself, on vectors held out from training; None for FAISS itself.
+        rates: queries a second, all together, by round.
+        alone: queries a second, one after the other.
+        nbytes: of the saved index.
+    """
+
+    way: str
+    kind: str
+    parameters: dict[str, Any]
+    train: float
+    add: float
+    tune: float
+    recall: float
+    stated: float | None
+    rates: tuple[float, ...]
+    alone: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class IndexBench:
+    """The result; times in seconds.
+
+    Attributes:
+        case: what was indexed.
+        metric: of the index.
+        generated: seconds to make the file; 0 if it was there.
+        exact: seconds for the exact answer to all queries.
+        measured: a row a kind and way.
+        peak: most resident bytes of the process, pages of the memory-mapped file among them.
+        conditions: machine and versions.
+    """
+
+    case: IndexCase
+    metric: str
+    generated: float
+    exact: float
+    measured: list[Measured]
+    peak: int
+    conditions: dict[str, Any]
+
+
+def _draw(case: IndexCase) -> Callable[[int, int], NDArray[np.float32]]:
+    """From a block's number and length to its vectors ``(n, D)``."""
+    rng = np.random.default_rng([case.seed, case.width])
+    clusters = min(_CLUSTERS, max(10, case.vectors // 50))
+    centres = rng.standard_normal((clusters, case.width), np.float32)
+    shares = rng.pareto(2.0, clusters) + 0.2
+    directions = rng.standard_normal((min(_COMMON, case.width), case.width), np.float32) / np.float32(6.0)
+
+    def block(number: int, count: int) -> NDArray[np.float32]:
+        one = np.random.default_rng([case.seed, case.width, number])
+        which = one.choice(clusters, count, p=shares / shares.sum())
+        vary = one.standard_normal((count, len(directions)), np.float32) @ directions
+        noise = one.standard_normal((count, case.width), np.float32)
+        return np.asarray(centres[which] + vary + np.float32(0.1) * noise, np.float32)
+
+    return block
+
+
+def generate(case: IndexCase, path: Path) -> tuple[NDArray[Any], float]:
+    """The vectors ``(N, D)``, memory-mapped, and the seconds it took to make them; a whole file is used again.
+
+    Raises:
+        OutputError: the file cannot be written, or another one stands there.
+    """
+    kind = np.dtype(np.float16 if case.half else np.float32)
+    shape = (case.vectors, case.width)
+    size = case.vectors * case.width * kind.itemsize
+    mark = path.with_name(f"{path.name}.case")
+    seconds = 0.0
+    if not mark.exists() or mark.read_text(encoding="utf-8") != _mark(case):
+        if path.exists() and not mark.exists():
+            raise OutputError(f"cannot write '{path}': a file stands there; choose another")
+        mark.unlink(missing_ok=True)
+        start = time.perf_counter()
+        block = _draw(case)
+        with output_errors(path), open(path, "wb") as handle:
+            for number, low in enumerate(range(0, case.vectors, _BLOCK)):
+                handle.write(block(number, min(_BLOCK, case.vectors - low)).astype(kind).data)
+        mark.write_text(_mark(case), encoding="utf-8")
+        seconds = time.perf_counter() - start
+    if path.stat().st_size != size:
+        raise OutputError(f"'{path}' has {path.stat().st_size} bytes in place of {size}; remove it")
+    return np.memmap(path, kind, "r", shape=shape), seconds
+
+
+def _mark(case: IndexCase) -> str:
+    return f"difftap.bench.index {case.vectors} {case.width} {case.half} {case.seed}\n"
+
+
+def run(
+    case: IndexCase,
+    kinds: tuple[str, ...],
+    path: Path,
+    options: Options,
+    *,
+    direct: bool = True,
+    repeats: int = 3,
+    say: Callable[[str], None] = lambda text: None,
+) -> IndexBench:
+    """Build and search every kind, ours and FAISS' own.
+
+    Args:
+        case: what is indexed.
+        kinds: of the index.
+        path: file of the vectors; made if it is not there, and left.
+        options: the same for all kinds; their ``kind`` has no say.
+        direct: also FAISS used directly.
+        repeats: rounds of searching.
+        say: told what is being done.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+    """
+    faiss = load_faiss("bench index")
+    load = os.getloadavg()
+    say(f"{case.vectors} vectors of {case.width} in {path}")
+    vectors, generated = generate(case, path)
+    space = Space(options.metric)
+    queries = space.prepare(_draw(case)(math.ceil(case.vectors / _BLOCK) + 1, case.queries))
+    say("the exact answer")
+    start = time.perf_counter()
+    true = exact_neighbours(vectors, queries, space, _K)
+    exact = time.perf_counter() - start
+    measured = []
+    for kind in kinds:
+        given = options if kind == "ivf-pq" else replace(options, codes=None, refine=False)
+        given = replace(given, kind=kind, lists=given.lists if kind.startswith("ivf") else None)
+        say(f"{kind}: building")
+        filled = fill(vectors, plan_for(given, *vectors.shape))
+        one, sampled = _ours(filled, queries, true, repeats), filled.sampled
+        del filled  # or two indexes would be in memory
+        measured.append(one)
+        if direct:
+            say(f"{kind}: FAISS itself")
+            measured.append(_direct(faiss, vectors, given, one, sampled, queries, true, repeats))
+    return IndexBench(
+        case,
+        options.metric,
+        generated,
+        exact,
+        measured,
+        peak_memory(),
+        {
+            "versions": {
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "faiss": faiss.__version__,
+            },
+            "cpu": cpu(),
+            "cores": cores(),
+            "threads": int(faiss.omp_get_max_threads()),
+            "load_before": load[0],
+            "load_after": os.getloadavg()[0],
+            "repeats": repeats,
+            "inside": "searching: from prepared queries in memory to rows; adding: from the file to the index",
+        },
+    )
+
+
+def _ours(filled: Filled, queries: NDArray[np.float32], true: NDArray[np.int64], repeats: int) -> Measured:
+    report = filled.report()
+    return Measured(
+        way="difftap",
+        kind=filled.plan.kind,
+        parameters={**report["parameters"], "effort": filled.effort},
+        train=filled.seconds["train"],
+        add=filled.seconds["add"],
+        tune=filled.seconds["measure"],
+        stated=filled.recall,
+        **_searched(filled.index, queries, true, repeats),
+    )
+
+
+def _searched(index: Any, queries: NDArray[np.float32], true: NDArray[np.int64], repeats: int) -> dict[str, Any]:
+    """Recall, rates and size of an index that is ready."""
+    found = index.search(queries, _K)[1]  # warm-up
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        index.search(queries, _K)
+        rates.append(len(queries) / (time.perf_counter() - start))
+    few = queries[:100]
+    start = time.perf_counter()
+    for query in few:
+        index.search(query[None], _K)
+    alone = len(few) / (time.perf_counter() - start)
+    return {"recall": recall(found, true), "rates": tuple(rates), "alone": alone, "nbytes": _size(index)}
+
+
+def _size(index: Any) -> int:
+    """Bytes of the index as it is saved."""
+    faiss = load_faiss("an index")
+    total = 0
+
+    def count(data: bytes) -> None:
+        nonlocal total
+        total += len(data)
+
+    faiss.write_index(index, faiss.PyCallbackIOWriter(count, 1 << 20))
+    return total
+
+
+def _direct(
+    faiss: Any,
+    vectors: NDArray[Any],
+    options: Options,
+    ours: Measured,
+    sampled: int,
+    queries: NDArray[np.float32],
+    true: NDArray[np.int64],
+    repeats: int,
+) -> Measured:
+    """FAISS by its own factory, with the parameters, sample size, blocks and effort of ours."""
+    count, width = vectors.shape
+    plan = plan_for(options, count, width)
+    product = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1}[plan.space.product]
+    lists, codes = ours.parameters["lists"], ours.parameters["codes"]
+    text = {"flat": "Flat", "ivf": f"IVF{lists},Flat", "ivf-pq": f"IVF{lists},PQ{codes}", "hnsw": "HNSW32"}[plan.kind]
+    start = time.perf_counter()
+    index = faiss.index_factory(width, text + (",Refine(SQ8)" if plan.refine else ""), product)
+    if plan.kind == "hnsw":
+        index.hnsw.efConstruction = 100
+    if sampled:
+        chosen = np.sort(np.random.default_rng(1).choice(count, sampled, replace=False))
+        index.train(plan.space.prepare(np.asarray(vectors[chosen])))
+    train = time.perf_counter() - start
+    start = time.perf_counter()
+    for _, block in prepared_blocks(vectors, plan.space):
+        index.add(block)
+    add = time.perf_counter() - start
+    set_effort(index, ours.parameters["effort"])
+    if plan.refine:
+        index.k_factor = 8.0
+    found = _searched(index, queries, true, repeats)
+    return Measured("faiss", plan.kind, dict(ours.parameters), train, add, 0.0, stated=None, **found)
+
+
+def format_table(result: IndexBench) -> Iterator[str]:
+    """The result for people."""
+    case, conditions = result.case, result.conditions
+    yield (
+        f"{case.vectors:,} vectors of {case.width} ({'float16' if case.half else 'float32'} file), {result.metric}, "
+        f"{case.queries} queries; {conditions['cpu']}, {conditions['threads']} threads, "
+        f"load {conditions['load_before']:.1f} before"
+    )
+    yield f"{'':<16}  {'recall@10':>9}  {'queries/s':>9}  {'one by one':>10}  {'train s':>8}  {'add s':>8}  {'MB':>8}"
+    for one in result.measured:
+        rate = float(np.median(one.rates))
+        yield (
+            f"{one.kind + ', ' + one.way:<16}  {one.recall:9.4f}  {rate:9.0f}  {one.alone:10.0f}  {one.train:8.1f}  "
+            f"{one.add:8.1f}  {one.nbytes / 2**20:8.0f}"
+        )
+    for one in result.measured:
+        if one.stated is not None:
+            parameters = ", ".join(f"{name} {value}" for name, value in one.parameters.items() if value is not None)
+            yield (
+                f"{one.kind}: {parameters}; stated recall {one.stated:.4f}; {one.tune:.0f} s for the exact answer of "
+                "held-out queries and the effort"
+            )
+    yield (
+        f"made in {result.generated:.0f} s; exact answer in {result.exact:.0f} s "
+        f"({case.queries / result.exact:.0f} queries/s); peak memory {result.peak / 2**30:.1f} GB, pages of the "
+        "file among it"
+    )
+
+
+def to_json(result: IndexBench) -> dict[str, Any]:
+    """Plain data."""
+    return {"schema": SCHEMA, **asdict(result)}

@@ -1,0 +1,62 @@
+"""``difftap doctor``: what is here, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from difftap.commands.options import build_recipe, cache_option, recipe_options
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option(
+    "--measure", is_flag=True, help="First measure, for --backend auto, which backend is fastest for a recipe."
+)
+@click.option("--device", default="auto", show_default=True, help="With --measure: auto, cpu or cuda.")
+@click.option("--precision", default="fp32", show_default=True, metavar="P", help="With --measure: the precision.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="With --measure: CPU threads.  [default: all]")
+@cache_option
+@recipe_options
+def doctor(
+    as_json: bool,
+    measure: bool,
+    device: str,
+    precision: str,
+    threads: int | None,
+    cache: Path | None,
+    revision: str | None,
+    random_weights: int | None,
+    **options: Any,
+) -> None:
+    """List backends, extras, devices and the cache; say what is missing and the pip line that brings it.
+
+    With --measure, the options of a recipe say what is measured; without it they have no use and are refused.
+
+    \b
+    difftap doctor
+    difftap doctor --measure --recipe dift --model sd21/
+    """
+    from difftap.doctor import examine, format_health, to_json
+    from difftap.engine import Cache, default_cache_folder
+    from difftap.errors import InputError
+
+    store = Cache(cache or default_cache_folder())
+    given = [value for value in (*options.values(), revision, random_weights, threads) if value not in (None, ())]
+    if measure:
+        from difftap.auto import AUTO, choose
+        from difftap.pipeline import Runtime
+
+        runtime = Runtime(AUTO, device, threads, cache=store.folder, precision=precision)
+        choose(build_recipe(**options), runtime, revision=revision, random_weights=random_weights, afresh=True)
+    elif given or device != "auto" or precision != "fp32":
+        raise InputError("a recipe, a device or a precision says what is measured; give --measure with them")
+    health = examine(store)
+    if as_json:
+        click.echo(json.dumps(to_json(health), indent=1))
+        return
+    for line in format_health(health):
+        click.echo(line)

@@ -1,0 +1,133 @@
+"""``difftap extract``: a data set's features into a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from difftap.commands.options import build_recipe, recipe_options, runtime_options, take_runtime
+from difftap.commands.progress import progress_bar
+from difftap.errors import InputError, require
+
+if TYPE_CHECKING:
+    from difftap.extraction.run import Run
+
+
+@click.command(
+    epilog="Exit codes: 0 done; 1 done, but some images could not be used; 2 bad input or a failure: what was "
+    "finished before it is safe, and the same command goes on."
+)
+@click.argument("source")
+@click.option("-o", "--output", required=True, metavar="STORE", help="The store: a folder, or an fsspec address.")
+@click.option("--column", metavar="NAME", help="Column with the images, of a table.  [default: the first that fits]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N images only.")
+@click.option("--fit", metavar="KIND", help="stretch, or letterbox (aspect kept).  [default: the recipe's]")
+@click.option("--dtype", default="float16", show_default=True, help="float16, float32 or int8.")
+@click.option("--scale", default="channel", show_default=True, help="Of int8: one a channel, or one a map.")
+@click.option("--pca", type=click.IntRange(1), metavar="K", help="Keep K principal components of each tap.")
+@click.option(
+    "--pca-sample", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Images to fit them on."
+)
+@click.option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
+@click.option("--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
+@click.option("--overwrite", is_flag=True, help="Delete the store that is there and start afresh.")
+@click.option(
+    "--commit-every", type=click.FloatRange(0), default=30.0, show_default=True, metavar="S",
+    help="Most seconds of work that a crash can cost.",
+)  # fmt: skip
+@click.option("--decoders", type=click.IntRange(1), metavar="N", help="Threads that decode.  [default: half the cores]")
+@click.option(
+    "--ray", "ray_address", is_flag=False, flag_value="local", metavar="[ADDRESS]",
+    help="Extract with Ray: on the cluster at ADDRESS, or on a local one.",
+)  # fmt: skip
+@click.option("--ray-workers", type=click.IntRange(1), metavar="N", help="Workers.  [default: one a GPU, or two]")
+@click.option(
+    "--stall", type=click.FloatRange(1), default=600.0, show_default=True, metavar="S",
+    help="With --ray: give up when no image is finished for so long.",
+)  # fmt: skip
+@recipe_options
+@runtime_options
+def extract(
+    source: str,
+    output: str,
+    column: str | None,
+    limit: int | None,
+    fit: str | None,
+    decoders: int | None,
+    ray_address: str | None,
+    ray_workers: int | None,
+    stall: float,
+    revision: str | None,
+    random_weights: int | None,
+    **options: Any,
+) -> None:
+    """Extract the features of a whole data set into a store that every other command can read.
+
+    SOURCE is a folder of images, a glob in quotes, a list of paths (.txt), tar files, or a table with a column of
+    images (.parquet, or a folder that Hugging Face's save_to_disk wrote). The same command goes on where a run was
+    stopped, by whatever means.
+
+    \b
+    difftap extract photos/ -o photos.zarr
+    difftap extract 'shards/*.tar' -o s3://bucket/features.zarr --recipe dift --model sd21/
+    difftap extract photos/ -o small.zarr --dtype int8 --pca 64
+    """
+    from difftap.extraction import Settings, default_workers
+    from difftap.sources import Source, open_source
+    from difftap.store import Encoding
+
+    runtime = take_runtime(options)
+    encoding = Encoding(**{name: options.pop(name) for name in ("dtype", "scale", "pca")})
+    settings = Settings(
+        encoding,
+        decoders or default_workers(),
+        options.pop("commit_every"),
+        options.pop("pca_sample"),
+        options.pop("strict"),
+        options.pop("retry_failed"),
+        options.pop("overwrite"),
+    )
+    recipe = build_recipe(**options)
+    if fit is not None:
+        recipe = dataclasses.replace(recipe, fit=fit)
+    opening: dict[str, Any] = {"revision": revision, "random_weights": random_weights}
+    require("zarr", "store", "a feature store")  # said before anything slow starts
+    listed = open_source(source, column)
+    if limit is not None:
+        listed = Source(listed.kind, listed.items[:limit], listed.repeated)
+    if listed.repeated:
+        click.echo(f"{listed.repeated} entries repeat an earlier one and are left out", err=True)
+    click.echo(f"{len(listed):,} images in {source}: {listed.kind}", err=True)
+    if ray_address is None:
+        if ray_workers is not None:
+            raise InputError("--ray-workers goes with --ray")
+        from difftap.extraction import extract_to_store
+        from difftap.pipeline import Pipeline
+
+        with (
+            Pipeline.open(recipe, runtime, **opening) as pipeline,
+            progress_bar(len(listed), "images", rate=True) as advance,
+        ):
+            run = extract_to_store(pipeline, listed, output, settings, progress=advance)
+    else:
+        from difftap.extraction.cluster import Cluster, extract_on_cluster
+
+        cluster = Cluster(None if ray_address == "local" else ray_address, ray_workers, stall)
+        with progress_bar(len(listed), "images", rate=True) as advance:
+            run = extract_on_cluster(recipe, runtime, listed, output, settings, cluster, opening, progress=advance)
+    _report(run, output)
+
+
+def _report(run: Run, output: str) -> None:
+    earlier = f", {run.skipped:,} already there" if run.skipped else ""
+    pace = f" in {run.seconds:.1f} s ({run.written / run.seconds:.2f} images/s)" if run.written and run.seconds else ""
+    click.echo(f"{run.written:,} images written to {output}{pace}{earlier}; {run.failed:,} failed in all", err=True)
+    for line in run.reasons:
+        click.echo(f"  {line}", err=True)
+    if run.failed > len(run.reasons):
+        click.echo("  (difftap store info --failures lists them all; --retry-failed tries them again)", err=True)
+    if run.failed:
+        sys.exit(1)

@@ -1,0 +1,464 @@
+"""``difftap index``: retrieval of objects and patches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from difftap.commands.options import build_recipe, feature_options, runtime_options, take_runtime
+from difftap.commands.progress import progress_bar
+from difftap.errors import InputError
+
+if TYPE_CHECKING:
+    from difftap.index.origin import Origin
+    from difftap.index.queries import Query
+    from difftap.index.store import Batch
+    from difftap.pipeline import Runtime
+
+__all__ = ["index"]
+
+_FILE = click.Path(path_type=Path)
+_WHERE = click.option(
+    "--index",
+    "where",
+    required=True,
+    metavar="PLACE",
+    help="A folder (FAISS), a milvus-lite file (.db), or http://HOST:19530 (Milvus).",
+)
+_NAME = click.option("--name", default="difftap", show_default=True, help="Of the index, in Milvus.")
+_GPU = click.option("--gpu", is_flag=True, help="Let FAISS use the GPU (needs faiss-gpu).")
+_LABELS = click.option(
+    "--labels",
+    type=click.Choice(["folder", "none"]),
+    default="none",
+    show_default=True,
+    help="Images: class of an image's patches: its folder's name, or none.",
+)
+_PER_IMAGE = click.option(
+    "--per-image", type=click.IntRange(1), metavar="N", help="Images: N cells of each, drawn at random.  [default: all]"
+)
+_OPENING = (
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
+    click.option("--random-weights", type=int, metavar="SEED", help="The model was built with seeded random weights."),
+)
+_SOURCES = click.argument("sources", metavar="SOURCE...", type=_FILE, nargs=-1, required=True)
+
+
+def _opening(function: Any) -> Any:
+    for option in reversed(_OPENING):
+        function = option(function)
+    return function
+
+
+@click.group()
+def index() -> None:
+    """Build, extend, search and judge an index of prototypes or of patch features.
+
+    \b
+    difftap prototypes build voc VOCdevkit -o voc.parquet
+    difftap index build voc.parquet --index voc.index
+    difftap index search photo.jpg --mask dog.png --index voc.index --sheet hits.png
+    """
+
+
+@index.command(epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written.")
+@_SOURCES
+@_WHERE
+@_NAME
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "flat", "ivf", "ivf-pq", "hnsw"]),
+    default="auto",
+    show_default=True,
+    help="auto: exact up to 256 MB of vectors, ivf up to 2 GB, ivf-pq beyond.",
+)
+@click.option(
+    "--metric",
+    default="correlation",
+    show_default=True,
+    help="correlation, cosine, euclidean or manhattan (flat alone).",
+)
+@click.option(
+    "--recall",
+    type=float,
+    default=0.95,
+    show_default=True,
+    metavar="R",
+    help="Search as far as this recall@10 takes, where it can be reached.",
+)
+@click.option("--lists", type=click.IntRange(1), metavar="N", help="ivf, ivf-pq: lists.  [default: about sqrt(rows)]")
+@click.option("--codes", type=click.IntRange(1), metavar="B", help="ivf-pq: bytes of a code.  [default: width / 8]")
+@click.option("--refine", is_flag=True, help="ivf-pq: keep 8-bit vectors too, and rank the best by them (auto does).")
+@_PER_IMAGE
+@_LABELS
+@_GPU
+@click.option("--overwrite", is_flag=True, help="Replace an index that stands there, once the new one is whole.")
+@feature_options("pocket; dift with --model")
+@runtime_options
+def build(
+    sources: tuple[Path, ...],
+    where: str,
+    name: str,
+    kind: str,
+    metric: str,
+    recall: float,
+    lists: int | None,
+    codes: int | None,
+    refine: bool,
+    per_image: int | None,
+    labels: str,
+    gpu: bool,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Index SOURCEs: tables of prototypes (.parquet), or images and folders of images for their patch features.
+
+    A table brings its own recipe; for images the recipe options say how features are made. Both are stored with the
+    index: queries are made the same way, and vectors of another recipe or model are refused.
+    """
+    from difftap.index.build import Options
+    from difftap.index.retrieve import build_index, check_place, describe
+    from difftap.index.sources import Patches, list_images, open_tables, patch_batches
+
+    wanted = Options(kind, metric, lists, codes, refine, recall, options["seed"] or 0, gpu)
+    check_place(where, overwrite)
+    failures: list[tuple[str, str]] = []
+    if _are_tables(sources):
+        _refuse_recipe(options, per_image, labels)
+        origin, batches = open_tables(sources)
+        with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
+            record = describe(made)
+    else:
+        from difftap.index.origin import Origin
+        from difftap.pipeline import Pipeline
+
+        paths = list_images(sources)
+        which = Patches(per_image, labels, options["seed"] or 0)
+        runtime, opening = take_runtime(options), _take_opening(options)
+        recipe = build_recipe(**options)
+        with Pipeline.open(recipe, runtime, **opening) as pipeline, progress_bar(len(paths)) as advance:
+            origin = Origin.of_patches(recipe, str(pipeline.conditions["model"]["key"]))
+            batches = patch_batches(pipeline, paths, which, advance, failures)
+            with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
+                record = describe(made)
+    click.echo(f"{record['rows']} vectors of {record['width']} in {where}: {_kind_line(record)}", err=True)
+    _end(failures)
+
+
+@index.command(epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing changed.")
+@_SOURCES
+@_WHERE
+@_NAME
+@_PER_IMAGE
+@_LABELS
+@_opening
+@runtime_options
+def add(
+    sources: tuple[Path, ...],
+    where: str,
+    name: str,
+    per_image: int | None,
+    labels: str,
+    revision: str | None,
+    random_weights: int | None,
+    **options: Any,
+) -> None:
+    """Add SOURCEs to an index: all of them or, if it is interrupted, none."""
+    from difftap.index.retrieve import open_index
+
+    opening = {"revision": revision, "random_weights": random_weights}
+    failures: list[tuple[str, str]] = []
+    with open_index(where, name=name) as opened:
+        trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
+        with _vectors(sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures) as (
+            batches,
+            _,
+        ):
+            added = opened.add(batches)
+        count, kind = opened.about.count, opened.about.kind
+    click.echo(f"{added} vectors added to {where}: {count} in all", err=True)
+    if kind not in ("flat", "hnsw") and count > 2 * trained:
+        click.echo(f"  its lists were made for {trained}: build it again to keep its recall", err=True)
+    _end(failures)
+
+
+@index.command()
+@click.argument("image", type=_FILE, required=False)
+@_WHERE
+@_NAME
+@click.option("--mask", type=_FILE, metavar="FILE", help="The object: a mask PNG as large as the image.")
+@click.option("--mask-value", type=click.IntRange(0), metavar="V", help="The mask's value that means the object.")
+@click.option("--point", metavar="X,Y", help="The place, in pixels of the image.")
+@click.option("--row", metavar="TABLE:N", help="Row N, from 0, of a table of prototypes, in place of an image.")
+@click.option("-k", "k", type=click.IntRange(1), default=10, show_default=True, help="Hits.")
+@click.option("--other-images", is_flag=True, help="Leave out hits in the query's own image.")
+@click.option("--sheet", type=_FILE, metavar="FILE", help="Contact sheet of the hits (.png, .jpg, .webp).")
+@click.option(
+    "--images", "roots", type=_FILE, multiple=True, metavar="DIR", help="Where the sheet finds images (repeatable)."
+)
+@_GPU
+@_opening
+@runtime_options
+def search(
+    image: Path | None,
+    where: str,
+    name: str,
+    mask: Path | None,
+    mask_value: int | None,
+    point: str | None,
+    row: str | None,
+    k: int,
+    other_images: bool,
+    sheet: Path | None,
+    roots: tuple[Path, ...],
+    gpu: bool,
+    revision: str | None,
+    random_weights: int | None,
+    **options: Any,
+) -> None:
+    """Find what is nearest to IMAGE, to the object under --mask, to the place at --point, or to a table's row.
+
+    Prints JSON: the hits with class, image, position and score, and what the score means. The query's vector is made
+    with the index's own recipe.
+
+    \b
+    difftap index search photo.jpg --mask dog.png --index voc.index --sheet hits.png --images VOC2012/JPEGImages
+    difftap index search photo.jpg --point 120,80 --index patches.index
+    difftap index search --row voc.parquet:12 --other-images --index voc.index
+    """
+    from difftap.draw import check_output, save_picture
+    from difftap.index.queries import embed, open_pipeline
+    from difftap.index.retrieve import SCHEMA, describe, open_index, search_record
+    from difftap.index.sheet import draw_sheet
+
+    if sheet is not None:
+        check_output(sheet, [one for one in (image, mask) if one is not None])
+    elif roots:
+        raise InputError("--images is for the contact sheet; give --sheet too")
+    make = _query(image, mask, mask_value, point, row)
+    with open_index(where, name=name, gpu=gpu) as opened:
+        query = make(opened.about.origin)
+        if query.vector is None:
+            with open_pipeline(
+                opened.about.origin, take_runtime(options), revision=revision, random_weights=random_weights
+            ) as pipeline:
+                vector, conditions = embed(query, opened.about.origin, pipeline), pipeline.conditions
+        else:
+            vector, conditions = query.vector, {}
+        found = search_record(opened, vector, k, key=query.key, other_images=other_images)
+        record = {
+            "type": "search",
+            "schema": SCHEMA,
+            **conditions,
+            "index": describe(opened),
+            "query": dict(query.about),
+            **found,
+        }
+        if sheet is not None:
+            picture, missing = draw_sheet(query, found["hits"], found["score"], roots)
+            save_picture(picture, sheet)
+            if missing:
+                click.echo(f"{missing} images of the sheet were not found; name their folder with --images", err=True)
+    click.echo(json.dumps(record, indent=1, allow_nan=False))
+
+
+@index.command(name="eval")
+@_SOURCES
+@_WHERE
+@_NAME
+@click.option("-k", "ks", type=click.IntRange(1), multiple=True, help="Of recall@k (repeatable).  [default: 1, 5, 10]")
+@click.option("--neighbours", type=click.IntRange(1), default=5, show_default=True, help="Hits that vote for a class.")
+@click.option("--depth", type=click.IntRange(1), metavar="N", help="Hits looked at.  [default: all, at most 10,000]")
+@_PER_IMAGE
+@_LABELS
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the figures as JSON too.")
+@_GPU
+@_opening
+@runtime_options
+def evaluate(
+    sources: tuple[Path, ...],
+    where: str,
+    name: str,
+    ks: tuple[int, ...],
+    neighbours: int,
+    depth: int | None,
+    per_image: int | None,
+    labels: str,
+    json_file: Path | None,
+    gpu: bool,
+    revision: str | None,
+    random_weights: int | None,
+    **options: Any,
+) -> None:
+    """Search for every vector of SOURCEs, their own images left out: recall@k, mAP and kNN accuracy, by class.
+
+    \b
+    difftap index eval voc.parquet --index voc.index
+    """
+    from difftap.index import retrieve
+    from difftap.manifest import write_atomic
+
+    opening = {"revision": revision, "random_weights": random_weights}
+    failures: list[tuple[str, str]] = []
+    with (
+        retrieve.open_index(where, name=name, gpu=gpu) as opened,
+        _vectors(sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures) as (
+            batches,
+            conditions,
+        ),
+    ):
+        found, looked = retrieve.evaluate(opened, batches, ks=ks or (1, 5, 10), neighbours=neighbours, depth=depth)
+        about = retrieve.describe(opened)
+    for line in _quality_lines(found, neighbours, looked, about):
+        click.echo(line)
+    if json_file is not None:
+        record = {
+            "type": "retrieval",
+            "schema": retrieve.SCHEMA,
+            **conditions,
+            "index": about,
+            "settings": {"neighbours": neighbours, "depth": looked, "left_out": "the query's own image"},
+            **found.to_dict(),
+        }
+        write_atomic(json_file, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    _end(failures)
+
+
+def _are_tables(sources: Iterable[Path]) -> bool:
+    kinds = {source.suffix.lower() == ".parquet" for source in sources}
+    if len(kinds) > 1:
+        raise InputError(
+            "tables and images cannot be indexed together; give tables of prototypes (.parquet), or images"
+        )
+    return kinds.pop()
+
+
+def _refuse_recipe(options: dict[str, Any], per_image: int | None, labels: str) -> None:
+    """A table brings its own features: an option that would change nothing is refused."""
+    names = (
+        "recipe_name",
+        "model",
+        "revision",
+        "random_weights",
+        "size",
+        "ensemble",
+        "taps",
+        "timestep",
+        "prompt",
+        "noise",
+    )
+    flags = {"recipe_name": "recipe", "random_weights": "random-weights", "taps": "tap"}
+    given = [flags.get(name, name) for name in names if options[name] not in (None, ())]
+    given += [text for text, on in (("per-image", per_image), ("labels", labels != "none")) if on]
+    if given:
+        raise InputError(f"--{given[0]} is for images; a table of prototypes brings its own recipe, so leave it out")
+
+
+def _take_opening(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in ("revision", "random_weights")}
+
+
+@contextlib.contextmanager
+def _vectors(
+    sources: tuple[Path, ...],
+    origin: Origin,
+    per_image: int | None,
+    labels: str,
+    runtime: Runtime,
+    opening: dict[str, Any],
+    failures: list[tuple[str, str]],
+) -> Iterator[tuple[Iterable[Batch], dict[str, Any]]]:
+    """The vectors of some sources, made as an index's were, and the conditions they were made under."""
+    from difftap.index.queries import open_pipeline
+    from difftap.index.sources import Patches, list_images, open_tables, patch_batches
+
+    if _are_tables(sources):
+        theirs, batches = open_tables(sources)
+        names = ", ".join(f"'{source}'" for source in sources)
+        origin.check(theirs, names)
+        if per_image is not None or labels != "none":
+            raise InputError("--per-image and --labels are for images; leave them out")
+        yield batches, {}
+        return
+    if origin.source != "patches":
+        raise InputError("this index holds prototypes of objects; add a table of prototypes (.parquet), not images")
+    paths = list_images(sources)
+    which = Patches(per_image, labels)
+    with open_pipeline(origin, runtime, **opening) as pipeline, progress_bar(len(paths)) as advance:
+        yield patch_batches(pipeline, paths, which, advance, failures), pipeline.conditions
+
+
+def _query(
+    image: Path | None, mask: Path | None, mask_value: int | None, point: str | None, row: str | None
+) -> Callable[[Origin], Query]:
+    """What is searched for, read and checked as far as it can be before the index is open."""
+    from difftap.images import load_image
+    from difftap.index.queries import image_query, load_mask, mask_query, point_query, row_query
+    from difftap.points import parse_point
+
+    if row is not None:
+        if image is not None or mask is not None or point is not None:
+            raise InputError("--row takes the place of an image; leave IMAGE, --mask and --point out")
+        table, _, number = row.rpartition(":")
+        if not table or not number.isdecimal():
+            raise InputError(f"--row is {row!r}; allowed: TABLE:N, such as voc.parquet:12")
+        return lambda origin: row_query(Path(table), int(number), origin)
+    if image is None:
+        raise InputError("nothing to search for; give an image (with --mask or --point, if a part is meant) or --row")
+    if mask is not None and point is not None:
+        raise InputError("--mask and --point exclude each other; give one")
+    if mask is None and mask_value is not None:
+        raise InputError("--mask-value goes with --mask")
+    loaded = load_image(image)
+    if mask is not None:
+        made = mask_query(loaded, load_mask(mask, mask_value), mask)
+    elif point is not None:
+        made = point_query(loaded, *parse_point(point))
+    else:
+        made = image_query(loaded)
+    return lambda origin: made
+
+
+def _kind_line(record: dict[str, Any]) -> str:
+    recall = record["recall"]
+    if record["effort"] is None:
+        return f"{record['kind']}, {record['metric']}, exact"
+    return (
+        f"{record['kind']}, {record['metric']}, recall@{recall['at']} {recall['value']:.3f} against exact "
+        f"({recall['queries']} held-out queries, effort {record['effort']})"
+    )
+
+
+def _quality_lines(found: Any, neighbours: int, depth: int, about: dict[str, Any]) -> Iterator[str]:
+    yield f"{about['rows']} rows, {_kind_line(about)}"
+    yield (
+        f"{found.queries} queries, their own image left out ({found.skipped} more have nothing of their class in "
+        f"another image); {depth} hits looked at"
+    )
+    heads = [f"R@{k}" for k in found.recall] + ["mAP", f"{neighbours}NN"]
+    width = max([len(name) for name in found.by_class] + [len("mean of classes")])
+    yield f"{'':<{width}}  {'queries':>7}" + "".join(f"  {head:>6}" for head in heads)
+
+    def line(name: str, count: int | None, one: dict[str, Any]) -> str:
+        values = [*one["recall"].values(), one["mean_average_precision"], one["accuracy"]]
+        return f"{name:<{width}}  {'' if count is None else count:>7}" + "".join(f"  {100 * v:6.2f}" for v in values)
+
+    overall = {name: getattr(found, name) for name in ("recall", "mean_average_precision", "accuracy")}
+    for name, one in found.by_class.items():
+        yield line(name, one["queries"], one)
+    yield line("mean of queries", found.queries, overall)
+    yield line("mean of classes", None, found.class_means)
+
+
+def _end(failures: list[tuple[str, str]]) -> None:
+    for path, why in failures[:10]:
+        click.echo(f"  {path} failed: {why}", err=True)
+    if failures:
+        click.echo(f"{len(failures)} images failed", err=True)
+        sys.exit(1)

@@ -1,0 +1,199 @@
+"""A data set's features into a store, on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftap.extraction.stream import Outcome, stream
+from difftap.model import Model
+from difftap.recipe import Recipe
+from difftap.sources import Item, Source
+from difftap.store.encoding import Basis, Encoding, Moments
+from difftap.store.shard import shapes_of, shard_rows
+from difftap.store.writer import StoreWriter, open_writer
+
+__all__ = ["Run", "Settings", "extract_to_store", "fit_bases", "rows_per_shard"]
+
+_REASONS = 5  # of failures, told at the end of a run; the store has them all
+_CHANNELS, _STRIDE = 1280, 8  # taken where only running the network can tell a tap's shape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a data set is extracted.
+
+    Attributes:
+        encoding: how maps are stored.
+        workers: threads that decode.
+        every: most seconds that finished images wait in memory before they are put on disk.
+        sample: images that a PCA is fitted on.
+        strict: stop at the first image that cannot be used.
+        retry: try images again that failed in an earlier run.
+        overwrite: start afresh whatever store is there.
+        shard: rows a shard of a new store; None for some 64 MB.
+    """
+
+    encoding: Encoding = field(default_factory=Encoding)
+    workers: int = 2
+    every: float = 30.0
+    sample: int = 16
+    strict: bool = False
+    retry: bool = False
+    overwrite: bool = False
+    shard: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run did.
+
+    Attributes:
+        written: images put into the store by it.
+        failed: images of the source that could not be used, earlier runs' included.
+        skipped: images that were there already.
+        seconds: wall time of the run, engines already open.
+        reasons: why the first of them failed.
+    """
+
+    written: int
+    failed: int
+    skipped: int
+    seconds: float
+    reasons: tuple[str, ...] = ()
+
+
+def rows_per_shard(recipe: Recipe, model: Model, encoding: Encoding) -> int:
+    """Rows a shard of a new store."""
+    return shard_rows(row_bytes(recipe, model, encoding))
+
+
+def row_bytes(recipe: Recipe, model: Model, encoding: Encoding) -> int:
+    """Bytes that one image takes in a store, as far as taps tell before the network has run."""
+    total = 0
+    for branch in recipe.branches:
+        for name in branch.taps:
+            tap = model.tap(name)
+            stride = tap.stride or _STRIDE
+            cells = (recipe.size[0] // stride) * (recipe.size[1] // stride)
+            total += (encoding.pca or tap.channels or _CHANNELS) * cells * np.dtype(encoding.dtype).itemsize
+    return total
+
+
+def extract_to_store(
+    pipeline: Any,
+    source: Source,
+    path: str | Path,
+    settings: Settings | None = None,
+    *,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Run:
+    """Extract a data set into a feature store, or go on where an earlier run was stopped.
+
+    Args:
+        pipeline: an open `difftap.Pipeline`.
+        source: the images.
+        path: the store, a local folder or an fsspec address.
+        settings: how.
+        progress: called with the number of records, features or failures, that have just become safe on disk.
+
+    Raises:
+        OutputError: the store cannot be written, was begun under other conditions, or is being written.
+        ImageError: with ``strict``, an image cannot be used. What came before it is safe.
+        BackendError: the runtime failed; what was extracted is safe, and a later run goes on.
+    """
+    settings = settings or Settings()
+    began = time.monotonic()
+    recipe: Recipe = pipeline.recipe
+    with open_writer(
+        path,
+        pipeline.conditions,
+        recipe.feature_fields(),
+        settings.encoding,
+        shard=settings.shard or rows_per_shard(recipe, pipeline.model, settings.encoding),
+        every=settings.every,
+        overwrite=settings.overwrite,
+    ) as writer:
+        rest, skipped, failed = remaining(source, writer, retry=settings.retry)
+        progress(len(source) - len(rest))
+        writer.reserve(-(-len(rest) // writer.provenance.shard))
+        ready_bases(pipeline, rest, writer, settings)
+        written = 0
+        with closing(stream(pipeline, rest, settings.workers)) as outcomes:
+            for outcome in outcomes:
+                if outcome.features is None:
+                    failed[outcome.item.key] = str(outcome.fault)
+                    if settings.strict and outcome.fault is not None:
+                        writer.fail(outcome.item.key, str(outcome.fault))
+                        raise outcome.fault
+                progress(keep(writer, outcome))
+                written += outcome.features is not None
+        progress(writer.finish())
+    return Run(written, len(failed), skipped, time.monotonic() - began, tell(failed))
+
+
+def keep(writer: StoreWriter, outcome: Outcome) -> int:
+    """Put an outcome into a store; how many records became safe by it."""
+    if outcome.features is None:
+        return writer.fail(outcome.item.key, str(outcome.fault))
+    return writer.add(outcome.item.key, outcome.features)
+
+
+def tell(failed: Mapping[str, str]) -> tuple[str, ...]:
+    """The first few failures, a line each."""
+    return tuple(f"{key}: {error}" for key, error in list(failed.items())[:_REASONS])
+
+
+def remaining(source: Source, writer: StoreWriter, *, retry: bool) -> tuple[list[Item], int, dict[str, str]]:
+    """What a run has to do: the items that are left, how many are done, and which failed before."""
+    keys = {item.key for item in source}
+    failed = {} if retry else {key: error for key, error in writer.failed.items() if key in keys}
+    rest = [item for item in source if item.key not in writer.done and item.key not in failed]
+    return rest, sum(key in writer.done for key in keys), failed
+
+
+def ready_bases(pipeline: Any, items: Sequence[Item], writer: StoreWriter, settings: Settings) -> None:
+    """Of a store with PCA that has no bases yet, fit them and make the arrays."""
+    if settings.encoding.pca is None or not items or writer.ready:
+        return
+    shapes, bases = fit_bases(pipeline, items, settings)
+    if shapes:
+        writer.prepare(shapes, bases)
+
+
+def fit_bases(
+    pipeline: Any, items: Iterable[Item], settings: Settings
+) -> tuple[dict[str, tuple[int, int, int]], dict[str, Basis]]:
+    """The PCA bases of each tap, from the first usable images, and the maps' shapes; empty if there is none.
+
+    Raises:
+        InputError: a tap has fewer channels, or the sample fewer cells, than components are asked for.
+    """
+    shapes: dict[str, tuple[int, int, int]] = {}
+    moments: dict[str, Moments] = {}
+    seen = 0
+    with closing(stream(pipeline, items, settings.workers)) as outcomes:
+        for outcome in outcomes:
+            if outcome.features is None:
+                continue
+            shapes = shapes_of(outcome.features)
+            for number, taps in enumerate(outcome.features.branches):
+                for tap, one in taps.items():
+                    moments.setdefault(f"{number}/{tap}", Moments()).add(one.data)
+            seen += 1
+            if seen >= settings.sample:
+                break
+    components = settings.encoding.pca or 0
+    return shapes, {name: one.basis(components) for name, one in moments.items()}
+
+
+def default_workers() -> int:
+    """Threads that decode: half the cores, at most 8; decoding must not take cores from an engine on a CPU."""
+    return max(1, min(8, (os.cpu_count() or 2) // 2))

@@ -1,0 +1,206 @@
+"""How a feature map is stored: its number type, its scale, and the basis it is projected on; and what that costs.
+
+A map is stored as it is (``float32``), rounded to half precision (``float16``), or as whole numbers times a scale
+(``int8``). With a basis, a principal component analysis of the run's first images, its K leading components are stored
+in place of the C channels, and the map is rebuilt from them on reading. `Fidelity` says how far that is from the map
+that was extracted. Axis letters: C channels, K stored components, h w cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.errors import InputError
+
+__all__ = ["DTYPES", "SCALES", "Basis", "Encoding", "Fidelity", "Moments", "Stored"]
+
+DTYPES = ("float16", "float32", "int8")
+SCALES = ("channel", "map")
+_TOP = 127.0  # int8 without -128, so that the range is symmetric
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The leading principal components of a tap's cells.
+
+    Attributes:
+        mean: ``(C,)``.
+        components: ``(K, C)``, orthonormal rows, most variance first.
+        share: of the sample's variance that they hold, 0 to 1.
+    """
+
+    mean: NDArray[np.float32]
+    components: NDArray[np.float32]
+    share: float
+
+    def project(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``(C, h, w)`` to ``(K, h, w)``."""
+        flat = data.reshape(len(data), -1) - self.mean[:, None]
+        return (self.components @ flat).reshape(-1, *data.shape[1:])
+
+    def rebuild(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``(K, h, w)`` to ``(C, h, w)``."""
+        flat = self.components.T @ data.reshape(len(data), -1) + self.mean[:, None]
+        return flat.reshape(-1, *data.shape[1:])
+
+
+class Moments:
+    """First and second moments of a tap's cells, taken map by map."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._total: NDArray[np.float64] = np.zeros(0)
+        self._outer: NDArray[np.float64] = np.zeros((0, 0))
+
+    def add(self, data: NDArray[np.float32]) -> None:
+        """Take the cells of a map ``(C, h, w)``."""
+        cells = data.reshape(len(data), -1).astype(np.float64)  # (C, h*w)
+        if not self._count:
+            self._total, self._outer = np.zeros(len(cells)), np.zeros((len(cells), len(cells)))
+        self._count += cells.shape[1]
+        self._total += cells.sum(axis=1)
+        self._outer += cells @ cells.T
+
+    def basis(self, components: int) -> Basis:
+        """The leading principal components.
+
+        Raises:
+            InputError: there are fewer channels or cells than components.
+        """
+        channels = len(self._total)
+        if not 1 <= components <= min(channels, self._count - 1):
+            raise InputError(
+                f"{components} components are asked for, of maps with {channels} channels, {self._count} cells seen; "
+                "allowed: 1 to the number of channels, and fewer than the cells (a larger --pca-sample has more)"
+            )
+        mean = self._total / self._count
+        values, vectors = np.linalg.eigh(self._outer / self._count - np.outer(mean, mean))  # ascending
+        share = float(values[::-1][:components].clip(0).sum() / max(values.clip(0).sum(), np.finfo(float).tiny))
+        leading = vectors[:, ::-1][:, :components].T
+        # An eigenvector's sign is anybody's choice: its largest entry is made positive, so that machines agree.
+        largest = np.abs(leading).argmax(axis=1)
+        leading = leading * np.sign(leading[np.arange(components), largest])[:, None]
+        return Basis(mean.astype(np.float32), np.ascontiguousarray(leading, np.float32), share)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One map as it is stored: values ``(K, h, w)``, and for int8 their scales, ``(K,)`` or ``(1,)`` float32."""
+
+    values: NDArray[Any]
+    scale: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a stored map is to the one that was extracted.
+
+    Attributes:
+        cosine: mean over cells of the cosine between stored and extracted feature vectors.
+        lowest: its smallest value over the cells.
+        error: norm of the difference over the norm of the extracted map.
+        maps: how many maps were measured.
+    """
+
+    cosine: float
+    lowest: float
+    error: float
+    maps: int = 1
+
+    @classmethod
+    def measure(cls, want: NDArray[np.float32], got: NDArray[np.float32]) -> Fidelity:
+        """Compare two maps ``(C, h, w)``; a cell that is all zero in both counts as 1."""
+        first, second = (np.asarray(one, np.float64).reshape(len(one), -1) for one in (want, got))
+        norms = np.linalg.norm(first, axis=0) * np.linalg.norm(second, axis=0)
+        both_zero = ~first.any(axis=0) & ~second.any(axis=0)
+        cosines = np.divide((first * second).sum(axis=0), norms, out=both_zero.astype(float), where=norms > 0)
+        cosines = np.minimum(cosines, 1.0)
+        whole = float(np.linalg.norm(first))
+        error = float(np.linalg.norm(first - second)) / whole if whole else float(second.any())
+        return cls(float(cosines.mean()), float(cosines.min()), error)
+
+    @classmethod
+    def join(cls, parts: Sequence[Fidelity]) -> Fidelity:
+        """That of several maps: mean cosine, lowest cosine, largest error."""
+        count = sum(part.maps for part in parts)
+        mean = sum(part.cosine * part.maps for part in parts) / count
+        return cls(mean, min(p.lowest for p in parts), max(p.error for p in parts), count)
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How maps are stored.
+
+    Attributes:
+        dtype: one of `DTYPES`.
+        scale: of int8, one for each ``channel`` (or component), or one for the whole ``map``.
+        pca: components kept of each tap; None for all channels, as they are.
+    """
+
+    dtype: str = "float16"
+    scale: str = "channel"
+    pca: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        if self.scale not in SCALES:
+            raise InputError(f"scale is {self.scale!r}; allowed: {', '.join(SCALES)}")
+        if self.pca is not None and self.pca < 1:
+            raise InputError(f"pca is {self.pca}; allowed: 1 or more components")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `from_dict` reads it back. The scale of a type that has none is left out."""
+        data = asdict(self)
+        if self.dtype != "int8":
+            del data["scale"]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Encoding:
+        """From plain data."""
+        return cls(**data)
+
+    def scales(self, components: int) -> int:
+        """How many scales a map has: none, one, or one a component."""
+        return 0 if self.dtype != "int8" else components if self.scale == "channel" else 1
+
+    def encode(self, data: NDArray[np.float32], basis: Basis | None = None) -> Stored:
+        """A map ``(C, h, w)`` as it is stored.
+
+        Raises:
+            InputError: a value does not fit the number type.
+        """
+        values = data if basis is None else basis.project(data)
+        if self.dtype == "float32":
+            return Stored(values)
+        if self.dtype == "float16":
+            top = float(np.abs(values).max())
+            if not top <= float(np.finfo(np.float16).max):
+                raise InputError(
+                    f"a feature is {top:.6g}; float16 holds up to {float(np.finfo(np.float16).max):.0f}; "
+                    "store float32 (--dtype float32)"
+                )
+            return Stored(values.astype(np.float16))
+        axes = (1, 2) if self.scale == "channel" else (0, 1, 2)
+        most = np.abs(values).max(axis=axes, keepdims=True)
+        scale = np.where(most > 0, most / np.float32(_TOP), np.float32(1)).astype(np.float32)  # (K or 1, 1, 1)
+        # The smallest scales are subnormal, and then the quotient may pass 127 by rounding.
+        whole = np.clip(np.rint(values / scale), -_TOP, _TOP).astype(np.int8)
+        return Stored(whole, scale.reshape(-1))
+
+    def decode(self, stored: Stored, basis: Basis | None = None) -> NDArray[np.float32]:
+        """The map ``(C, h, w)`` of what `encode` gave."""
+        values = stored.values.astype(np.float32)
+        if stored.scale is not None:
+            values *= stored.scale.reshape(-1, 1, 1)
+        return values if basis is None else basis.rebuild(values)

@@ -1,0 +1,353 @@
+"""Writing a feature store: begun or taken up again, filled shard by shard, finished.
+
+What `StoreWriter.add` and `StoreWriter.fail` take is safe only once they, or `StoreWriter.commit`, have counted it in
+what they return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftap.engine import Features
+from difftap.errors import InputError, OutputError
+from difftap.store.encoding import Basis, Encoding, Fidelity, Stored
+from difftap.store.layout import CONDITIONS, Provenance, differing, load_bases, pages, read_provenance, tap_arrays
+from difftap.store.place import Place
+from difftap.store.records import Page, Row
+from difftap.store.shard import Shard, create_arrays, shapes_of
+
+__all__ = ["StoreWriter", "open_writer"]
+
+_INDEX_ROWS = 4096  # a chunk of the arrays key, digest, image, content
+
+
+@contextlib.contextmanager
+def open_writer(
+    path: str | Path,
+    conditions: Mapping[str, Any],
+    features: Mapping[str, Any],
+    encoding: Encoding,
+    *,
+    shard: int,
+    every: float = 30.0,
+    overwrite: bool = False,
+    runs: Sequence[Mapping[str, Any]] = (),
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[StoreWriter]:
+    """Begin a store, or take up one that was begun under the same conditions; alone, where it is a local folder.
+
+    Args:
+        path: a local folder, or an fsspec address.
+        conditions: of the pipeline that fills it (`difftap.Pipeline.conditions`).
+        features: the recipe's `difftap.Recipe.feature_fields`.
+        encoding: how maps are stored.
+        shard: rows a shard, of a new store.
+        every: most seconds that finished records wait in memory for their shard to fill.
+        overwrite: delete the store that is there.
+        runs: conditions of earlier runs, where what they made is copied into a new store.
+        clock: tells the time in seconds.
+
+    Raises:
+        OutputError: it cannot be written, holds something else, was begun under other conditions, or is being written.
+    """
+    place = Place(path)
+    with place.locked():
+        group = _existing(place, overwrite=overwrite)
+        wanted = Provenance(dict(conditions), dict(features), encoding, shard)
+        if group is None:
+            group = place.create(
+                {"difftap": {**wanted.to_dict(), "runs": [dict(one) for one in runs], "complete": False}}
+            )
+        else:
+            wanted = _agreeing(read_provenance(group, place), wanted, place)
+            place.sweep()
+        writer = StoreWriter(group, place, wanted, every, clock)
+        writer.begin(conditions)
+        try:
+            yield writer
+        except OutputError:
+            raise  # the disk is full or gone: there is no use in trying to write more
+        except BaseException:
+            with contextlib.suppress(OutputError):  # the first error is the one to tell
+                writer.commit()
+            raise
+
+
+def _existing(place: Place, *, overwrite: bool) -> Any:
+    """The store that is there, open for writing; None if one is to be made.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    group = place.open(read_only=False)
+    if group is None:
+        if not place.empty():
+            raise OutputError(f"'{place}' exists, is not empty and is no feature store; choose another place")
+        return None
+    try:
+        read_provenance(group, place)
+    except InputError as error:
+        raise OutputError(f"{error}; nothing was written") from error
+    if overwrite:
+        place.remove()
+        return None
+    return group
+
+
+def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
+    """The store's provenance, if the run's does not contradict it.
+
+    Raises:
+        OutputError: it does; names the first field that differs.
+    """
+
+    def fields(one: Provenance) -> dict[str, Any]:
+        backend = one.conditions["backend"]
+        return {
+            "recipe": {name: value for name, value in one.features.items() if name != "model"},
+            "model": one.model_key,
+            "encoding": one.encoding.to_dict(),
+            **{f"backend {name}": backend.get(name) for name in CONDITIONS},
+        }
+
+    found = differing(fields(have), fields(want))
+    if found:
+        raise OutputError(
+            f"'{place}' was begun with {found[0]} = {found[1]!r}, this run has {found[2]!r}; choose another store, or "
+            "--overwrite"
+        )
+    return have
+
+
+class StoreWriter:
+    """An open store; use `open_writer`.
+
+    Attributes:
+        place: where it lies.
+        provenance: what it holds.
+        done: keys of images that are in.
+        failed: reason by key of images that failed before.
+        committed: records made safe by this run.
+    """
+
+    def __init__(
+        self, group: Any, place: Place, provenance: Provenance, every: float, clock: Callable[[], float]
+    ) -> None:
+        self.group = group
+        self.place = place
+        self.provenance = provenance
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.committed = 0
+        self._every = every
+        self._clock = clock
+        self._since = clock()
+        self._pages = 0
+        self._shard: Shard | None = None
+        self._ready = False
+
+    def begin(self, conditions: Mapping[str, Any]) -> None:
+        """Read the journal, note the run in the provenance, and find the place to go on."""
+        with self.place.errors():
+            if "journal" not in self.group:
+                self.group.create_array(
+                    "journal", shape=(0,), chunks=(1,), dtype=str, fill_value="", compressors=None,
+                    dimension_names=("shard",),
+                )  # fmt: skip
+        last: Page | None = None
+        for number, page in enumerate(pages(self.group, self.place)):
+            if page:
+                self._pages, last = number + 1, page
+            self.done.update(row.key for row in page.rows)
+            self.failed.update((failure.key, failure.error) for failure in page.failures)
+        self.failed = {key: error for key, error in self.failed.items() if key not in self.done}
+        noted = dict(self.group.attrs)["difftap"]
+        plain = json.loads(json.dumps(conditions))
+        if plain not in noted["runs"] or noted["complete"]:
+            runs = noted["runs"] + ([] if plain in noted["runs"] else [plain])
+            with self.place.errors():
+                self.group.attrs.update({"difftap": {**noted, "runs": runs, "complete": False}})
+        if last is not None and len(last.rows) < self.provenance.shard:
+            self._pages -= 1
+            self._open_shard(last)
+
+    @property
+    def next_shard(self) -> int:
+        """Number of the first shard that nothing was written to."""
+        return self._pages + (self._shard is not None)
+
+    def reserve(self, shards: int) -> None:
+        """Make room for so many shards after those in use, in few steps: each rewrites the arrays' descriptions."""
+        count = self.next_shard + shards
+        with self.place.errors():
+            journal = self.group["journal"]
+            if journal.shape[0] < count:
+                journal.resize((count,))
+            rows = count * self.provenance.shard
+            if self._ready or self._bound():
+                for array in tap_arrays(self.group, self.provenance, self.place):
+                    for one in (array.values, array.scale):
+                        # A finished store's rows may end within a shard; shards are written whole.
+                        if one is not None and one.shape[0] < rows:
+                            one.resize((rows, *one.shape[1:]))
+
+    def _bound(self) -> bool:
+        """Whether every tap's array is there."""
+        names = [f"{branch}/{tap}" for branch, taps in enumerate(self.provenance.branches) for tap in taps]
+        parts = ("",) if self.provenance.encoding.dtype != "int8" else ("", ".scale")
+        return all(f"{name}{part}" in self.group for name in names for part in parts)
+
+    def prepare(self, shapes: Mapping[str, tuple[int, int, int]], bases: Mapping[str, Basis]) -> None:
+        """Make the arrays that are not there yet.
+
+        Args:
+            shapes: ``(C, h, w)`` by array name (`difftap.store.shard.shapes_of`).
+            bases: of a store with PCA, by array name.
+        """
+        if not self._bound():
+            with self.place.errors():
+                rows = max(self.group["journal"].shape[0], self.next_shard + 1) * self.provenance.shard
+                create_arrays(self.group, self.provenance, shapes, bases, rows)
+        self._ready = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether every tap's array is there."""
+        return self._bound()
+
+    @property
+    def bases(self) -> dict[str, Basis]:
+        """The PCA bases that the store has."""
+        return load_bases(self.group, self.provenance)
+
+    def _open_shard(self, page: Page | None = None) -> Shard:
+        number = self._pages
+        if self.group["journal"].shape[0] <= number or (self._bound() and self._too_short(number)):
+            self.reserve(max(1, number // 8))
+        arrays = tap_arrays(self.group, self.provenance, self.place) if self._bound() else []
+        self._shard = Shard(self.group, self.place, self.provenance, arrays, number, page)
+        self._ready = bool(arrays)
+        return self._shard
+
+    def _too_short(self, number: int) -> bool:
+        rows = (number + 1) * self.provenance.shard
+        arrays = tap_arrays(self.group, self.provenance, self.place)
+        return any(one.shape[0] < rows for array in arrays for one in (array.values, array.scale) if one is not None)
+
+    def add(self, key: str, features: Features) -> int:
+        """Take an image's features; returns how many records became safe.
+
+        Raises:
+            OutputError: the disk is full, or the like.
+        """
+        shard = self._shard or self._open_shard()
+        if not self._ready:
+            self.prepare(shapes_of(features), {})
+            shard.use(tap_arrays(self.group, self.provenance, self.place))
+        shard.add(key, features)
+        return self._after(shard)
+
+    def copy(self, row: Row, stored: Mapping[str, Stored]) -> int:
+        """Take a row of another store as it is; returns how many records became safe."""
+        shard = self._shard or self._open_shard()
+        shard.copy(row, stored)
+        return self._after(shard)
+
+    def fail(self, key: str, error: str) -> int:
+        """Record that an image could not be used; returns how many records became safe."""
+        shard = self._shard or self._open_shard()
+        shard.fail(key, error)
+        return self._after(shard)
+
+    def _after(self, shard: Shard) -> int:
+        if shard.full or self._clock() - self._since >= self._every:
+            return self.commit()
+        return 0
+
+    def commit(self) -> int:
+        """Put on disk what came in; returns how many records became safe."""
+        self._since = self._clock()
+        if self._shard is None:
+            return 0
+        count = self._shard.commit()
+        self.committed += count
+        if self._shard.full:
+            self._shard = None
+            self._pages += 1
+        return count
+
+    def finish(self) -> int:
+        """Commit, fill the index arrays, cut what was reserved, and mark the store complete; returns as `commit`."""
+        count = self.commit()
+        with self.place.errors():
+            finish(self.group, self.place, self.provenance)
+        return count
+
+
+def finish(group: Any, place: Place, provenance: Provenance) -> None:
+    """Bring a store's other arrays in line with its journal, and mark it complete."""
+    used, rows, fidelity = 0, 0, {}  # type: ignore[var-annotated]
+    for number, page in enumerate(pages(group, place)):
+        if page:
+            used = number + 1
+        for row in page.rows:
+            rows = max(rows, row.row + 1)
+            for name, one in row.fidelity.items():
+                fidelity.setdefault(name, []).append(Fidelity(**one))  # type: ignore[arg-type]
+    _write_index(group, place, rows)
+    for array in tap_arrays(group, provenance, place):
+        for part in (array.values, array.scale):
+            if part is not None and part.shape[0] != rows:
+                part.resize((rows, *part.shape[1:]))
+    group["journal"].resize((used,))
+    noted = dict(group.attrs)["difftap"]
+    summary = {name: Fidelity.join(parts).to_dict() for name, parts in fidelity.items()}
+    group.attrs.update({"difftap": {**noted, "fidelity": summary, "complete": True}})
+
+
+def _write_index(group: Any, place: Place, rows: int) -> None:
+    """Fill the arrays key, digest, image and content from the journal, a chunk at a time."""
+    if not rows:
+        return
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "key": ((), str), "digest": ((32,), "uint8"), "image": ((2,), "int32"), "content": ((4,), "float64"),
+    }  # fmt: skip
+    arrays = {
+        name: group.create_array(
+            name, shape=(rows, *shape), chunks=(_INDEX_ROWS, *shape), dtype=dtype, compressors=None, overwrite=True,
+            fill_value="" if dtype is str else 0,
+        )
+        for name, (shape, dtype) in shapes.items()
+    }  # fmt: skip
+    waiting: list[Row] = []
+
+    def flush(start: int) -> None:
+        stop = min(start + _INDEX_ROWS, rows)
+        keys: Any = np.full(stop - start, "", object)
+        tables = {name: np.zeros((stop - start, *shapes[name][0]), shapes[name][1]) for name in list(shapes)[1:]}
+        for row in waiting:
+            # A file name that is not UTF-8 has no place in a text array as it is.
+            keys[row.row - start] = row.key.encode("utf-8", "backslashreplace").decode()
+            tables["digest"][row.row - start] = np.frombuffer(bytes.fromhex(row.digest), np.uint8)
+            tables["image"][row.row - start] = row.image
+            tables["content"][row.row - start] = row.content
+        arrays["key"][start:stop] = keys
+        for name, table in tables.items():
+            arrays[name][start:stop] = table
+        waiting.clear()
+
+    start = 0
+    for page in pages(group, place):
+        for row in page.rows:
+            while row.row >= start + _INDEX_ROWS:
+                flush(start)
+                start += _INDEX_ROWS
+            waiting.append(row)
+    flush(start)

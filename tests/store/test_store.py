@@ -1,0 +1,235 @@
+"""A store gives back what was put in, says what it is, and refuses what does not belong."""
+
+import dataclasses
+import json
+import uuid
+
+import numpy as np
+import pytest
+import zarr
+
+from difftap.errors import ArtefactError, InputError, OutputError, RecipeError
+from difftap.recipe import Branch
+from difftap.store import Encoding, FeatureStore
+from difftap.store.encoding import Moments
+from difftap.store.shard import shapes_of
+from tests.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
+
+ENCODINGS = [Encoding(), Encoding("float32"), Encoding("int8"), Encoding("int8", "map")]
+
+
+@pytest.fixture(params=["local", "memory"])
+def path(request, tmp_path):
+    return str(tmp_path / "s.zarr") if request.param == "local" else f"memory://{uuid.uuid4()}/s.zarr"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda one: f"{one.dtype}-{one.scale}")
+def test_what_goes_in_comes_out(path, encoding):
+    assert fill(path, range(11), encoding, bad={3}) == 11
+    store = FeatureStore.open(path)
+    assert store.keys() == [f"k{n}" for n in range(11) if n != 3]
+    assert dict(store.failures) == {"k3": "no good"}
+    for number in (0, 5, 10):
+        want, got = made(number), store.read(f"k{number}")
+        assert got.digest == want.digest
+        assert store.find(want.digest) == f"k{number}"
+        assert [list(taps) for taps in got.branches] == [list(taps) for taps in want.branches]
+        for one, other in zip(maps(got), maps(want), strict=True):
+            assert one.geometry == other.geometry
+            assert (one.data == encoding.decode(encoding.encode(other.data))).all()
+            assert (
+                np.abs(one.data - other.data).max() < {"float32": 1e-9, "float16": 2e-3, "int8": 0.02}[encoding.dtype]
+            )
+    assert store.find("0" * 64) is None
+    assert len(store) == 10
+    assert [one.digest for one in store] == [store[i].digest for i in range(10)]
+
+
+def test_plain_zarr_reads_it(path):
+    fill(path, range(6))
+    group = zarr.open(path, mode="r")
+    assert group["0/up1"].shape == (6, 6, 3, 4)
+    assert group["0/up1"].dtype == np.float16
+    assert group["0/up1"].shards == (4, 6, 3, 4)
+    assert (group["0/up1"][4] == made(4).branches[0]["up1"].data.astype(np.float16)).all()
+    assert list(group["key"][:]) == [f"k{n}" for n in range(6)]
+    assert group["digest"][2].tobytes().hex() == made(2).digest
+    geometry = made(5).branches[0]["up1"].geometry
+    assert tuple(group["image"][5]) == geometry.image
+    assert tuple(group["content"][5]) == geometry.content
+    noted = group.attrs["difftap"]
+    assert noted["conditions"] == json.loads(json.dumps(CONDITIONS))
+    assert noted["complete"] is True
+    assert {name for name, _ in group.members(max_depth=None)} >= {"0/down1.attn0", "1/up2", "journal"}
+
+
+@pytest.mark.parametrize("parts", [[6, 5], [1] * 5, [4, 4, 1], [3, 0, 9], [12]])
+def test_a_run_goes_on_where_the_last_one_ended(path, parts):
+    """Whatever the runs were, the store is the same."""
+    numbers = iter(range(sum(parts)))
+    for part in parts:
+        fill(path, [next(numbers) for _ in range(part)])
+    whole = path + "-whole"
+    fill(whole, range(sum(parts)))
+    first, second = FeatureStore.open(path), FeatureStore.open(whole)
+    assert first.keys() == second.keys()
+    for key in second.keys():  # noqa: SIM118
+        for one, other in zip(maps(first.read(key)), maps(second.read(key)), strict=True):
+            assert (one.data == other.data).all()
+    assert first.taps[0].values.shape[0] == sum(parts)
+
+
+def test_pca(path):
+    moments = {}
+    for number in range(4):
+        for branch, taps in enumerate(made(number).branches):
+            for tap, one in taps.items():
+                moments.setdefault(f"{branch}/{tap}", Moments()).add(one.data)
+    bases = {name: one.basis(2) for name, one in moments.items()}
+    encoding = Encoding("float32", pca=2)
+    for part in (range(5), range(5, 9)):
+        with writer(path, encoding) as opened:
+            if not opened.ready:
+                opened.prepare(shapes_of(made(0)), bases)
+            for number in part:
+                opened.add(f"k{number}", made(number))
+            opened.finish()
+    store = FeatureStore.open(path)
+    assert store.taps[0].values.shape == (9, 2, 3, 4)
+    for number in (0, 8):
+        for array, got, want in zip(store.taps, maps(store.read(f"k{number}")), maps(made(number)), strict=True):
+            basis = bases[array.name]
+            cells = want.data.reshape(len(want.data), -1) - basis.mean[:, None]
+            near = basis.components.T @ (basis.components @ cells) + basis.mean[:, None]
+            assert np.allclose(got.data, near.reshape(want.data.shape), atol=1e-4)
+
+
+CHANGES = {
+    "seed": {"seed": 1},
+    "size": {"size": (48, 64)},
+    r"branches\[1\].timestep": {"branches": (RECIPE.branches[0], Branch(("up2",), 51))},
+    "branches": {"branches": RECIPE.branches[:1]},
+    "ensemble": {"ensemble": 2},
+    "fit": {"fit": "letterbox"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_recipe_that_does_not_fit_is_refused_by_its_first_field(path, name):
+    fill(path, range(2))
+    store = FeatureStore.open(path)
+    store.check(RECIPE, "ab" * 8)
+    store.check(dataclasses.replace(RECIPE, upsample="bilinear", model="elsewhere"), "ab" * 8)
+    with pytest.raises(RecipeError, match=rf"made with {name} = "):
+        store.check(dataclasses.replace(RECIPE, **CHANGES[name]), "ab" * 8)
+    with pytest.raises(RecipeError, match=r"key abab.*key cdcd"):
+        store.check(RECIPE, "cd" * 8)
+
+
+@pytest.mark.parametrize("encoding", [Encoding("float32"), Encoding("int8"), Encoding(pca=2)])
+def test_a_run_under_other_conditions_is_refused(path, encoding):
+    fill(path, range(2))
+    with pytest.raises(OutputError, match=r"was begun with encoding\.\w+ = .*--overwrite"):
+        fill(path, range(2, 4), encoding)
+    assert len(FeatureStore.open(path)) == 2
+    with writer(path, Encoding("float32"), overwrite=True) as opened:
+        assert not opened.done
+        opened.add("k9", made(9))
+        opened.finish()
+    assert FeatureStore.open(path).keys() == ["k9"]
+
+
+def test_keys_that_are_not_there(path):
+    fill(path, range(2), bad={1})
+    store = FeatureStore.open(path)
+    with pytest.raises(InputError, match=r"no image 'x'.*'k0'"):
+        store.read("x")
+    with pytest.raises(InputError, match=r"could not be used.*no good"):
+        store.read("k1")
+
+
+def test_what_is_no_store(tmp_path):
+    with pytest.raises(InputError, match=r"no feature store at.*difftap extract"):
+        FeatureStore.open(tmp_path / "none")
+    zarr.create_group(tmp_path / "foreign")
+    with pytest.raises(InputError, match="no feature store"):
+        FeatureStore.open(tmp_path / "foreign")
+    with pytest.raises(OutputError, match=r"no feature store.*nothing was written"):
+        fill(tmp_path / "foreign", range(2), overwrite=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty and is no feature store"):
+        fill(tmp_path / "full", range(2), overwrite=True)
+    with pytest.raises(OutputError, match="cannot write"):
+        fill(tmp_path / "full" / "notes.txt", range(2))
+    with pytest.raises(OutputError, match="its folder does not exist"):
+        fill(tmp_path / "none" / "s.zarr", range(2))
+    with pytest.raises(InputError):
+        FeatureStore.open("nosuchscheme://x/y")
+
+
+def test_two_writers_are_one_too_many(tmp_path):
+    with writer(tmp_path / "s.zarr") as first:
+        first.add("k0", made(0))
+        with pytest.raises(OutputError, match="another run is writing it"):
+            fill(tmp_path / "s.zarr", [1])
+        first.finish()
+    fill(tmp_path / "s.zarr", [1])
+    assert FeatureStore.open(tmp_path / "s.zarr").keys() == ["k0", "k1"]
+    assert [file.name for file in tmp_path.iterdir()] == ["s.zarr"]
+
+
+def test_nothing_is_safe_before_it_was_said(tmp_path):
+    """What `add` and `commit` count is in the journal, neither more nor less."""
+    safe = 0
+    with writer(tmp_path / "s.zarr") as opened:
+        for number in range(10):
+            safe += opened.add(f"k{number}", made(number))
+            assert len(FeatureStore.open(tmp_path / "s.zarr")) == safe
+        assert safe == 8
+        safe += opened.commit()
+        assert len(FeatureStore.open(tmp_path / "s.zarr")) == safe == 10
+        assert opened.commit() == 0
+
+
+def test_time_commits_what_waits(tmp_path):
+    now = [0.0]
+    with writer(tmp_path / "s.zarr", every=5, clock=lambda: now[0]) as opened:
+        assert opened.add("k0", made(0)) == 0
+        now[0] = 6
+        assert opened.add("k1", made(1)) == 2
+        assert opened.add("k2", made(2)) == 0
+
+
+def test_an_error_of_the_run_keeps_what_is_finished(tmp_path):
+    with pytest.raises(ZeroDivisionError), writer(tmp_path / "s.zarr") as opened:
+        opened.add("k0", made(0))
+        raise ZeroDivisionError
+    assert FeatureStore.open(tmp_path / "s.zarr").keys() == ["k0"]
+
+
+def test_a_value_that_does_not_fit_is_the_images_fault(tmp_path):
+    with writer(tmp_path / "s.zarr") as opened:
+        opened.add("k0", made(0))
+        opened.add("k1", made(1, scale=1e6))
+        opened.add("k2", made(2))
+        opened.finish()
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert store.keys() == ["k0", "k2"]
+    assert "float16 holds up to" in store.failures["k1"]
+
+
+def test_a_failure_that_later_succeeds_is_none(tmp_path):
+    fill(tmp_path / "s.zarr", range(3), bad={1})
+    fill(tmp_path / "s.zarr", [1])
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert not store.failures
+    assert store.keys() == ["k0", "k2", "k1"]
+
+
+def test_a_damaged_journal_is_said(tmp_path):
+    fill(tmp_path / "s.zarr", range(6))
+    group = zarr.open(tmp_path / "s.zarr", mode="r+")
+    group["journal"][1] = "{"
+    with pytest.raises(ArtefactError, match="page 1 of the journal"):
+        FeatureStore.open(tmp_path / "s.zarr")

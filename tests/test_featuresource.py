@@ -1,0 +1,72 @@
+"""A store in a pipeline's place: what is in is read, what is not is extracted or refused, what does not fit is refused."""
+
+import dataclasses
+
+import pytest
+
+from difftap.errors import InputError, RecipeError
+from difftap.extraction import Settings, extract_to_store
+from difftap.featuresource import FeatureSource
+from difftap.images import Image
+from difftap.pipeline import Pipeline, Runtime
+from difftap.recipe import Branch, Recipe
+from difftap.sources import Item, Source
+from difftap.store import Encoding
+from tests.conftest import MINI_TAPS, picture
+
+pytest.importorskip("zarr")
+IMAGES = [Image(picture(number, (30 + 7 * number, 21))) for number in range(4)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    image: Image
+
+    def load(self):
+        return self.image
+
+
+@pytest.fixture
+def recipe(mini):
+    return Recipe((Branch(MINI_TAPS, 261), Branch(MINI_TAPS, 50)), str(mini), size=(24, 16), ensemble=1)
+
+
+@pytest.fixture
+def store(recipe, mini_cache, tmp_path):
+    source = Source("given", [Item(f"{number}", Given(IMAGES[number])) for number in (0, 2)])
+    with Pipeline.open(recipe, Runtime(cache=mini_cache.folder, threads=1)) as pipeline:
+        extract_to_store(pipeline, source, tmp_path / "s.zarr", Settings(Encoding("float32")))
+    return tmp_path / "s.zarr"
+
+
+def flat(features):
+    return [one.data for taps in features.branches for one in taps.values()]
+
+
+def test_what_is_in_is_read_and_the_rest_extracted(recipe, mini_cache, store):
+    runtime = Runtime(cache=mini_cache.folder, threads=1)
+    with Pipeline.open(recipe, runtime) as pipeline:
+        want = list(pipeline.features(IMAGES))
+        joined = list(pipeline.extract(IMAGES))
+        category = next(pipeline.extract(IMAGES[:1], "cat"))
+    with FeatureSource.open(recipe, store, runtime) as source:
+        got = list(source.features(IMAGES))
+        assert source.extracted == 2
+        assert all((a == b).all() for one, other in zip(got, want, strict=True) for a, b in zip(flat(one), flat(other), strict=True))  # fmt: skip
+        assert all((a.data == b.data).all() for a, b in zip(source.extract(IMAGES), joined, strict=True))
+        assert (next(source.extract(IMAGES[:1], "cat")).data == category.data).all()
+        assert len(next(source.maps(IMAGES[:1]))) == 4
+
+
+def test_a_data_set_that_is_in_needs_no_engine(recipe, mini_cache, store):
+    source = FeatureSource.open(recipe, store, Runtime(cache=mini_cache.folder), complete=True)
+    assert len(list(source.features([IMAGES[2], IMAGES[0], IMAGES[2]]))) == 3
+    assert source._pipeline is None
+    with pytest.raises(InputError, match="is not in"):
+        list(source.features(IMAGES))
+    assert source._pipeline is None
+
+
+def test_a_recipe_that_does_not_fit_is_refused(recipe, mini_cache, store):
+    with pytest.raises(RecipeError, match="made with ensemble = 1, and 2 is asked for"):
+        FeatureSource.open(dataclasses.replace(recipe, ensemble=2), store, Runtime(cache=mini_cache.folder))
