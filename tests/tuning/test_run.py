@@ -65,9 +65,9 @@ def test_a_training_of_each_kind(mini, pairs, cache, tmp_path, kind):
 
 
 def test_the_loss_falls(mini, pairs, cache, tmp_path):
-    learn(mini, pairs, tmp_path / "out", cache=cache, epochs=12, batch=4, rate=0.3)
+    learn(mini, pairs, tmp_path / "out", cache=cache, epochs=5, batch=2, rate=0.3)
     losses = json.loads((tmp_path / "out" / "training.json").read_text())["groups"][0]["losses"]
-    assert np.mean(losses[-3:]) < losses[0] - 1e-3
+    assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 1e-3
 
 
 @pytest.mark.parametrize("kind", ["class", "cpm"])
@@ -114,24 +114,24 @@ about = {"name": "synthetic", "how": "by hand", "train_pairs": 4, "val_pairs": 2
 pairs = TrainingPairs(made[:2] + made[3:5], [made[2], made[5]], about)
 def step(done, of, left):
     print(done, flush=True)
-learn(model, pairs, out, "class", cache=Cache(cache), epochs=40, watcher=loop.Watcher(step))
+learn(model, pairs, out, "class", cache=Cache(cache), epochs=6, watcher=loop.Watcher(step))
 """
 
 
 def test_a_killed_process_goes_on_to_the_same_file(mini, pairs, cache, tmp_path):
     """SIGKILL, wherever it hits."""
-    learn(mini, pairs, tmp_path / "whole", "class", cache=cache, epochs=40)
+    learn(mini, pairs, tmp_path / "whole", "class", cache=cache, epochs=6)
     arguments = [mini, tmp_path / "killed", cache.folder, tmp_path / "pictures"]
     child = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
-        if int(line) == 5:
+        if int(line) == 3:
             time.sleep(0.05)
             os.kill(child.pid, signal.SIGKILL)
             break
     child.stdout.close()
     assert child.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "prompt.safetensors").exists()
-    learn(mini, pairs, tmp_path / "killed", "class", cache=cache, epochs=40)
+    learn(mini, pairs, tmp_path / "killed", "class", cache=cache, epochs=6)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
@@ -296,11 +296,12 @@ def test_vae_and_tokens_once_an_image(mini, pairs, cache, tmp_path, images):
     assert len(second) == 2
 
 
+@pytest.mark.slow
 def test_several_processes_learn_what_one_does(mini, pairs, cache, tmp_path):
     """Two processes over gloo: the same prompt but for rounding."""
     pytest.importorskip("accelerate")
     learn(mini, pairs, tmp_path / "one", "class", cache=cache, batch=4, epochs=1)
-    code = KILLED.replace("epochs=40", "epochs=1, batch=4")
+    code = KILLED.replace("epochs=6", "epochs=1, batch=4")
     arguments = [mini, tmp_path / "two", cache.folder, tmp_path / "pictures"]
     import socket
 
