@@ -174,10 +174,7 @@ def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bo
         quick: look at files and versions alone.
 
     Returns:
-        What could not be looked at here and why, in a few words; None if everything was.
-
-    Returns:
-        Why an engine could not be opened here as well; None if nothing stands against it.
+        What could not be looked at here and why, or was for the first time, in a few words; None if everything was.
 
     Raises:
         ArtefactError: a file is missing or changed; an engine was made with another version of its runtime or for other
@@ -208,8 +205,8 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
     made_from, report = artefact.manifest.made_from, artefact.manifest.report
     if "model" not in report:
         return "not measured: it was built by an older difftap"
-    if not artefact.parity:
-        return "not measured: it is the reference" if not report.get("not_run") else "not measured when it was built"
+    if not artefact.parity and not artefact.not_run:
+        return "not measured: it is the reference"
     try:
         model = Model.load(Path(report["model"]["folder"]), report["model"]["name"])
     except InputError as error:
@@ -230,6 +227,11 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
     built = built_folder(artefact.path)
     files = built if built.is_dir() else None
     parity = maker.fidelity(graph, profile if files else replace(profile, ensemble=1, batch=1), files)
+    if artefact.not_run and parity:  # built where it could not run: what is measured here is what it is held to
+        kept = {name: value for name, value in report.items() if name != "not_run"}
+        replace(artefact.manifest, report={**kept, **report_of(parity)}).save(artefact.path)
+        worst = max(one.relative for one in parity.values())
+        return f"measured for the first time: relative {worst:.1e}"
     for name, one in (parity or {}).items():
         then = artefact.parity[name].relative
         if one.relative > max(_FLOOR, _SLACK * then):

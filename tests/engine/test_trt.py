@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import sys
 
 import numpy as np
@@ -15,9 +16,12 @@ from difftap.engine.backends.tensorrt import TensorRTBackend
 from difftap.engine.backends.tensorrt_rtx import TensorRTRTXBackend
 from difftap.engine.builds import ensure_built
 from difftap.engine.trt.gpu import Gpu
+from difftap.engines import list_artefacts, verify_artefact
 from difftap.errors import BackendError, NonFiniteError
 from difftap.export.parity import example_feeds
+from difftap.making import Maker
 from difftap.model import Model
+from difftap.recipe import load_recipe
 from tests.conftest import MINI_TAPS
 from tests.engine.fake_trt import Fake, Flag, HostMemory
 
@@ -262,6 +266,31 @@ def test_rtx_keeps_the_kernels_compiled_for_a_gpu(gpu, graphs, tmp_path, monkeyp
     folder = built(backend, graphs["vae"], tmp_path)
     assert path not in folder.iterdir()  # or the engine would not be what its manifest says
     assert backend.fake.calls.count("build") == 1
+
+
+def test_an_engine_built_without_a_gpu_is_measured_where_there_is_one(gpu, graphs, mini_cache, tmp_path, monkeypatch):
+    backend = get_backend("tensorrt-rtx")  # the one that the command line would use
+    fake = Fake("tensorrt_rtx")
+    monkeypatch.setattr(backend, "library", lambda: fake)
+    monkeypatch.setattr(backend, "memory", HostMemory)
+    cache = Cache(tmp_path / "cache")
+    shutil.copytree(mini_cache.folder, cache.folder)
+    model = graphs["vae"].model
+    recipe = dataclasses.replace(load_recipe("pocket"), model=str(model.folder), size=(24, 16))
+    maker = Maker(cache, backend, "cuda", 1, model, recipe)
+    gpu(None)
+    graph = maker.graph("vae", (), maker.vae_profile())
+    maker.built(graph, maker.vae_profile())
+
+    def found():
+        return next(one for one in list_artefacts(cache) if "rtx" in one.path.name)
+
+    assert "sees no NVIDIA GPU" in verify_artefact(found(), cache=cache)
+    assert found().not_run and not found().parity
+    gpu(L4)
+    assert "measured for the first time: relative" in verify_artefact(found(), cache=cache)
+    assert not found().not_run and set(found().parity) == {"mean", "std"}
+    assert verify_artefact(found(), cache=cache) is None
 
 
 @pytest.mark.parametrize("name", KINDS)
