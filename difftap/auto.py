@@ -196,6 +196,10 @@ def _measure(
         except BackendError as error:
             trials.append(Trial(name, reason=str(error)))
             continue
+        hindrance = backend.cannot_run(device)
+        if hindrance:
+            trials.append(Trial(name, reason=hindrance))
+            continue
         if runtime.precision not in backend.precisions(device):
             trials.append(Trial(name, reason=f"has no precision {runtime.precision} on {device}"))
             continue

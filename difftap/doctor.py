@@ -38,6 +38,7 @@ class BackendState:
         missing: what is missing, with the pip line; None if nothing is.
         devices: best first.
         precisions: by device.
+        only_builds: why engines can be built here and not run; None if they run, on one device at least.
     """
 
     name: str
@@ -45,6 +46,7 @@ class BackendState:
     missing: str | None
     devices: tuple[str, ...] = ()
     precisions: dict[str, tuple[str, ...]] | None = None
+    only_builds: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ def _backend(name: str) -> BackendState:
         return BackendState(name, None, lacking)
     try:
         devices = backend.devices()
-        return BackendState(name, backend.version(), None, devices, {d: backend.precisions(d) for d in devices})
+        reasons = [backend.cannot_run(device) for device in devices]
+        hindrance = reasons[0] if reasons and all(reasons) else None
+        precisions = {device: backend.precisions(device) for device in devices}
+        return BackendState(name, backend.version(), None, devices, precisions, hindrance)
     except DifftapError as error:
         return BackendState(name, None, str(error))
     except Exception as error:  # a runtime that is installed and broken; the others are still to be shown
@@ -197,6 +202,8 @@ def format_health(health: Health) -> list[str]:
             continue
         kinds = "; ".join(f"{device}: {', '.join(kinds)}" for device, kinds in (one.precisions or {}).items())
         lines.append(f"  {one.name:<14}{(one.version or '').split('-')[0]:<16}{kinds}")
+        if one.only_builds:
+            lines.append(f"  {'':<30}{one.only_builds}")
     lines += ["", "extras"]
     for extra, lacking in health.extras.items():
         state = "complete" if not lacking else f"lacks {', '.join(lacking)}; pip install 'difftap[{extra}]'"

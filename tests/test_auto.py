@@ -130,6 +130,25 @@ def test_one_backend_alone_is_not_measured(backends, tmp_path):
     assert "no other backend can be measured here" in choice.why
 
 
+class BuildsOnly(OrtBackend):
+    """A backend for a GPU that is not here."""
+
+    name = "builds-only"
+
+    def devices(self):
+        return ("cuda",)
+
+    def cannot_run(self, device):
+        return "its engines are for another machine"
+
+
+def test_a_backend_that_only_builds_here_is_no_candidate(backends, tmp_path):
+    backends(BuildsOnly, Slow)
+    choice = choose(SMALL, runtime(tmp_path))
+    assert (choice.backend, choice.device) == ("slow", "cpu")
+    assert "its engines are for another machine" in [trial.reason for trial in choice.trials]
+
+
 def test_the_pipeline_runs_on_what_was_chosen(backends, tmp_path):
     backends(Slow, OrtBackend)
     image = Image(picture(1))

@@ -178,7 +178,7 @@ def test_bad_options_are_refused(option):
 
 def test_the_dry_run_end_to_end(tmp_path):
     out = tmp_path / "out"
-    arguments = ["--device", "cpu", "--model", "pocket", "--sizes", "64", "--ensemble", "1", "--seconds", "0"]
+    arguments = ["--device", "cpu", "--model", "pocket", "--sizes", "64", "--ensemble", "2", "--seconds", "0"]
     done = CliRunner().invoke(
         cli, ["bench", "gpu-check", *arguments, "--backends", "ort,tensorrt-rtx", "--limit", "200", "-o", str(out)]
     )

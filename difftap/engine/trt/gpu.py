@@ -6,6 +6,8 @@ GPU has it, and its tensors go from one engine to the next without a copy. A GPU
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,8 +41,9 @@ def capability_text(capability: tuple[int, int]) -> str:
 def find_gpu() -> Gpu | None:
     """The first GPU; None if there is none, or torch is missing or was built without CUDA."""
     try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")  # without it, importing torch is vain
         import torch
-    except ImportError:
+    except (OSError, ImportError):
         return None
     if not torch.cuda.is_available():
         return None
