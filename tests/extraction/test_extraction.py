@@ -219,7 +219,7 @@ def command(*arguments, cwd, limit=None):
     )  # fmt: skip
 
 
-SMALL = ("--size", "64", "--ensemble", "1", "--threads", "1")
+SMALL = ("--size", "64", "--ensemble", "2", "--threads", "1")
 
 
 def test_the_command(photos, tmp_path):
