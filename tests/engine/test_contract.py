@@ -55,6 +55,8 @@ class ExampleCalibration(Calibration):
 def profile(request, backend) -> Profile:
     if request.param not in backend.precisions("cpu"):
         pytest.skip(f"{backend.name} has no {request.param} here")
+    if request.param != "fp32" and not backend.by_default:
+        pytest.skip(f"{backend.name} is there to be compared with, and slow to start")
     return replace(PROFILE, precision=request.param)
 
 
