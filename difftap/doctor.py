@@ -24,7 +24,6 @@ __all__ = ["SCHEMA", "BackendState", "Health", "clashes", "examine", "extras", "
 SCHEMA = "difftap.doctor/1"
 _FAMILIES = {
     "onnxruntime": re.compile(r"(onnxruntime|ort)(-(gpu|directml|openvino|rocm|training|qnn|silicon|migraphx))?$"),
-    "faiss": re.compile(r"faiss-(cpu|gpu(-.*)?)$"),
 }
 
 
@@ -155,6 +154,8 @@ def clashes(names: Iterable[str] | None = None) -> list[str]:
     """
     if names is None:
         names = [str(one.metadata["Name"]) for one in metadata.distributions()]
+    from difftap.index.clash import faiss_clash
+
     flat = sorted({name.lower().replace("_", "-") for name in names if name})
     lines = []
     for module, pattern in _FAMILIES.items():
@@ -165,7 +166,8 @@ def clashes(names: Iterable[str] | None = None) -> list[str]:
                 f"{' and '.join(found)} are installed together and overwrite each other's module '{module}'; keep one: "
                 f"pip uninstall -y {' '.join(found)} && pip install {keep}"
             )
-    return lines
+    faiss = faiss_clash(flat)
+    return [*lines, *([faiss] if faiss else [])]
 
 
 def _cache(folder: Path) -> dict[str, Any]:
