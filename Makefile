@@ -1,6 +1,7 @@
 # Everything happens in .venv; `make setup` makes it, and every other target makes it first if it is not there.
 #   make match [SRC=a.jpg TRG=b.jpg]   match two photographs: out/match.png and out/match.json
-#   make test | lint | engines | bench
+#   make engines [ENGINES='--sizes 512,768 --model DIR']   engines on every backend and in every precision
+#   make test | lint | bench | reproduce | gpu-check
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -79,7 +80,7 @@ format: dev
 	$(BIN)/ruff format .
 
 engines: dev
-	$(BIN)/difftap engines build --recipe $(RECIPE)
+	$(BIN)/difftap engines build --recipe $(RECIPE) --backend all --precision all $(ENGINES)
 
 # The poster's table, on whatever is at hand: data sets by SPAIR=, PF_PASCAL=, PF_WILLOW=, a checkpoint by MODEL=.
 SPAIR ?= $(wildcard ../shared/data/spair-mini)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class FakePipeline:
     """Pixels as features; counts what it is asked for."""
 
     recipe = Recipe((Branch(("up1",), 1),), size=(48, 40), ensemble=1)
+    prompts = SimpleNamespace(depends_on="nothing")
 
     def __init__(self, seed=0):
         self.conditions = {"difftap": "test", "seed": seed}

@@ -47,12 +47,15 @@ _KEY = "difftap"
 
 
 def fits_of(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that a learned prompt is made for: ensemble, seed, joining and matcher are free."""
+    """The part of a recipe that a learned prompt is made for: ensemble, seed, joining and matcher are free.
+
+    So is how the noise of several members goes together, since a prompt is learned on one; a clean latent is not.
+    """
     return {
         "branches": [{"taps": list(branch.taps), "timestep": branch.timestep} for branch in recipe.branches],
         "size": list(recipe.size),
         "fit": recipe.fit,
-        "noise": recipe.noise,
+        "noise": "none" if recipe.noise == "none" else "drawn",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_variants_share_one_narrower_copy_of_the_weights(mini, mini_cache, tmp_p
     data = bytearray(half.read_bytes())
     data[-3] ^= 1
     half.write_bytes(data)  # tampered with: written again, and what pointed into it is made again
-    assert ensure_variant(cache, graph, "fp16") == variant
+    with caplog.at_level(logging.WARNING, "difftap"):
+        assert ensure_variant(cache, graph, "fp16") == variant
     assert half.read_bytes() != bytes(data) and "again" in caplog.text
     outputs(variant)
 

@@ -92,7 +92,8 @@ def test_a_product_of_scores_is_the_weighted_geometric_mean():
     here, there = ([torch.from_numpy(rng.random((4, 5, 6))) for _ in range(2)] for _ in range(2))
     cells = torch.tensor([[1.25, 2.0], [4.0, 0.5]], dtype=torch.float64)
     got = loss.fused_cosines(here, there, cells, (1.0, 3.0), "bicubic", "score-product")
-    parts = [loss.cosines(one, other, cells) for one, other in zip(here, there, strict=True)]
+    unit = [[torch.nn.functional.normalize(one, dim=0) for one in maps] for maps in (here, there)]
+    parts = [loss.cosines(one, other, cells) for one, other in zip(*unit, strict=True)]
     assert torch.allclose(got, parts[0] ** 0.25 * parts[1] ** 0.75)
 
 

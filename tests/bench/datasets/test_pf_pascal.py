@@ -186,6 +186,6 @@ def test_the_real_list_with_keypoints(real, tmp_path):
 
 
 @pytest.mark.dataset
-def test_the_real_list_without_keypoints_asks_for_annotations(real):
-    with pytest.raises(DatasetError, match=r"308 of 308 pairs .*: 308 missing-annotation"):
+def test_the_real_list_without_its_images_says_so(real):
+    with pytest.raises(DatasetError, match=r"308 of 308 pairs .*: 308 missing-image"):
         load("pf-pascal", real("pf-pascal-lists"), pairs="weakalign_test_pairs.csv", allow_missing=True)
