@@ -28,6 +28,8 @@ class FakeEngine(Engine):
 
     Attributes:
         busy: seconds spent in all runs.
+        first: when the first run began, by ``time.perf_counter``; None before it.
+        last: when the last one ended.
     """
 
     def __init__(self, graph: Graph, profile: Profile, seconds: float, shape: tuple[int, int, int]) -> None:
@@ -35,12 +37,21 @@ class FakeEngine(Engine):
         self._seconds = seconds
         self._shape = shape
         self.busy = 0.0
+        self.first: float | None = None
+        self.last: float | None = None
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         began = time.perf_counter()
-        if self._seconds:
-            time.sleep(self._seconds * len(next(iter(feeds.values()))))
-        self.busy += time.perf_counter() - began
+        made = self._make(feeds)
+        left = began + self._seconds * len(next(iter(feeds.values()))) - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        self.last = time.perf_counter()
+        self.first = began if self.first is None else self.first
+        self.busy += self.last - began
+        return made
+
+    def _make(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if self.graph.component == "vae":
             pixels = feeds["image"]  # (B, 3, H, W)
             model = self.graph.model
@@ -99,6 +110,13 @@ class FakePipeline:
     def busy(self) -> float:
         """Seconds that the engines took."""
         return sum(engine.busy for engine in self.engines)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """When the first run of an engine began, and when the last one ended, by ``time.perf_counter``."""
+        firsts = [engine.first for engine in self.engines if engine.first is not None]
+        lasts = [engine.last for engine in self.engines if engine.last is not None]
+        return min(firsts), max(lasts)
 
 
 @dataclass(frozen=True)

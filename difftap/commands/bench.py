@@ -79,6 +79,10 @@ def matching(
 @click.option("--seconds", type=click.FloatRange(min=0.5), default=10.0, show_default=True, help="Of each measurement.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; each runs every engine.")
 @click.option(
+    "--map", "shape", type=click.IntRange(1), nargs=3, default=(16, 8, 8), show_default=True, metavar="C H W",
+    help="Size of each map; 1280 48 48 is what a recipe for dense matching makes.",
+)  # fmt: skip
+@click.option(
     "--images", type=click.IntRange(100), metavar="N",
     help="Instead: one long run of N images with the first engine, and how memory goes.",
 )  # fmt: skip
@@ -86,7 +90,12 @@ def matching(
     "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON too."
 )
 def extract(
-    engines: tuple[float, ...], seconds: float, repeats: int, images: int | None, json_file: Path | None
+    engines: tuple[float, ...],
+    seconds: float,
+    repeats: int,
+    shape: tuple[int, int, int],
+    images: int | None,
+    json_file: Path | None,
 ) -> None:
     """What 'difftap extract' itself costs, beside engines that do nothing but take a set time; and its memory."""
     import tempfile
@@ -97,11 +106,11 @@ def extract(
 
     if images is None:
         with progress_bar(repeats + 1, "rounds") as advance:
-            rounds = run(tuple(one / 1000 for one in engines), seconds, repeats, advance)
+            rounds = run(tuple(one / 1000 for one in engines), seconds, repeats, advance, shape=shape)
         lines = format_paces(rounds)
     else:
         with tempfile.TemporaryDirectory(prefix="difftap-") as folder, progress_bar(images, "images", rate=True) as bar:
-            pace = measure(engines[0] / 1000, images, Path(folder), progress=bar)
+            pace = measure(engines[0] / 1000, images, Path(folder), shape=shape, progress=bar)
         rounds, lines = [[pace]], format_course(pace)
     for line in lines:
         click.echo(line)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, recipe_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    Grouped,
+    build_recipe,
+    category_option,
+    feature_options,
+    runtime_options,
+    take_runtime,
+    with_category,
+)
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError, require
 
@@ -17,8 +25,9 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Grouped,
     epilog="Exit codes: 0 done; 1 done, but some images could not be used; 2 bad input or a failure: what was "
-    "finished before it is safe, and the same command goes on."
+    "finished before it is safe, and the same command goes on.",
 )
 @click.argument("source")
 @click.option("-o", "--output", required=True, metavar="STORE", help="The store: a folder, or an fsspec address.")
@@ -43,12 +52,15 @@ if TYPE_CHECKING:
     "--ray", "ray_address", is_flag=False, flag_value="local", metavar="[ADDRESS]",
     help="Extract with Ray: on the cluster at ADDRESS, or on a local one.",
 )  # fmt: skip
-@click.option("--ray-workers", type=click.IntRange(1), metavar="N", help="Workers.  [default: one a GPU, or two]")
+@click.option(
+    "--ray-workers", type=click.IntRange(1), metavar="N", help="Workers.  [default: one a GPU, or two a machine]"
+)
 @click.option(
     "--stall", type=click.FloatRange(1), default=600.0, show_default=True, metavar="S",
     help="With --ray: give up when no image is finished for so long.",
 )  # fmt: skip
-@recipe_options
+@feature_options("pocket; dift with --model")
+@category_option
 @runtime_options
 def extract(
     source: str,
@@ -60,6 +72,7 @@ def extract(
     ray_address: str | None,
     ray_workers: int | None,
     stall: float,
+    category: str | None,
     revision: str | None,
     random_weights: int | None,
     **options: Any,
@@ -77,7 +90,7 @@ def extract(
     """
     from difftap.extraction import Settings, default_workers
     from difftap.sources import Source, open_source
-    from difftap.store import Encoding
+    from difftap.store import Encoding, check_writable
 
     runtime = take_runtime(options)
     encoding = Encoding(**{name: options.pop(name) for name in ("dtype", "scale", "pca")})
@@ -91,10 +104,15 @@ def extract(
         options.pop("overwrite"),
     )
     recipe = build_recipe(**options)
+    if category is not None:  # without one the prompt stays as it is, and empty when it is run
+        if recipe.learned is not None:
+            raise InputError("--category fills a text, and learned prompts stand in its place; leave one of them out")
+        recipe = with_category(recipe, category)
     if fit is not None:
         recipe = dataclasses.replace(recipe, fit=fit)
     opening: dict[str, Any] = {"revision": revision, "random_weights": random_weights}
-    require("zarr", "store", "a feature store")  # said before anything slow starts
+    require("zarr", "store", "a feature store")  # this and the next are said before anything slow starts
+    check_writable(output, recipe.feature_fields(), encoding, overwrite=settings.overwrite)
     listed = open_source(source, column)
     if limit is not None:
         listed = Source(listed.kind, listed.items[:limit], listed.repeated)

@@ -18,6 +18,7 @@ from difftap.commands.options import (
     recipe_options,
     runtime_options,
     take_runtime,
+    with_category,
 )
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
@@ -117,7 +118,7 @@ def match(
     runtime = take_runtime(options)
     recipe = build_recipe(**options)
     job = _Job(
-        _filled(recipe, category),
+        with_category(recipe, category),
         runtime,
         {"revision": revision, "random_weights": random_weights},
         Threshold(min_score, min_margin, max_cycle_error),
@@ -141,20 +142,6 @@ def match(
     if overwrite:
         raise InputError("--overwrite goes with --pairs; a picture is always replaced")
     _one(job, (source, target), _read_points(point_texts, points_file), output, heat)
-
-
-def _filled(recipe: Recipe, category: str | None) -> Recipe:
-    """The recipe with the category in its prompts, so that its key and record name what was really asked."""
-    from difftap.prompts import Subject, fill, wants_category
-
-    if recipe.learned is not None:  # a file of its own says whether it wants one
-        return recipe
-    if category is not None and not wants_category(recipe.branches):
-        raise InputError(
-            "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt "
-            "such as 'a photo of a {category}'"
-        )
-    return fill(recipe, Subject(category))
 
 
 def _empty_prompt(recipe: Recipe) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "size_option",
     "stack",
     "take_runtime",
+    "with_category",
 ]
 
 _SECTIONS = {
@@ -242,6 +243,24 @@ def build_recipe(
         changes["noise"] = "independent"  # no pairs can be made of an odd number
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)
+
+
+def with_category(recipe: Recipe, category: str | None) -> Recipe:
+    """The recipe with the category in its prompts, so that its key and record name what was really asked.
+
+    Raises:
+        InputError: no prompt asks for one.
+    """
+    from difftap.prompts import Subject, fill, wants_category
+
+    if recipe.learned is not None:  # a file of its own says whether it wants one
+        return recipe
+    if category is not None and not wants_category(recipe.branches):
+        raise InputError(
+            "--category fills {category} in a prompt, and this recipe's has none; leave it out, or give a --prompt "
+            "such as 'a photo of a {category}'"
+        )
+    return fill(recipe, Subject(category))
 
 
 def _learned(recipe: Recipe, prompt: str | None, path: str | None, mode: str | None) -> Learned | None:

@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from difftap import errors
 from difftap.errors import BackendError, DifftapError, InputError, first_line, require
-from difftap.extraction.run import Run, Settings, fit_bases, remaining, rows_per_shard, tell
+from difftap.extraction.run import Run, Settings, batches_ahead, fit_bases, remaining, rows_per_shard, tell
 from difftap.extraction.stream import stream
+from difftap.extraction.watch import POLL, raise_told, told_of, watched
 from difftap.pipeline import Pipeline, Runtime, available_cores
 from difftap.recipe import Recipe
 from difftap.sources import Item, Source
@@ -38,7 +38,7 @@ from difftap.store.writer import open_writer
 __all__ = ["Cluster", "extract_on_cluster"]
 
 _OBJECTS = 80 << 20  # bytes of a local cluster's object store: near the least that Ray takes; only metadata goes there
-_POLL = 1.0  # seconds between looks at whether anything moves
+_LOOKED_AT = 256  # images that a worker may try before it finds one that can be used
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cluster:
 
     Attributes:
         address: of a running cluster; None for a local one that lives as long as the run.
-        workers: actors; None for one a GPU, or two where there is none.
+        workers: actors; None for one a GPU, or two a machine where there is none.
         stall: seconds without a finished image after which the run is given up.
     """
 
@@ -113,10 +113,11 @@ def extract_on_cluster(
     settings, cluster = settings or Settings(), cluster or Cluster()
     began = time.monotonic()
     with _connected(cluster) as (ray, share):
-        threads = runtime.threads or max(1, available_cores() // share.workers)
+        threads = runtime.threads or share.threads
         opener = opener or PipelineOpener(recipe, replace(runtime, threads=threads), **(opening or {}))
         items = list(source)
-        found = _ask(ray, share, (opener, settings, items), cluster.stall)
+        folder = os.getcwd()  # noqa: PTH109 - sent as text
+        found = _look(ray, share, (opener, settings, folder), items, cluster.stall)
         with open_writer(
             path,
             found.conditions,
@@ -138,7 +139,7 @@ def extract_on_cluster(
                 writer.prepare(found.shapes, found.bases)
             place = str(Path(path).resolve()) if Place(path).folder is not None else str(path)
             written = 0
-            for done in _results(ray, share, tasks, (opener, place, settings), cluster.stall):
+            for done in _results(ray, share, tasks, (opener, place, settings, folder), cluster.stall):
                 failed.update(done["failed"])
                 written += done["written"]
                 progress(done["written"] + len(done["failed"]))
@@ -158,6 +159,7 @@ class _Share:
     workers: int
     cpus: float
     gpus: float
+    threads: int = 1
 
 
 @contextmanager
@@ -191,9 +193,11 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, _Share]]:
     try:
         have = ray.cluster_resources()
         gpus = int(have.get("GPU", 0))
-        workers = cluster.workers or gpus or 2
-        cpus = min(1.0, 0.5 * float(have.get("CPU", 1)) / workers)
-        yield ray, _Share(workers, max(0.01, round(cpus, 2)), min(1.0, gpus / workers))
+        machines = sum(bool(one["Alive"]) and "CPU" in one["Resources"] for one in ray.nodes())
+        workers = cluster.workers or gpus or 2 * max(1, machines)
+        cores = float(have.get("CPU", 1))
+        cpus = max(0.01, round(min(1.0, 0.5 * cores / workers), 2))
+        yield ray, _Share(workers, cpus, min(1.0, gpus / workers), max(1, int(cores) // workers))
     finally:
         ray.shutdown()
 
@@ -208,8 +212,15 @@ class _Found:
     bases: dict[str, Any]
 
 
-def _probe(opener: Opener, settings: Settings, items: Sequence[Item]) -> Any:
+def _enter(folder: str) -> None:
+    """Go where the driver is: a cluster's workers stand where it was started, and paths may be relative."""
+    with suppress(OSError):  # not on this machine; then only whole paths lead anywhere
+        os.chdir(folder)
+
+
+def _probe(opener: Opener, settings: Settings, folder: str, items: Sequence[Item]) -> Any:
     """Look at the first images in a worker; the error, if any, as data: Ray would wrap it."""
+    _enter(folder)
     try:
         with closing(opener()) as pipeline:
             shapes: dict[str, tuple[int, int, int]] = {}
@@ -222,16 +233,22 @@ def _probe(opener: Opener, settings: Settings, items: Sequence[Item]) -> Any:
             shard = rows_per_shard(pipeline.recipe, pipeline.model, settings.encoding)
             return _Found(pipeline.conditions, shard, shapes, bases)
     except DifftapError as error:
-        return _told(error)
+        return told_of(error)
 
 
-def _told(error: DifftapError) -> dict[str, str]:
-    return {"kind": type(error).__name__, "error": str(error)}
+def _look(ray: Any, share: _Share, job: tuple[Opener, Settings, str], items: Sequence[Item], stall: float) -> _Found:
+    """What a worker tells of the first images; of the next ones, where none of them can be used.
 
-
-def _raise(told: dict[str, str]) -> None:
-    kind = getattr(errors, told["kind"], BackendError)
-    raise kind(told["error"])
+    Not all are sent at once: the list of a large data set would fill the object store.
+    """
+    settings = job[1]
+    size = max(_LOOKED_AT, 4 * settings.sample if settings.encoding.pca is not None else 0)
+    found = _ask(ray, share, (*job, items[:size]), stall)
+    for start in range(size, len(items), size):
+        if found.shapes:
+            break
+        found = _ask(ray, share, (*job, items[start : start + size]), stall)
+    return found
 
 
 def _ask(ray: Any, share: _Share, question: tuple[Any, ...], stall: float) -> _Found:
@@ -244,7 +261,7 @@ def _ask(ray: Any, share: _Share, question: tuple[Any, ...], stall: float) -> _F
     except ray.exceptions.RayError as error:
         raise BackendError(f"a Ray worker failed before the first image: {first_line(error)}") from error
     if isinstance(found, dict):
-        _raise(found)
+        raise_told(found)
     answer: _Found = found
     return answer
 
@@ -291,26 +308,12 @@ def _results(ray: Any, share: _Share, tasks: Sequence[_Task], job: tuple[Any, ..
             results.put(error)
 
     threading.Thread(target=consume, name="ray-results", daemon=True).start()
-    moved, count = time.monotonic(), -1
-    while True:
-        try:
-            done = results.get(timeout=_POLL)
-        except queue.Empty:
-            with suppress(Exception):  # the actor may be on its way to another machine
-                now = ray.get(beats.read.remote(), timeout=_POLL)
-                if now != count:
-                    moved, count = time.monotonic(), now
-            if time.monotonic() - moved > stall:
-                raise BackendError(_standing(ray, stall)) from None
-            continue
-        moved = time.monotonic()
-        if done is None:
-            return
-        if isinstance(done, BaseException):
-            raise BackendError(f"Ray gave up: {first_line(done)}; what was finished is safe") from done
-        if "kind" in done:
-            _raise(done)
-        yield done
+    yield from watched(
+        results,
+        lambda: ray.get(beats.read.remote(), timeout=POLL),
+        lambda: _standing(ray, stall),
+        stall,
+    )
 
 
 class _Beats:
@@ -331,7 +334,8 @@ class _Beats:
 class _Worker:
     """A stateful actor: engines opened once, then one shard after the other."""
 
-    def __init__(self, opener: Opener, path: str, settings: Settings, beats: Any) -> None:
+    def __init__(self, opener: Opener, path: str, settings: Settings, folder: str, beats: Any) -> None:
+        _enter(folder)
         self._settings = settings
         self._place = Place(path)
         self._beats = beats
@@ -349,7 +353,7 @@ class _Worker:
                     self._pipeline = self._opener()
                 told: dict[str, Any] = self._extract(pickle.loads(task))  # noqa: S301 - what our own driver made
             except DifftapError as error:
-                told = _told(error)
+                told = told_of(error)
             done[number] = pickle.dumps(told)
         return {"done": done}
 
@@ -366,7 +370,8 @@ class _Worker:
         failed = {failure.key: failure.error for failure in page.failures}
         rest = [item for item in task.items if item.key not in known]
         since = time.monotonic()
-        with closing(stream(self._pipeline, rest, self._settings.workers)) as outcomes:
+        ready = batches_ahead(self._pipeline, provenance.shard)
+        with closing(stream(self._pipeline, rest, self._settings.workers, ready=ready)) as outcomes:
             for outcome in outcomes:
                 if outcome.features is None:
                     failed[outcome.item.key] = str(outcome.fault)

@@ -20,9 +20,10 @@ from difftap.store.encoding import Basis, Encoding, Moments
 from difftap.store.shard import shapes_of, shard_rows
 from difftap.store.writer import StoreWriter, open_writer
 
-__all__ = ["Run", "Settings", "extract_to_store", "fit_bases", "rows_per_shard"]
+__all__ = ["Run", "Settings", "batches_ahead", "extract_to_store", "fit_bases", "rows_per_shard"]
 
 _REASONS = 5  # of failures, told at the end of a run; the store has them all
+_WAITING = 256 << 20  # most bytes of maps that wait while a shard is put on disk
 _CHANNELS, _STRIDE = 1280, 8  # taken where only running the network can tell a tap's shape
 
 
@@ -75,6 +76,12 @@ def rows_per_shard(recipe: Recipe, model: Model, encoding: Encoding) -> int:
     return shard_rows(row_bytes(recipe, model, encoding))
 
 
+def batches_ahead(pipeline: Any, shard: int) -> int:
+    """Batches that may wait for the store: a shard's, as far as memory goes; engines go on while one is written."""
+    image = row_bytes(pipeline.recipe, pipeline.model, Encoding("float32"))
+    return max(2, min(shard, _WAITING // max(1, image)) // int(pipeline.batch))
+
+
 def row_bytes(recipe: Recipe, model: Model, encoding: Encoding) -> int:
     """Bytes that one image takes in a store, as far as taps tell before the network has run."""
     total = 0
@@ -112,6 +119,7 @@ def extract_to_store(
     settings = settings or Settings()
     began = time.monotonic()
     recipe: Recipe = pipeline.recipe
+    _ = pipeline.stages  # prompts under which no store can be made are refused before there is one
     with open_writer(
         path,
         pipeline.conditions,
@@ -126,14 +134,17 @@ def extract_to_store(
         writer.reserve(-(-len(rest) // writer.provenance.shard))
         ready_bases(pipeline, rest, writer, settings)
         written = 0
-        with closing(stream(pipeline, rest, settings.workers)) as outcomes:
+        ready = batches_ahead(pipeline, writer.provenance.shard)
+        with closing(stream(pipeline, rest, settings.workers, ready=ready)) as outcomes:
             for outcome in outcomes:
                 if outcome.features is None:
                     failed[outcome.item.key] = str(outcome.fault)
                     if settings.strict and outcome.fault is not None:
                         writer.fail(outcome.item.key, str(outcome.fault))
                         raise outcome.fault
-                progress(keep(writer, outcome))
+                safe = keep(writer, outcome)
+                if safe:
+                    progress(safe)
                 written += outcome.features is not None
         progress(writer.finish())
     return Run(written, len(failed), skipped, time.monotonic() - began, tell(failed))

@@ -59,7 +59,9 @@ class _Batch:
     encoded: Encoded | None = None
 
 
-def stream(pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int = 2) -> Generator[Outcome, None, None]:
+def stream(
+    pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int = 2, ready: int | None = None
+) -> Generator[Outcome, None, None]:
     """One outcome an item, in order.
 
     Args:
@@ -67,6 +69,7 @@ def stream(pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int
         items: what to extract; taken as they are needed.
         workers: threads that decode.
         depth: batches that may wait between two stages.
+        ready: batches that may wait at the end, for who takes them now and then only; ``depth`` if None.
 
     Raises:
         BackendError: the runtime failed, which is no image's fault. What came before it has been yielded.
@@ -81,7 +84,7 @@ def stream(pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int
 
     decoded = in_order(decode, items, workers, workers + _DECODED * pipeline.batch)
     encoded = ahead(_each(_encoder(extractor), _together(decoded, pipeline.batch)), depth, "vae")
-    with closing(ahead(_each(_tapper(extractor), encoded), depth, "unet")) as done:
+    with closing(ahead(_each(_tapper(extractor), encoded), ready or depth, "unet")) as done:
         for batch in done:
             yield from batch.outcomes
 

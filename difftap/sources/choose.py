@@ -64,7 +64,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # thumbnails and the like
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(root) / name

@@ -137,6 +137,8 @@ def saved_dataset(folder: Path, column: str | None) -> Source:
     items = []
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state.get("_indices_data_files"):  # of old versions; newer ones lay the rows out
+            raise InputError(f"'{folder}' has its rows picked by an index; save it anew after flatten_indices()")
         files = [folder / entry["filename"] for entry in state["_data_files"]]
         for path in files:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()

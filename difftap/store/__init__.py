@@ -3,7 +3,7 @@
 from difftap.store.encoding import DTYPES, SCALES, Basis, Encoding, Fidelity
 from difftap.store.reader import FeatureStore
 from difftap.store.records import Failure, Page, Row
-from difftap.store.writer import StoreWriter, open_writer
+from difftap.store.writer import StoreWriter, check_writable, open_writer
 
 __all__ = [
     "DTYPES",
@@ -16,5 +16,6 @@ __all__ = [
     "Page",
     "Row",
     "StoreWriter",
+    "check_writable",
     "open_writer",
 ]

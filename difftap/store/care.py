@@ -179,14 +179,11 @@ def compact(
         return _copy(FeatureStore.open(path), str(output), shard, drop_damaged, progress)
     if place.folder is None:
         raise InputError(f"'{place}' is no local folder and cannot be replaced in one step; give -o NEW")
-    folder = place.folder.resolve()
-    scratch, old = (folder.with_name(f".{folder.name}.{word}") for word in ("compact", "old"))
-    with place.locked():
-        if old.exists() and not folder.exists():  # killed between the two renames below
-            old.rename(folder)
-        for left in (scratch, old):
-            if left.exists():
-                shutil.rmtree(left)
+    folder, scratch, old = place.folder.resolve(), place.beside("compact"), place.beside("old")
+    with place.locked():  # what was killed between the two renames below is back in its place
+        with place.errors():
+            for left in (scratch, old):
+                place.discard(left)
         try:
             done = _copy(FeatureStore.open(path), str(scratch), shard, drop_damaged, progress)
         except BaseException:
@@ -196,7 +193,7 @@ def compact(
         with place.errors():
             os.replace(folder, old)
             os.replace(scratch, folder)
-            shutil.rmtree(old)
+            place.discard(old)
     return done
 
 

@@ -31,6 +31,7 @@ __all__ = ["SCHEMA", "Provenance", "TapArray", "differing", "load_bases", "pages
 
 SCHEMA = "difftap.store/1"
 _PAGES = 256  # read at a time
+_SLOT = "{category}"  # `difftap.prompts.choose.SLOT`, which lies above this room
 CONDITIONS = ("name", "device", "precision")
 """Of the backend: what must not change within a store, beside recipe, model and encoding."""
 
@@ -120,13 +121,25 @@ def differing(have: Any, want: Any, name: str = "") -> tuple[str, Any, Any] | No
     return None if have == want else (name, have, want)
 
 
+def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields as they are for images of no named category: a prompt that asks for one stays empty.
+
+    That is what a store holds under such a prompt, and what is looked for in it.
+    """
+    branches = [
+        {**branch, "prompt": "" if _SLOT in branch["prompt"] else branch["prompt"]} if "prompt" in branch else branch
+        for branch in features.get("branches", ())
+    ]
+    return {**features, "branches": branches}
+
+
 def check_features(place: Place, provenance: Provenance, features: Mapping[str, Any], model_key: str) -> None:
     """Make sure that a store's features are those of a recipe and a model.
 
     Raises:
         RecipeError: the first field that differs. A model is known by its key: its name may be another.
     """
-    have, want = dict(provenance.features), dict(features)
+    have, want = _of_no_category(provenance.features), _of_no_category(features)
     names = have.pop("model", None), want.pop("model", None)
     if provenance.model_key != model_key:
         raise RecipeError(

@@ -66,6 +66,11 @@ class Place:
             MissingExtraError: zarr is not installed.
         """
         zarr = require("zarr", "store", "a feature store")
+        if read_only and self.folder is not None and not self.folder.exists() and self.beside("old").exists():
+            with self.locked():  # which restores it; a writer has done so already
+                pass
+        if self.folder is not None and not self.folder.exists():
+            return None  # zarr would make the folder
         try:
             return zarr.open_group(self._store(read_only=read_only), mode="r" if read_only else "r+", zarr_format=3)
         except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.ContainsArrayError):
@@ -116,11 +121,32 @@ class Place:
         """Delete all that is there."""
         with self.errors():
             if self.folder is not None:
-                if self.folder.exists():
-                    shutil.rmtree(self.folder)
+                self.discard(self.folder.resolve())
                 return
             system, path = require("fsspec", "store", f"'{self}'").core.url_to_fs(self.address)
             system.rm(path, recursive=True)
+
+    def beside(self, word: str) -> Path:
+        """A hidden neighbour of a local store, ``.name.word``."""
+        folder = Path(self.address.removeprefix("file://")).resolve()
+        return folder.with_name(f".{folder.name}.{word}")
+
+    def discard(self, folder: Path) -> None:
+        """Delete a local store's folder, or one beside it; killed midway, it leaves nothing that looks like a store."""
+        gone = self.beside("gone")
+        if gone.exists():
+            shutil.rmtree(gone)
+        if folder.exists():
+            folder.rename(gone)
+            shutil.rmtree(gone)
+
+    def restore(self) -> None:
+        """Put a store back whose compaction was killed after the old one had lost its name, before the new one had it.
+
+        Only who holds the lock may do so.
+        """
+        if self.folder is not None and not self.folder.exists() and self.beside("old").exists():
+            self.beside("old").rename(self.folder.resolve())
 
     def sweep(self) -> None:
         """Delete what a killed writer left half-written beside its objects; only a store's one writer may do so."""
@@ -153,6 +179,8 @@ class Place:
                     f"cannot write '{self}': another run is writing it; wait for it, or choose another store"
                 ) from error
         try:
+            with self.errors():
+                self.restore()
             yield
         finally:
             with contextlib.suppress(OSError):

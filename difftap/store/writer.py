@@ -13,19 +13,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from difftap.engine import Features
 from difftap.errors import InputError, OutputError
-from difftap.store.encoding import Basis, Encoding, Fidelity, Stored
-from difftap.store.layout import CONDITIONS, Provenance, differing, load_bases, pages, read_provenance, tap_arrays
+from difftap.store.encoding import Basis, Encoding, Stored
+from difftap.store.finish import finish
+from difftap.store.layout import (
+    CONDITIONS,
+    Provenance,
+    TapArray,
+    differing,
+    load_bases,
+    pages,
+    read_provenance,
+    tap_arrays,
+)
 from difftap.store.place import Place
 from difftap.store.records import Page, Row
 from difftap.store.shard import Shard, create_arrays, shapes_of
 
-__all__ = ["StoreWriter", "open_writer"]
-
-_INDEX_ROWS = 4096  # a chunk of the arrays key, digest, image, content
+__all__ = ["StoreWriter", "check_writable", "open_writer"]
 
 
 @contextlib.contextmanager
@@ -80,6 +86,39 @@ def open_writer(
             raise
 
 
+def check_writable(
+    path: str | Path, features: Mapping[str, Any], encoding: Encoding, *, overwrite: bool = False
+) -> None:
+    """Make sure, before anything slow starts, that a store can be begun or taken up; writes nothing.
+
+    Args:
+        path, features, encoding, overwrite: as `open_writer` takes them.
+
+    Raises:
+        OutputError: as `open_writer` raises it, but for what only open engines can tell.
+    """
+    place = Place(path)
+    with place.locked():
+        group = _existing(place, overwrite=False)
+        if group is not None and not overwrite:
+            have = read_provenance(group, place)
+            _refuse(place, _asked(have.features, have.encoding), _asked(features, encoding))
+
+
+def _asked(features: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
+    recipe = {name: value for name, value in features.items() if name != "model"}
+    return {"recipe": recipe, "encoding": encoding.to_dict()}
+
+
+def _refuse(place: Place, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    found = differing(have, want)
+    if found:
+        raise OutputError(
+            f"'{place}' was begun with {found[0]} = {found[1]!r}, this run has {found[2]!r}; choose another store, or "
+            "--overwrite"
+        )
+
+
 def _existing(place: Place, *, overwrite: bool) -> Any:
     """The store that is there, open for writing; None if one is to be made.
 
@@ -111,18 +150,12 @@ def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
     def fields(one: Provenance) -> dict[str, Any]:
         backend = one.conditions["backend"]
         return {
-            "recipe": {name: value for name, value in one.features.items() if name != "model"},
+            **_asked(one.features, one.encoding),
             "model": one.model_key,
-            "encoding": one.encoding.to_dict(),
             **{f"backend {name}": backend.get(name) for name in CONDITIONS},
         }
 
-    found = differing(fields(have), fields(want))
-    if found:
-        raise OutputError(
-            f"'{place}' was begun with {found[0]} = {found[1]!r}, this run has {found[2]!r}; choose another store, or "
-            "--overwrite"
-        )
+    _refuse(place, fields(have), fields(want))
     return have
 
 
@@ -151,7 +184,7 @@ class StoreWriter:
         self._since = clock()
         self._pages = 0
         self._shard: Shard | None = None
-        self._ready = False
+        self._taps: list[TapArray] = []
 
     def begin(self, conditions: Mapping[str, Any]) -> None:
         """Read the journal, note the run in the provenance, and find the place to go on."""
@@ -190,16 +223,22 @@ class StoreWriter:
             journal = self.group["journal"]
             if journal.shape[0] < count:
                 journal.resize((count,))
-            rows = count * self.provenance.shard
-            if self._ready or self._bound():
-                for array in tap_arrays(self.group, self.provenance, self.place):
-                    for one in (array.values, array.scale):
-                        # A finished store's rows may end within a shard; shards are written whole.
-                        if one is not None and one.shape[0] < rows:
-                            one.resize((rows, *one.shape[1:]))
+            self._lengthen(count * self.provenance.shard)
+
+    def _lengthen(self, rows: int) -> None:
+        """Make the taps' arrays at least so long: a finished store's may end within a shard, and shards are whole."""
+        for array in self._arrays():
+            for one in (array.values, array.scale):
+                if one is not None and one.shape[0] < rows:
+                    one.resize((rows, *one.shape[1:]))
+
+    def _arrays(self) -> list[TapArray]:
+        """The taps' arrays, opened once, for that takes as long as a fast engine's image; none unless all are there."""
+        if not self._taps and self._bound():
+            self._taps = tap_arrays(self.group, self.provenance, self.place)
+        return self._taps
 
     def _bound(self) -> bool:
-        """Whether every tap's array is there."""
         names = [f"{branch}/{tap}" for branch, taps in enumerate(self.provenance.branches) for tap in taps]
         parts = ("",) if self.provenance.encoding.dtype != "int8" else ("", ".scale")
         return all(f"{name}{part}" in self.group for name in names for part in parts)
@@ -211,16 +250,16 @@ class StoreWriter:
             shapes: ``(C, h, w)`` by array name (`difftap.store.shard.shapes_of`).
             bases: of a store with PCA, by array name.
         """
-        if not self._bound():
+        if not self._arrays():
             with self.place.errors():
                 rows = max(self.group["journal"].shape[0], self.next_shard + 1) * self.provenance.shard
                 create_arrays(self.group, self.provenance, shapes, bases, rows)
-        self._ready = True
+                self._lengthen(rows)  # some may have been made, for fewer images, by a run that was killed at it
 
     @property
     def ready(self) -> bool:
         """Whether every tap's array is there."""
-        return self._bound()
+        return bool(self._arrays())
 
     @property
     def bases(self) -> dict[str, Basis]:
@@ -229,17 +268,15 @@ class StoreWriter:
 
     def _open_shard(self, page: Page | None = None) -> Shard:
         number = self._pages
-        if self.group["journal"].shape[0] <= number or (self._bound() and self._too_short(number)):
+        if self.group["journal"].shape[0] <= number or self._too_short(number):
             self.reserve(max(1, number // 8))
-        arrays = tap_arrays(self.group, self.provenance, self.place) if self._bound() else []
-        self._shard = Shard(self.group, self.place, self.provenance, arrays, number, page)
-        self._ready = bool(arrays)
+        self._shard = Shard(self.group, self.place, self.provenance, self._arrays(), number, page)
         return self._shard
 
     def _too_short(self, number: int) -> bool:
         rows = (number + 1) * self.provenance.shard
-        arrays = tap_arrays(self.group, self.provenance, self.place)
-        return any(one.shape[0] < rows for array in arrays for one in (array.values, array.scale) if one is not None)
+        every = (one for array in self._arrays() for one in (array.values, array.scale))
+        return any(one.shape[0] < rows for one in every if one is not None)
 
     def add(self, key: str, features: Features) -> int:
         """Take an image's features; returns how many records became safe.
@@ -248,9 +285,9 @@ class StoreWriter:
             OutputError: the disk is full, or the like.
         """
         shard = self._shard or self._open_shard()
-        if not self._ready:
+        if not self._taps:
             self.prepare(shapes_of(features), {})
-            shard.use(tap_arrays(self.group, self.provenance, self.place))
+        shard.use(self._arrays())  # it may have been opened, by failures, before they were made
         shard.add(key, features)
         return self._after(shard)
 
@@ -288,66 +325,5 @@ class StoreWriter:
         count = self.commit()
         with self.place.errors():
             finish(self.group, self.place, self.provenance)
+        self._taps = []  # cut
         return count
-
-
-def finish(group: Any, place: Place, provenance: Provenance) -> None:
-    """Bring a store's other arrays in line with its journal, and mark it complete."""
-    used, rows, fidelity = 0, 0, {}  # type: ignore[var-annotated]
-    for number, page in enumerate(pages(group, place)):
-        if page:
-            used = number + 1
-        for row in page.rows:
-            rows = max(rows, row.row + 1)
-            for name, one in row.fidelity.items():
-                fidelity.setdefault(name, []).append(Fidelity(**one))  # type: ignore[arg-type]
-    _write_index(group, place, rows)
-    for array in tap_arrays(group, provenance, place):
-        for part in (array.values, array.scale):
-            if part is not None and part.shape[0] != rows:
-                part.resize((rows, *part.shape[1:]))
-    group["journal"].resize((used,))
-    noted = dict(group.attrs)["difftap"]
-    summary = {name: Fidelity.join(parts).to_dict() for name, parts in fidelity.items()}
-    group.attrs.update({"difftap": {**noted, "fidelity": summary, "complete": True}})
-
-
-def _write_index(group: Any, place: Place, rows: int) -> None:
-    """Fill the arrays key, digest, image and content from the journal, a chunk at a time."""
-    if not rows:
-        return
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "key": ((), str), "digest": ((32,), "uint8"), "image": ((2,), "int32"), "content": ((4,), "float64"),
-    }  # fmt: skip
-    arrays = {
-        name: group.create_array(
-            name, shape=(rows, *shape), chunks=(_INDEX_ROWS, *shape), dtype=dtype, compressors=None, overwrite=True,
-            fill_value="" if dtype is str else 0,
-        )
-        for name, (shape, dtype) in shapes.items()
-    }  # fmt: skip
-    waiting: list[Row] = []
-
-    def flush(start: int) -> None:
-        stop = min(start + _INDEX_ROWS, rows)
-        keys: Any = np.full(stop - start, "", object)
-        tables = {name: np.zeros((stop - start, *shapes[name][0]), shapes[name][1]) for name in list(shapes)[1:]}
-        for row in waiting:
-            # A file name that is not UTF-8 has no place in a text array as it is.
-            keys[row.row - start] = row.key.encode("utf-8", "backslashreplace").decode()
-            tables["digest"][row.row - start] = np.frombuffer(bytes.fromhex(row.digest), np.uint8)
-            tables["image"][row.row - start] = row.image
-            tables["content"][row.row - start] = row.content
-        arrays["key"][start:stop] = keys
-        for name, table in tables.items():
-            arrays[name][start:stop] = table
-        waiting.clear()
-
-    start = 0
-    for page in pages(group, place):
-        for row in page.rows:
-            while row.row >= start + _INDEX_ROWS:
-                flush(start)
-                start += _INDEX_ROWS
-            waiting.append(row)
-    flush(start)

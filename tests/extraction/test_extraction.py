@@ -7,6 +7,8 @@ import resource
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from difftap.sources import open_source
 from difftap.store import Encoding, FeatureStore
 from difftap.store import place as places
 from difftap.store.care import verify
+from difftap.store.writer import StoreWriter
 from tests.conftest import MINI_TAPS, picture
 
 
@@ -165,6 +168,64 @@ def test_pca_is_fitted_on_the_first_images_and_the_loss_is_stored(tmp_path, phot
     assert 0 < fidelity["error"] < 1
     with pytest.raises(difftap.DifftapError, match="99 components"):
         extract_to_store(FakePipeline(), open_source(photos), tmp_path / "t.zarr", Settings(Encoding(pca=99)))
+
+
+def test_a_basis_is_used_though_the_first_run_had_failures_only(tmp_path, photos):
+    (photos / "-.png").write_text("no picture")
+    settings = Settings(Encoding("int8", pca=3), sample=5, shard=2, strict=True)
+    with pytest.raises(ImageError):
+        extract_to_store(FakePipeline(), open_source(photos), tmp_path / "s.zarr", settings)
+    run = extract_to_store(FakePipeline(), open_source(photos), tmp_path / "s.zarr", settings)
+    assert (run.written, run.failed) == (7, 1)
+    assert list(verify(FeatureStore.open(tmp_path / "s.zarr"))) == []
+
+
+def test_engines_go_on_while_a_shard_is_written(tmp_path, monkeypatch):
+    """The next shard is made in the meantime, whole."""
+    pipeline, made, commit = FakePipeline(), [], StoreWriter.commit
+    inner = pipeline.stages.tap
+
+    def tap(encoded):
+        made.append(encoded)
+        return inner(encoded)
+
+    def slow(writer):
+        until = time.monotonic() + 20
+        while len(made) < min(32, writer.committed + 16):
+            assert time.monotonic() < until, f"the engines stand still after {len(made)} images"
+            time.sleep(0.001)
+        return commit(writer)
+
+    monkeypatch.setattr(pipeline.stages, "tap", tap)
+    monkeypatch.setattr(StoreWriter, "commit", slow)
+    extract_to_store(pipeline, made_source(32), tmp_path / "s.zarr", Settings(shard=8))
+    assert len(FeatureStore.open(tmp_path / "s.zarr")) == 32
+
+
+def test_the_bench_counts_every_second_once(tmp_path):
+    from difftap.bench.extraction import format_paces, measure
+
+    pace = measure(0.002, 50, tmp_path)
+    assert pace.busy >= 0.1
+    assert pace.opening + pace.busy * (1 + pace.steady) + pace.closing == pytest.approx(pace.seconds)
+    assert pace.overhead == pytest.approx(pace.seconds / pace.busy - 1)
+    assert 0 <= pace.steady <= pace.overhead
+    assert len(format_paces([[pace]])[0].split()) >= len(format_paces([[pace]])[1].split())
+
+
+def test_nothing_is_kept_of_an_image_that_is_safe(tmp_path):
+    """What Python itself holds at each commit; for resident memory there is 'difftap bench extract --images'."""
+    held = []
+    tracemalloc.start()
+    try:
+        extract_to_store(
+            FakePipeline(shape=(4, 3, 3)), made_source(1200), tmp_path / "s.zarr", Settings(shard=16),
+            progress=lambda count: held.append(tracemalloc.get_traced_memory()[0]) if count else None,
+        )  # fmt: skip
+    finally:
+        tracemalloc.stop()
+    early, late = np.median(held[20:30]), np.median(held[-10:])
+    assert (late - early) / (16 * (len(held) - 30)) < 64, held[::10]
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):

@@ -25,6 +25,8 @@ def folder(tmp_path):
         PIL.fromarray(picture(number)).save(root / name)
     (root / "notes.md").write_text("no picture")
     (root / ".hidden.png").write_bytes(b"x")
+    (root / "a" / ".thumbs").mkdir()
+    PIL.fromarray(picture(9)).save(root / "a" / ".thumbs" / "9.png")
     return root
 
 

@@ -1,9 +1,14 @@
 """Verifying finds what was damaged and nothing else; compacting changes no feature."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 
+from difftap.cli import cli
 from difftap.errors import ArtefactError, OutputError
 from difftap.store import Encoding, FeatureStore
 from difftap.store.care import compact, info, verify
@@ -83,10 +88,46 @@ def test_compact_into_a_place_that_is_taken(path):
         compact(path, path.parent)
 
 
-def test_compact_killed_between_its_two_renames(path):
+def reads(path):
+    assert FeatureStore.open(path).keys()[0] == "k0"
+
+
+def writes(path):
+    fill(path, [20], FeatureStore.open(path).provenance.encoding)
+
+
+def commands(path):
+    done = CliRunner().invoke(cli, ["store", "compact", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("use", [compact, reads, writes, commands])
+def test_compact_killed_between_its_two_renames(path, use):
+    """Whoever comes next finds the old store, and no new one is begun in its place."""
     path.rename(path.with_name(".s.zarr.old"))
-    compact(path)
+    use(path)
     assert problems(path) == []
+    assert len(FeatureStore.open(path)) == 10 + (use is writes)
+    assert [file.name for file in path.parent.iterdir()] == ["s.zarr"]
+
+
+def test_deleting_killed_midway_leaves_nothing_that_looks_like_a_store(path, monkeypatch):
+    """A store of which some shards are gone would be taken up again, and its journal believed."""
+    rmtree = shutil.rmtree
+
+    def killed(folder):
+        (Path(folder) / "0" / "up1" / "zarr.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, [7], overwrite=True)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert not path.exists()
+    fill(path, [7])
+    assert FeatureStore.open(path).keys() == ["k7"]
+    fill(path, [8], overwrite=True)
+    assert [file.name for file in path.parent.iterdir()] == ["s.zarr"]
 
 
 def test_info(path):

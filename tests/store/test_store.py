@@ -10,7 +10,7 @@ import zarr
 
 from difftap.errors import ArtefactError, InputError, OutputError, RecipeError
 from difftap.recipe import Branch
-from difftap.store import Encoding, FeatureStore
+from difftap.store import Encoding, FeatureStore, check_writable, open_writer
 from difftap.store.encoding import Moments
 from difftap.store.shard import shapes_of
 from tests.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
@@ -126,6 +126,27 @@ def test_a_recipe_that_does_not_fit_is_refused_by_its_first_field(path, name):
         store.check(RECIPE, "cd" * 8)
 
 
+def test_a_prompt_that_stays_empty_is_an_empty_prompt(path):
+    """Without a category, 'a photo of a {category}' is left out as a whole, on both sides."""
+
+    def prompted(text):
+        return dataclasses.replace(
+            RECIPE, branches=tuple(dataclasses.replace(branch, prompt=text) for branch in RECIPE.branches)
+        )
+
+    for stored in ("", "a {category}"):
+        with open_writer(
+            f"{path}{len(stored)}", CONDITIONS, prompted(stored).feature_fields(), Encoding(), shard=4
+        ) as opened:
+            opened.add("k0", made(0))
+            opened.finish()
+        store = FeatureStore.open(f"{path}{len(stored)}")
+        for asked in ("", "a {category}", "the {category} itself"):
+            store.check(prompted(asked), "ab" * 8)
+        with pytest.raises(RecipeError, match=r"branches\[0\].prompt = '', and 'a cat' is asked for"):
+            store.check(prompted("a cat"), "ab" * 8)
+
+
 @pytest.mark.parametrize("encoding", [Encoding("float32"), Encoding("int8"), Encoding(pca=2)])
 def test_a_run_under_other_conditions_is_refused(path, encoding):
     fill(path, range(2))
@@ -166,6 +187,30 @@ def test_what_is_no_store(tmp_path):
         fill(tmp_path / "none" / "s.zarr", range(2))
     with pytest.raises(InputError):
         FeatureStore.open("nosuchscheme://x/y")
+
+
+def test_what_cannot_be_written_is_said_beforehand(tmp_path):
+    """By `check_writable`, in the words of `open_writer`; it leaves everything as it is."""
+    fill(tmp_path / "s.zarr", range(2))
+    (tmp_path / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    fields = RECIPE.feature_fields()
+    check_writable(tmp_path / "s.zarr", fields, Encoding())
+    check_writable(tmp_path / "new.zarr", fields, Encoding())
+    other = dataclasses.replace(RECIPE, seed=1).feature_fields()
+    check_writable(tmp_path / "s.zarr", other, Encoding("int8"), overwrite=True)
+    for path, asked, encoding, words in (
+        ("s.zarr", other, Encoding(), r"recipe\.seed = 0, this run has 1"),
+        ("s.zarr", fields, Encoding("int8"), r"encoding\.dtype = 'float16'"),
+        ("none/s.zarr", fields, Encoding(), "its folder does not exist"),
+        ("notes.txt", fields, Encoding(), "cannot write"),
+        (".", fields, Encoding(), "is not empty and is no feature store"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            check_writable(tmp_path / path, asked, encoding)
+    with writer(tmp_path / "s.zarr"), pytest.raises(OutputError, match="another run is writing it"):
+        check_writable(tmp_path / "s.zarr", fields, Encoding())
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_two_writers_are_one_too_many(tmp_path):
