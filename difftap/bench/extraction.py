@@ -94,9 +94,10 @@ def measure(
     wall, busy = ended - began, pipeline.busy
     first, last = pipeline.span
     steady = (last - first) / busy - 1
-    settled = [point for point in course if point[0] >= images / 10]
+    settled = [point for point in course if point[0] >= images / 10] or course
     step = max(1, len(settled) // _SAMPLES)
-    half = [point for point in settled if point[0] >= images / 2] or settled
+    # The last note comes after the store was finished, which takes some memory for itself, once.
+    half = [point for point in settled[:-1] if point[0] >= images / 2] or settled
     (early, low), (late, high) = half[0], half[-1]
     growth = (high - low) / (late - early) if late > early else 0.0
     memory = tuple(size for _, size in settled[::step])

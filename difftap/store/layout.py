@@ -30,7 +30,7 @@ from difftap.store.records import Page
 __all__ = ["SCHEMA", "Provenance", "TapArray", "differing", "load_bases", "pages", "read_provenance", "tap_arrays"]
 
 SCHEMA = "difftap.store/1"
-_PAGES = 256  # read at a time
+_PAGES = 32  # read at a time: of small maps, with 256 rows a page, some 3 MB of text
 _SLOT = "{category}"  # `difftap.prompts.choose.SLOT`, which lies above this room
 CONDITIONS = ("name", "device", "precision")
 """Of the backend: what must not change within a store, beside recipe, model and encoding."""

@@ -1,6 +1,7 @@
 """The stream gives the pipeline's own features; faults are told, recorded, and do no harm to others."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -216,12 +217,16 @@ def test_the_bench_counts_every_second_once(tmp_path):
 def test_nothing_is_kept_of_an_image_that_is_safe(tmp_path):
     """What Python itself holds at each commit; for resident memory there is 'difftap bench extract --images'."""
     held = []
+
+    def note(count):
+        if count:
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+
+    source = made_source(1200)
     tracemalloc.start()
     try:
-        extract_to_store(
-            FakePipeline(shape=(4, 3, 3)), made_source(1200), tmp_path / "s.zarr", Settings(shard=16),
-            progress=lambda count: held.append(tracemalloc.get_traced_memory()[0]) if count else None,
-        )  # fmt: skip
+        extract_to_store(FakePipeline(shape=(4, 3, 3)), source, tmp_path / "s.zarr", Settings(shard=16), progress=note)
     finally:
         tracemalloc.stop()
     early, late = np.median(held[20:30]), np.median(held[-10:])
