@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, feature_options, runtime_options, take_runtime
+from difftap.commands.options import Grouped, build_recipe, feature_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
 from difftap.commands.prototypes import STUDY_DEFAULT, open_objects, semantic_recipe
 from difftap.errors import InputError
@@ -110,6 +110,7 @@ def _command(name: str) -> click.Command:
 
     return click.command(
         name,
+        cls=Grouped,
         help=f"{_HELP[name]}\n\n\b\ndifftap bench semantics {name} "
         + ("--davis DAVIS" if name == "video" else "--voc VOCdevkit --coco coco" + (" --davis DAVIS" * (name == "all")))
         + " -o out/study",
@@ -206,10 +207,24 @@ def _run(name: str, output: Path, **options: Any) -> None:
         sys.exit(1)
 
 
+def _distance_device(device: str) -> str:
+    """Where distances are computed: with the features on a GPU, if torch can use it; else on the CPU."""
+    if device != "cuda":
+        return "cpu"
+    from difftap.errors import MissingExtraError, require
+
+    try:
+        torch = require("torch", "bench", "distances on a GPU")
+    except MissingExtraError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _study(
     folder: Path, timesteps: tuple[int, ...] | None, offsets: tuple[int, ...] | None, options: dict[str, Any]
 ) -> Study:
     """The study that the options ask for."""
+    from difftap.auto import resolve
     from difftap.bench.semantics.axes import OFFSETS, TIMESTEPS
     from difftap.bench.semantics.study import Study
     from difftap.distances import METRICS
@@ -219,7 +234,7 @@ def _study(
     from difftap.pipeline import check_fits
     from difftap.prototypes import RULES
 
-    runtime = take_runtime(options)
+    given = take_runtime(options)
     opening = {key: options.pop(key) for key in ("revision", "random_weights")}
     metric = options.pop("metric", "correlation")
     rule, draws, seed, overwrite = (options.pop(key) for key in ("rule", "draws", "draw_seed", "overwrite"))
@@ -229,9 +244,10 @@ def _study(
     recipe = build_recipe(**semantic_recipe(options))
     if len(recipe.branches) != 1:
         raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
-    cache = Cache(runtime.cache or default_cache_folder())
+    cache = Cache(given.cache or default_cache_folder())
     model = open_model(recipe.model, cache, **opening)
     check_fits(recipe, model)
+    runtime = resolve(recipe, given, **opening)  # once: tables of several recipes must be of one backend
 
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime, **opening)
@@ -250,7 +266,7 @@ def _study(
         offsets=offsets or OFFSETS,
         draws=draws,
         seed=seed,
-        device="cuda" if runtime.device == "cuda" else "cpu",
+        device=_distance_device(runtime.device),
         overwrite=overwrite,
         say=lambda text: click.echo(text, err=True),
         bar=lambda count: progress_bar(count, "images"),

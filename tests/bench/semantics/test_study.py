@@ -182,6 +182,24 @@ def test_a_folder_of_another_study_is_refused(data, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_overwrite_builds_every_table_once(data, tmp_path):
+    for more in ((), ("--overwrite",)):
+        result = run("video", "--davis", data / "davis", "-o", tmp_path, *SMALL, "--offsets", "1", *more)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("to build") == 1
+
+
+def test_the_backend_that_is_chosen_is_that_of_all_tables(data, tmp_path, monkeypatch):
+    import difftap.auto
+
+    chosen = difftap.auto.Choice("ort", "cpu", {}, (), {})
+    monkeypatch.setattr(difftap.auto, "choose", lambda *_, **__: chosen)
+    for times in (1, 0):
+        result = run("distances", "--voc", data / "voc", "-o", tmp_path, *SMALL, "--backend", "auto")
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("to build") == times
+
+
 def test_failed_images_are_counted_and_said(tmp_path):
     root = write_voc(tmp_path / "voc")
     (root / "SegmentationClass/b.png").write_bytes(b"no picture")
