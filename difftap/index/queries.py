@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image as PIL
 
 from difftap.errors import ImageError, InputError
+from difftap.featuresource import open_features, precision_of, precisions_agree
 from difftap.images import Image
 from difftap.index.origin import Origin
 from difftap.index.sources import table_batches, table_origin
@@ -130,14 +131,28 @@ def row_query(path: Path, number: int, origin: Origin) -> Query:
 
 
 def open_pipeline(
-    origin: Origin, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
+    origin: Origin,
+    runtime: Runtime,
+    *,
+    features: str | None = None,
+    revision: str | None = None,
+    random_weights: int | None = None,
 ) -> Pipeline:
-    """The pipeline that makes vectors like an index's.
+    """The pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
 
     Raises:
-        InputError: the model that is found is not the one the index was made with.
+        InputError: the model that is found, or the precision asked for, is not the one the index was made with.
+        RecipeError: the store holds other features.
     """
-    pipeline = Pipeline.open(Recipe.from_dict(origin.recipe), runtime, revision=revision, random_weights=random_weights)
+    recipe = Recipe.from_dict(origin.recipe)
+    pipeline = open_features(recipe, features, runtime, revision=revision, random_weights=random_weights)
+    precision = precision_of(pipeline.conditions)
+    if not precisions_agree(precision, origin.precision):
+        pipeline.close()
+        raise InputError(
+            f"the index was made at {origin.precision}, and here features are made at {precision}, which differ by "
+            f"more than rounding; give --precision {origin.precision}"
+        )
     found = str(pipeline.conditions["model"]["key"])
     if found != origin.model_key:
         name = pipeline.model.name
