@@ -38,6 +38,13 @@ def _options(name: str) -> Callable[[Any], Any]:
         "--coco-classes", default="voc", show_default=True, metavar="A,B", help="voc (VOC's 20), all, or names."
     )
     davis = click.option("--davis", type=_DIR, metavar="ROOT", help="DAVIS 2017: the folder that holds JPEGImages/.")
+    people = click.option(
+        "--davis-classes",
+        default="person",
+        show_default=True,
+        metavar="A,B",
+        help="Of the clips' objects: all, or names.",
+    )
     offsets = click.option("--offsets", metavar="D,D", help="Between frames.  [default: 1,2,3,4,5,10,20,30,40]")
     timesteps = click.option("--timesteps", metavar="T,T", help="To compare.  [default: 1,50,100,200,300,400,500]")
     metric = click.option(
@@ -45,7 +52,7 @@ def _options(name: str) -> Callable[[Any], Any]:
         help="euclidean, manhattan, cosine, correlation or dcor" + ("; distances takes all." if name == "all" else "."),
     )  # fmt: skip
     stills = [voc, coco, folder, limit, classes] if name != "video" else []
-    clips = [davis, offsets] if name in ("video", "all") else []
+    clips = [davis, people, offsets] if name in ("video", "all") else []
     steps = [timesteps] if name in ("steps", "all") else []
     measure = [metric] if name != "distances" else []
     options = [
@@ -140,8 +147,9 @@ def _sources(options: dict[str, Any]) -> dict[str, Source]:
     if unknown:
         raise InputError(f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a set that is")
     listing, allow, area = (options.pop(name) for name in ("listing", "allow_missing", "min_area"))
-    limit, coco_classes = options.pop("limit", None), options.pop("coco_classes", None)
-    classes = {"coco": None if coco_classes == "all" else coco_classes, "davis": "person"}
+    limit = options.pop("limit", None)
+    asked = {name: options.pop(f"{name}_classes", None) for name in ("coco", "davis")}
+    classes = {name: None if text == "all" else text for name, text in asked.items()}
     if not any(roots.values()):
         raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
     found = {}

@@ -349,7 +349,7 @@ def _finish(folder: Path, columns: Sequence[Column], source: Source, header: Map
         why = f" ({built.failures[0][0]}: {built.failures[0][1]})" if built.failures else ""
         raise InputError(
             f"no object of '{source.name}' gives a prototype: {len(built.failures)} images failed{why}, {built.empty} "
-            f"have no object that is wanted ({_reasons(built.left_out)}); widen --min-area or --classes"
+            f"have no object that is wanted ({_reasons(built.left_out)}); widen --min-area or the classes"
         )
     filled = [mark for mark, record in records if record["rows"]]
     for k in reversed(range(len(columns))):  # the first one last: its lock and its scratch folder stand for all

@@ -182,6 +182,14 @@ def test_a_folder_of_another_study_is_refused(data, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_clips_of_other_things_than_people(data, tmp_path):
+    for k, (more, clips) in enumerate([((), ["walking"]), (("--davis-classes", "all"), ["bear", "walking"])]):
+        result = run("video", "--davis", data / "davis", "-o", tmp_path / str(k), *SMALL, "--offsets", "1", *more)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / str(k) / "video.json").read_text())["datasets"]["davis"]["clips"]
+        assert sorted(found) == clips
+
+
 def test_overwrite_builds_every_table_once(data, tmp_path):
     for more in ((), ("--overwrite",)):
         result = run("video", "--davis", data / "davis", "-o", tmp_path, *SMALL, "--offsets", "1", *more)
