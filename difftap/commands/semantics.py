@@ -39,11 +39,7 @@ def _options(name: str) -> Callable[[Any], Any]:
     )
     davis = click.option("--davis", type=_DIR, metavar="ROOT", help="DAVIS 2017: the folder that holds JPEGImages/.")
     people = click.option(
-        "--davis-classes",
-        default="person",
-        show_default=True,
-        metavar="A,B",
-        help="Of the clips' objects: all, or names.",
+        "--davis-classes", metavar="A,B", help="all, or names.  [default: person; all where no class is known]"
     )
     offsets = click.option("--offsets", metavar="D,D", help="Between frames.  [default: 1,2,3,4,5,10,20,30,40]")
     timesteps = click.option("--timesteps", metavar="T,T", help="To compare.  [default: 1,50,100,200,300,400,500]")
@@ -150,6 +146,8 @@ def _sources(options: dict[str, Any]) -> dict[str, Source]:
     limit = options.pop("limit", None)
     asked = {name: options.pop(f"{name}_classes", None) for name in ("coco", "davis")}
     classes = {name: None if text == "all" else text for name, text in asked.items()}
+    if asked["davis"] is None and roots["davis"] is not None:
+        classes["davis"] = _people(roots["davis"], splits.get("davis"), None if "davis" in splits else listing, allow)
     if not any(roots.values()):
         raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
     found = {}
@@ -167,6 +165,17 @@ def _sources(options: dict[str, Any]) -> dict[str, Source]:
         )
         found[name] = source if name == "davis" else _limited(source, limit)
     return found
+
+
+def _people(root: Path, split: str | None, listing: Path | None, allow_missing: bool) -> str | None:
+    """The class of clips that the study takes: people; None, for all objects, where nothing says which they are."""
+    from difftap.bench.objects.davis import PEOPLE
+
+    source = open_objects("davis", root, split=split, listing=listing, allow_missing=allow_missing)
+    if source.about["semantics"] != "built in" or any(key.partition("/")[0] in PEOPLE for key in source.keys):
+        return "person"
+    click.echo(f"nothing says which objects of {root} are people (davis_semantics.json): all are taken", err=True)
+    return None
 
 
 def _limited(source: Source, limit: int | None) -> Source:

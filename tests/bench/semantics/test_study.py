@@ -188,6 +188,10 @@ def test_clips_of_other_things_than_people(data, tmp_path):
         assert result.exit_code == 0, result.output
         found = json.loads((tmp_path / str(k) / "video.json").read_text())["datasets"]["davis"]["clips"]
         assert sorted(found) == clips
+    write_davis(tmp_path / "own", {"kitchen": [{"_1": (k, 0, k + 15, 30), "_2": (22, 0, 38, 30)} for k in range(2)]})
+    result = run("video", "--davis", tmp_path / "own", "-o", tmp_path / "c", *SMALL, "--offsets", "1")
+    assert result.exit_code == 0, result.output
+    assert "nothing says which objects" in result.stderr
 
 
 def test_overwrite_builds_every_table_once(data, tmp_path):
