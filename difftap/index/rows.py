@@ -56,8 +56,8 @@ class Rows:
     ) -> Rows:
         """Rows that are objects, without a position."""
         x, y = np.full((2, len(classes)), np.nan, np.float32)
-        names = (np.array(column, np.str_) for column in (classes, images, instances))
-        return cls(*names, x, y, np.array(boxes, np.str_))
+        names = [np.array(column, np.str_) for column in (classes, images, instances, boxes)]
+        return cls(names[0], names[1], names[2], x, y, names[3])
 
     def take(self, rows: NDArray[Any] | slice) -> Rows:
         """Some of the rows."""
