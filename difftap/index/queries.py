@@ -145,14 +145,10 @@ def open_pipeline(
         RecipeError: the store holds other features.
     """
     recipe = Recipe.from_dict(origin.recipe)
+    if features is None:
+        _check_precision(runtime.precision, origin)  # before engines are made in vain
     pipeline = open_features(recipe, features, runtime, revision=revision, random_weights=random_weights)
-    precision = precision_of(pipeline.conditions)
-    if not precisions_agree(precision, origin.precision):
-        pipeline.close()
-        raise InputError(
-            f"the index was made at {origin.precision}, and here features are made at {precision}, which differ by "
-            f"more than rounding; give --precision {origin.precision}"
-        )
+    _check_precision(precision_of(pipeline.conditions), origin)  # of a store, no engine is open yet
     found = str(pipeline.conditions["model"]["key"])
     if found != origin.model_key:
         name = pipeline.model.name
@@ -162,6 +158,14 @@ def open_pipeline(
             "cannot be compared: give the same weights, or build the index again"
         )
     return pipeline
+
+
+def _check_precision(precision: str, origin: Origin) -> None:
+    if not precisions_agree(precision, origin.precision):
+        raise InputError(
+            f"the index was made at {origin.precision}, and here features are made at {precision}, which differ by "
+            f"more than rounding; give --precision {origin.precision}"
+        )
 
 
 def embed(query: Query, origin: Origin, pipeline: Pipeline) -> NDArray[np.float32]:

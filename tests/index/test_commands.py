@@ -168,6 +168,9 @@ def test_bad_input(scene, tmp_path):
     image, index = scene / "images" / "day" / "0.png", scene / "p.index"
     search = ("index", "search", "--index", index)
     difftap(*search, fails="nothing to search for")
+    difftap(
+        *search, image, "--precision", "int8", fails="the index was made at fp32, and here features are made at int8"
+    )
     difftap(*search, image, "--mask", scene / "mask.png", "--point", "1,1", fails="exclude each other")
     difftap(*search, image, "--mask-value", "3", fails="goes with --mask")
     difftap(*search, image, "--row", "a.parquet:1", fails="takes the place of an image")
