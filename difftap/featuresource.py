@@ -5,7 +5,7 @@ Engines are opened when the first image is not in the store; a whole data set th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,45 @@ from difftap.prompts import Prompt, PromptBook, Subject
 from difftap.recipe import Recipe
 from difftap.store import FeatureStore
 
-__all__ = ["FeatureSource"]
+__all__ = ["FeatureSource", "open_features", "precision_of", "precisions_agree"]
+
+_FLOATING = ("fp32", "fp16", "bf16")
+
+
+def precision_of(conditions: Mapping[str, Any]) -> str:
+    """What engines computed in, of features made under some conditions: those of the store, where one gave them."""
+    made = conditions.get("store") or conditions
+    return str(made.get("backend", {}).get("precision", "fp32"))
+
+
+def precisions_agree(one: str, other: str) -> bool:
+    """Whether features of two precisions may be compared: floating point agrees up to rounding, the rest does not."""
+    return one == other or (one in _FLOATING and other in _FLOATING)
+
+
+def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | None = None, **opening: Any) -> Pipeline:
+    """A pipeline, or where a store is named what stands in for one.
+
+    Args:
+        recipe: decides the numbers.
+        store: where extracted features lie; None for engines alone.
+        runtime: for images that are not in.
+        opening: ``revision`` and ``random_weights``, as `difftap.Pipeline.open` takes them.
+
+    Raises:
+        RecipeError: the store holds other features; names the first field that differs.
+        InputError: no such store, or images that are not in would be computed in another precision than those that are.
+    """
+    if store is None:
+        return Pipeline.open(recipe, runtime, **opening)
+    source = FeatureSource.open(recipe, store, runtime, **opening)
+    theirs, ours = precision_of(source.conditions), str(source.conditions["backend"]["precision"])
+    if not precisions_agree(theirs, ours):
+        raise InputError(
+            f"the features in '{store}' were computed at {theirs}, and images that are not in would be at {ours}; give "
+            f"--precision {theirs}"
+        )
+    return source
 
 
 class FeatureSource(Pipeline):
@@ -86,10 +124,11 @@ class FeatureSource(Pipeline):
             InputError: no such store.
             RecipeError: the store holds other features; names the first field that differs.
         """
+        from difftap.auto import resolve
         from difftap.export.checkpoints import open_model
 
         store = FeatureStore.open(path)
-        runtime = runtime or Runtime()
+        runtime = resolve(recipe, runtime or Runtime(), **opening)
         cache = Cache(runtime.cache or default_cache_folder())
         model = open_model(recipe.model, cache, **opening)
         check_fits(recipe, model)

@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, feature_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    Grouped,
+    build_recipe,
+    feature_options,
+    runtime_options,
+    store_option,
+    take_runtime,
+)
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.index.origin import Origin
     from difftap.index.queries import Query
+    from difftap.index.sources import Known
     from difftap.index.store import Batch
-    from difftap.pipeline import Runtime
+    from difftap.pipeline import Pipeline, Runtime
 
 __all__ = ["index"]
 
@@ -67,7 +75,7 @@ def index() -> None:
     """
 
 
-@index.command(epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written.")
+@index.command(cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written.")
 @_SOURCES
 @_WHERE
 @_NAME
@@ -99,6 +107,7 @@ def index() -> None:
 @_LABELS
 @_GPU
 @click.option("--overwrite", is_flag=True, help="Replace an index that stands there, once the new one is whole.")
+@store_option
 @feature_options("pocket; dift with --model")
 @runtime_options
 def build(
@@ -115,6 +124,7 @@ def build(
     labels: str,
     gpu: bool,
     overwrite: bool,
+    features: str | None,
     **options: Any,
 ) -> None:
     """Index SOURCEs: tables of prototypes (.parquet), or images and folders of images for their patch features.
@@ -130,33 +140,38 @@ def build(
     check_place(where, overwrite)
     failures: list[tuple[str, str]] = []
     if _are_tables(sources):
-        _refuse_recipe(options, per_image, labels)
+        _refuse_recipe({**options, "features": features}, per_image, labels)
         origin, batches = open_tables(sources)
         with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
             record = describe(made)
     else:
+        from difftap.featuresource import open_features
         from difftap.index.origin import Origin
-        from difftap.pipeline import Pipeline
 
         paths = list_images(sources)
         which = Patches(per_image, labels, options["seed"] or 0)
         runtime, opening = take_runtime(options), _take_opening(options)
         recipe = build_recipe(**options)
-        with Pipeline.open(recipe, runtime, **opening) as pipeline, progress_bar(len(paths)) as advance:
-            origin = Origin.of_patches(recipe, str(pipeline.conditions["model"]["key"]))
+        with (
+            open_features(recipe, features, runtime, **opening) as pipeline,
+            progress_bar(len(paths), "images") as advance,
+        ):
+            origin = Origin.of_patches(recipe, pipeline.conditions)
             batches = patch_batches(pipeline, paths, which, advance, failures)
             with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
                 record = describe(made)
+            _say_extracted(pipeline, features)
     click.echo(f"{record['rows']} vectors of {record['width']} in {where}: {_kind_line(record)}", err=True)
     _end(failures)
 
 
-@index.command(epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing changed.")
+@index.command(cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing changed.")
 @_SOURCES
 @_WHERE
 @_NAME
 @_PER_IMAGE
 @_LABELS
+@store_option
 @_opening
 @runtime_options
 def add(
@@ -165,30 +180,37 @@ def add(
     name: str,
     per_image: int | None,
     labels: str,
+    features: str | None,
     revision: str | None,
     random_weights: int | None,
     **options: Any,
 ) -> None:
-    """Add SOURCEs to an index: all of them or, if it is interrupted, none."""
-    from difftap.index.retrieve import open_index
+    """Add SOURCEs to an index: all of them or, if it is interrupted, none.
 
-    opening = {"revision": revision, "random_weights": random_weights}
+    What is in already is left out and counted, so the same command may be given again.
+    """
+    from difftap.index.retrieve import open_index
+    from difftap.index.sources import Known
+
+    opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []
     with open_index(where, name=name) as opened:
         trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
-        with _vectors(sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures) as (
-            batches,
-            _,
-        ):
+        known = Known(opened.rows())
+        with _vectors(
+            sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures, known
+        ) as (batches, _):
             added = opened.add(batches)
         count, kind = opened.about.count, opened.about.kind
     click.echo(f"{added} vectors added to {where}: {count} in all", err=True)
+    if known.left_out:
+        click.echo(f"  {known.left_out} {known.what} were in already and are left out", err=True)
     if kind not in ("flat", "hnsw") and count > 2 * trained:
         click.echo(f"  its lists were made for {trained}: build it again to keep its recall", err=True)
     _end(failures)
 
 
-@index.command()
+@index.command(cls=Grouped)
 @click.argument("image", type=_FILE, required=False)
 @_WHERE
 @_NAME
@@ -203,6 +225,7 @@ def add(
     "--images", "roots", type=_FILE, multiple=True, metavar="DIR", help="Where the sheet finds images (repeatable)."
 )
 @_GPU
+@store_option
 @_opening
 @runtime_options
 def search(
@@ -218,6 +241,7 @@ def search(
     sheet: Path | None,
     roots: tuple[Path, ...],
     gpu: bool,
+    features: str | None,
     revision: str | None,
     random_weights: int | None,
     **options: Any,
@@ -241,12 +265,18 @@ def search(
         check_output(sheet, [one for one in (image, mask) if one is not None])
     elif roots:
         raise InputError("--images is for the contact sheet; give --sheet too")
+    if features is not None and row is not None:
+        raise InputError("--features is for images; a table's row brings its own vector, so leave it out")
     make = _query(image, mask, mask_value, point, row)
     with open_index(where, name=name, gpu=gpu) as opened:
         query = make(opened.about.origin)
         if query.vector is None:
             with open_pipeline(
-                opened.about.origin, take_runtime(options), revision=revision, random_weights=random_weights
+                opened.about.origin,
+                take_runtime(options),
+                features=features,
+                revision=revision,
+                random_weights=random_weights,
             ) as pipeline:
                 vector, conditions = embed(query, opened.about.origin, pipeline), pipeline.conditions
         else:
@@ -268,7 +298,7 @@ def search(
     click.echo(json.dumps(record, indent=1, allow_nan=False))
 
 
-@index.command(name="eval")
+@index.command(name="eval", cls=Grouped)
 @_SOURCES
 @_WHERE
 @_NAME
@@ -279,6 +309,7 @@ def search(
 @_LABELS
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the figures as JSON too.")
 @_GPU
+@store_option
 @_opening
 @runtime_options
 def evaluate(
@@ -292,6 +323,7 @@ def evaluate(
     labels: str,
     json_file: Path | None,
     gpu: bool,
+    features: str | None,
     revision: str | None,
     random_weights: int | None,
     **options: Any,
@@ -304,7 +336,7 @@ def evaluate(
     from difftap.index import retrieve
     from difftap.manifest import write_atomic
 
-    opening = {"revision": revision, "random_weights": random_weights}
+    opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []
     with (
         retrieve.open_index(where, name=name, gpu=gpu) as opened,
@@ -352,8 +384,11 @@ def _refuse_recipe(options: dict[str, Any], per_image: int | None, labels: str) 
         "timestep",
         "prompt",
         "noise",
+        "prompts",
+        "prompt_mode",
+        "features",
     )
-    flags = {"recipe_name": "recipe", "random_weights": "random-weights", "taps": "tap"}
+    flags = {"recipe_name": "recipe", "random_weights": "random-weights", "taps": "tap", "prompt_mode": "prompt-mode"}
     given = [flags.get(name, name) for name in names if options[name] not in (None, ())]
     given += [text for text, on in (("per-image", per_image), ("labels", labels != "none")) if on]
     if given:
@@ -373,8 +408,9 @@ def _vectors(
     runtime: Runtime,
     opening: dict[str, Any],
     failures: list[tuple[str, str]],
+    known: Known | None = None,
 ) -> Iterator[tuple[Iterable[Batch], dict[str, Any]]]:
-    """The vectors of some sources, made as an index's were, and the conditions they were made under."""
+    """The vectors of some sources, less those that are known, made as an index's were, and the conditions."""
     from difftap.index.queries import open_pipeline
     from difftap.index.sources import Patches, list_images, open_tables, patch_batches
 
@@ -382,16 +418,26 @@ def _vectors(
         theirs, batches = open_tables(sources)
         names = ", ".join(f"'{source}'" for source in sources)
         origin.check(theirs, names)
-        if per_image is not None or labels != "none":
-            raise InputError("--per-image and --labels are for images; leave them out")
-        yield batches, {}
+        if per_image is not None or labels != "none" or opening["features"] is not None:
+            raise InputError("--per-image, --labels and --features are for images; leave them out")
+        yield batches if known is None else known.objects(batches), {}
         return
     if origin.source != "patches":
         raise InputError("this index holds prototypes of objects; add a table of prototypes (.parquet), not images")
     paths = list_images(sources)
+    if known is not None:
+        paths = known.images(paths)
     which = Patches(per_image, labels)
-    with open_pipeline(origin, runtime, **opening) as pipeline, progress_bar(len(paths)) as advance:
+    with open_pipeline(origin, runtime, **opening) as pipeline, progress_bar(len(paths), "images") as advance:
         yield patch_batches(pipeline, paths, which, advance, failures), pipeline.conditions
+        _say_extracted(pipeline, opening["features"])
+
+
+def _say_extracted(pipeline: Pipeline, store: str | None) -> None:
+    from difftap.featuresource import FeatureSource
+
+    if isinstance(pipeline, FeatureSource) and pipeline.extracted:
+        click.echo(f"  {pipeline.extracted} images were not in {store} and were extracted", err=True)
 
 
 def _query(

@@ -27,6 +27,7 @@ __all__ = [
     "runtime_options",
     "size_option",
     "stack",
+    "store_option",
     "take_runtime",
     "with_category",
 ]
@@ -37,7 +38,7 @@ _SECTIONS = {
         *("prompts", "prompt_mode"),
         *("category", "matcher", "interpolation", "seed", "noise", "combine", "reading"),
     ),
-    "Runtime": ("backend", "device", "precision", "threads", "batch", "cache", "memory"),
+    "Runtime": ("backend", "device", "precision", "calibrate", "threads", "batch", "cache", "memory"),
 }
 """Options by name, under the heads that `Grouped` shows them."""
 
@@ -160,6 +161,10 @@ recipe_options = stack(
             "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
         ),
     ]
+)
+
+store_option = click.option(
+    "--features", metavar="STORE", help="Take features from a store where it has them ('difftap extract')."
 )
 
 category_option = click.option(

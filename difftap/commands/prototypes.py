@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, feature_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    Grouped,
+    build_recipe,
+    feature_options,
+    runtime_options,
+    store_option,
+    take_runtime,
+)
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
@@ -89,13 +96,16 @@ def prototypes() -> None:
     """Build and look at object prototypes: a vector an object, the mean of a tap's map over its mask."""
 
 
-@prototypes.command(epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written.")
+@prototypes.command(
+    cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written."
+)
 @click.argument("dataset", metavar="NAME")
 @click.argument("root", type=_FILE)
 @click.option("-o", "--output", type=_FILE, required=True, metavar="FILE", help="The Parquet file.")
 @click.option("--split", metavar="SPLIT", help="The data set's own name of it.  [default: the first that is there]")
 @object_options
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
+@store_option
 @feature_options(STUDY_DEFAULT)
 @runtime_options
 def build(
@@ -110,6 +120,7 @@ def build(
     allow_missing: bool,
     rule: str,
     overwrite: bool,
+    features: str | None,
     **options: Any,
 ) -> None:
     """Build the prototypes of a data set's objects.
@@ -122,8 +133,8 @@ def build(
     difftap prototypes build voc VOCdevkit -o voc.parquet
     difftap prototypes build folder mine --recipe semantics --tap up1 --timestep 50 -o mine.parquet
     """
-    from difftap.pipeline import Pipeline
-    from difftap.prototypes import RULES, recipe_column
+    from difftap.featuresource import FeatureSource, open_features
+    from difftap.prototypes import RULES, is_built, recipe_column
     from difftap.prototypes import build as run
 
     if rule not in RULES:
@@ -142,15 +153,14 @@ def build(
     opening = {name: options.pop(name) for name in ("revision", "random_weights")}
     recipe = build_recipe(**semantic_recipe(options))
     column = recipe_column(output, recipe)
-    with Pipeline.open(recipe, runtime, **opening) as pipeline:
-        from difftap.prototypes import is_built
-
-        key = pipeline.conditions["model"]["key"]
-        if not overwrite and is_built(source, column, rule, key, runtime.backend, runtime.precision):
+    with open_features(recipe, features, runtime, **opening) as pipeline:
+        if not overwrite and is_built(source, column, rule, pipeline.conditions):
             click.echo(f"'{output}' is there already, built under these conditions", err=True)
             return
         with progress_bar(len(source), "images") as advance:
             built = run(source, pipeline, [column], rule=rule, progress=advance, overwrite=overwrite)
+        if isinstance(pipeline, FeatureSource) and pipeline.extracted:
+            click.echo(f"  {pipeline.extracted} images were not in {features} and were extracted", err=True)
     earlier = f" ({built.resumed} images by an earlier run)" if built.resumed else ""
     click.echo(f"{built.rows} prototypes of {built.images} images written to {output}{earlier}", err=True)
     if built.small[0]:

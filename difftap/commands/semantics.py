@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, feature_options, runtime_options, take_runtime
+from difftap.commands.options import Grouped, build_recipe, feature_options, runtime_options, take_runtime
 from difftap.commands.progress import progress_bar
 from difftap.commands.prototypes import STUDY_DEFAULT, open_objects, semantic_recipe
 from difftap.errors import InputError
@@ -38,6 +38,9 @@ def _options(name: str) -> Callable[[Any], Any]:
         "--coco-classes", default="voc", show_default=True, metavar="A,B", help="voc (VOC's 20), all, or names."
     )
     davis = click.option("--davis", type=_DIR, metavar="ROOT", help="DAVIS 2017: the folder that holds JPEGImages/.")
+    people = click.option(
+        "--davis-classes", metavar="A,B", help="all, or names.  [default: person; all where no class is known]"
+    )
     offsets = click.option("--offsets", metavar="D,D", help="Between frames.  [default: 1,2,3,4,5,10,20,30,40]")
     timesteps = click.option("--timesteps", metavar="T,T", help="To compare.  [default: 1,50,100,200,300,400,500]")
     metric = click.option(
@@ -45,7 +48,7 @@ def _options(name: str) -> Callable[[Any], Any]:
         help="euclidean, manhattan, cosine, correlation or dcor" + ("; distances takes all." if name == "all" else "."),
     )  # fmt: skip
     stills = [voc, coco, folder, limit, classes] if name != "video" else []
-    clips = [davis, offsets] if name in ("video", "all") else []
+    clips = [davis, people, offsets] if name in ("video", "all") else []
     steps = [timesteps] if name in ("steps", "all") else []
     measure = [metric] if name != "distances" else []
     options = [
@@ -110,6 +113,7 @@ def _command(name: str) -> click.Command:
 
     return click.command(
         name,
+        cls=Grouped,
         help=f"{_HELP[name]}\n\n\b\ndifftap bench semantics {name} "
         + ("--davis DAVIS" if name == "video" else "--voc VOCdevkit --coco coco" + (" --davis DAVIS" * (name == "all")))
         + " -o out/study",
@@ -139,8 +143,11 @@ def _sources(options: dict[str, Any]) -> dict[str, Source]:
     if unknown:
         raise InputError(f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a set that is")
     listing, allow, area = (options.pop(name) for name in ("listing", "allow_missing", "min_area"))
-    limit, coco_classes = options.pop("limit", None), options.pop("coco_classes", None)
-    classes = {"coco": None if coco_classes == "all" else coco_classes, "davis": "person"}
+    limit = options.pop("limit", None)
+    asked = {name: options.pop(f"{name}_classes", None) for name in ("coco", "davis")}
+    classes = {name: None if text == "all" else text for name, text in asked.items()}
+    if asked["davis"] is None and roots["davis"] is not None:
+        classes["davis"] = _people(roots["davis"], splits.get("davis"), None if "davis" in splits else listing, allow)
     if not any(roots.values()):
         raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
     found = {}
@@ -158,6 +165,17 @@ def _sources(options: dict[str, Any]) -> dict[str, Source]:
         )
         found[name] = source if name == "davis" else _limited(source, limit)
     return found
+
+
+def _people(root: Path, split: str | None, listing: Path | None, allow_missing: bool) -> str | None:
+    """The class of clips that the study takes: people; None, for all objects, where nothing says which they are."""
+    from difftap.bench.objects.davis import PEOPLE
+
+    source = open_objects("davis", root, split=split, listing=listing, allow_missing=allow_missing)
+    if source.about["semantics"] != "built in" or any(key.partition("/")[0] in PEOPLE for key in source.keys):
+        return "person"
+    click.echo(f"nothing says which objects of {root} are people (davis_semantics.json): all are taken", err=True)
+    return None
 
 
 def _limited(source: Source, limit: int | None) -> Source:
@@ -206,10 +224,24 @@ def _run(name: str, output: Path, **options: Any) -> None:
         sys.exit(1)
 
 
+def _distance_device(device: str) -> str:
+    """Where distances are computed: with the features on a GPU, if torch can use it; else on the CPU."""
+    if device != "cuda":
+        return "cpu"
+    from difftap.errors import MissingExtraError, require
+
+    try:
+        torch = require("torch", "bench", "distances on a GPU")
+    except MissingExtraError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _study(
     folder: Path, timesteps: tuple[int, ...] | None, offsets: tuple[int, ...] | None, options: dict[str, Any]
 ) -> Study:
     """The study that the options ask for."""
+    from difftap.auto import resolve
     from difftap.bench.semantics.axes import OFFSETS, TIMESTEPS
     from difftap.bench.semantics.study import Study
     from difftap.distances import METRICS
@@ -219,7 +251,7 @@ def _study(
     from difftap.pipeline import check_fits
     from difftap.prototypes import RULES
 
-    runtime = take_runtime(options)
+    given = take_runtime(options)
     opening = {key: options.pop(key) for key in ("revision", "random_weights")}
     metric = options.pop("metric", "correlation")
     rule, draws, seed, overwrite = (options.pop(key) for key in ("rule", "draws", "draw_seed", "overwrite"))
@@ -229,9 +261,10 @@ def _study(
     recipe = build_recipe(**semantic_recipe(options))
     if len(recipe.branches) != 1:
         raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
-    cache = Cache(runtime.cache or default_cache_folder())
+    cache = Cache(given.cache or default_cache_folder())
     model = open_model(recipe.model, cache, **opening)
     check_fits(recipe, model)
+    runtime = resolve(recipe, given, **opening)  # once: tables of several recipes must be of one backend
 
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime, **opening)
@@ -250,7 +283,7 @@ def _study(
         offsets=offsets or OFFSETS,
         draws=draws,
         seed=seed,
-        device="cuda" if runtime.device == "cuda" else "cpu",
+        device=_distance_device(runtime.device),
         overwrite=overwrite,
         say=lambda text: click.echo(text, err=True),
         bar=lambda count: progress_bar(count, "images"),

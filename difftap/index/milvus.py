@@ -139,7 +139,7 @@ class MilvusIndex(Index):
         return self._fetch(rows)
 
     def _fetch(self, rows: NDArray[np.int64]) -> Rows:
-        names = ["class", "image", "instance", "x", "y"]
+        names = ["class", "image", "instance", "box", "x", "y"]
         found: dict[int, dict[str, Any]] = {}
         wanted = np.unique(rows).tolist()
         for start in range(0, len(wanted), _PAGE):
@@ -151,22 +151,44 @@ class MilvusIndex(Index):
         if lost:
             raise ArtefactError(f"index '{self._name}' at '{self.where}' lacks row {lost[0]}; build it again")
         columns = [[found[int(row)][name] for row in rows] for name in names]
-        classes, images, instances = (np.array(column, np.str_) for column in columns[:3])
-        places = [np.array(column, np.float32) for column in columns[3:]]
+        classes, images, instances, boxes = (np.array(column, np.str_) for column in columns[:4])
+        places = [np.array(column, np.float32) for column in columns[4:]]
         x, y = (np.where(place == _NOWHERE, np.float32(np.nan), place) for place in places)
-        return Rows(classes, images, instances, x, y)
+        return Rows(classes, images, instances, x, y, boxes)
 
     def add(self, batches: Iterable[Batch]) -> int:
-        """See `Index.add`: until all are there, nobody reads them."""
+        """See `Index.add`: until all are there, nobody reads them.
+
+        Milvus holds no lock, so one process at a time may add. Where another did meanwhile, that is seen and refused,
+        except in the instant between the last look and the row that makes the new vectors count.
+        """
         start = self.about.count
+        self._unchanged()
         with _complaints(self.where):
             self._client.delete(self._vectors, filter=f"id >= {start}")
         count = start
         for batch in batches:
             self._insert(count, self.about.space.prepare(batch.vectors), batch.rows)
             count += len(batch.rows)
+        self._unchanged(count)
         self._commit(replace(self.about, count=count))
         return count - start
+
+    def _unchanged(self, count: int | None = None) -> None:
+        """Make sure that nobody else changed the index, and that it holds so many rows, if it is said.
+
+        Raises:
+            InputError: somebody did.
+        """
+        with _complaints(self.where):
+            about, vectors = _read_about(self._client, self._name, self.where)
+            same = (about.count, vectors) == (self.about.count, self._vectors)
+            if same and count is not None:
+                self._client.flush(self._vectors)
+                (found,) = self._client.query(self._vectors, filter="id >= 0", output_fields=["count(*)"])
+                same = int(found["count(*)"]) == count
+        if not same:
+            raise InputError(f"index '{self._name}' at '{self.where}' was changed meanwhile; try again")
 
     def _insert(self, start: int, prepared: NDArray[np.float32], rows: Rows) -> None:
         x, y = (np.where(np.isnan(place), _NOWHERE, place) for place in (rows.x, rows.y))
@@ -179,6 +201,7 @@ class MilvusIndex(Index):
                     "class": str(rows.classes[i]),
                     "image": str(rows.images[i]),
                     "instance": str(rows.instances[i]),
+                    "box": str(rows.boxes[i]),
                     "x": float(x[i]),
                     "y": float(y[i]),
                 }
@@ -225,7 +248,7 @@ def _make_collections(client: Any, name: str, vectors: str, plan: Plan, count: i
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     _field(schema, "id", types.INT64, is_primary=True)
     _field(schema, "vector", types.FLOAT_VECTOR, dim=width)
-    for text in ("class", "image", "instance"):
+    for text in ("class", "image", "instance", "box"):
         _field(schema, text, types.VARCHAR, max_length=4096)
     for place in ("x", "y"):
         _field(schema, place, types.FLOAT)

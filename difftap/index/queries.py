@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image as PIL
 
 from difftap.errors import ImageError, InputError
+from difftap.featuresource import open_features, precision_of, precisions_agree
 from difftap.images import Image
 from difftap.index.origin import Origin
 from difftap.index.sources import table_batches, table_origin
@@ -130,14 +131,24 @@ def row_query(path: Path, number: int, origin: Origin) -> Query:
 
 
 def open_pipeline(
-    origin: Origin, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
+    origin: Origin,
+    runtime: Runtime,
+    *,
+    features: str | None = None,
+    revision: str | None = None,
+    random_weights: int | None = None,
 ) -> Pipeline:
-    """The pipeline that makes vectors like an index's.
+    """The pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
 
     Raises:
-        InputError: the model that is found is not the one the index was made with.
+        InputError: the model that is found, or the precision asked for, is not the one the index was made with.
+        RecipeError: the store holds other features.
     """
-    pipeline = Pipeline.open(Recipe.from_dict(origin.recipe), runtime, revision=revision, random_weights=random_weights)
+    recipe = Recipe.from_dict(origin.recipe)
+    if features is None:
+        _check_precision(runtime.precision, origin)  # before engines are made in vain
+    pipeline = open_features(recipe, features, runtime, revision=revision, random_weights=random_weights)
+    _check_precision(precision_of(pipeline.conditions), origin)  # of a store, no engine is open yet
     found = str(pipeline.conditions["model"]["key"])
     if found != origin.model_key:
         name = pipeline.model.name
@@ -147,6 +158,14 @@ def open_pipeline(
             "cannot be compared: give the same weights, or build the index again"
         )
     return pipeline
+
+
+def _check_precision(precision: str, origin: Origin) -> None:
+    if not precisions_agree(precision, origin.precision):
+        raise InputError(
+            f"the index was made at {origin.precision}, and here features are made at {precision}, which differ by "
+            f"more than rounding; give --precision {origin.precision}"
+        )
 
 
 def embed(query: Query, origin: Origin, pipeline: Pipeline) -> NDArray[np.float32]:

@@ -83,6 +83,8 @@ def describe(index: Index) -> dict[str, Any]:
         "timestep": about.origin.timestep,
         "feature_key": about.origin.feature_key,
         "model_key": about.origin.model_key,
+        "precision": about.origin.precision,
+        "stored": about.origin.stored or None,
         **about.report,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Rows:
         instances: ``(N,)`` str: the object's identity; empty for patches.
         x: ``(N,)`` float32, pixels of the image; NaN where the row is no place (an object).
         y: ``(N,)`` float32, likewise.
+        boxes: ``(N,)`` str: an object's box, ``x0 y0 x1 y1`` in pixels, ends excluded; empty where it is not known.
     """
 
     classes: NDArray[np.str_]
@@ -33,9 +34,12 @@ class Rows:
     instances: NDArray[np.str_]
     x: NDArray[np.float32]
     y: NDArray[np.float32]
+    boxes: NDArray[np.str_] = field(default_factory=lambda: np.zeros(0, np.str_))
 
     def __post_init__(self) -> None:
-        for name in ("classes", "images", "instances"):
+        if not len(self.boxes):
+            object.__setattr__(self, "boxes", np.full(len(self.classes), "", np.str_))
+        for name in ("classes", "images", "instances", "boxes"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), np.str_))
         for name in ("x", "y"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), np.float32))
@@ -47,10 +51,13 @@ class Rows:
         return len(self.classes)
 
     @classmethod
-    def objects(cls, classes: Sequence[str], images: Sequence[str], instances: Sequence[str]) -> Rows:
+    def objects(
+        cls, classes: Sequence[str], images: Sequence[str], instances: Sequence[str], boxes: Sequence[str] = ()
+    ) -> Rows:
         """Rows that are objects, without a position."""
         x, y = np.full((2, len(classes)), np.nan, np.float32)
-        return cls(np.array(classes, np.str_), np.array(images, np.str_), np.array(instances, np.str_), x, y)
+        names = [np.array(column, np.str_) for column in (classes, images, instances, boxes)]
+        return cls(names[0], names[1], names[2], x, y, names[3])
 
     def take(self, rows: NDArray[Any] | slice) -> Rows:
         """Some of the rows."""
@@ -71,6 +78,7 @@ class Rows:
             "image": str(self.images[row]),
             "instance": str(self.instances[row]) or None,
             "position": None if np.isnan(x) or np.isnan(y) else {"x": round(x, 2), "y": round(y, 2)},
+            "box": [int(one) for one in str(self.boxes[row]).split()] or None,
         }
 
     def save(self, path: Path) -> None:
@@ -82,7 +90,9 @@ class Rows:
         """
         arrow, parquet = _arrow()
         columns = {
-            f.name: arrow.array(getattr(self, f.name).tolist(), arrow.float32() if f.name in "xy" else arrow.string())
+            f.name: arrow.array(
+                getattr(self, f.name).tolist(), arrow.float32() if f.name in ("x", "y") else arrow.string()
+            )
             for f in fields(self)
         }
         with atomic_path(path) as scratch:
@@ -98,11 +108,9 @@ class Rows:
         arrow, parquet = _arrow()
         try:
             table = parquet.read_table(path, memory_map=False)
-            columns = {f.name: table.column(f.name) for f in fields(cls)}
-            classes, images, instances = (
-                np.array(columns[name].to_pylist(), np.str_) for name in ("classes", "images", "instances")
-            )
-            return cls(classes, images, instances, columns["x"].to_numpy(), columns["y"].to_numpy())
+            names = [name for name in ("classes", "images", "instances", "boxes") if name in table.column_names]
+            texts = {name: np.array(table.column(name).to_pylist(), np.str_) for name in names}
+            return cls(**texts, x=table.column("x").to_numpy(), y=table.column("y").to_numpy())
         except (arrow.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
             raise ArtefactError(f"'{path}' cannot be read ({first_line(error)}); build the index again") from error
 

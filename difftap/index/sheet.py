@@ -42,7 +42,7 @@ def draw_sheet(
 
     Args:
         query: its image is drawn with the part outside the mask dimmed, or with a ring at its point.
-        hits: records with ``rank``, ``score``, ``class``, ``image`` and ``position``, nearest first.
+        hits: records with ``rank``, ``score``, ``class``, ``image``, ``position`` and ``box``, nearest first.
         meaning: of the score.
         roots: folders in which images are sought that are known by a name alone.
 
@@ -55,7 +55,7 @@ def draw_sheet(
     captions = [("query", str(wanted or query.about["kind"]), _INK)]
     for hit in hits:
         path = find_image(hit["image"], roots)
-        tiles.append(None if path is None else _tile(path, hit["position"]))
+        tiles.append(None if path is None else _tile(path, hit["position"], hit.get("box")))
         missing += tiles[-1] is None
         colour = _INK if wanted is None or hit["class"] is None else _SAME if hit["class"] == wanted else _OTHER
         captions.append((f"{hit['rank']}   {hit['score']:.3f}", str(hit["class"] or ""), colour))
@@ -108,15 +108,16 @@ def _place(canvas: PIL.Image, tile: PIL.Image | None, left: int, top: int) -> No
     canvas.paste(tile, (left + (_TILE - tile.width) // 2, top + (_TILE - tile.height) // 2))
 
 
-def _tile(path: Path, position: dict[str, float] | None) -> PIL.Image | None:
+def _tile(path: Path, position: dict[str, float] | None, box: Sequence[int] | None = None) -> PIL.Image | None:
     try:
         picture = PIL.fromarray(load_image(path).pixels)
     except ImageError:
         return None
-    return _shrunk(picture, position)
+    return _shrunk(picture, position, box)
 
 
-def _shrunk(picture: PIL.Image, position: Any) -> PIL.Image:
+def _shrunk(picture: PIL.Image, position: Any, box: Sequence[int] | None = None) -> PIL.Image:
+    """A thumbnail, with a ring at the position, or a frame around the box."""
     scale = _TILE / max(picture.size)
     tile = picture.resize(
         (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), PIL.Resampling.LANCZOS
@@ -126,13 +127,21 @@ def _shrunk(picture: PIL.Image, position: Any) -> PIL.Image:
         pen = ImageDraw.Draw(tile)
         for radius, colour, width in ((9, (0, 0, 0), 4), (8, _MARK, 2)):
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour, width=width)
+    elif box is not None:
+        x0, y0, x1, y1 = (round(one * scale) for one in box)
+        pen = ImageDraw.Draw(tile)
+        for grown, colour, width in ((1, (0, 0, 0), 4), (0, _MARK, 2)):
+            frame = (max(x0 - grown, 0), max(y0 - grown, 0), min(x1 + grown, tile.width), min(y1 + grown, tile.height))
+            pen.rectangle(
+                [frame[0], frame[1], max(frame[2] - 1, frame[0]), max(frame[3] - 1, frame[1])], None, colour, width
+            )
     return tile
 
 
 def _query_tile(query: Query, roots: Sequence[Path]) -> PIL.Image | None:
     if query.image is None or query.mask is None:
         path = find_image(query.key, roots)
-        return None if path is None else _tile(path, query.about.get("position"))
+        return None if path is None else _tile(path, query.about.get("position"), query.about.get("box"))
     pixels = query.image.pixels
     if query.about["kind"] == "mask":
         grey = 0.35 * pixels.mean(axis=2, keepdims=True) + 150.0

@@ -20,7 +20,7 @@ from difftap.index.rows import Rows
 from difftap.index.store import Batch
 from difftap.pipeline import Pipeline
 
-__all__ = ["Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
+__all__ = ["Known", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ROWS = 4096
@@ -65,10 +65,16 @@ def table_batches(path: Path, rows: int = _ROWS) -> Iterator[Batch]:
     parquet = require("pyarrow.parquet", "index", "a table of prototypes")
     try:
         with parquet.ParquetFile(path, memory_map=False) as file:
-            for part in file.iter_batches(rows, columns=["class", "image", "instance", "vector"]):
+            names = ["class", "image", "instance"]
+            boxed = "box" in file.schema_arrow.names
+            for part in file.iter_batches(rows, columns=[*names, *(["box"] if boxed else []), "vector"]):
                 vectors = part.column("vector")
                 flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-                facts = [part.column(name).to_pylist() for name in ("class", "image", "instance")]
+                facts = [part.column(name).to_pylist() for name in names]
+                if boxed:  # zeros where it is not known
+                    facts.append(
+                        [" ".join(map(str, one)) if any(one) else "" for one in part.column("box").to_pylist()]
+                    )
                 yield Batch(flat.reshape(-1, vectors.type.list_size), Rows.objects(*facts))
     except (arrow.ArrowException, OSError, KeyError, AttributeError) as error:
         raise InputError(
@@ -94,6 +100,39 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
     if not found:
         raise InputError(f"no image in {', '.join(map(str, given))}; allowed endings: {', '.join(_ENDINGS)}")
     return list(dict.fromkeys(found))
+
+
+class Known:
+    """What an index holds already: an object of an image, or an image's patches, is not added twice.
+
+    Attributes:
+        left_out: how many were.
+        what: ``objects`` or ``images``.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.left_out = 0
+        self.what = "objects"
+        self._images = set(rows.images.tolist())
+        self._objects = set(zip(rows.images.tolist(), rows.instances.tolist(), strict=True))
+
+    def objects(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The objects that are not in, of tables; those that come twice come once."""
+        for batch in batches:
+            keep = np.ones(len(batch.rows), bool)
+            for i, one in enumerate(zip(batch.rows.images.tolist(), batch.rows.instances.tolist(), strict=True)):
+                keep[i] = one not in self._objects
+                self._objects.add(one)
+            self.left_out += int(np.count_nonzero(~keep))
+            if keep.any():
+                yield Batch(batch.vectors[keep], batch.rows.take(keep))
+
+    def images(self, paths: Sequence[Path]) -> list[Path]:
+        """The images of which no patch is in."""
+        self.what = "images"
+        new = [path for path in paths if str(path.resolve()) not in self._images]
+        self.left_out = len(paths) - len(new)
+        return new
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from difftap.manifest import output_errors, write_atomic
 from difftap.pipeline import Pipeline
 from difftap.prototypes.average import average, joined_grid
 from difftap.prototypes.cells import KeptCells, keep_cells
-from difftap.prototypes.scene import Scene, Source
+from difftap.prototypes.scene import Scene, Source, mask_boxes
 from difftap.prototypes.table import PrototypeTable, load_provenance, save_stream
 from difftap.recipe import Recipe
 
@@ -94,8 +94,15 @@ def _identity(source: Source, column: Column, rule: str) -> dict[str, Any]:
     return {"feature_key": column.recipe.feature_key(), "taps": column.taps, "rule": rule, "data": data}
 
 
-def is_built(source: Source, column: Column, rule: str, model_key: str, backend: str, precision: str = "fp32") -> bool:
+def is_built(source: Source, column: Column, rule: str, conditions: Mapping[str, Any]) -> bool:
     """Whether a column's table is there.
+
+    Args:
+        source: the scenes.
+        column: the table.
+        rule: from masks to cells.
+        conditions: of the pipeline that would build it: its model's key, backend and precision, and the store that it
+            takes features from, must be the table's.
 
     Raises:
         OutputError: a file is there, but it is another table, or none.
@@ -106,9 +113,8 @@ def is_built(source: Source, column: Column, rule: str, model_key: str, backend:
         known = load_provenance(column.path)
     except InputError as error:
         raise OutputError(f"cannot write '{column.path}': {error}; choose another file, or --overwrite") from error
-    wanted = {**_identity(source, column, rule), "model_key": model_key, "backend": backend, "precision": precision}
-    made_by = known.get("conditions", {}).get("backend", {})
-    have = {**known, "backend": made_by.get("name"), "precision": made_by.get("precision")}
+    wanted = {**_identity(source, column, rule), "model_key": conditions["model"]["key"], **_made_by(conditions)}
+    have = {**known, **_made_by(known.get("conditions", {}))}
     differing = [name for name, value in json.loads(json.dumps(wanted)).items() if have.get(name) != value]
     if differing:
         raise OutputError(
@@ -116,6 +122,15 @@ def is_built(source: Source, column: Column, rule: str, model_key: str, backend:
             "or --overwrite"
         )
     return True
+
+
+def _made_by(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    backend = conditions.get("backend", {})
+    return {
+        "backend": backend.get("name"),
+        "precision": backend.get("precision"),
+        "store": conditions.get("store"),
+    }
 
 
 def build(
@@ -289,7 +304,7 @@ def _chained(scenes: Sequence[Scene], pending: Iterable[Image], waiting: deque[S
 def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: str) -> Iterator[PrototypeTable]:
     """One table a column, of a scene's objects."""
     known: dict[tuple[int, int], KeptCells] = {}
-    count = len(scene.objects)
+    count, boxes = len(scene.objects), mask_boxes(scene.masks)
     for column in columns:
         maps = [features.branches[branch][tap] for branch, tap in column.parts]
         grid = joined_grid(maps)
@@ -307,6 +322,7 @@ def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: s
             small=cells.small,
             taps=np.array([column.taps] * count),
             timesteps=np.full(count, column.timestep, np.int32),
+            boxes=boxes,
         )
 
 
@@ -333,7 +349,7 @@ def _finish(folder: Path, columns: Sequence[Column], source: Source, header: Map
         why = f" ({built.failures[0][0]}: {built.failures[0][1]})" if built.failures else ""
         raise InputError(
             f"no object of '{source.name}' gives a prototype: {len(built.failures)} images failed{why}, {built.empty} "
-            f"have no object that is wanted ({_reasons(built.left_out)}); widen --min-area or --classes"
+            f"have no object that is wanted ({_reasons(built.left_out)}); widen --min-area or the classes"
         )
     filled = [mark for mark, record in records if record["rows"]]
     for k in reversed(range(len(columns))):  # the first one last: its lock and its scratch folder stand for all

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from difftap.errors import InputError
 from difftap.images import Image
 
-__all__ = ["Mask", "Scene", "SceneObject", "Selection", "Source", "make_scene"]
+__all__ = ["Mask", "Scene", "SceneObject", "Selection", "Source", "make_scene", "mask_boxes"]
 
 Mask = NDArray[np.bool_]
 
@@ -103,6 +103,19 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+def mask_boxes(masks: Mask) -> NDArray[np.int32]:
+    """The tightest box around each mask of ``(K, H, W)``: ``(K, 4)``, x0, y0, x1, y1 in pixels, ends excluded.
+
+    An empty mask's is all zeros.
+    """
+    found = np.zeros((len(masks), 4), np.int32)
+    for box, mask in zip(found, masks, strict=True):
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        if len(rows):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return found
 
 
 def make_scene(

@@ -56,6 +56,8 @@ class PrototypeTable:
         timesteps: ``(N,)`` int32; -1 where the joined taps are of passes at several timesteps, as ``taps`` then says.
         provenance: ``recipe_key``, ``feature_key``, ``model_key``, ``difftap`` (its version), ``conditions``, and
             whatever else the maker adds.
+        boxes: ``(N, 4)`` int32, the tightest box around each mask: x0, y0, x1, y1 in pixels of the image, ends
+            excluded; zeros where it is not known.
     """
 
     vectors: NDArray[np.float32]
@@ -69,8 +71,13 @@ class PrototypeTable:
     taps: NDArray[np.str_]
     timesteps: NDArray[np.int32]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    boxes: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 4), np.int32))
 
     def __post_init__(self) -> None:
+        if not len(self.boxes):
+            object.__setattr__(self, "boxes", np.zeros((len(self.vectors), 4), np.int32))
+        if self.boxes.shape != (len(self.vectors), 4):
+            raise InputError(f"boxes have shape {self.boxes.shape}; allowed: ({len(self.vectors)}, 4)")
         for name, (_, kind) in _COLUMNS.items():
             object.__setattr__(self, name, np.asarray(getattr(self, name), kind))
         if self.vectors.ndim != 2 or self.vectors.dtype != np.float32 or self.vectors.shape[1] < 1:
@@ -90,7 +97,7 @@ class PrototypeTable:
 
     def take(self, rows: NDArray[Any] | slice) -> PrototypeTable:
         """The rows of an index or mask, with the same provenance."""
-        parts = {name: getattr(self, name)[rows] for name in ("vectors", *_COLUMNS)}
+        parts = {name: getattr(self, name)[rows] for name in ("vectors", "boxes", *_COLUMNS)}
         return dataclasses.replace(self, **parts)
 
     @classmethod
@@ -103,7 +110,7 @@ class PrototypeTable:
         widths = sorted({table.width for table in tables})
         if len(widths) != 1:
             raise InputError(f"tables of width {widths or 'none'} cannot be joined; allowed: one or more of one width")
-        parts = {name: np.concatenate([getattr(t, name) for t in tables]) for name in ("vectors", *_COLUMNS)}
+        parts = {name: np.concatenate([getattr(t, name) for t in tables]) for name in ("vectors", "boxes", *_COLUMNS)}
         return cls(**parts, provenance=tables[0].provenance)
 
     def save(self, path: str | Path) -> None:
@@ -137,6 +144,9 @@ class PrototypeTable:
                 else table.column(column).to_numpy()
                 for name, (column, kind) in _COLUMNS.items()
             }
+            if "box" in table.column_names:
+                boxes = table.column("box").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                rows["boxes"] = boxes.astype(np.int32, copy=False).reshape(-1, 4)
             return cls(flat.astype(np.float32, copy=False).reshape(-1, width), **rows, provenance=provenance)
         except (arrow.ArrowException, OSError, KeyError, AttributeError, ValueError, TypeError) as error:
             raise InputError(
@@ -179,16 +189,26 @@ def save_stream(path: Path, tables: Iterable[PrototypeTable], width: int, proven
     text = json.dumps({"schema": SCHEMA, "provenance": dict(provenance)}, sort_keys=True, allow_nan=False)
     kinds = {np.str_: arrow.string(), np.float32: arrow.float32(), np.int32: arrow.int32(), np.bool_: arrow.bool_()}
     fields = [arrow.field(column, kinds[kind], nullable=False) for column, kind in _COLUMNS.values()]
+    fields.append(arrow.field("box", arrow.list_(arrow.int32(), 4)))
+    recipe_key = provenance.get("recipe_key")
+    if recipe_key is not None:  # for those who read the rows alone, or many tables at once
+        fields.append(arrow.field("recipe_key", arrow.string(), nullable=False))
     fields.append(arrow.field("vector", arrow.list_(arrow.float32(), width)))
     schema = arrow.schema(fields, metadata={_KEY: text.encode()})
     rows = 0
     with (
         atomic_path(path) as scratch,
-        parquet.ParquetWriter(scratch, schema, compression="zstd", use_dictionary=["class", "image", "tap"]) as writer,
+        parquet.ParquetWriter(
+            scratch, schema, compression="zstd", use_dictionary=["class", "image", "tap", "recipe_key"]
+        ) as writer,
     ):
         for table in _regrouped(tables):
             flat = arrow.array(np.ascontiguousarray(table.vectors).reshape(-1))
             columns = [arrow.array(getattr(table, name).tolist(), kinds[kind]) for name, (_, kind) in _COLUMNS.items()]
+            corners = arrow.array(np.ascontiguousarray(table.boxes).reshape(-1))
+            columns.append(arrow.FixedSizeListArray.from_arrays(corners, 4))
+            if recipe_key is not None:
+                columns.append(arrow.array([str(recipe_key)] * len(table), arrow.string()))
             columns.append(arrow.FixedSizeListArray.from_arrays(flat, width))
             writer.write_table(arrow.Table.from_arrays(columns, schema=schema), row_group_size=_ROWS)
             rows += len(table)

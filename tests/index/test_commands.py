@@ -97,6 +97,9 @@ def test_adding_images(scene, tmp_path):
     done = difftap("index", "add", scene / "images" / "night", "--per-image", 5, "--index", tmp_path / "ix")
     assert "10 vectors added" in done.stderr
     assert "24 in all" in done.stderr
+    done = difftap("index", "add", scene / "images", "--per-image", 5, "--index", tmp_path / "ix")
+    assert "0 vectors added" in done.stderr
+    assert "4 images were in already" in done.stderr
 
 
 def test_an_image_that_fails_is_told_and_the_rest_is_indexed(scene, tmp_path):
@@ -115,13 +118,40 @@ def test_tables(tmp_path):
     done = difftap("index", "build", table, "--index", tmp_path / "ix")
     assert "60 vectors of 16" in done.stderr
     assert "flat, correlation, exact" in done.stderr
-    assert "60 vectors added" in difftap("index", "add", table, "--index", tmp_path / "ix").stderr
+    other = write_table(tmp_path / "b.parquet", 20, 1)
+    assert "20 vectors added" in difftap("index", "add", other, "--index", tmp_path / "ix").stderr
+    again = difftap("index", "add", table, other, "--index", tmp_path / "ix").stderr  # nothing is in twice
+    assert "0 vectors added" in again
+    assert "80 objects were in already and are left out" in again
     found = json.loads(difftap("index", "search", "--row", f"{table}:7", "--index", tmp_path / "ix", "-k", 2).stdout)
-    assert {hit["row"] for hit in found["hits"]} == {7, 67}
+    assert found["hits"][0]["row"] == 7
+    assert found["index"]["precision"] == "fp32"
     assert found["query"]["instance"] == PrototypeTable.load(table).instances[7]
     figures = difftap("index", "eval", table, "--index", tmp_path / "ix", "-k", 1, "-k", 3).stdout
     assert "R@1" in figures
     assert "class0" in figures
+
+
+def test_patches_come_from_a_store_where_it_has_them(scene, tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    store, day = tmp_path / "s.zarr", scene / "images" / "day"
+    difftap("extract", scene / "images", "-o", store, *SMALL, "--dtype", "float32")
+    difftap("index", "build", day, "--index", tmp_path / "fresh", *SMALL)
+    monkeypatch.setattr("difftap.pipeline.Pipeline.open", lambda *_, **__: pytest.fail("an engine was opened"))
+    difftap("index", "build", day, "--index", tmp_path / "ix", *SMALL, "--features", store)
+    query = ("index", "search", day / "0.png", "--point", "20,10", "--features", store, "--index")
+    one, other = (json.loads(difftap(*query, tmp_path / name).stdout) for name in ("ix", "fresh"))
+    assert one["hits"] == other["hits"]
+    assert one["index"]["stored"] == "dtype float32"
+    assert other["index"]["stored"] is None
+    assert (
+        "0 vectors"
+        not in difftap("index", "add", scene / "images", "--features", store, "--index", tmp_path / "ix").stderr
+    )
+    table = write_table(tmp_path / "a.parquet")
+    difftap("index", "build", table, "--features", store, "--index", tmp_path / "y", fails="--features is for images")
+    difftap("index", "search", "--row", f"{table}:0", "--features", store, "--index", tmp_path / "ix", fails="leave it")
+    difftap("index", "build", day, "--size", 128, "--features", store, "--index", tmp_path / "y", fails="with size =")
 
 
 def test_a_query_of_another_model_is_refused(scene, tmp_path):
@@ -138,6 +168,9 @@ def test_bad_input(scene, tmp_path):
     image, index = scene / "images" / "day" / "0.png", scene / "p.index"
     search = ("index", "search", "--index", index)
     difftap(*search, fails="nothing to search for")
+    difftap(
+        *search, image, "--precision", "int8", fails="the index was made at fp32, and here features are made at int8"
+    )
     difftap(*search, image, "--mask", scene / "mask.png", "--point", "1,1", fails="exclude each other")
     difftap(*search, image, "--mask-value", "3", fails="goes with --mask")
     difftap(*search, image, "--row", "a.parquet:1", fails="takes the place of an image")
@@ -165,10 +198,26 @@ def test_the_mask_makes_a_query(scene):
     assert sheet.shape[1] == 1060
 
 
+def test_an_object_is_framed_on_the_sheet(tmp_path):
+    PIL.fromarray(np.full((100, 200, 3), 255, np.uint8)).save(tmp_path / "a.png")
+    query = row_query(write_table(tmp_path / "a.parquet"), 0, origin())
+    hit = {"rank": 1, "score": 0.5, "class": None, "image": "a", "instance": "a/1", "position": None}
+    whole, framed = (
+        np.asarray(draw_sheet(query, [{**hit, "box": box}], "cosine", [tmp_path])[0]).astype(int)
+        for box in (None, [50, 20, 150, 80])
+    )
+    rows, columns = np.nonzero(np.abs(whole - framed).sum(axis=2))
+    left, top = 10 + 210, 24 + 10 + 50  # the second tile; its picture lies in the middle of its height
+    assert (columns.min() - left, rows.min() - top) == (49, 19)
+    assert (columns.max() - left, rows.max() - top) == (150, 80)
+    assert tuple(framed[top + 20, left + 100]) == (255, 90, 0)
+
+
 def test_a_sheet_without_its_images(tmp_path):
     table = write_table(tmp_path / "a.parquet")
     query = row_query(table, 0, origin())
     hit = {"rank": 1, "score": 0.5, "class": "class1", "image": "nowhere", "instance": None, "position": None}
+    hit["box"] = None
     sheet, missing = draw_sheet(query, [hit] * 7, "cosine; higher is nearer")
     assert missing == 8
     assert sheet.size == (1060, 24 + 2 * 248 + 10)

@@ -82,6 +82,25 @@ def test_add_and_an_add_that_was_interrupted(place):
         assert index.rows().instances.tolist() == rows.instances.tolist() + facts.instances.tolist()[:15]
 
 
+def test_two_that_add_at_once(place):
+    vectors, rows = objects(30)
+    more, facts = objects(20, seed=1)
+    build_milvus(place, origin(), batches(vectors, rows), Options(), name="two").close()
+    with MilvusIndex.open(place, "two") as one, MilvusIndex.open(place, "two") as other:
+
+        def meanwhile():
+            yield from batches(more, facts, 10)
+            other.add(batches(more[:5], facts.take(slice(5))))
+
+        with pytest.raises(InputError, match="was changed meanwhile"):
+            one.add(meanwhile())
+        with pytest.raises(InputError, match="was changed meanwhile"):
+            one.add([])
+    with MilvusIndex.open(place, "two") as index:
+        assert index.about.count == 35
+        assert index.rows().instances.tolist() == rows.instances.tolist() + facts.instances.tolist()[:5]
+
+
 def test_a_build_that_was_interrupted_leaves_the_old_index(place, monkeypatch):
     vectors, rows = objects(30)
     build_milvus(place, origin(), batches(vectors, rows), Options(), name="old").close()

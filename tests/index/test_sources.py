@@ -20,6 +20,7 @@ from tests.conftest import picture
 from tests.index.cases import RECIPE, origin, write_table
 
 pytest.importorskip("pyarrow")
+MADE = {"model": {"key": "m"}, "backend": {"name": "ort", "precision": "fp32"}}
 
 
 class Pipe:
@@ -200,15 +201,31 @@ def test_a_row_of_a_table(tmp_path):
 
 def test_the_origin_of_patches_is_all_that_changes_them():
     one = Recipe((Branch(("up1",), 100),), size=(64, 64))
-    key = Origin.of_patches(one, "m")
+    key = Origin.of_patches(one, MADE)
     assert key.join == ""
     two = Recipe((Branch(("up1",), 100), Branch(("up2",), 50, weight=2.0)), size=(64, 64))
-    assert Origin.of_patches(two, "m").taps == "up1@100+up2@50"
+    assert Origin.of_patches(two, MADE).taps == "up1@100+up2@50"
     other = Recipe((Branch(("up1",), 100), Branch(("up2",), 50, weight=1.0)), size=(64, 64))
     with pytest.raises(InputError, match="join 'bicubic 1:1', the index's 'bicubic 1:2'"):
-        Origin.of_patches(two, "m").check(Origin.of_patches(other, "m"), "it")
+        Origin.of_patches(two, MADE).check(Origin.of_patches(other, MADE), "it")
     with pytest.raises(InputError, match="feature key"):
-        key.check(Origin.of_patches(Recipe((Branch(("up1",), 101),), size=(64, 64)), "m"), "it")
+        key.check(Origin.of_patches(Recipe((Branch(("up1",), 101),), size=(64, 64)), MADE), "it")
+
+
+def test_precisions_that_differ_by_more_than_rounding_are_refused():
+    recipe = Recipe((Branch(("up1",), 100),), size=(64, 64))
+
+    def at(precision, **store):
+        return Origin.of_patches(recipe, {**MADE, "backend": {"precision": precision}, **store})
+
+    at("fp32").check(at("fp16"), "it")
+    with pytest.raises(InputError, match="precision 'int8', the index's 'fp16'"):
+        at("fp16").check(at("int8"), "it")
+    stored = at("fp32", store={"encoding": {"dtype": "int8", "pca": None}, "backend": {"precision": "int8"}})
+    assert (stored.precision, stored.stored) == ("int8", "dtype int8")
+    assert Origin.from_dict(stored.to_dict()) == stored
+    old = {k: v for k, v in at("fp32").to_dict().items() if k not in ("precision", "stored")}
+    assert Origin.from_dict(old) == at("fp32")
 
 
 def test_an_image_given_as_an_array():

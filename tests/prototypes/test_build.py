@@ -80,6 +80,7 @@ def test_a_table_holds_every_object_once(tmp_path, pipeline):
     assert mine.areas == pytest.approx(scene.masks.mean(axis=(1, 2)))
     assert built.small[0] == table.small.sum() == 10  # the little dog has no cell of its own
     made = table.provenance
+    assert mine.boxes.tolist() == [[0, 0, 23, 15], [5, 20, 9, 30]]
     assert made["recipe_key"] == RECIPE.key()
     assert made["feature_key"] == RECIPE.feature_key()
     assert made["model_key"] == pipeline.conditions["model"]["key"]
@@ -198,18 +199,23 @@ def test_several_columns_come_from_one_pass(tmp_path, tmp_path_factory):
 def test_other_conditions_are_refused(tmp_path, pipeline):
     path = tmp_path / "t"
     source, own = scenes(3), column(path, pipeline)
-    key = pipeline.conditions["model"]["key"]
-    assert not is_built(source, own, "area", key, "ort")
+    here = pipeline.conditions
+    assert not is_built(source, own, "area", here)
     build(source, pipeline, [own])
-    assert is_built(source, own, "area", key, "ort")
-    for changed in [(scenes(4), own, "area", key, "ort"), (source, own, "nearest", key, "ort"),
-                    (source, own, "area", "0", "ort"), (source, own, "area", key, "torch"),
-                    (source, own, "area", key, "ort", "fp16")]:  # fmt: skip
+    assert is_built(source, own, "area", here)
+    others = [
+        {"model": {"key": "0"}},
+        {"backend": {**here["backend"], "name": "torch"}},
+        {"backend": {**here["backend"], "precision": "fp16"}},
+        {"store": {"encoding": {"dtype": "int8"}}},
+    ]
+    for changed in [(scenes(4), own, "area", here), (source, own, "nearest", here),
+                    *((source, own, "area", {**here, **one}) for one in others)]:  # fmt: skip
         with pytest.raises(OutputError, match="was built under other conditions"):
             is_built(*changed)
     path.write_bytes(b"something else")
     with pytest.raises(OutputError, match="is no table of prototypes"):
-        is_built(source, own, "area", key, "ort")
+        is_built(source, own, "area", here)
     begun = tmp_path / ".u.parts"
     begun.mkdir()
     (begun / "run.json").write_text(json.dumps({"step": 1}))
@@ -247,6 +253,58 @@ def test_the_command_builds_and_describes(tmp_path):
     counts = json.loads(run("prototypes", "info", out, "--json").stdout)
     assert counts["classes"] == {"cat": 3, "dog": 1, "person": 1}
     assert counts["provenance"]["data"]["name"] == "voc"
+
+
+def test_features_come_from_a_store_where_it_has_them(tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    root = write_voc(tmp_path / "VOC2012")
+    store, stored, fresh = tmp_path / "s.zarr", tmp_path / "stored", tmp_path / "fresh"
+    made = ("--recipe", "pocket-semantics", "--size", 128)
+    assert run("extract", root / "JPEGImages", "-o", store, *made, "--dtype", "float32", "--limit", 1).exit_code == 0
+    result = run("prototypes", "build", "voc", root, "-o", stored, "--features", store, "--size", 128)
+    assert result.exit_code == 0, result.output
+    assert f"1 images were not in {store} and were extracted" in result.stderr
+    assert run("prototypes", "build", "voc", root, "-o", fresh, "--size", 128).exit_code == 0
+    a, b = PrototypeTable.load(stored), PrototypeTable.load(fresh)
+    assert np.array_equal(a.vectors, b.vectors)
+    assert a.provenance["conditions"]["store"]["encoding"]["dtype"] == "float32"
+    refused = run("prototypes", "build", "voc", root, "-o", fresh, "--features", store, "--size", 128)
+    assert "(store differ)" in str(refused.exception)
+    other = run("prototypes", "build", "voc", root, "-o", tmp_path / "x", "--features", store, "--size", 64)
+    assert "were made with size = [128, 128]" in str(other.exception)
+    precise = run(
+        "prototypes",
+        "build",
+        "voc",
+        root,
+        "-o",
+        tmp_path / "x",
+        "--features",
+        store,
+        "--size",
+        128,
+        "--precision",
+        "int8",
+    )
+    assert "give --precision fp32" in str(precise.exception)
+    assert not (tmp_path / "x").exists()
+    run("extract", root / "JPEGImages", "-o", store, *made, "--dtype", "float32")
+    monkeypatch.setattr(Pipeline, "open", lambda *_, **__: pytest.fail("an engine was opened"))
+    result = run("prototypes", "build", "voc", root, "-o", tmp_path / "all", "--features", store, "--size", 128)
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(PrototypeTable.load(tmp_path / "all").vectors, b.vectors)
+
+
+def test_a_table_of_the_backend_that_is_chosen_is_known_again(tmp_path, monkeypatch):
+    import difftap.auto
+
+    chosen = difftap.auto.Choice("ort", "cpu", {}, (), {})
+    monkeypatch.setattr(difftap.auto, "choose", lambda *_, **__: chosen)
+    root = write_voc(tmp_path / "VOC2012")
+    command = ("prototypes", "build", "voc", root, "-o", tmp_path / "t", "--size", 64, "--backend", "auto")
+    assert run(*command).exit_code == 0
+    assert "is there already" in run(*command).stderr
+    assert "is there already" in run(*command[:-1], "ort").stderr
 
 
 @pytest.mark.parametrize(

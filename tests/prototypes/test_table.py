@@ -28,6 +28,7 @@ def table(rows: int, width: int = 3, seed: int = 0) -> PrototypeTable:
         taps=["down2.attn0"] * rows,
         timesteps=[0] * rows,
         provenance={"recipe_key": "0" * 16, "conditions": {"size": [512, 512]}},
+        boxes=rng.integers(0, 500, (rows, 4)).astype(np.int32),
     )
 
 
@@ -45,6 +46,8 @@ def test_what_is_saved_is_loaded(tmp_path, rows):
     assert found.vectors.shape == (rows, 3)
     assert found.vectors.dtype == np.float32
     assert load_provenance(tmp_path / "t.parquet") == made.provenance
+    keys = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "t.parquet").column("recipe_key")
+    assert keys.to_pylist() == ["0" * 16] * rows
     assert [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from difftap.bench.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
+from difftap.bench.objects import voc
 from difftap.bench.objects.masks import open_source
 from difftap.errors import InputError, require
 from difftap.images import load_image
@@ -121,9 +122,12 @@ def _infos(index: Any) -> list[dict[str, Any]]:
 
 
 def _check_classes(wanted: Selection, indices: dict[str, Any], root: Path) -> None:
-    """Refuse a class that no split knows."""
+    """Refuse a class that no split knows; of VOC's, a part of COCO need not hold every one."""
     known = {c["name"] for index in indices.values() for c in index.loadCats(index.getCatIds())}
-    unknown = sorted(set(wanted.classes or ()) - known)
+    asked = set(wanted.classes or ())
+    unknown = sorted(asked - known - {VOC_NAMES.get(one, one) for one in voc.CLASSES})
+    if not unknown and asked and not asked & known:
+        unknown = sorted(asked)
     if unknown:
         raise DatasetError(
             f"COCO has no class '{unknown[0]}'; allowed: {', '.join(sorted(known))}", draw_tree(root, TREE)

@@ -199,10 +199,10 @@ def _offsets(results: Results, _group: str) -> Any:
         lower.plot([x for x, _, _ in shares], [y for _, y, _ in shares], marker="o", ms=4, color="#2e4057")
         for x, y, n in shares:
             lower.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(0, -11), ha="center", fontsize=6.5)
-        counts = data["counts"]
+        counts, people = data["counts"], sum(len(clip["people"]) for clip in data["clips"].values())
         upper.set_title(
-            f"{TITLES.get(name, name)}: {counts['objects']} people in {counts['images']} frames of "
-            f"{len(data['clips'])} clip{'s' if len(data['clips']) > 1 else ''}; bands: 95 % intervals from resampled "
+            f"{TITLES.get(name, name)}: {people} people, seen {counts['objects']} times in {counts['images']} frames of"
+            f" {len(data['clips'])} clip{'s' if len(data['clips']) > 1 else ''}; bands: 95 % intervals from resampled "
             "frames\nbelow, how often a person's nearest in the later frame is itself, and in how many cases",
             fontsize=9,
         )

@@ -50,7 +50,7 @@ class Study:
         recipe: one branch: the study's taps and timestep.
         model: the checkpoint it names.
         model_key: the checkpoint's key in the cache.
-        backend: name of the backend, part of what tables must agree in.
+        backend: name of the backend, part of what tables must agree in; not ``auto``.
         precision: what its engines compute in; so too.
         opener: opens a pipeline for a recipe.
         folder: where everything goes.
@@ -62,9 +62,10 @@ class Study:
         draws: bootstrap draws.
         seed: of bootstrap and samples.
         device: where distances are computed, ``cpu`` or ``cuda``.
-        overwrite: build tables anew.
+        overwrite: build tables anew, each once.
         say: told what is being done.
         bar: makes a progress bar for a number of images.
+        fresh: the tables that this run has built.
     """
 
     recipe: Recipe
@@ -85,6 +86,12 @@ class Study:
     overwrite: bool = False
     say: Callable[[str], None] = field(default=lambda text: None)
     bar: Callable[[int], Any] | None = None
+    fresh: set[Path] = field(default_factory=set)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a table must have been made under, to be taken as it is."""
+        return {"model": {"key": self.model_key}, "backend": {"name": self.backend, "precision": self.precision}}
 
 
 def base_case(study: Study) -> Case:
@@ -114,7 +121,8 @@ def tables(study: Study, source: Source, cases: Sequence[Case], name: str) -> li
     missing = [
         case
         for case, column in wanted.items()
-        if study.overwrite or not is_built(source, column, study.rule, study.model_key, study.backend, study.precision)
+        if (study.overwrite and column.path not in study.fresh)
+        or not is_built(source, column, study.rule, study.conditions)
     ]
     if missing:
         recipe = union_recipe(study.recipe, study.model, missing)
@@ -137,6 +145,7 @@ def tables(study: Study, source: Source, cases: Sequence[Case], name: str) -> li
             finally:
                 if bar:
                     bar.__exit__(None, None, None)
+        study.fresh.update(column.path for column in to_build)
         for left in folder.glob(".*.parts"):
             shutil.rmtree(left, ignore_errors=True)  # of a run that was stopped between two tables
         for key, why in built.failures[:10]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from difftap.images import Image
 from difftap.prototypes import Scene, Selection, Source, make_scene
-from difftap.prototypes.scene import Mask
+from difftap.prototypes.scene import Mask, mask_boxes
 
 __all__ = ["OBJECT_TRANSFORMS", "TRANSFORMS", "WHOLE_TRANSFORMS", "transform_of", "transformed"]
 
@@ -44,15 +44,9 @@ OBJECT_TRANSFORMS: dict[str, Callable[[Pixels, Mask], tuple[Pixels, Mask]]] = {
 TRANSFORMS = (*OBJECT_TRANSFORMS, *WHOLE_TRANSFORMS)
 
 
-def _box(mask: Mask) -> tuple[int, int, int, int]:
-    """The tightest box around a mask: ``(x0, y0, x1, y1)``, ends excluded."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def _crop_pad(pixels: Pixels, mask: Mask) -> tuple[Pixels, Mask]:
     """The object's box where it was, mid-grey around it."""
-    x0, y0, x1, y1 = _box(mask)
+    x0, y0, x1, y1 = mask_boxes(mask[None])[0].tolist()
     padded = np.full_like(pixels, _GREY)
     padded[y0:y1, x0:x1] = pixels[y0:y1, x0:x1]
     return padded, mask
@@ -64,7 +58,7 @@ def _window(pixels: Pixels, mask: Mask, share: float) -> tuple[Pixels, Mask]:
     What of the box the move leaves behind is lost; where the image ends, mid-grey follows. The network's input then
     is the window, so that it is seen larger.
     """
-    x0, y0, x1, y1 = _box(mask)
+    x0, y0, x1, y1 = mask_boxes(mask[None])[0].tolist()
     move = round(share * (x1 - x0))
     move = move if mask.shape[1] - x1 >= x0 else -move
     left, right = x0 + move, x1 + move

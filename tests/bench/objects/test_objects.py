@@ -174,6 +174,17 @@ def test_coco_lists_look_in_both_splits(tmp_path):
         load("coco", tmp_path, listing=["000000000002.jpg", "000000000099.jpg"])
 
 
+def test_a_part_of_coco_need_not_have_all_of_vocs_classes(tmp_path):
+    from difftap.commands.prototypes import classes_of
+
+    write_coco(tmp_path)
+    source = load("coco", tmp_path, wanted=Selection(classes=classes_of("voc", "coco")))
+    found = [one.category for key in source.keys for one in source.read(key).objects]
+    assert sorted(found) == ["car", "person", "potted plant"]
+    with pytest.raises(InputError, match="COCO has no class 'airplane'; allowed: car, person"):
+        load("coco", tmp_path, wanted=Selection(classes=("airplane",)))
+
+
 def test_coco_annotations_that_cannot_be_used(tmp_path):
     write_coco(tmp_path, [{"image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 1]]}])
     with pytest.raises(InputError, match="has no usable mask"):

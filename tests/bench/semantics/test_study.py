@@ -182,6 +182,36 @@ def test_a_folder_of_another_study_is_refused(data, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_clips_of_other_things_than_people(data, tmp_path):
+    for k, (more, clips) in enumerate([((), ["walking"]), (("--davis-classes", "all"), ["bear", "walking"])]):
+        result = run("video", "--davis", data / "davis", "-o", tmp_path / str(k), *SMALL, "--offsets", "1", *more)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / str(k) / "video.json").read_text())["datasets"]["davis"]["clips"]
+        assert sorted(found) == clips
+    write_davis(tmp_path / "own", {"kitchen": [{"_1": (k, 0, k + 15, 30), "_2": (22, 0, 38, 30)} for k in range(2)]})
+    result = run("video", "--davis", tmp_path / "own", "-o", tmp_path / "c", *SMALL, "--offsets", "1")
+    assert result.exit_code == 0, result.output
+    assert "nothing says which objects" in result.stderr
+
+
+def test_overwrite_builds_every_table_once(data, tmp_path):
+    for more in ((), ("--overwrite",)):
+        result = run("video", "--davis", data / "davis", "-o", tmp_path, *SMALL, "--offsets", "1", *more)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("to build") == 1
+
+
+def test_the_backend_that_is_chosen_is_that_of_all_tables(data, tmp_path, monkeypatch):
+    import difftap.auto
+
+    chosen = difftap.auto.Choice("ort", "cpu", {}, (), {})
+    monkeypatch.setattr(difftap.auto, "choose", lambda *_, **__: chosen)
+    for times in (1, 0):
+        result = run("distances", "--voc", data / "voc", "-o", tmp_path, *SMALL, "--backend", "auto")
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("to build") == times
+
+
 def test_failed_images_are_counted_and_said(tmp_path):
     root = write_voc(tmp_path / "voc")
     (root / "SegmentationClass/b.png").write_bytes(b"no picture")
