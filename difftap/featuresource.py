@@ -86,16 +86,18 @@ class FeatureSource(Pipeline):
             InputError: no such store.
             RecipeError: the store holds other features; names the first field that differs.
         """
+        from difftap.auto import resolve
         from difftap.export.checkpoints import open_model
 
         store = FeatureStore.open(path)
         runtime = runtime or Runtime()
         cache = Cache(runtime.cache or default_cache_folder())
-        model = open_model(recipe.model, cache, **opening)
+        model = open_model(recipe.model, cache, **opening, size=recipe.size)
         check_fits(recipe, model)
         store.check(recipe, cache.model_key(model))
         book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
         book.check_one_map_an_image()
+        runtime = resolve(recipe, runtime, **opening)
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
         threads = runtime.threads or available_cores()

@@ -145,8 +145,8 @@ def build(
     with Pipeline.open(recipe, runtime, **opening) as pipeline:
         from difftap.prototypes import is_built
 
-        key = pipeline.conditions["model"]["key"]
-        if not overwrite and is_built(source, column, rule, key, runtime.backend, runtime.precision):
+        key, backend = pipeline.conditions["model"]["key"], pipeline.conditions["backend"]["name"]
+        if not overwrite and is_built(source, column, rule, key, backend, runtime.precision):
             click.echo(f"'{output}' is there already, built under these conditions", err=True)
             return
         with progress_bar(len(source), "images") as advance:

@@ -210,6 +210,7 @@ def _study(
     folder: Path, timesteps: tuple[int, ...] | None, offsets: tuple[int, ...] | None, options: dict[str, Any]
 ) -> Study:
     """The study that the options ask for."""
+    from difftap.auto import resolve
     from difftap.bench.semantics.axes import OFFSETS, TIMESTEPS
     from difftap.bench.semantics.study import Study
     from difftap.distances import METRICS
@@ -230,8 +231,9 @@ def _study(
     if len(recipe.branches) != 1:
         raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
     cache = Cache(runtime.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, **opening)
+    model = open_model(recipe.model, cache, **opening, size=recipe.size)
     check_fits(recipe, model)
+    runtime = resolve(recipe, runtime, **opening)  # one backend for every axis
 
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime, **opening)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap import errors
+from difftap.auto import AUTO
 from difftap.errors import BackendError, DifftapError, InputError, first_line, require
 from difftap.extraction.run import Run, Settings, fit_bases, remaining, rows_per_shard, tell
 from difftap.extraction.stream import stream
@@ -117,6 +118,9 @@ def extract_on_cluster(
         opener = opener or PipelineOpener(recipe, replace(runtime, threads=threads), **(opening or {}))
         items = list(source)
         found = _ask(ray, share, (opener, settings, items), cluster.stall)
+        if isinstance(opener, PipelineOpener) and opener.runtime.backend == AUTO:  # what one chose, all take
+            chosen = found.conditions["backend"]
+            opener = replace(opener, runtime=replace(opener.runtime, backend=chosen["name"], device=chosen["device"]))
         with open_writer(
             path,
             found.conditions,
