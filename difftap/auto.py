@@ -29,8 +29,8 @@ from difftap.engine import (
     default_cache_folder,
     get_backend,
 )
-from difftap.engine.builds import engine_manifest_path, ensure_built
-from difftap.errors import BackendError, DifftapError, OutputError
+from difftap.engine.builds import known_engine
+from difftap.errors import ArtefactError, BackendError, DifftapError, OutputError
 from difftap.export.checkpoints import open_model
 from difftap.export.parity import example_feeds
 from difftap.machine import cpu, gpu
@@ -127,7 +127,7 @@ def choose(
         BackendError: no backend can run this here.
     """
     cache = Cache(runtime.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
     check_fits(recipe, model)
     about = _about(recipe, runtime, model, cache)
     stamp = _stamp()
@@ -254,14 +254,18 @@ def _try(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache, backend: 
     total = 0.0
     for component, taps, profile, runs in parts:
         graph = prepare_graph(cache, backend, model, component, taps, profile, device)
+        built = None
         if backend.builds(profile, device):
-            if not engine_manifest_path(cache, graph, backend, profile, device).is_file():
-                command = f"difftap engines build --backend {backend.name}"
+            command = f"difftap engines build --backend {backend.name} --precision {profile.precision}"
+            try:
+                built = known_engine(cache, graph, backend, profile, device)
+            except ArtefactError as error:
+                return Trial(backend.name, device, reason=f"{error}; {command}")
+            if built is None:
                 return Trial(backend.name, device, reason=f"its engines are not built; {command}")
-            built = ensure_built(cache, graph, backend, profile, device)
-        else:
-            built = None
         with backend.open(graph, profile, device, threads, built) as engine:
+            if engine.device != device:
+                return Trial(backend.name, device, reason=f"falls back to {engine.device}")
             feeds = example_feeds(graph, profile)
             engine.run(feeds)
             seconds: list[float] = []

@@ -68,14 +68,12 @@ def cli(verbose: bool) -> None:
 def main() -> None:
     """Entry point: turn our errors into one line and exit code 2."""
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except DifftapError as error:
         click.echo(f"error: {' '.join(str(error).removesuffix(error.detail).split())}", err=True)
@@ -89,6 +87,8 @@ def main() -> None:
     except MemoryError:
         click.echo("error: out of memory; use a smaller --size, --ensemble or --batch", err=True)
         sys.exit(2)
+    if isinstance(code, int) and code:  # of click's own Exit, which it gives back where it is not in charge
+        sys.exit(code)
 
 
 def _drop_stdout() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from difftap.auto import forget_choices, resolve
+from difftap.auto import AUTO, forget_choices, resolve
 from difftap.coords import Size
 from difftap.engine import (
     BACKENDS,
@@ -90,13 +90,14 @@ def plan_builds(
     """What to build: every backend in every precision at every size.
 
     Args:
-        backends: names; ``all`` for those that can be used here, without those that are there to be compared with.
+        backends: names; ``all`` for those that can be used here, without those that are there to be compared with;
+            ``auto`` for the one that `difftap.auto` chooses when the job is done.
         precisions: names; ``all`` for what each backend has. A precision that is named is left out for backends that
             lack it, where there are several.
         sizes: ``(W, H)``; none for the recipe's.
 
     Raises:
-        InputError: there is no such backend.
+        InputError: there is no such backend, or every precision is wanted of ``auto``.
         BackendError: a backend that is named cannot be used here, or no backend has a precision.
     """
     if "all" in backends:
@@ -105,6 +106,11 @@ def plan_builds(
         backends = [name for name, one in usable.items() if runtime.device in ("auto", *one.devices())]
     pairs = []
     for name in dict.fromkeys(backends):
+        if name == AUTO:
+            if "all" in precisions:
+                raise InputError("backend 'auto' chooses in one precision; got 'all'; allowed: named ones")
+            pairs += [(AUTO, precision) for precision in dict.fromkeys(precisions)]
+            continue
         backend = get_backend(name)
         device = choose_device(backend, runtime.device)
         has = backend.precisions(device)

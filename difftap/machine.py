@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
 import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
-__all__ = ["available_memory", "cpu", "gpu", "gpu_memory"]
+__all__ = ["available_memory", "cpu", "cuda_driver", "gpu", "gpu_memory"]
 
 
 def available_memory() -> int:
@@ -19,6 +22,16 @@ def available_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@cache
+def cuda_driver() -> bool:
+    """Whether NVIDIA's driver library can be loaded: without it no CUDA runtime works, whatever is installed."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _ask_nvidia(field: str) -> list[str]:

@@ -34,6 +34,7 @@ from difftap.engine import (
     default_cache_folder,
     get_backend,
 )
+from difftap.engine.backend import CALIBRATED
 from difftap.errors import BackendError, RecipeError
 from difftap.features import FeatureMap
 from difftap.images import Image
@@ -63,7 +64,7 @@ class Runtime:
 
     Attributes:
         backend: name of a backend, or ``auto`` for the one that is fastest here (`difftap.auto`).
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, or one of the backend's, such as ``cpu`` or ``cuda``.
         threads: CPU threads; None for all that the process may use.
         batch: images per engine run on a GPU; a CPU takes one at a time.
         cache: the cache folder; None for the default one.
@@ -167,7 +168,9 @@ class Pipeline:
             latents = Latents(recipe, vae, LATENTS_KEPT) if recipe.learned is not None else None
 
             def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
-                return engine("unet", taps, dataclasses.replace(profile, precision=runtime.precision))
+                # What prompts are made of is in no branch, so that there is nothing to calibrate it on.
+                precision = "fp32" if runtime.precision in CALIBRATED else runtime.precision
+                return engine("unet", taps, dataclasses.replace(profile, precision=precision))
 
             def small(graph: Graph) -> Engine:
                 key = (graph.name, graph.path)

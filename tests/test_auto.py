@@ -9,10 +9,14 @@ import pytest
 
 from difftap import Pipeline, Runtime, auto, load_recipe
 from difftap.auto import AUTO, choose, forget_choices, resolve, stored_choices
-from difftap.engine import BACKENDS, Cache, Engine, registry
+from difftap.engine import BACKENDS, Cache, Engine, Profile, registry
 from difftap.engine.backends.ort import OrtBackend
+from difftap.engine.builds import engine_manifest_path
 from difftap.errors import BackendError
 from difftap.images import Image
+from difftap.making import prepare_graph
+from difftap.manifest import Manifest
+from difftap.model import Model, pocket_folder
 from tests.conftest import picture
 
 SMALL = dataclasses.replace(load_recipe("pocket"), size=(64, 64))
@@ -51,6 +55,26 @@ class Unbuilt(OrtBackend):
 
     def builds(self, profile, device):
         return True
+
+
+class Stale(Unbuilt):
+    """A backend whose engines were built with another version."""
+
+    name = "stale"
+
+    def build(self, *given):
+        raise AssertionError("choosing builds nothing")
+
+
+class FallsBack(OrtBackend):
+    """A backend whose GPU turns out to be none."""
+
+    name = "falls"
+
+    def open(self, *given):
+        engine = super().open(*given)
+        engine.device = "elsewhere"
+        return engine
 
 
 class Broken(OrtBackend):
@@ -101,6 +125,22 @@ def test_the_fastest_is_chosen_and_remembered(backends, tmp_path, caplog):
     assert [record.levelno for record in caplog.records if "auto" in record.getMessage()] == [logging.DEBUG]
     [(stored, holds)] = stored_choices(Cache(tmp_path / "auto"))
     assert (stored, holds) == (choice, True)
+
+
+def test_what_would_have_to_be_built_or_runs_elsewhere_is_left_out(backends, tmp_path):
+    backends(Stale, OrtBackend, FallsBack)
+    cache, backend = Cache(tmp_path / "auto"), Stale()
+    model = Model.load(pocket_folder(), "pocket")
+    graph = prepare_graph(cache, backend, model, "vae", (), Profile((64, 64)), "cpu")
+    path = engine_manifest_path(cache, graph, backend, Profile((64, 64)), "cpu")
+    path.parent.mkdir(parents=True)
+    Manifest("engine", {"backend": "stale", "backend_version": "0.1"}, {}).save(path)
+    choice = choose(SMALL, runtime(tmp_path))
+    assert choice.backend == "ort"
+    trials = {one.backend: one for one in choice.trials}
+    assert "difftap engines build --backend stale --precision fp32" in trials["stale"].reason
+    assert path.is_file()  # and what is there is left alone
+    assert trials["falls"].reason == "falls back to elsewhere"
 
 
 def test_it_is_measured_again_when_its_grounds_change(backends, tmp_path, monkeypatch):

@@ -42,12 +42,29 @@ def test_builds_are_planned_over_sizes_backends_and_precisions():
     assert {job.runtime.backend for job in every} >= {"ort", "openvino"}
     assert {job.recipe.size for job in every} == {(64, 64)}
     assert len(every) == len({job.label for job in every})
+    (chosen,) = plan_builds(RECIPE, runtime, ["auto"], ["fp32"], [])
+    assert chosen.label == "64x64 auto fp32"
+    with pytest.raises(InputError, match="'auto' chooses in one precision; got 'all'"):
+        plan_builds(RECIPE, runtime, ["auto"], ["all"], [])
     with pytest.raises(InputError, match="no backend 'none'"):
         plan_builds(RECIPE, runtime, ["none"], ["fp32"], [])
     with pytest.raises(BackendError, match="backend 'ort' has no precision 'int8' on cpu; allowed: fp32"):
         plan_builds(RECIPE, runtime, ["ort"], ["int8"], [])
     with pytest.raises(BackendError, match="none of the backends ort, openvino has precision 'fp8' here"):
         plan_builds(RECIPE, runtime, ["ort", "openvino"], ["fp8"], [])
+
+
+def test_auto_is_built_where_it_is_fastest(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from difftap import auto
+    from difftap.cli import cli
+
+    monkeypatch.setattr(auto, "BACKENDS", {"ort": ""})  # alone, so that nothing has to be measured
+    where = ["--backend", "auto", "--size", "64", "--cache", str(tmp_path)]
+    done = CliRunner().invoke(cli, ["engines", "build", *where], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert {one.manifest.made_from["backend"] for one in engines(tmp_path)} == {"ort"}
 
 
 @pytest.fixture(scope="module")

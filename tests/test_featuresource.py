@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from difftap import auto
 from difftap.errors import InputError, RecipeError
 from difftap.extraction import Settings, extract_to_store
 from difftap.featuresource import FeatureSource
@@ -71,3 +72,13 @@ def test_a_data_set_that_is_in_needs_no_engine(recipe, mini_cache, store):
 def test_a_recipe_that_does_not_fit_is_refused(recipe, mini_cache, store):
     with pytest.raises(RecipeError, match="made with ensemble = 1, and 2 is asked for"):
         FeatureSource.open(dataclasses.replace(recipe, ensemble=2), store, Runtime(cache=mini_cache.folder))
+
+
+def test_auto_is_what_it_chooses(recipe, store, mini_cache, monkeypatch):
+    monkeypatch.setattr(auto, "BACKENDS", {"ort": ""})  # alone, so that nothing has to be measured
+    try:
+        with FeatureSource.open(recipe, store, Runtime("auto", cache=mini_cache.folder, threads=1)) as source:
+            assert source.conditions["backend"]["name"] == "ort"
+            assert len(list(source.extract(IMAGES))) == 4 and source.extracted == 2
+    finally:
+        auto.forget_choices(mini_cache)

@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.engine import Cache, Engine, Profile, choose_device, default_cache_folder, get_backend
-from difftap.engine.builds import ensure_built
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity
 from difftap.images import Image, to_input
+from difftap.making import Maker
 from difftap.model import Model
-from difftap.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph
+from difftap.pipeline import Runtime, available_cores, check_fits
 from difftap.recipe import Recipe
 
 __all__ = ["KINDS", "Curve", "CurveCase", "Point", "run_curve", "worth"]
@@ -65,6 +65,8 @@ class CurveCase:
             raise InputError(f"the limit has {self.limit} members; allowed: an even number, such as 64")
         if not self.timesteps:
             raise InputError("no timesteps; give at least one")
+        if self.recipe.learned is not None:
+            raise InputError("the curve is of noise, under the recipe's texts; leave the learned prompts out")
 
 
 @dataclass(frozen=True)
@@ -127,16 +129,17 @@ def run_curve(
     backend = get_backend(runtime.backend)
     device = choose_device(backend, runtime.device)
     threads = runtime.threads or available_cores()
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
     check_fits(recipe, model)
+    maker = Maker(cache, backend, device, threads, model, recipe, 1, runtime.precision, runtime.calibrate)
     wrong = [t for t in case.timesteps if not 0 <= t < len(model.alphas_cumprod)]
     if wrong:
         raise InputError(f"timestep is {wrong[0]}; allowed: 0 to {len(model.alphas_cumprod) - 1}")
-    prompt = embed_prompts(recipe, model, cache)[0]
+    prompt = maker.prompts()[0]
 
     def opened(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
-        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
-        return backend.open(graph, profile, device, threads, ensure_built(cache, graph, backend, profile, device))
+        graph = maker.graph(component, taps, profile)
+        return maker.open(graph, profile, maker.built(graph, profile))
 
     errors: dict[tuple[int, str, int], list[TensorParity]] = {}
     unet_profile = Profile(recipe.size, 1, len(prompt), precision=runtime.precision)

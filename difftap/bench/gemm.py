@@ -28,7 +28,9 @@ def measure_gemm(side: int, device: str = "cpu") -> dict[str, float]:
         torch = require("torch", "bench", "measuring torch's products")
     except MissingExtraError:
         return rates
-    kinds = {"fp32": torch.float32} if device == "cpu" else {"fp32": torch.float32, "fp16": torch.float16}
+    kinds = {"fp32": torch.float32}
+    if device != "cpu":  # most processors multiply halves slower than fp32, some by far
+        kinds |= {"fp16": torch.float16, "bf16": torch.bfloat16}
     for name, kind in kinds.items():
         torch.backends.cuda.matmul.allow_tf32 = False
         a, b = (torch.from_numpy(value).to(device, kind) for value in (left, right))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,9 +19,8 @@ import numpy as np
 
 from difftap.bench.contenders import Contender, parse_backends
 from difftap.bench.host import cores, cpu, gpu, gpu_memory
-from difftap.bench.matching import Timing
 from difftap.bench.pictures import write_pictures
-from difftap.bench.workers import Worker
+from difftap.bench.workers import call_timing, make_order, open_contender, stage_medians
 from difftap.coords import Size
 from difftap.engine import BACKENDS
 from difftap.errors import BackendError, DifftapError, InputError
@@ -68,7 +66,9 @@ class GpuCheckCase:
 
     def __post_init__(self) -> None:
         if not self.contenders:
-            raise InputError("no backend can run; what each lacks: 'difftap bench gpu-check --backends all'")
+            raise InputError("no backend can run here, and no rival was named")
+        if self.recipe.learned is not None:
+            raise InputError("this check is of speed, for which texts do; leave the learned prompts out")
         if not self.sizes or not self.batches or min(self.batches) < 1:
             raise InputError(f"sizes are {self.sizes}, batches {self.batches}; allowed: at least one of each, from 1")
         if not 0 < self.limit < float("inf") or not 0 <= self.seconds < float("inf"):
@@ -250,29 +250,21 @@ def _finish(
 
 
 def _measure(case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Path], folder: Path) -> CellResult:
-    recipe = dataclasses.replace(case.recipe, size=cell.size)
-    order = {
-        "recipe": recipe.to_dict(),
-        "images": [str(path.resolve()) for path in pictures],
-        "cache": str(case.cache.resolve()) if case.cache else None,
-        "threads": threads,
-        "batch": cell.batch,
-        "revision": case.revision,
-        "random_weights": case.random_weights,
-        "contender": asdict(cell.contender),
-    }
+    order = make_order(
+        dataclasses.replace(case.recipe, size=cell.size),
+        pictures,
+        cache=case.cache,
+        threads=threads,
+        batch=cell.batch,
+        revision=case.revision,
+        random_weights=case.random_weights,
+    )
     end = time.monotonic() + case.limit
     before = gpu_memory()
-    built = None
-    worker = Worker(threads)
+    worker, opened, built = open_contender(
+        {**order, "contender": asdict(cell.contender)}, lambda: end - time.monotonic()
+    )
     try:
-        began = time.monotonic()
-        opened = worker.ask("open", end - time.monotonic(), **order)
-        if opened["made"]:
-            built = time.monotonic() - began
-            worker.close()
-            worker = Worker(threads)  # whose memory no build has touched
-            opened = worker.ask("open", end - time.monotonic(), **order, keep=True)
         mine = folder / ".features.npz"
         told = worker.ask("round", end - time.monotonic(), seconds=case.seconds, matching=False, features=str(mine))
         after = gpu_memory()
@@ -280,13 +272,12 @@ def _measure(case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Pa
         worker.close()
     if opened["device"] != cell.contender.device:
         raise BackendError(f"asked for {cell.contender.device}, it ran on {opened['device']}")
-    timing = Timing.of([call["total"] / call["images"] for call in told["calls"]])
-    kinds = [kind for kind in told["calls"][0] if kind not in ("images", "total")]
+    timing = call_timing(told["calls"])
     return CellResult(
         cell.key,
         rate=1.0 / timing.median,
         timing=asdict(timing),
-        stages={kind: statistics.median(call[kind] / call["images"] for call in told["calls"]) for kind in kinds},
+        stages=stage_medians(told["calls"]),
         build_seconds=built,
         open_seconds=opened["open"],
         device_peak=None if before is None or after is None else max(0, after - before),

@@ -27,7 +27,7 @@ def survey(
         be counted.
     """
     cache = Cache(cache_folder or default_cache_folder())
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights)
+    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
     check_fits(recipe, model)
     graph = ensure_graph(cache, model, "vae")
     about: dict[str, Any] = {

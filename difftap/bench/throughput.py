@@ -27,7 +27,7 @@ from difftap.bench.contenders import Contender
 from difftap.bench.host import available_memory, cores, cpu, gpu, gpu_memory
 from difftap.bench.matching import Timing
 from difftap.bench.pictures import write_pictures
-from difftap.bench.workers import Worker
+from difftap.bench.workers import Worker, call_timing, make_order, open_contender, stage_medians
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.export.parity import TensorParity
 from difftap.images import load_image
@@ -81,6 +81,11 @@ class ThroughputCase:
             raise InputError(f"seconds is {self.seconds}; allowed: 0 or more")
         if self.recipe.noise == "none" and any(one.rival for one in self.contenders):
             raise InputError("the rivals draw noise, as DIFT does; with noise 'none' give --rivals none")
+        if self.recipe.learned is not None:
+            raise InputError(
+                f"the recipe has learned prompts ('{self.recipe.learned.path}'), under which the networks take as long "
+                "as under texts; leave them out"
+            )
         if self.recipe.combine == "score-product" and len(self.recipe.branches) > 1:
             raise InputError("combine is 'score-product', which gives no map; allowed here: concat, score-sum")
 
@@ -228,15 +233,15 @@ def _device(case: ThroughputCase) -> str:
 
 
 def _order(case: ThroughputCase, threads: int, images: Sequence[Path]) -> dict[str, Any]:
-    return {
-        "recipe": case.recipe.to_dict(),
-        "images": [str(path.resolve()) for path in images],
-        "cache": str(case.cache.resolve()) if case.cache else None,
-        "threads": threads,
-        "batch": case.batch,
-        "revision": case.revision,
-        "random_weights": case.random_weights,
-    }
+    return make_order(
+        case.recipe,
+        images,
+        cache=case.cache,
+        threads=threads,
+        batch=case.batch,
+        revision=case.revision,
+        random_weights=case.random_weights,
+    )
 
 
 def _fits(case: ThroughputCase, about: Mapping[str, Any]) -> bool:
@@ -249,13 +254,7 @@ def _take_turn(log: _Log, order: dict[str, Any], case: ThroughputCase, turn: int
     try:
         before = gpu_memory() if log.contender.device == "cuda" else None
         if log.worker is None:
-            log.worker = Worker(order["threads"])
-            mine = {**order, "contender": asdict(log.contender)}
-            opened = log.worker.ask("open", **mine)
-            if opened["made"]:
-                log.release()
-                log.worker = Worker(order["threads"])
-                opened = log.worker.ask("open", **mine, keep=True)
+            log.worker, opened, _ = open_contender({**order, "contender": asdict(log.contender)})
             log.about = log.about or opened
         path = folder / f"{log.contender.name}-{log.contender.precision}.npz"
         asked: dict[str, Any] = {"seconds": case.seconds, "matching": case.matching and turn == 0}
@@ -284,7 +283,7 @@ def _result(
     base = None
     for log in done:
         if log.contender.rival:
-            base = _seconds(log).median
+            base = call_timing(log.calls).median
             break
     wanted = _features(first) if first else {}
     rows = [
@@ -296,10 +295,6 @@ def _result(
     if about["uncounted"]:
         conditions["uncounted"] = about["uncounted"]
     return Throughput(case, tuple(rows), first.contender.label if first else None, gemm, macs, conditions)
-
-
-def _seconds(log: _Log) -> Timing:
-    return Timing.of([call["total"] / call["images"] for call in log.calls])
 
 
 def _features(log: _Log) -> dict[str, Any]:
@@ -317,9 +312,7 @@ def _row(
     base: float | None,
     wanted: dict[str, Any],
 ) -> Row:
-    timing = _seconds(log)
-    kinds = [kind for kind in log.calls[0] if kind not in ("images", "total")]
-    stages = {kind: statistics.median(call[kind] / call["images"] for call in log.calls) for kind in kinds}
+    timing, stages = call_timing(log.calls), stage_medians(log.calls)
     shares = [1.0 - (call["vae"] + call["unet"]) / call["total"] for call in log.calls]
     flop = _flop(case, log.contender, about)
     running = stages["vae"] + stages["unet"]

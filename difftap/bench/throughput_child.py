@@ -101,7 +101,7 @@ class _RivalRunner:
 
         self._job = job
         cache = Cache(job.cache or default_cache_folder())
-        self._model = open_model(job.recipe.model, cache, **job.opening)
+        self._model = open_model(job.recipe.model, cache, **job.opening, size=job.recipe.size)
         prompts = embed_prompts(job.recipe, self._model, cache)
         self._tuned = job.contender.name == "dift-tuned"
         device, precision = job.contender.device, job.contender.precision
@@ -120,16 +120,12 @@ class _RivalRunner:
         self._rival.warm_up(self.batch)
 
     def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, Any], dict[str, float]]:
-        from difftap.engine.noise import draw
+        from difftap.engine.extractor import draw_noise
 
         recipe = self._job.recipe
         stride = self._model.latent_stride
         latent = (self._model.latent_channels, recipe.size[1] // stride, recipe.size[0] // stride)
-        drawn = [
-            draw(recipe.seed, load_image(path).digest, recipe.ensemble, latent, recipe.noise == "antithetic")
-            for path in paths
-        ]
-        noises = np.stack([np.stack(pair) for pair in zip(*drawn, strict=True)])  # (2, B, E, C, h, w)
+        noises = draw_noise(recipe, [load_image(path).digest for path in paths], latent, recipe.ensemble)
         start = time.perf_counter()
         images = [load_image(path) for path in paths]
         decoded = time.perf_counter()

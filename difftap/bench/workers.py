@@ -1,19 +1,28 @@
-"""Child processes that measure: one contender each, asked in turn, alive or not between turns."""
+"""Child processes that measure: one contender each, asked in turn, alive or not between turns.
+
+`difftap.bench.throughput` and `difftap.bench.gpucheck` both give them their orders, and read their replies, here.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from difftap.bench.matching import Timing
 from difftap.errors import BackendError
+from difftap.recipe import Recipe
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "call_timing", "make_order", "open_contender", "stage_medians"]
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -108,3 +117,66 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def make_order(
+    recipe: Recipe,
+    images: Sequence[Path],
+    *,
+    cache: Path | None,
+    threads: int,
+    batch: int,
+    revision: str | None,
+    random_weights: int | None,
+) -> dict[str, Any]:
+    """What every contender is told of a job, as plain data; who it is goes beside it as ``contender``."""
+    return {
+        "recipe": recipe.to_dict(),
+        "images": [str(path.resolve()) for path in images],
+        "cache": str(cache.resolve()) if cache else None,
+        "threads": threads,
+        "batch": batch,
+        "revision": revision,
+        "random_weights": random_weights,
+    }
+
+
+def open_contender(
+    order: Mapping[str, Any], left: Callable[[], float | None] = lambda: None
+) -> tuple[Worker, dict[str, Any], float | None]:
+    """A process in which a contender is open and warm; if something had to be made for it, a fresh one after that.
+
+    Args:
+        order: as `make_order` gives it, with the ``contender``.
+        left: seconds that are left; None for no limit.
+
+    Returns:
+        The process, what it said, and the seconds of the first opening where something was built or exported.
+
+    Raises:
+        BackendError: it cannot be opened; no process is left behind.
+    """
+    began = time.monotonic()
+    worker, built = Worker(order["threads"]), None
+    try:
+        about = worker.ask("open", left(), **order)
+        if about["made"]:
+            built = time.monotonic() - began
+            worker.close()
+            worker = Worker(order["threads"])  # whose memory no build has touched
+            about = worker.ask("open", left(), **order, keep=True)
+    except BaseException:
+        worker.close()
+        raise
+    return worker, about, built
+
+
+def call_timing(calls: Sequence[Mapping[str, float]]) -> Timing:
+    """Seconds an image of whole calls."""
+    return Timing.of([call["total"] / call["images"] for call in calls])
+
+
+def stage_medians(calls: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Median seconds an image of every stage."""
+    kinds = [kind for kind in calls[0] if kind not in ("images", "total")]
+    return {kind: statistics.median(call[kind] / call["images"] for call in calls) for kind in kinds}

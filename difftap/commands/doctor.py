@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from difftap.commands.options import build_recipe, cache_option, recipe_options
+from difftap.commands.options import Grouped, build_recipe, cache_option, feature_options
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option(
     "--measure", is_flag=True, help="First measure, for --backend auto, which backend is fastest for a recipe."
@@ -20,7 +20,7 @@ from difftap.commands.options import build_recipe, cache_option, recipe_options
 @click.option("--precision", default="fp32", show_default=True, metavar="P", help="With --measure: the precision.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="With --measure: CPU threads.  [default: all]")
 @cache_option
-@recipe_options
+@feature_options("pocket; dift with --model")
 def doctor(
     as_json: bool,
     measure: bool,

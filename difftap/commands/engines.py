@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from difftap.commands.options import (
+    Grouped,
     build_recipe,
     cache_option,
+    feature_options,
     parse_size,
-    recipe_options,
     runtime_options,
     take_runtime,
 )
@@ -27,8 +28,8 @@ def engines() -> None:
     """Build, list, verify and remove engines."""
 
 
-@engines.command(epilog="Exit codes: 0 all built; 1 some could not be built; 2 bad input, nothing built.")
-@recipe_options
+@engines.command(cls=Grouped, epilog="Exit codes: 0 all built; 1 some could not be built; 2 bad input, nothing built.")
+@feature_options("pocket; dift with --model")
 @runtime_options
 @click.option(
     "--sizes", callback=_sizes, metavar="N|WxH,...", help="Network inputs to build for, in place of the recipe's size."

@@ -9,19 +9,16 @@ from typing import Any
 
 import click
 
-from difftap.commands.options import build_recipe, cache_option, recipe_options
+from difftap.commands.options import Grouped, build_recipe, cache_option, feature_options, parse_numbers
 
 __all__ = ["gpu_check"]
 
 
-def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is no list of whole numbers above 0, such as 1,4,8")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-@click.command("gpu-check", epilog="Exit codes: 0 all is well; 1 some cell was not run or is not sound; 2 bad input.")
+@click.command(
+    "gpu-check",
+    cls=Grouped,
+    epilog="Exit codes: 0 all is well; 1 some cell was not run or is not sound; 2 bad input.",
+)
 @click.option(
     "-o",
     "--output",
@@ -42,10 +39,20 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     "--rivals", default="none", show_default=True, metavar="LIST", help="dift, dift-tuned, with :fp16 or :bf16; none."
 )
 @click.option(
-    "--sizes", default="512,768", show_default=True, callback=_numbers, metavar="LIST", help="Square inputs in pixels."
+    "--sizes",
+    default="512,768",
+    show_default=True,
+    callback=parse_numbers(1),
+    metavar="LIST",
+    help="Square inputs in pixels.",
 )
 @click.option(
-    "--batches", default="1,4,8", show_default=True, callback=_numbers, metavar="LIST", help="Images in one engine run."
+    "--batches",
+    default="1,4,8",
+    show_default=True,
+    callback=parse_numbers(1),
+    metavar="LIST",
+    help="Images in one engine run.",
 )
 @click.option(
     "--limit",
@@ -67,7 +74,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]")
 @click.option("--overwrite", is_flag=True, help="Start afresh, whatever the folder holds.")
 @cache_option
-@recipe_options
+@feature_options("dift; sd21 with random weights")
 def gpu_check(
     output: Path,
     backends: str,
@@ -113,9 +120,12 @@ def gpu_check(
     if options["size"] is not None:
         raise InputError("this check takes --sizes, a list, in place of --size")
     ours, absent = present(backends, device)
+    others = parse_rivals(rivals, device)
+    if not ours and not others:
+        raise InputError(f"no backend can run on {device} here: {'; '.join(absent.values())}")
     case = GpuCheckCase(
         build_recipe(**options),
-        (*ours, *parse_rivals(rivals, device)),
+        (*ours, *others),
         device,
         tuple((side, side) for side in sizes),
         batches,

@@ -22,6 +22,7 @@ __all__ = [
     "category_option",
     "feature_options",
     "model_options",
+    "parse_numbers",
     "parse_size",
     "recipe_options",
     "runtime_options",
@@ -84,6 +85,20 @@ def parse_size(value: str) -> tuple[int, int]:
         raise click.BadParameter(f"{value!r} is not a size; allowed: N or WxH in pixels, such as 512 or 640x480")
     numbers = [int(part) for part in parts]
     return (numbers[0], numbers[-1])
+
+
+def parse_numbers(least: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
+    """A callback that reads a list such as ``1,4,8``: whole numbers from ``least``, each once, in their order."""
+
+    def parse(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and int(part) >= least for part in parts):
+            raise click.BadParameter(
+                f"{value!r} is no list; allowed: whole numbers with commas between, from {least}, such as 1,4,8"
+            )
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+    return parse
 
 
 cache_option = click.option(
@@ -183,13 +198,19 @@ runtime_options = stack(
             help="ort, openvino, tensorrt-rtx, tensorrt, torch, torch-compile, or auto: the fastest here, by "
             "measurement.",
         ),
-        click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda or intel-gpu."),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="D",
+            help="auto, cpu, cuda, intel-gpu, or what else 'difftap doctor' lists.",
+        ),
         click.option(
             "--precision",
             default="fp32",
             show_default=True,
             metavar="P",
-            help="fp32, fp16, bf16, int8 or fp8, as far as the backend has it.",
+            help="fp32, fp16, bf16 or int8, as far as the backend has it ('difftap doctor').",
         ),
         click.option(
             "--calibrate",

@@ -262,7 +262,7 @@ def _study(
     if len(recipe.branches) != 1:
         raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
     cache = Cache(given.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, **opening)
+    model = open_model(recipe.model, cache, **opening, size=recipe.size)
     check_fits(recipe, model)
     runtime = resolve(recipe, given, **opening)  # once: tables of several recipes must be of one backend
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, cache_option, recipe_options
+from difftap.commands.options import Grouped, build_recipe, cache_option, parse_numbers, recipe_options
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,14 +21,9 @@ __all__ = ["throughput"]
 _PATH = click.Path(path_type=Path)
 
 
-def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"{value!r} is no list; allowed: whole numbers with commas between, such as 1,2,4")
-    return tuple(sorted({int(part) for part in parts}))
-
-
-@click.command(epilog="Exit codes: 0 done; 1 done, but some way could not be measured; 2 bad input, nothing done.")
+@click.command(
+    cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some way could not be measured; 2 bad input, nothing done."
+)
 @click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder for throughput.json, .txt and .png.")
 @click.option(
     "--backends",
@@ -73,7 +68,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     "--curve-timesteps",
     default="1,50,100,261",
     show_default=True,
-    callback=_numbers,
+    callback=parse_numbers(0),
     metavar="LIST",
     help="Timesteps of the curve.",
 )
@@ -81,7 +76,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     "--curve-passes",
     default="1,2,4,8,16",
     show_default=True,
-    callback=_numbers,
+    callback=parse_numbers(1),
     metavar="LIST",
     help="Ensemble sizes of the curve.",
 )

@@ -22,7 +22,7 @@ from difftap.engine.cache import Cache, file_stem
 from difftap.errors import ArtefactError, BackendError
 from difftap.manifest import FileRecord, Manifest, output_errors
 
-__all__ = ["engine_identity", "engine_manifest_path", "ensure_built", "save_engine_manifest"]
+__all__ = ["engine_identity", "engine_manifest_path", "ensure_built", "known_engine", "save_engine_manifest"]
 
 _LOG = logging.getLogger("difftap")
 
@@ -55,6 +55,29 @@ def built_folder(manifest: Path) -> Path:
     return manifest.with_name(manifest.name.removesuffix(".engine.json"))
 
 
+def known_engine(
+    cache: Cache,
+    graph: Graph,
+    backend: Backend,
+    profile: Profile,
+    device: str,
+    calibration: Calibration | None = None,
+) -> Path | None:
+    """The folder of an engine's files, if they are there and to be trusted; None if they were never built.
+
+    Raises:
+        ArtefactError: they are there, and are stale, foreign, cut short or changed, or calibrated on other images.
+    """
+    path = engine_manifest_path(cache, graph, backend, profile, device)
+    if not path.is_file():
+        return None
+    folder = built_folder(path)
+    manifest = Manifest.load(path)
+    manifest.check(path.parent, engine_identity(cache, graph, backend, profile, device), cache.memo.digest)
+    _check_calibration(manifest, calibration, folder)
+    return folder
+
+
 def ensure_built(
     cache: Cache,
     graph: Graph,
@@ -79,16 +102,13 @@ def ensure_built(
         return None
     path = engine_manifest_path(cache, graph, backend, profile, device)
     folder = built_folder(path)
-    identity = engine_identity(cache, graph, backend, profile, device)
     with cache.lock(path.parent, path.name):
-        if path.is_file():
-            try:
-                manifest = Manifest.load(path)
-                manifest.check(path.parent, identity, cache.memo.digest)
-                _check_calibration(manifest, calibration, folder)
-                return folder
-            except ArtefactError as error:
-                _LOG.warning("%s; building it again", error)
+        try:
+            known = known_engine(cache, graph, backend, profile, device, calibration)
+            if known is not None:
+                return known
+        except ArtefactError as error:
+            _LOG.warning("%s; building it again", error)
         _LOG.info("building %s on %s for %s", graph.name, backend.name, profile.label)
         with output_errors(folder):
             path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from difftap.auto import AUTO
 from difftap.errors import BackendError, DifftapError, InputError, first_line, require
 from difftap.extraction.run import Run, Settings, batches_ahead, fit_bases, remaining, rows_per_shard, tell
 from difftap.extraction.stream import stream
@@ -118,6 +119,9 @@ def extract_on_cluster(
         items = list(source)
         folder = os.getcwd()  # noqa: PTH109 - sent as text
         found = _look(ray, share, (opener, settings, folder), items, cluster.stall)
+        if isinstance(opener, PipelineOpener) and opener.runtime.backend == AUTO:  # what one chose, all take
+            chosen = found.conditions["backend"]
+            opener = replace(opener, runtime=replace(opener.runtime, backend=chosen["name"], device=chosen["device"]))
         with open_writer(
             path,
             found.conditions,

@@ -16,7 +16,9 @@ from difftap.bench import ensembles
 from difftap.bench.ensembles import KINDS, CurveCase, run_curve, worth
 from difftap.bench.ensembles_report import SCHEMA, format_curve, save_curve
 from difftap.cli import cli
+from difftap.engine import Cache, get_backend
 from difftap.errors import InputError
+from difftap.recipe import Branch, Learned
 from tests.conftest import picture
 
 SMALL = dataclasses.replace(load_recipe("pocket"), size=(64, 64))
@@ -60,6 +62,23 @@ def test_the_independent_points_are_what_recipes_give(curve, tmp_path):
     one = run_curve(dataclasses.replace(case, timesteps=(1,), passes=(4,)), [image], Runtime(threads=1, cache=tmp_path))
     wanted = np.linalg.norm(feature(ensemble=4) - limit) / np.linalg.norm(limit)
     assert one.at(1, KINDS[0])[0].relative == pytest.approx(wanted, rel=1e-3)
+
+
+def test_engines_that_the_curve_builds_are_those_of_all_commands(tmp_path):
+    """Calibrated, measured when they are built, and so measured again by ``engines verify``."""
+    from difftap.engines import list_artefacts, verify_artefact
+
+    backend = get_backend("openvino")
+    if backend.missing():
+        pytest.skip(backend.missing())
+    pytest.importorskip("nncf")
+    recipe = dataclasses.replace(SMALL, branches=(Branch(("down2.attn0",), 1),))
+    runtime = Runtime("openvino", "cpu", 1, cache=tmp_path, precision="int8")
+    run_curve(CurveCase(recipe, (1,), (1, 2), 2), [Image(picture(1))], runtime)
+    built = [one for one in list_artefacts(Cache(tmp_path)) if one.manifest.kind == "engine"]
+    assert len(built) == 2
+    for one in built:
+        assert one.parity and verify_artefact(one, cache=Cache(tmp_path)) is None
 
 
 class _Known:
@@ -111,6 +130,8 @@ def test_bad_cases(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             CurveCase(SMALL, **values)
+    with pytest.raises(InputError, match="leave the learned prompts out"):
+        CurveCase(dataclasses.replace(SMALL, learned=Learned("prompts/mine")))
     with pytest.raises(InputError, match="no images"):
         run_curve(CurveCase(SMALL), [])
     with pytest.raises(InputError, match="timestep is 1000; allowed: 0 to 999"):

@@ -18,7 +18,7 @@ from difftap.bench.matching import Timing
 from difftap.bench.workers import Worker
 from difftap.cli import cli
 from difftap.errors import BackendError, DifftapError, InputError, OutputError
-from difftap.recipe import load_recipe
+from difftap.recipe import Learned, load_recipe
 
 RECIPE = load_recipe("pocket")
 EXACT, HALF, ORT = (
@@ -49,6 +49,8 @@ def test_what_cannot_run_says_why():
         present("onnx", "cpu")
     with pytest.raises(InputError, match="no backend can run"):
         GpuCheckCase(RECIPE, ())
+    with pytest.raises(InputError, match="leave the learned prompts out"):
+        GpuCheckCase(dataclasses.replace(RECIPE, learned=Learned("prompts/mine")), (ORT,))
 
 
 class Pretend:
@@ -81,7 +83,7 @@ class Pretend:
 
 @pytest.fixture
 def pretend(monkeypatch):
-    monkeypatch.setattr(gpucheck, "Worker", Pretend)
+    monkeypatch.setattr("difftap.bench.workers.Worker", Pretend)
     monkeypatch.setattr(Pretend, "opened", [])
     monkeypatch.setattr(Pretend, "failing", {})
     return Pretend

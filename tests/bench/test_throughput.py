@@ -16,11 +16,12 @@ from difftap.bench.ours import Ours
 from difftap.bench.pictures import find_pictures, write_pictures
 from difftap.bench.throughput import OWN_STAGES, Throughput, ThroughputCase, run
 from difftap.bench.throughput_report import SCHEMA, format_throughput, save_throughput, to_json
-from difftap.bench.workers import Worker
+from difftap.bench.workers import Worker, call_timing, stage_medians
 from difftap.cli import cli
 from difftap.engine import extractor
 from difftap.errors import BackendError, ImageError, InputError
 from difftap.images import load_image
+from difftap.recipe import Learned
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -199,6 +200,7 @@ def test_a_backend_that_is_not_here_is_told_or_refused(monkeypatch):
         ({"seconds": -1.0}, "seconds is -1"),
         ({"contenders": ()}, "no backend and no rival"),
         ({"recipe": dataclasses.replace(SMALL, noise="none", ensemble=1)}, "--rivals none"),
+        ({"recipe": dataclasses.replace(SMALL, learned=Learned("prompts/mine"))}, "has learned prompts"),
         (
             {"recipe": dataclasses.replace(SMALL, branches=SMALL.branches * 2, combine="score-product")},
             "score-product",
@@ -217,10 +219,10 @@ def test_memory_decides_whether_processes_stay(monkeypatch):
     assert not bench._fits(case, {"weights": 4 << 30})
 
 
-def test_the_median_own_share_is_of_whole_calls():
-    log = bench._Log(Contender("ort"))
-    log.calls = [{"images": 2, "total": t, "vae": 1.0, "unet": 1.0, "rest": t - 2} for t in (4.0, 2.5, 8.0)]
-    assert bench._seconds(log).median == 2.0  # of an image
+def test_medians_are_of_an_image():
+    calls = [{"images": 2, "total": t, "vae": 1.0, "unet": 1.0, "rest": t - 2} for t in (4.0, 2.5, 8.0)]
+    assert call_timing(calls).median == 2.0  # of an image
+    assert stage_medians(calls) == {"vae": 0.5, "unet": 0.5, "rest": 1.0}
 
 
 def test_generated_pictures_are_seeded_pictures(tmp_path):

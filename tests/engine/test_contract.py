@@ -198,3 +198,14 @@ def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch):
             patch.setitem(sys.modules, module, None)
             with pytest.raises(BackendError, match=words):
                 choose_device(get_backend(name), "auto")
+
+
+def test_onnxruntime_has_a_gpu_only_where_there_is_a_driver(monkeypatch):
+    """onnxruntime-gpu names its provider on every machine, and without a driver falls back to the CPU by itself."""
+    import onnxruntime
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    for driver, devices in ((True, ("cuda", "cpu")), (False, ("cpu",))):
+        monkeypatch.setattr("difftap.engine.backends.ort.cuda_driver", lambda driver=driver: driver)
+        assert get_backend("ort").devices() == devices

@@ -11,6 +11,7 @@ import numpy as np
 
 from difftap.engine.backend import Array, Backend, DeviceArray, Engine, Graph, Profile, Value
 from difftap.errors import BackendError, first_line
+from difftap.machine import cuda_driver
 
 _LOG = logging.getLogger("difftap")
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -91,8 +92,9 @@ class OrtBackend(Backend):
     def devices(self) -> tuple[str, ...]:
         import onnxruntime
 
-        present = onnxruntime.get_available_providers()
-        return tuple(device for device, provider in _PROVIDERS.items() if provider in present)
+        present = onnxruntime.get_available_providers()  # what was compiled in, whatever the machine has
+        found = (device for device, provider in _PROVIDERS.items() if provider in present)
+        return tuple(device for device in found if device != "cuda" or cuda_driver())
 
     def version(self) -> str:
         import onnxruntime

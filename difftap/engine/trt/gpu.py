@@ -6,10 +6,10 @@ GPU has it, and its tensors go from one engine to the next without a copy. A GPU
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from functools import cache
+
+from difftap.machine import cuda_driver
 
 __all__ = ["Gpu", "find_gpu"]
 
@@ -40,8 +40,9 @@ def capability_text(capability: tuple[int, int]) -> str:
 @cache
 def find_gpu() -> Gpu | None:
     """The first GPU; None if there is none, or torch is missing or was built without CUDA."""
+    if not cuda_driver():  # then importing torch, which takes seconds, is vain
+        return None
     try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")  # without it, importing torch is vain
         import torch
     except (OSError, ImportError):
         return None

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -119,6 +121,15 @@ def test_what_is_broken_is_said_and_the_exit_code_is_1(tmp_path):
     assert part["problem_counts"] == {"missing-image": 1, "unreadable-image": 1}
     assert {problem["pair"] for problem in part["problems"]} == {"2", "3"}
     assert part["problems"][0]["path"].endswith("c.jpg")
+
+
+def test_the_installed_command_ends_with_1_too(tmp_path):
+    """The command's own entry point is in charge of exit codes, where click's test runner otherwise is."""
+    root = write_spair(tmp_path, {"1": {"trg_imname": "none.jpg"}})
+    command = [sys.executable, "-m", "difftap.cli", "data", "check", "spair", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.endswith(": broken\n")
 
 
 def test_a_list_with_nothing_usable_is_reported_in_full(tmp_path):
