@@ -113,6 +113,7 @@ def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
         return {
             "recipe": {name: value for name, value in one.features.items() if name != "model"},
             "model": one.model_key,
+            "prompts": one.conditions.get("prompts"),
             "encoding": one.encoding.to_dict(),
             **{f"backend {name}": backend.get(name) for name in CONDITIONS},
         }

@@ -10,7 +10,7 @@ import zarr
 
 from difftap.errors import ArtefactError, InputError, OutputError, RecipeError
 from difftap.recipe import Branch
-from difftap.store import Encoding, FeatureStore
+from difftap.store import Encoding, FeatureStore, open_writer
 from difftap.store.encoding import Moments
 from difftap.store.shard import shapes_of
 from tests.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
@@ -124,6 +124,22 @@ def test_a_recipe_that_does_not_fit_is_refused_by_its_first_field(path, name):
         store.check(dataclasses.replace(RECIPE, **CHANGES[name]), "ab" * 8)
     with pytest.raises(RecipeError, match=r"key abab.*key cdcd"):
         store.check(RECIPE, "cd" * 8)
+
+
+def test_learned_prompts_are_known_by_their_content(path):
+    """A prompt that was learned again, under the same path, gives other features."""
+    first, second = ({"kind": "single", "mode": "all", "sha256": one * 64} for one in "12")
+    what = RECIPE.feature_fields(), Encoding()
+    with open_writer(path, {**CONDITIONS, "prompts": first}, *what, shard=4):
+        pass
+    store = FeatureStore.open(path)
+    store.check(RECIPE, "ab" * 8, first)
+    for other in (second, None):
+        with pytest.raises(RecipeError, match="learned prompts 111111111111, and"):
+            store.check(RECIPE, "ab" * 8, other)
+        conditions = CONDITIONS | ({} if other is None else {"prompts": other})
+        with pytest.raises(OutputError, match="was begun with prompts"), open_writer(path, conditions, *what, shard=4):
+            pass
 
 
 @pytest.mark.parametrize("encoding", [Encoding("float32"), Encoding("int8"), Encoding(pca=2)])

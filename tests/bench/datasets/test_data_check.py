@@ -121,6 +121,23 @@ def test_what_is_broken_is_said_and_the_exit_code_is_1(tmp_path):
     assert part["problems"][0]["path"].endswith("c.jpg")
 
 
+def test_the_installed_command_leaves_with_the_same_code(tmp_path, monkeypatch, capsys):
+    """The command line does not run standalone, where click drops some ways to leave."""
+    from difftap.cli import main
+
+    for name, pair, code in (("whole", {}, 0), ("broken", {"trg_imname": "c.jpg"}, 1)):
+        (tmp_path / name).mkdir()
+        root = write_spair(tmp_path / name, {"1": {}, "2": pair})
+        monkeypatch.setattr("sys.argv", ["difftap", "data", "check", "spair", str(root)])
+        try:
+            main()
+        except SystemExit as leaving:
+            assert (leaving.code or 0) == code
+        else:
+            assert code == 0
+    capsys.readouterr()
+
+
 def test_a_list_with_nothing_usable_is_reported_in_full(tmp_path):
     root = write_spair(tmp_path, {f"{k:02}": {"trg_imname": "none.jpg"} for k in range(12)})
     result = run("spair", root)
