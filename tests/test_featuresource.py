@@ -1,6 +1,7 @@
 """A store in a pipeline's place: what is in is read, what is not is extracted or refused."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
     learned = dataclasses.replace(recipe, learned=Learned(str(folder), "single"))
 
     def learn(value):
-        model = Model.load(recipe.model)
+        model = Model.load(Path(recipe.model))
         key = mini_cache.model_key(model)
         shape = embed_prompts(recipe, model, mini_cache)[0].shape
         said = dict.fromkeys(("data", "settings", "scores", "steps"))
