@@ -150,7 +150,7 @@ def check_features(
     if differing(had, prompts):
         raise RecipeError(
             f"the features in '{place}' were made with {_said(had)}, and {_said(prompts)} are asked for: the prompt "
-            "file was changed; extract again, or give the prompts of then"
+            "file was changed; extract again, or give the one it was made with"
         )
 
 
