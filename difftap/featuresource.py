@@ -72,6 +72,7 @@ class FeatureSource(Pipeline):
         batch: images per engine run.
         store: the store.
         extracted: how many images were not in.
+        served: how many were.
 
     >>> source = FeatureSource.open(recipe, "photos.zarr")                  # doctest: +SKIP
     >>> [features] = source.features([difftap.load_image("a.jpg")])         # doctest: +SKIP
@@ -96,6 +97,7 @@ class FeatureSource(Pipeline):
         self.conditions = conditions
         self.batch = 1 if conditions["backend"]["device"] == "cpu" else runtime.batch
         self.extracted = 0
+        self.served = 0
         self._runtime = runtime
         self._opening = opening
         self._complete = complete
@@ -122,7 +124,8 @@ class FeatureSource(Pipeline):
 
         Raises:
             InputError: no such store.
-            RecipeError: the store holds other features; names the first field that differs.
+            RecipeError: the store holds other features, or those of a prompt file that was changed since; names the
+                first field that differs.
         """
         from difftap.auto import resolve
         from difftap.export.checkpoints import open_model
@@ -132,14 +135,13 @@ class FeatureSource(Pipeline):
         cache = Cache(runtime.cache or default_cache_folder())
         model = open_model(recipe.model, cache, **opening, size=recipe.size)
         check_fits(recipe, model)
-        store.check(recipe, cache.model_key(model))
         book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
         book.check_one_map_an_image()
-        runtime = resolve(recipe, runtime, **opening)
+        store.check(recipe, cache.model_key(model), book.conditions.get("prompts"))
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
         threads = runtime.threads or available_cores()
-        conditions = describe(recipe, model, cache, backend, device, threads, runtime.precision)
+        conditions = describe(recipe, model, cache, backend, device, threads, runtime.precision) | book.conditions
         made = store.provenance
         conditions["store"] = {
             "encoding": made.encoding.to_dict(),
@@ -189,6 +191,7 @@ class FeatureSource(Pipeline):
                 yield next(fresh)
                 continue
             read = self.store.read(key)
+            self.served += 1
             if prompts is not None:  # branches that are not asked for are left out, as a pipeline does
                 kept = [taps for taps, one in zip(read.branches, prompts, strict=True) if one is not None]
                 read = Features(read.digest, tuple(kept))

@@ -1,16 +1,20 @@
 """A store in a pipeline's place: what is in is read, what is not is extracted or refused."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from difftap import auto
-from difftap.errors import InputError, RecipeError
+from difftap.errors import InputError, OutputError, RecipeError
 from difftap.extraction import Settings, extract_to_store
 from difftap.featuresource import FeatureSource
 from difftap.images import Image
-from difftap.pipeline import Pipeline, Runtime
-from difftap.recipe import Branch, Recipe
+from difftap.model import Model
+from difftap.pipeline import Pipeline, Runtime, embed_prompts
+from difftap.prompts.learned import fits_of, save_learned
+from difftap.recipe import Branch, Learned, Recipe
 from difftap.sources import Item, Source
 from difftap.store import Encoding
 from tests.conftest import MINI_TAPS, picture
@@ -67,6 +71,56 @@ def test_a_data_set_that_is_in_needs_no_engine(recipe, mini_cache, store):
     with pytest.raises(InputError, match="is not in"):
         list(source.features(IMAGES))
     assert source._pipeline is None
+
+
+def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, mini_cache, tmp_path):
+    """Under the same path lies another prompt: the store's features are not its."""
+    folder, runtime = tmp_path / "prompt", Runtime(cache=mini_cache.folder, threads=1)
+    learned = dataclasses.replace(recipe, learned=Learned(str(folder), "single"))
+
+    def learn(value):
+        model = Model.load(Path(recipe.model))
+        key = mini_cache.model_key(model)
+        shape = embed_prompts(recipe, model, mini_cache)[0].shape
+        said = dict.fromkeys(("data", "settings", "scores", "steps"))
+        about = {
+            "kind": "single",
+            "classes": [],
+            "fits": fits_of(recipe),
+            "model": {"name": "mini", "key": key},
+            **said,
+        }
+        folder.mkdir(exist_ok=True)
+        branch = {"embedding": np.full((1, *shape), value, np.float32)}
+        return save_learned(folder, about, [branch] * len(recipe.branches)).sha256
+
+    first = learn(0.1)
+    source = Source("given", [Item("0", Given(IMAGES[0]))])
+    with Pipeline.open(learned, runtime) as pipeline:
+        extract_to_store(pipeline, source, tmp_path / "l.zarr", Settings(Encoding("float32")))
+    with FeatureSource.open(learned, tmp_path / "l.zarr", runtime) as stored:
+        assert stored.conditions["prompts"]["sha256"] == first
+        list(stored.features(IMAGES[:1]))
+        assert (stored.served, stored.extracted) == (1, 0)
+    assert learn(0.2) != first
+    with pytest.raises(RecipeError, match="the prompt file was changed; extract again"):
+        FeatureSource.open(learned, tmp_path / "l.zarr", runtime)
+    with Pipeline.open(learned, runtime) as pipeline, pytest.raises(OutputError, match="was begun with prompts"):
+        extract_to_store(pipeline, source, tmp_path / "l.zarr", Settings(Encoding("float32")))
+
+
+def test_the_fastest_backend_may_be_asked_for(recipe, mini_cache, store, monkeypatch):
+    import difftap.auto
+
+    chosen = []
+    monkeypatch.setattr(
+        difftap.auto,
+        "resolve",
+        lambda recipe, runtime, **_: chosen.append(1) or dataclasses.replace(runtime, backend="ort"),
+    )
+    source = FeatureSource.open(recipe, store, Runtime("auto", cache=mini_cache.folder), complete=True)
+    assert chosen
+    assert source.conditions["backend"]["name"] == "ort"
 
 
 def test_a_recipe_that_does_not_fit_is_refused(recipe, mini_cache, store):

@@ -12,7 +12,8 @@ from difftap.bench.runner import Opener, finished, plan
 from difftap.bench.samples import Sample
 from difftap.bench.session import Pairs
 from difftap.bench.units import passes, units
-from difftap.errors import DifftapError
+from difftap.errors import DifftapError, ImageError
+from difftap.images import Image
 from difftap.journal import read_journal
 from difftap.maps import load_view
 from difftap.matching.joining import find
@@ -24,7 +25,8 @@ __all__ = ["Costs", "Estimate", "Estimator", "format_estimates"]
 class Costs:
     """Seconds: of a pass through a branch, of making an image ready, of matching a pair, of opening the model.
 
-    ``export`` is what the model's first opening took beyond that; it is over when the estimate stands.
+    ``export`` is what the model's first opening took beyond that; it is over when the estimate stands. ``kept`` are
+    bytes that a pass adds to the feature files.
     """
 
     per_pass: float = 0.0
@@ -32,6 +34,7 @@ class Costs:
     per_pair: float = 0.0
     opening: float = 0.0
     export: float = 0.0
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ class Estimator:
         opener: opens a recipe.
         batch: images extracted together.
         confidence: whether the rows will ask for margin and cycle error.
+        afresh: whatever is there will be done again.
     """
 
-    def __init__(self, opener: Opener, batch: int = 1, confidence: bool = True) -> None:
+    def __init__(self, opener: Opener, batch: int = 1, confidence: bool = True, afresh: bool = False) -> None:
         self._opener = opener
         self._batch = batch
         self._confidence = confidence
+        self._afresh = afresh
         self._costs: dict[str, Costs] = {}
         self._passes: set[tuple[str, object]] = set()
 
@@ -85,16 +90,17 @@ class Estimator:
         """Time a row on its first pair, unless that was done, and count what is left to do in its folder."""
         name = str(pairs.about["name"])
         file = folder / "predictions.jsonl"
-        done = finished(read_journal(file)[1]) if file.is_file() and file.stat().st_size else set()
-        rest = [pairs.samples[k] for k in plan(pairs.samples, row.recipe).order if k not in done]
-        if not rest:
-            return Estimate(row.name, name)
+        there = file.is_file() and file.stat().st_size > 0 and not self._afresh
+        done = finished(read_journal(file)[1]) if there else set()
         key = f"{row.recipe.key()}:{row.reading}"
-        if key not in self._costs:
-            try:
-                self._costs[key] = self._time(row, rest[0], pairs)
-            except DifftapError as error:
-                return Estimate(row.name, name, refusal=" ".join(str(error).split()))
+        try:
+            rest = [pairs.samples[k] for k in plan(pairs.samples, row.recipe).order if k not in done]
+            if not rest:
+                return Estimate(row.name, name)
+            if key not in self._costs:
+                self._costs[key] = self._time(row, *_first_readable(rest, row, pairs))
+        except DifftapError as error:
+            return Estimate(row.name, name, refusal=" ".join(str(error).split()))
         wanted = dict.fromkeys(unit for sample in rest for unit in units(sample, row.recipe))
         fields = row.recipe.feature_fields()
         branches = fields.pop("branches")
@@ -102,7 +108,7 @@ class Estimator:
         self._passes |= new
         return Estimate(row.name, name, len(new), len(wanted), len(rest), self._costs[key])
 
-    def _time(self, row: Row, sample: Sample, pairs: Pairs) -> Costs:
+    def _time(self, row: Row, sample: Sample, images: Sequence[Image]) -> Costs:
         """Opening (warm), one batch after a warm-up, one pair's making ready, one match after a warm-up."""
         clock = time.perf_counter
         began = clock()
@@ -113,11 +119,10 @@ class Estimator:
         opening = clock() - began
         try:
             both = units(sample, row.recipe)
-            images = [load_view(unit.view, pairs.makers) for unit in both]
             for unit, image in zip(both, images, strict=True):
                 if any(prompt.pair for prompt in unit.prompts):
                     pipeline.prompts.know(unit.view, image)
-            several = (images * self._batch)[: self._batch]
+            several = (list(images) * self._batch)[: self._batch]
             list(pipeline.features(several, both[0].prompts))
             began = clock()
             list(pipeline.features(several, both[0].prompts))
@@ -141,9 +146,20 @@ class Estimator:
                 per_pair=again,
                 opening=opening,
                 export=max(0.0, cold - opening),
+                kept=sum(one.data.nbytes for one in maps[0]) / len(row.recipe.branches) if row.keepable else 0.0,
             )
         finally:
             pipeline.close()
+
+
+def _first_readable(samples: Sequence[Sample], row: Row, pairs: Pairs) -> tuple[Sample, list[Image]]:
+    """The first pair whose images can be read: a damaged one fails its pairs, not the whole row."""
+    for sample in samples[:-1]:
+        try:
+            return sample, [load_view(unit.view, pairs.makers) for unit in units(sample, row.recipe)]
+        except ImageError:
+            continue
+    return samples[-1], [load_view(unit.view, pairs.makers) for unit in units(samples[-1], row.recipe)]
 
 
 def _span(seconds: float) -> str:
@@ -170,6 +186,9 @@ def format_estimates(estimates: Sequence[Estimate]) -> list[str]:
     total = sum(one.seconds for one in estimates)
     export = sum({one.row: one.costs.export for one in estimates}.values())
     lines.append(f"in all about {_span(total)}, from one pair of each row; what is there already is not counted")
+    kept = sum(one.passes * one.costs.kept for one in estimates)
+    if kept >= 1e8:
+        lines.append(f"feature files: at most {kept / 1e9:.1f} GB more, so that rows share what they have in common")
     if export >= 1:
         lines.append(f"(exporting and encoding for the first time took {_span(export)}, which is over)")
     return lines

@@ -24,7 +24,7 @@ from difftap.features import FeatureMap
 from difftap.images import Image
 from difftap.manifest import atomic_path, output_errors, write_atomic
 from difftap.pipeline import Pipeline
-from difftap.prompts import Prompt
+from difftap.prompts import Prompt, made_of_images
 
 __all__ = ["FeatureFiles", "provenance"]
 
@@ -37,8 +37,6 @@ def provenance(pipeline: Pipeline, branch: int, prompt: Prompt) -> dict[str, Any
     recipe, at = pipeline.recipe, pipeline.conditions
     fields = recipe.feature_fields()
     learned = fields.pop("learned", None) and at["prompts"]
-    if prompt.pair is not None:
-        raise InputError("maps under prompts made of images are not kept in files; leave --features out")
     text = prompt.text if prompt.row is None else {**learned, "branch": branch, "row": prompt.row}
     own = {**fields.pop("branches")[branch], "prompt": text}
     return {
@@ -57,9 +55,17 @@ class FeatureFiles:
     Args:
         folder: where maps of all provenances are kept; made if it is not there.
         pipeline: what makes them.
+
+    Raises:
+        InputError: its prompts are made of images; such maps are of no use to another pair.
     """
 
     def __init__(self, folder: Path, pipeline: Pipeline) -> None:
+        if made_of_images(pipeline.recipe):
+            raise InputError(
+                "maps under prompts made of images serve no other pair and are not kept in files; leave --features "
+                "out, or take --prompt-mode class"
+            )
         self._root = folder
         self._pipeline = pipeline
         self._folders: dict[tuple[int, Prompt], Path] = {}

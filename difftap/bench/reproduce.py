@@ -32,15 +32,16 @@ def reproduce(
     memory: int = 2 << 30,
     batch: int = 1,
     features: Path | None = None,
+    overwrite: bool = False,
     refused: Collection[tuple[str, str]] = (),
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Run every row on every data set and write each data set's table, ours below the published rows.
+    """Run every row on every data set; after each, write the data set's table, ours below the published rows.
 
     A row that cannot run here (its graphs are missing, say) is left out, and said; so are pairs of row and data set
     that are ``refused`` beforehand, by name. Features are kept under ``folder`` unless another place is given, so that
-    a branch that several rows share is extracted once.
+    a branch that several rows share is extracted once; not those of rows whose prompts are made for each pair.
 
     Returns:
         results by data set and row.
@@ -57,16 +58,16 @@ def reproduce(
             if (row.name, name) in refused:
                 continue
             say(f"{name}: {row.name}")
-            options: dict[str, Any] = {"memory": memory, "batch": batch, "features": kept, "progress": progress}
+            options: dict[str, Any] = {"memory": memory, "batch": batch, "overwrite": overwrite, "progress": progress}
             try:
+                options["features"] = kept if row.keepable else None
                 run = match_pairs(pairs, row.recipe, place, opener, joining=row.joining, **options)
             except DifftapError as error:
                 say(f"{name}: {row.name} left out: {' '.join(str(error).split())}")
                 continue
             say(f"{name}: {row.name}: {run.written} pairs in {run.seconds:.0f} s, {run.skipped} already there")
             made[name][row.name] = write_results(place, get_protocols(), settings)
-        if made[name]:
-            _write_tables(folder / name, made[name])
+            _write_tables(folder / name, made[name])  # a run that is stopped leaves the rows that are done
     return made
 
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from difftap.errors import InputError
 from difftap.matching import Joining
-from difftap.recipe import Branch, Recipe, load_recipe
+from difftap.prompts import made_of_images
+from difftap.prompts.learned import find_learned
+from difftap.recipe import KINDS, Branch, Learned, Recipe, load_recipe
 
-__all__ = ["POSTER", "PROMPT", "Row", "poster_rows", "stand_in_rows"]
+__all__ = ["LEARNED", "POSTER", "PROMPT", "Row", "learned_rows", "poster_rows", "stand_in_rows", "with_prompts"]
 
 PROMPT = "a photo of a {category}"
 """DIFT's, filled in per class."""
 
 POSTER = ("dift", "dift-bicubic", "dual")
-"""Presets of the poster's rows, in its order."""
+"""Presets of the poster's rows that need no learned prompts, in its order."""
+
+LEARNED = tuple(f"{method}-{kind}" for method in ("sd4match", "dual") for kind in KINDS)
+"""Presets of the rows that do; their prompts lie in folders of these names (docs/tuning.md)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,11 @@ class Row:
         """How this row joins and matches."""
         return Joining.of(self.recipe, reading=self.reading)
 
+    @property
+    def keepable(self) -> bool:
+        """Whether its maps can be kept for other pairs and rows."""
+        return not made_of_images(self.recipe)
+
 
 def poster_rows(model: str) -> list[Row]:
     """The poster's rows that need no learned prompts, on a Stable Diffusion 2.1 checkpoint."""
@@ -53,3 +66,44 @@ def stand_in_rows(size: int | None = None) -> list[Row]:
     layers = tuple(Branch((tap,), branch.timestep, PROMPT) for tap in ("up1", "up2"))
     dual = dataclasses.replace(recipe, branches=layers, combine="score-sum")
     return [Row("pocket", recipe), Row("pocket-bicubic", bicubic), Row("pocket-dual", dual)]
+
+
+def learned_rows(model: str | None = None, size: int | None = None) -> list[Row]:
+    """The rows with learned prompts, each from the folder of its name.
+
+    SD4Match's read by corners, as its authors do. On the embedded model they are called ``pocket-single`` and so on.
+
+    Args:
+        model: a Stable Diffusion 2.1 checkpoint; None for the embedded model.
+        size: of the embedded model's input, in pixels.
+    """
+    if model is not None:
+        readings = {"kernel-softargmax": "corners"}
+        recipes = {name: dataclasses.replace(load_recipe(name), model=model) for name in LEARNED}
+        return [Row(name, one, readings.get(one.matcher.name, "centres")) for name, one in recipes.items()]
+    rows = []
+    for base in ("pocket", "pocket-dual"):
+        recipe = load_recipe(base)
+        if size is not None:
+            recipe = dataclasses.replace(recipe, size=(size, size))
+        for kind in KINDS:
+            name = f"{base}-{kind}"
+            rows.append(Row(name, dataclasses.replace(recipe, learned=Learned(f"prompts/{name}", kind))))
+    return rows
+
+
+def with_prompts(rows: Sequence[Row], root: Path) -> tuple[list[Row], list[str]]:
+    """Rows whose prompts lie under a folder, reading them there; and the names of those whose prompts do not."""
+    found, absent = [], []
+    for row in rows:
+        learned = row.recipe.learned
+        place = root / row.name
+        try:
+            find_learned(place)
+        except InputError:
+            absent.append(row.name)
+            continue
+        if learned is not None:
+            learned = dataclasses.replace(learned, path=str(place))
+        found.append(dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, learned=learned)))
+    return found, absent

@@ -146,7 +146,7 @@ def predict(
         progress: called with the number of pairs just finished.
 
     Raises:
-        InputError: there is no pair.
+        InputError: there is no pair, or features are to be kept that serve no other pair.
         OutputError: the output cannot be written, belongs to another run, or is being written by one.
     """
     if not samples:
@@ -155,6 +155,9 @@ def predict(
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="difftap-")))
         pipeline = stack.enter_context(contextlib.closing(open_pipeline(recipe)))
+        # These may refuse, so they come before anything is written.
+        files = FeatureFiles(features, pipeline) if features else None
+        planned = plan(samples, recipe).order
         header = {
             "type": "run",
             "schema": SCHEMA,
@@ -168,9 +171,8 @@ def predict(
         }
         journal = stack.enter_context(open_journal(output, header, overwrite=overwrite))
         done = finished(journal.earlier)
-        rest = [index for index in plan(samples, recipe).order if index not in done]
+        rest = [index for index in planned if index not in done]
         order = [unit for index in rest for unit in units(samples[index], recipe)]
-        files = FeatureFiles(features, pipeline) if features else None
         maker = Maker(pipeline, joining, order, scratch, files, makers)
         shelf = MapShelf(maker, joining.ready, order, memory, scratch, batch)
         progress(len(done))

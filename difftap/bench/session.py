@@ -130,11 +130,11 @@ def check_run(chosen: Selection, folder: Path, recipe: Recipe | None, matching: 
     file = folder / "predictions.jsonl"
     at = load_predictions(file).conditions
     data = at["dataset"]
-    subset_asked = {"limit": chosen.limit, "per_class": chosen.per_class}
+    subset_asked = {"limit": chosen.limit, "per_class": chosen.per_class, "part": chosen.part}
     asked: list[tuple[str, Any, Any]] = [
         ("data set", chosen.name, data["name"]),
         *((f"--{name}", value, data.get(name)) for name, value in chosen.options.items()),
-        *((f"--{name.replace('_', '-')}", value, data["subset"][name]) for name, value in subset_asked.items()),
+        *((f"--{name.replace('_', '-')}", value, data["subset"].get(name)) for name, value in subset_asked.items()),
         *((f"--{name}", value, at["matching"][name]) for name, value in matching.items() if value is not None),
     ]
     if recipe is not None:

@@ -55,7 +55,7 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
             _show(part, None if show_all else 10)
         click.echo(f"{name} in {root}: {'all is well' if report.ok else 'broken'}")
     if not report.ok:
-        sys.exit(1)
+        sys.exit(1)  # click would swallow an Exit: the command line does not run standalone
 
 
 def _show(part: Part | ObjectPart, most: int | None) -> None:

@@ -14,6 +14,7 @@ from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from difftap.bench.session import Selection
+    from difftap.featuresource import FeatureSource
     from difftap.pipeline import Pipeline
     from difftap.recipe import Recipe
 
@@ -164,8 +165,10 @@ def _checked(alphas: tuple[float, ...]) -> tuple[float, ...]:
 def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str, Any]) -> None:
     """Fill the file of predictions."""
     from difftap.bench.session import clear_pictures, load_pairs, match_pairs
+    from difftap.errors import InputError
     from difftap.matching import Joining
     from difftap.pipeline import Pipeline as Opened
+    from difftap.prompts import wants_category
 
     runtime = take_runtime(options)
     opening = {name: options.pop(name) for name in ("revision", "random_weights")}
@@ -176,15 +179,21 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     joining = Joining.of(recipe, combining, reading)
     if overwrite:
         clear_pictures(folder)
-    pairs = load_pairs(chosen, folder / "targets")
-
     stored = features is not None and (features / "zarr.json").is_file()  # a store that 'difftap extract' wrote
+    if stored and wants_category(recipe.branches):
+        raise InputError(
+            f"the recipe prompts by category, and the store '{features}' holds one map an image, which is of none: it "
+            "would never be used; extract with --prompt '' and give the same here, or name a folder to keep features in"
+        )
+    pairs = load_pairs(chosen, folder / "targets")
+    sources: list[FeatureSource] = []
 
     def opener(filled: Recipe) -> Pipeline:
         if stored:
             from difftap.featuresource import FeatureSource
 
-            return FeatureSource.open(filled, features, runtime, **opening)
+            sources.append(FeatureSource.open(filled, features, runtime, **opening))
+            return sources[-1]
         return Opened.open(filled, runtime, **opening)
 
     passes = pairs.passes(recipe)
@@ -207,6 +216,11 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""
     click.echo(f"{run.written} pairs in {run.seconds:.1f} s{earlier}, {run.failed} failed", err=True)
+    for source in sources:
+        click.echo(
+            f"features of {source.served} images from '{features}', of {source.extracted} extracted, not being in it",
+            err=True,
+        )
 
 
 @click.command()

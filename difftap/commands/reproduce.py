@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from difftap.commands.options import runtime_options, take_runtime
+from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,11 +29,19 @@ _DIR = click.Path(path_type=Path)
 @click.option("--synthetic", type=_DIR, metavar="ROOT", help="Any folder of images, warped.")
 @click.option("--model", metavar="M", help="Stable Diffusion 2.1.  [default: the embedded model stands in]")
 @click.option("--size", type=click.IntRange(8), metavar="N", help="Input of the stand-in, in pixels.")
+@click.option(
+    "--prompts-root",
+    type=_DIR,
+    metavar="DIR",
+    help="Learned prompts, a folder a row: DIR/sd4match-single, or DIR/pocket-single of the stand-in.  [default: "
+    "prompts, where it is there]",
+)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N pairs of each data set only.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
 @click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing, and say so.")
 @click.option("--features", type=_DIR, metavar="DIR", help="Where features are kept.  [default: DIR/features]")
 @click.option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
+@click.option("--overwrite", is_flag=True, help="Start every row afresh instead of resuming; features stay.")
 @click.option("--estimate-only", is_flag=True, help="Say what it will take, and stop.")
 @runtime_options
 def reproduce(
@@ -43,24 +52,27 @@ def reproduce(
     synthetic: Path | None,
     model: str | None,
     size: int | None,
+    prompts_root: Path | None,
     limit: int | None,
     per_class: int | None,
     allow_missing: bool,
     features: Path | None,
     memory: int,
+    overwrite: bool,
     estimate_only: bool,
     **options: Any,
 ) -> None:
     """Fill the poster's table with this machine's own figures; stop and go on at will.
 
-    Says what it will take before it starts. Rows with learned prompts are not among them yet.
+    Says what it will take before it starts. The poster's rows with learned prompts run where 'difftap tune' has left
+    prompts for them (docs/tuning.md), and are named where it has not.
 
     \b
-    difftap bench reproduce -o out/poster --spair SPair-71k --model sd21/ --batch 8
+    difftap bench reproduce -o out/poster --spair SPair-71k --model sd21/ --prompts-root prompts --batch 8
     """
     from difftap.bench.estimate import Estimator, format_estimates
     from difftap.bench.reproduce import reproduce as run
-    from difftap.bench.rows import poster_rows, stand_in_rows
+    from difftap.bench.rows import learned_rows, poster_rows, stand_in_rows, with_prompts
     from difftap.bench.session import Selection, load_pairs, make_folder
     from difftap.pipeline import Pipeline as Opened
 
@@ -69,7 +81,15 @@ def reproduce(
         raise InputError("no data set was given; allowed: --spair, --pf-pascal, --pf-willow, --synthetic")
     if model is not None and size is not None:
         raise InputError("--size is the stand-in's; the poster's rows have their own")
-    rows = stand_in_rows(size) if model is None else poster_rows(model)
+    learned, absent = with_prompts(learned_rows(model, size), prompts_root or Path("prompts"))
+    if prompts_root is not None and not learned:
+        raise InputError(
+            f"'{prompts_root}' holds no learned prompts for a row; allowed: a folder with {', '.join(absent)}, or some "
+            "of them, as 'difftap tune' writes them"
+        )
+    rows = [*(stand_in_rows(size) if model is None else poster_rows(model)), *learned]
+    if features is not None and (features / "zarr.json").is_file():
+        raise InputError(f"'{features}' is a store of 'difftap extract', of one recipe; rows keep features in a folder")
     runtime = take_runtime(options)
     folder = make_folder(output)
     sets = [
@@ -81,8 +101,14 @@ def reproduce(
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime)
 
+    if absent:
+        click.echo(
+            f"left out, having no learned prompts in '{prompts_root or 'prompts'}': {', '.join(absent)}; 'difftap "
+            "tune' makes them (docs/tuning.md)",
+            err=True,
+        )
     click.echo("timing a pair of each row ...", err=True)
-    estimate = Estimator(opener, runtime.batch)
+    estimate = Estimator(opener, runtime.batch, afresh=overwrite)
     estimates = [estimate(row, pairs, folder / str(pairs.about["name"]) / row.name) for pairs in sets for row in rows]
     for line in format_estimates(estimates):
         click.echo(line, err=not estimate_only)
@@ -91,18 +117,23 @@ def reproduce(
     refused = {(one.row, one.dataset) for one in estimates if one.refusal}
     if len(refused) == len(estimates):
         raise InputError(f"no row can run here: {estimates[0].refusal}")
-    results = run(
-        rows,
-        sets,
-        folder,
-        opener,
-        memory=memory << 20,
-        batch=runtime.batch,
-        features=features,
-        refused=refused,
-        say=lambda text: click.echo(text, err=True),
-    )
-    for name in results:
+    running = [one for one in estimates if not one.refusal]
+    sizes = {str(pairs.about["name"]): len(pairs.samples) for pairs in sets}
+    with progress_bar(sum(sizes[one.dataset] for one in running)) as advance:
+        results = run(
+            rows,
+            sets,
+            folder,
+            opener,
+            memory=memory << 20,
+            batch=runtime.batch,
+            features=features,
+            overwrite=overwrite,
+            refused=refused,
+            say=lambda text: click.echo(text, err=True),
+            progress=advance,
+        )
+    for name in (name for name, rows_ in results.items() if rows_):
         click.echo((folder / name / "table.md").read_text(encoding="utf-8"), nl=False)
     failed = sum(one["counts"]["pairs_failed"] for rows_ in results.values() for one in rows_.values())
     if failed or sum(len(rows_) for rows_ in results.values()) < len(rows) * len(sets):

@@ -9,6 +9,7 @@ from difftap.prompts.choose import (
     choose_prompts,
     embed,
     fill,
+    made_of_images,
     wants_category,
 )
 from difftap.prompts.encode import encode_prompt
@@ -23,5 +24,6 @@ __all__ = [
     "embed",
     "encode_prompt",
     "fill",
+    "made_of_images",
     "wants_category",
 ]

@@ -21,7 +21,17 @@ from difftap.prompts.encode import encode_prompt
 from difftap.prompts.learned import LearnedPrompts, remembered
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["SLOT", "Prompt", "Subject", "choose_prompt", "choose_prompts", "embed", "fill", "wants_category"]
+__all__ = [
+    "SLOT",
+    "Prompt",
+    "Subject",
+    "choose_prompt",
+    "choose_prompts",
+    "embed",
+    "fill",
+    "made_of_images",
+    "wants_category",
+]
 
 SLOT = "{category}"
 """Stands in a branch's prompt for the class of the object."""
@@ -96,6 +106,15 @@ def choose_prompts(recipe: Recipe, subject: Subject, learned: LearnedPrompts | N
         row = learned.row(subject.category)
         return tuple(Prompt(branch=k, row=row) for k in range(len(recipe.branches)))
     return tuple(choose_prompt(branch, subject) for branch in recipe.branches)
+
+
+def made_of_images(recipe: Recipe) -> bool:
+    """Whether a recipe's prompts are made of the images that are matched, so that its maps serve no other pair.
+
+    Raises:
+        InputError, ModelError: the learned prompts are missing or damaged, or have no such mode.
+    """
+    return recipe.learned is not None and remembered(recipe.learned.path).mode(recipe.learned) in ("pair", "image")
 
 
 def embed(model: Model, prompt: Prompt, cache: Cache) -> NDArray[np.float32]:

@@ -133,8 +133,14 @@ def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
     return {**features, "branches": branches}
 
 
-def check_features(place: Place, provenance: Provenance, features: Mapping[str, Any], model_key: str) -> None:
-    """Make sure that a store's features are those of a recipe and a model.
+def check_features(
+    place: Place,
+    provenance: Provenance,
+    features: Mapping[str, Any],
+    model_key: str,
+    prompts: Mapping[str, Any] | None = None,
+) -> None:
+    """Make sure that a store's features are those of a recipe, a model and, by their content, its learned prompts.
 
     Raises:
         RecipeError: the first field that differs. A model is known by its key: its name may be another.
@@ -153,6 +159,16 @@ def check_features(place: Place, provenance: Provenance, features: Mapping[str, 
             f"the features in '{place}' were made with {name} = {got!r}, and {asked!r} is asked for; extract again, or "
             "use the store's recipe ('difftap store info' shows it)"
         )
+    had = provenance.conditions.get("prompts")
+    if differing(had, prompts):
+        raise RecipeError(
+            f"the features in '{place}' were made with {_said(had)}, and {_said(prompts)} are asked for: the prompt "
+            "file was changed; extract again, or give the one it was made with"
+        )
+
+
+def _said(prompts: Mapping[str, Any] | None) -> str:
+    return f"learned prompts {str(prompts['sha256'])[:12]}" if prompts else "no learned prompts"
 
 
 @dataclass(frozen=True)

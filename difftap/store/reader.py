@@ -92,17 +92,18 @@ class FeatureStore:
         """All that the store says of itself: the provenance, the runs that filled it, whether it is complete."""
         return dict(dict(self.group.attrs)["difftap"])
 
-    def check(self, recipe: Recipe, model_key: str) -> None:
+    def check(self, recipe: Recipe, model_key: str, prompts: Mapping[str, Any] | None = None) -> None:
         """Make sure that these are the features a recipe asks for.
 
         Args:
             recipe: its matcher, and how it joins branches, have no say.
             model_key: of the model, `difftap.engine.Cache.model_key`.
+            prompts: kind, mode and hash of the recipe's learned prompts, `difftap.prompts.PromptBook.conditions`.
 
         Raises:
             RecipeError: names the first field that differs.
         """
-        check_features(self.place, self.provenance, recipe.feature_fields(), model_key)
+        check_features(self.place, self.provenance, recipe.feature_fields(), model_key, prompts)
 
     def keys(self) -> list[str]:
         """The images' keys, in the order of the rows."""

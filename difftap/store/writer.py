@@ -152,6 +152,7 @@ def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
         return {
             **_asked(one.features, one.encoding),
             "model": one.model_key,
+            "prompts": one.conditions.get("prompts"),
             **{f"backend {name}": backend.get(name) for name in CONDITIONS},
         }
 

@@ -13,6 +13,7 @@ from difftap.coords import Geometry
 from difftap.engine.extractor import Features
 from difftap.features import FeatureMap
 from difftap.prompts import Subject, choose_prompts
+from difftap.prompts.learned import fits_of, remembered, save_learned
 from difftap.recipe import Branch, Matcher, Recipe
 
 
@@ -148,6 +149,32 @@ def image_map(image, prompt, channels, grid) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((channels, grid, grid)).astype(np.float32)
 
 
+def prompt_file(folder: Path, kind: str, recipe: Recipe, value: float = 0.0, **about) -> Path:
+    """A file of learned prompts for a recipe; what it says besides may be changed."""
+    classes = [] if kind == "single" else ["cat", "dog"]
+    said = {
+        "kind": kind,
+        "classes": classes,
+        "fits": fits_of(recipe),
+        "model": {"name": recipe.model, "key": "0"},
+        **dict.fromkeys(("data", "settings", "scores", "steps")),
+    }
+    embedding = np.full((max(1, len(classes)), 3, 2), value, np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_learned(folder, {**said, **about}, [{"embedding": embedding} for _ in recipe.branches])
+    return folder
+
+
+class FakeBook:
+    """Stands for `difftap.prompts.PromptBook`: knows every image."""
+
+    def knows(self, name):
+        return True
+
+    def know(self, name, image):
+        pass
+
+
 class FakePipeline:
     """Stands for `difftap.pipeline.Pipeline`: maps come from a generator keyed by the image and the prompt."""
 
@@ -163,6 +190,11 @@ class FakePipeline:
             "model": {"name": recipe.model, "key": "0"},
             "backend": {"name": "fake", "precision": "fp32"},
         }
+        self.prompts = FakeBook()
+        if recipe.learned is not None:
+            learned = remembered(recipe.learned.path)
+            said = {"kind": learned.kind, "mode": learned.mode(recipe.learned), "sha256": learned.sha256}
+            self.conditions["prompts"] = said
         FakePipeline.opened.append(self)
 
     def features(self, images, prompts=None):
@@ -173,8 +205,11 @@ class FakePipeline:
             maps = []
             for branch, prompt, (channels, grid) in zip(self.recipe.branches, prompts, self.shapes, strict=True):
                 if prompt is not None:
-                    self.asked.append((image.digest, branch.taps[0], prompt.text))
-                    maps.append({branch.taps[0]: FeatureMap(image_map(image, prompt.text, channels, grid), geometry)})
+                    text = prompt.text
+                    if prompt.row is not None or prompt.pair is not None:
+                        text = f"{prompt.row} {prompt.pair} {self.conditions['prompts']['sha256']}"
+                    self.asked.append((image.digest, branch.taps[0], text))
+                    maps.append({branch.taps[0]: FeatureMap(image_map(image, text, channels, grid), geometry)})
             yield Features(image.digest, tuple(maps))
 
     def close(self):

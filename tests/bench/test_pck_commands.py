@@ -86,6 +86,7 @@ def test_score_only_is_of_the_run_that_is_asked_for(tmp_path, willow):
         (("spair", willow, "--limit", 4), "made with data set pf-willow, and spair is asked for"),
         (("pf-willow", willow), "made with --limit 4, and none is asked for"),
         ((*asked, "--per-class", 2), "--per-class"),
+        ((*asked, "--part", "test"), "made with --part none, and test is asked for"),
         ((*asked, "--recipe", "dift"), "made with recipe"),
         ((*asked, "--seed", 3), "made with recipe"),
         ((*asked, "--reading", "corners"), "made with --reading centres"),
@@ -108,6 +109,15 @@ def test_score_only_is_of_the_run_that_is_asked_for(tmp_path, willow):
     pending = again(*asked)
     assert pending.exit_code == 1
     assert "1 pairs are not done yet" in pending.output
+
+
+def test_a_store_that_would_never_be_used_is_refused(tmp_path, willow):
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr" / "zarr.json").write_text("{}")
+    done = invoke(
+        pck, "pf-willow", willow, "-o", tmp_path / "out", "--recipe", "dift", "--features", tmp_path / "s.zarr"
+    )
+    assert "prompts by category" in str(done.exception)
 
 
 def test_headline_and_the_mean_of_the_table(tmp_path, willow, monkeypatch):

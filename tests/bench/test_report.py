@@ -75,6 +75,15 @@ def test_terminal_says_conditions_counts_and_published(results):
     assert all(line == line.rstrip() for line in format_results(results))
 
 
+def test_learned_prompts_are_among_the_conditions(results):
+    said = {"kind": "cpm", "mode": "class", "sha256": "0123456789abcdef"}
+    learned = {**results, "conditions": {**results["conditions"], "prompts": said}}
+    assert "prompt learned cpm by class 01234567" in format_results(learned)[1]
+    single = {**results, "conditions": {**results["conditions"], "prompts": {**said, "kind": "single", "mode": "all"}}}
+    assert "prompt learned single 01234567" in format_results(single)[1]
+    assert "prompt empty" in format_results(results)[1]
+
+
 def test_terminal_tells_what_was_left_out():
     pairs = [
         prediction([[1, 1]], [[1, 1]]),

@@ -1,16 +1,19 @@
 """The poster's table: its rows, the estimate, resuming, rows that cannot run, published rows where they compare."""
 
+import dataclasses
+
 import pytest
 from click.testing import CliRunner
 
 from difftap.bench.estimate import Estimator, format_estimates
 from difftap.bench.reproduce import reproduce
-from difftap.bench.rows import PROMPT, poster_rows, stand_in_rows
+from difftap.bench.rows import LEARNED, PROMPT, learned_rows, poster_rows, stand_in_rows, with_prompts
 from difftap.bench.runner import count_passes
 from difftap.bench.session import Pairs
 from difftap.commands.reproduce import reproduce as command
 from difftap.errors import InputError, MissingExtraError
-from tests.bench.pck_cases import FakePipeline, samples
+from difftap.recipe import load_recipe
+from tests.bench.pck_cases import FakePipeline, prompt_file, samples
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +109,82 @@ def test_a_refusal_is_of_a_row_on_one_data_set(tmp_path, pairs):
     assert set(made["pf-willow"]) == {"pocket-bicubic"}
 
 
+def test_learned_rows():
+    rows = {row.name: row for row in learned_rows("folder/sd21")}
+    assert tuple(rows) == LEARNED
+    for name, row in rows.items():
+        assert row.recipe == dataclasses.replace(load_recipe(name), model="folder/sd21")
+        assert row.joining.reading == ("corners" if name.startswith("sd4match") else "centres")
+        assert row.recipe.learned.kind == name.rsplit("-", 1)[1]
+    names = [row.name for row in learned_rows(size=64)]
+    assert names == [f"{base}-{kind}" for base in ("pocket", "pocket-dual") for kind in ("single", "class", "cpm")]
+    assert {row.recipe.size for row in learned_rows(size=64)} == {(64, 64)}
+
+
+def test_rows_with_prompts_run_and_the_others_are_named(tmp_path, pairs):
+    made = {row.name: row for row in learned_rows(size=96)}
+    for name in ("pocket-single", "pocket-dual-class", "pocket-cpm"):
+        recipe = dataclasses.replace(made[name].recipe, learned=None)
+        prompt_file(tmp_path / "prompts" / name, name.rsplit("-", 1)[1], recipe)
+    rows, absent = with_prompts(list(made.values()), tmp_path / "prompts")
+    assert [row.name for row in rows] == ["pocket-single", "pocket-cpm", "pocket-dual-class"]
+    assert absent == ["pocket-class", "pocket-dual-single", "pocket-dual-cpm"]
+    assert [row.keepable for row in rows] == [True, False, True]
+    folder = tmp_path / "out"
+    estimates = [Estimator(opener)(row, pairs, folder / row.name) for row in rows]
+    assert not any(one.refusal for one in estimates)
+    assert [one.passes > 0 and one.costs.kept > 0 for one in estimates] == [True, False, True]
+    assert estimates[1].passes == count_passes(pairs.samples, rows[1].recipe)
+    results = reproduce(rows, [pairs], folder, opener)
+    assert set(results["spair"]) == {row.name for row in rows}
+    assert "| pocket-dual-class |" in (folder / "spair" / "table.md").read_text()
+    # Learned again: what is there is not mixed with it, and neither are its features.
+    before = (folder / "spair" / "pocket-single" / "predictions.jsonl").read_bytes()
+    recipe = dataclasses.replace(made["pocket-single"].recipe, learned=None)
+    prompt_file(tmp_path / "prompts" / "pocket-single", "single", recipe, 5.0)
+    said = []
+    assert reproduce(rows[:1], [pairs], folder, opener, say=said.append)["spair"] == {}
+    assert any("prompts differ" in line for line in said)
+    reproduce(rows[:1], [pairs], folder, opener, overwrite=True)
+    assert (folder / "spair" / "pocket-single" / "predictions.jsonl").read_bytes() != before
+    assert Estimator(opener)(rows[0], pairs, folder / "spair" / "pocket-single").pairs == 0
+    assert Estimator(opener, afresh=True)(rows[0], pairs, folder / "spair" / "pocket-single").pairs == 6
+
+
+def test_a_row_that_knows_not_all_classes_is_refused_and_ends_nothing(tmp_path):
+    horses = Pairs(samples(tmp_path / "data", classes=("horse",)), {"name": "spair", "split": "test"})
+    (row,) = [row for row in learned_rows(size=96) if row.name == "pocket-class"]
+    prompt_file(tmp_path / "prompts" / "pocket-class", "class", dataclasses.replace(row.recipe, learned=None))
+    (row,), _ = with_prompts([row], tmp_path / "prompts")
+    assert "no prompt for class 'horse'" in Estimator(opener)(row, horses, tmp_path / "out").refusal
+
+
+def test_a_damaged_image_does_not_refuse_the_row(tmp_path, pairs):
+    pairs.samples[0].source.write_bytes(b"no picture")
+    one = Estimator(opener)(stand_in_rows(96)[0], pairs, tmp_path / "out")
+    assert (one.refusal, one.pairs) == (None, 6)
+
+
+def test_a_stopped_run_leaves_the_table_of_the_rows_that_are_done(tmp_path, pairs):
+    class Stopped(Exception):
+        pass
+
+    def stop(text):
+        if "pocket-bicubic" in text:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        reproduce(stand_in_rows(96), [pairs], tmp_path, opener, say=stop)
+    assert "| pocket |" in (tmp_path / "spair" / "table.md").read_text()
+
+
 def test_command_refuses_before_anything_slow(tmp_path):
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr" / "zarr.json").write_text("{}")
+    store = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--features", str(tmp_path / "s.zarr")])
+    assert "is a store of 'difftap extract'" in str(store.exception)
+    bare = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--prompts-root", str(tmp_path)])
+    assert "holds no learned prompts for a row; allowed: a folder with pocket-single" in str(bare.exception)
     none = CliRunner().invoke(command, ["-o", str(tmp_path)])
     assert "no data set was given" in str(none.exception)
     both = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--model", "m", "--size", "64"])

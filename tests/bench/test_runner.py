@@ -6,20 +6,22 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image as PIL
 
 from difftap.bench.predictions import Prediction, load_predictions
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
 from difftap.bench.runner import count_passes, digest, finished, plan, predict, subset
-from difftap.bench.scoring import score
+from difftap.bench.scoring import Settings, score
 from difftap.coords import Geometry
 from difftap.errors import ArtefactError, ImageError, InputError, OutputError
 from difftap.features import FeatureMap
 from difftap.images import load_image
 from difftap.maps import Made, MapShelf, View, load_view
 from difftap.matching.joining import Joining, Ready
-from difftap.recipe import Matcher
-from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, samples
+from difftap.recipe import Learned, Matcher
+from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, prompt_file, samples
+from tests.matching.test_joining import loop_sd4match
 
 DATASET = {"name": "spair", "split": "test"}
 
@@ -258,6 +260,12 @@ def test_mirrored_target_is_flipped(tmp_path):
     run([pairs[3], dataclasses.replace(pairs[3], name="plain", mirrored=False)], tmp_path / "p.jsonl")
     mirrored, plain = load_predictions(tmp_path / "p.jsonl").pairs
     assert (mirrored.found != plain.found).any()
+    # A copy that was flipped beforehand is the same.
+    copy = tmp_path / "data" / "flipped.png"
+    PIL.fromarray(flipped.pixels).save(copy)
+    run([dataclasses.replace(pairs[3], target=copy, mirrored=False)], tmp_path / "q.jsonl")
+    (again,) = load_predictions(tmp_path / "q.jsonl").pairs
+    np.testing.assert_array_equal(again.found, mirrored.found)
 
 
 def test_fused_recipes_run_and_match_the_joined_ones(tmp_path):
@@ -456,7 +464,9 @@ def test_pck_per_pair_against_difts_loop_on_the_same_maps(tmp_path):
     """The whole way, image files to PCK, against one plain loop: enlarge both maps, argmax, count."""
     pairs = samples(tmp_path / "data", 8, seed=3)
     run(pairs, tmp_path / "p.jsonl", confidence=False)
-    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["dift"]))["pairs"]
+    alphas = (0.05, 0.1, 0.15, 0.5)  # random maps are seldom right: the last one makes sure that some are
+    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["dift"]), Settings(alphas=alphas))["pairs"]
+    assert 0 < sum(data["hits"]["dift"]["0.5"]) < sum(data["points"])
     for k, pair in enumerate(pairs):
         maps = []
         for path, flip in ((pair.source, False), (pair.target, pair.mirrored)):
@@ -465,7 +475,7 @@ def test_pck_per_pair_against_difts_loop_on_the_same_maps(tmp_path):
         (source, (sw, sh)), (target, (tw, th)) = maps
         up_source, up_target = enlarged(source, sw, sh), enlarged(target, tw, th)
         x1, y1, x2, y2 = pair.target_box
-        for alpha in (0.05, 0.1, 0.15):
+        for alpha in alphas:
             correct = 0
             for (sx, sy), (tx, ty) in zip(pair.source_points.astype(int), pair.target_points, strict=True):
                 query = up_source[:, sy, sx] / np.linalg.norm(up_source[:, sy, sx])
@@ -474,6 +484,75 @@ def test_pck_per_pair_against_difts_loop_on_the_same_maps(tmp_path):
                 correct += ((px - tx) ** 2 + (py - ty) ** 2) ** 0.5 / max(y2 - y1, x2 - x1) <= alpha
             ours = data["hits"]["dift"][f"{alpha:g}"][k] / data["points"][k]
             assert ours == pytest.approx(correct / len(pair.source_points), abs=1e-6)
+
+
+@pytest.mark.parametrize("matcher", ["nn", "kernel-softargmax"])
+def test_pck_per_pair_against_sd4matchs_loop_on_the_same_maps(tmp_path, matcher):
+    """The whole way again, by corners and in the 768 square, clipped ground truth and warped box included."""
+    pairs = samples(tmp_path / "data", 8, seed=5)
+    outside = pairs[0].target_points + np.array([300.0, 0.0])
+    pairs[0] = dataclasses.replace(pairs[0], target_points=outside)
+    recipe = fake_recipe(matcher=matcher, size=(768, 768))
+    run(pairs, tmp_path / "p.jsonl", recipe, joining=Joining.of(recipe, reading="corners"), confidence=False)
+    alphas = (0.05, 0.1, 0.15, 0.5)  # random maps are seldom right: the last one makes sure that some are
+    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["sd4match"]), Settings(alphas=alphas))["pairs"]
+    some = 0
+    for k, pair in enumerate(pairs):
+        maps = []
+        for path, flip in ((pair.source, False), (pair.target, pair.mirrored)):
+            image = load_view(View(path, flip))
+            maps.append(FeatureMap(image_map(image, "", 12, 6), Geometry.stretch(image.size, (768, 768))))
+        to_square = 768 / np.array(pair.target_size)
+        places = loop_sd4match(*maps, pair.source_points, matcher, 768) * to_square
+        truth = np.clip(pair.target_points * to_square, 1e-4, 767 - 1e-4)
+        x1, y1, x2, y2 = pair.target_box
+        longest = max((x2 - x1) * to_square[0], (y2 - y1) * to_square[1])
+        far = [np.hypot(px - tx, py - ty) for (px, py), (tx, ty) in zip(places, truth, strict=True)]
+        for alpha in alphas:
+            assert min(abs(np.array(far) - alpha * longest)) > 1e-2  # no ties, where rounding would decide
+            correct = sum(one <= alpha * longest for one in far)
+            some += correct
+            ours = data["hits"]["sd4match"][f"{alpha:g}"][k] / data["points"][k]
+            assert ours == pytest.approx(correct / len(far), abs=1e-6)
+    assert some > 0
+
+
+def test_a_prompt_file_that_was_changed_serves_no_stale_features(tmp_path):
+    pairs = samples(tmp_path / "data", 2)
+    kept, plain = tmp_path / "kept", fake_recipe()
+    recipe = dataclasses.replace(plain, learned=Learned(str(tmp_path / "prompt"), "single"))
+    prompt_file(tmp_path / "prompt", "single", plain, 1.0)
+    first = run(pairs, tmp_path / "a.jsonl", recipe, features=kept)
+    assert run(pairs, tmp_path / "b.jsonl", recipe, features=kept).passes == 0
+    prompt_file(tmp_path / "prompt", "single", plain, 2.0)
+    again = run(pairs, tmp_path / "c.jsonl", recipe, features=kept)
+    assert again.passes == first.passes
+    run(pairs, tmp_path / "d.jsonl", recipe)
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "d.jsonl").read_bytes()
+    assert (tmp_path / "c.jsonl").read_bytes() != (tmp_path / "a.jsonl").read_bytes()
+    with pytest.raises(OutputError, match="prompts differ"):
+        run(pairs, tmp_path / "a.jsonl", recipe, features=kept)
+
+
+def test_maps_under_prompts_made_of_images_are_not_kept(tmp_path):
+    pairs = samples(tmp_path / "data", 2)
+    plain = fake_recipe()
+    recipe = dataclasses.replace(plain, learned=Learned(str(prompt_file(tmp_path / "prompt", "cpm", plain)), "cpm"))
+    with pytest.raises(InputError, match="leave --features out"):
+        run(pairs, tmp_path / "p.jsonl", recipe, features=tmp_path / "kept")
+    assert not (tmp_path / "p.jsonl").exists()
+    assert run(pairs, tmp_path / "p.jsonl", recipe).passes == count_passes(pairs, recipe)
+    by_class = dataclasses.replace(recipe, learned=dataclasses.replace(recipe.learned, mode="class"))
+    assert run(pairs, tmp_path / "c.jsonl", by_class, features=tmp_path / "kept").failed == 0
+
+
+def test_a_class_without_a_prompt_is_refused_before_anything_is_written(tmp_path):
+    pairs = samples(tmp_path / "data", 2, classes=("horse",))
+    plain = fake_recipe()
+    recipe = dataclasses.replace(plain, learned=Learned(str(prompt_file(tmp_path / "prompt", "class", plain)), "class"))
+    with pytest.raises(InputError, match="no prompt for class 'horse'"):
+        run(pairs, tmp_path / "p.jsonl", recipe)
+    assert not (tmp_path / "p.jsonl").exists()
 
 
 def enlarged(data, width, height):

@@ -147,6 +147,22 @@ def test_a_prompt_that_stays_empty_is_an_empty_prompt(path):
             store.check(prompted("a cat"), "ab" * 8)
 
 
+def test_learned_prompts_are_known_by_their_content(path):
+    """A prompt that was learned again, under the same path, gives other features."""
+    first, second = ({"kind": "single", "mode": "all", "sha256": one * 64} for one in "12")
+    what = RECIPE.feature_fields(), Encoding()
+    with open_writer(path, {**CONDITIONS, "prompts": first}, *what, shard=4):
+        pass
+    store = FeatureStore.open(path)
+    store.check(RECIPE, "ab" * 8, first)
+    for other in (second, None):
+        with pytest.raises(RecipeError, match="learned prompts 111111111111, and"):
+            store.check(RECIPE, "ab" * 8, other)
+        conditions = CONDITIONS | ({} if other is None else {"prompts": other})
+        with pytest.raises(OutputError, match="was begun with prompts"), open_writer(path, conditions, *what, shard=4):
+            pass
+
+
 @pytest.mark.parametrize("encoding", [Encoding("float32"), Encoding("int8"), Encoding(pca=2)])
 def test_a_run_under_other_conditions_is_refused(path, encoding):
     fill(path, range(2))
