@@ -16,6 +16,7 @@ from difftap.images import Image
 from difftap.model import Model
 from difftap.pipeline import Pipeline, Runtime, available_cores, check_fits, describe
 from difftap.prompts import Prompt, PromptBook, Subject
+from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 from difftap.store import FeatureStore
 
@@ -89,6 +90,7 @@ class FeatureSource(Pipeline):
         from difftap.export.checkpoints import open_model
 
         store = FeatureStore.open(path)
+        recipe = pinned(recipe)
         runtime = runtime or Runtime()
         cache = Cache(runtime.cache or default_cache_folder())
         model = open_model(recipe.model, cache, **opening)
@@ -99,7 +101,7 @@ class FeatureSource(Pipeline):
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
         threads = runtime.threads or available_cores()
-        conditions = describe(recipe, model, cache, backend, device, threads, runtime.precision)
+        conditions = describe(recipe, model, cache, backend, device, threads, runtime.precision) | book.conditions
         made = store.provenance
         conditions["store"] = {
             "encoding": made.encoding.to_dict(),

@@ -86,15 +86,15 @@ class Estimator:
         name = str(pairs.about["name"])
         file = folder / "predictions.jsonl"
         done = finished(read_journal(file)[1]) if file.is_file() and file.stat().st_size else set()
-        rest = [pairs.samples[k] for k in plan(pairs.samples, row.recipe).order if k not in done]
-        if not rest:
-            return Estimate(row.name, name)
         key = f"{row.recipe.key()}:{row.reading}"
-        if key not in self._costs:
-            try:
+        try:  # learned prompts may lack a class, and then there is no order either
+            rest = [pairs.samples[k] for k in plan(pairs.samples, row.recipe).order if k not in done]
+            if not rest:
+                return Estimate(row.name, name)
+            if key not in self._costs:
                 self._costs[key] = self._time(row, rest[0], pairs)
-            except DifftapError as error:
-                return Estimate(row.name, name, refusal=" ".join(str(error).split()))
+        except DifftapError as error:
+            return Estimate(row.name, name, refusal=" ".join(str(error).split()))
         wanted = dict.fromkeys(unit for sample in rest for unit in units(sample, row.recipe))
         fields = row.recipe.feature_fields()
         branches = fields.pop("branches")

@@ -57,6 +57,10 @@ def conditions_line(results: Mapping[str, Any]) -> str:
     branches = " + ".join(f"{'+'.join(b['taps'])} @ t={b['timestep']}" for b in recipe["branches"])
     prompts = sorted({b["prompt"] for b in recipe["branches"]})
     asked = ", ".join(f"'{prompt}'" if prompt else "empty" for prompt in prompts)
+    learned = at.get("prompts")
+    if learned:
+        mode = "" if learned["mode"] in ("all", learned["kind"]) else f", by {learned['mode']}"
+        asked = f"learned ({learned['kind']}{mode}, {learned['sha256'][:8]})"
     joined = f", {matching['combine']}" if len(recipe["branches"]) > 1 else ""
     size = f"{recipe['size'][0]} x {recipe['size'][1]}"
     return (

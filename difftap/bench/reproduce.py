@@ -57,8 +57,9 @@ def reproduce(
             if (row.name, name) in refused:
                 continue
             say(f"{name}: {row.name}")
-            options: dict[str, Any] = {"memory": memory, "batch": batch, "features": kept, "progress": progress}
+            options: dict[str, Any] = {"memory": memory, "batch": batch, "progress": progress}
             try:
+                options["features"] = kept if row.kept else None
                 run = match_pairs(pairs, row.recipe, place, opener, joining=row.joining, **options)
             except DifftapError as error:
                 say(f"{name}: {row.name} left out: {' '.join(str(error).split())}")

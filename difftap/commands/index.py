@@ -143,7 +143,7 @@ def build(
         runtime, opening = take_runtime(options), _take_opening(options)
         recipe = build_recipe(**options)
         with Pipeline.open(recipe, runtime, **opening) as pipeline, progress_bar(len(paths)) as advance:
-            origin = Origin.of_patches(recipe, str(pipeline.conditions["model"]["key"]))
+            origin = Origin.of_patches(pipeline.recipe, str(pipeline.conditions["model"]["key"]))
             batches = patch_batches(pipeline, paths, which, advance, failures)
             with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
                 record = describe(made)
@@ -351,9 +351,16 @@ def _refuse_recipe(options: dict[str, Any], per_image: int | None, labels: str) 
         "taps",
         "timestep",
         "prompt",
+        "prompts",
+        "prompt_mode",
         "noise",
     )
-    flags = {"recipe_name": "recipe", "random_weights": "random-weights", "taps": "tap"}
+    flags = {
+        "recipe_name": "recipe",
+        "random_weights": "random-weights",
+        "taps": "tap",
+        "prompt_mode": "prompt-mode",
+    }
     given = [flags.get(name, name) for name in names if options[name] not in (None, ())]
     given += [text for text, on in (("per-image", per_image), ("labels", labels != "none")) if on]
     if given:

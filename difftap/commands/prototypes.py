@@ -142,7 +142,7 @@ def build(
     opening = {name: options.pop(name) for name in ("revision", "random_weights")}
     recipe = build_recipe(**semantic_recipe(options))
     column = recipe_column(output, recipe)
-    with Pipeline.open(recipe, runtime, **opening) as pipeline:
+    with Pipeline.open(column.recipe, runtime, **opening) as pipeline:
         from difftap.prototypes import is_built
 
         key = pipeline.conditions["model"]["key"]

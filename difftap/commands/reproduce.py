@@ -27,6 +27,9 @@ _DIR = click.Path(path_type=Path)
 @click.option("--pf-willow", type=_DIR, metavar="ROOT", help="PF-WILLOW.")
 @click.option("--synthetic", type=_DIR, metavar="ROOT", help="Any folder of images, warped.")
 @click.option("--model", metavar="M", help="Stable Diffusion 2.1.  [default: the embedded model stands in]")
+@click.option(
+    "--prompts", type=_DIR, metavar="DIR", help="Folder of learned prompts: DIR/dual-cpm and so on.  [default: prompts]"
+)
 @click.option("--size", type=click.IntRange(8), metavar="N", help="Input of the stand-in, in pixels.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N pairs of each data set only.")
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
@@ -42,6 +45,7 @@ def reproduce(
     pf_willow: Path | None,
     synthetic: Path | None,
     model: str | None,
+    prompts: Path | None,
     size: int | None,
     limit: int | None,
     per_class: int | None,
@@ -53,14 +57,15 @@ def reproduce(
 ) -> None:
     """Fill the poster's table with this machine's own figures; stop and go on at will.
 
-    Says what it will take before it starts. Rows with learned prompts are not among them yet.
+    Says what it will take before it starts. Rows with learned prompts are those whose prompts are there ('difftap
+    tune'), under their recipes' names.
 
     \b
     difftap bench reproduce -o out/poster --spair SPair-71k --model sd21/ --batch 8
     """
     from difftap.bench.estimate import Estimator, format_estimates
     from difftap.bench.reproduce import reproduce as run
-    from difftap.bench.rows import poster_rows, stand_in_rows
+    from difftap.bench.rows import LEARNED, learned_rows, poster_rows, stand_in_rows
     from difftap.bench.session import Selection, load_pairs, make_folder
     from difftap.pipeline import Pipeline as Opened
 
@@ -69,7 +74,14 @@ def reproduce(
         raise InputError("no data set was given; allowed: --spair, --pf-pascal, --pf-willow, --synthetic")
     if model is not None and size is not None:
         raise InputError("--size is the stand-in's; the poster's rows have their own")
+    if prompts is not None and model is None:
+        raise InputError("--prompts goes with --model; the stand-in's rows have none")
     rows = stand_in_rows(size) if model is None else poster_rows(model)
+    if model is not None:
+        tuned = learned_rows(model, prompts or Path("prompts"))
+        if prompts is not None and not tuned:
+            raise InputError(f"no learned prompts in '{prompts}'; allowed: a folder that holds {', '.join(LEARNED)}")
+        rows += tuned
     runtime = take_runtime(options)
     folder = make_folder(output)
     sets = [

@@ -123,7 +123,9 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     from difftap.tuning.run import tune as run
 
     steps = -(-len(pairs.train) // settings.batch) * settings.epochs
-    with progress_bar(min(steps, settings.steps) if settings.steps else steps, "steps") as advance:
+    steps = min(steps, settings.steps) if settings.steps else steps
+    trainings = 1 if options["joint"] else len(recipe.branches)
+    with progress_bar(steps * trainings, "steps") as advance:
         tuned = run(
             model,
             recipe,

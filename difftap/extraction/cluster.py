@@ -27,6 +27,7 @@ from difftap.errors import BackendError, DifftapError, InputError, first_line, r
 from difftap.extraction.run import Run, Settings, fit_bases, remaining, rows_per_shard, tell
 from difftap.extraction.stream import stream
 from difftap.pipeline import Pipeline, Runtime, available_cores
+from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 from difftap.sources import Item, Source
 from difftap.store.layout import read_provenance, tap_arrays
@@ -111,6 +112,7 @@ def extract_on_cluster(
         BackendError: also where no cluster can be reached or started, or the run stands still.
     """
     settings, cluster = settings or Settings(), cluster or Cluster()
+    recipe = pinned(recipe)
     began = time.monotonic()
     with _connected(cluster) as (ray, share):
         threads = runtime.threads or max(1, available_cores() // share.workers)

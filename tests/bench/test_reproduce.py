@@ -1,15 +1,20 @@
 """The poster's table: its rows, the estimate, resuming, rows that cannot run, published rows where they compare."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from difftap.bench.estimate import Estimator, format_estimates
 from difftap.bench.reproduce import reproduce
-from difftap.bench.rows import PROMPT, poster_rows, stand_in_rows
+from difftap.bench.rows import PROMPT, Row, learned_rows, poster_rows, stand_in_rows
 from difftap.bench.runner import count_passes
 from difftap.bench.session import Pairs
 from difftap.commands.reproduce import reproduce as command
 from difftap.errors import InputError, MissingExtraError
+from difftap.prompts.learned import fits_of, save_learned
+from difftap.recipe import Learned, load_recipe
 from tests.bench.pck_cases import FakePipeline, samples
 
 
@@ -39,6 +44,35 @@ def test_rows():
     assert [branch.timestep for branch in rows[2].recipe.branches] == [261, 50]
     assert [row.recipe.combine for row in stand_in_rows()] == ["concat", "concat", "score-sum"]
     assert stand_in_rows(128)[0].recipe.size == (128, 128)
+
+
+def test_rows_with_learned_prompts_are_those_that_are_there(tmp_path):
+    about = {
+        "classes": ["cat"], "model": {"name": "m", "key": "k"}, "fits": fits_of(load_recipe("dual-cpm")), "data": {},
+        "settings": {}, "scores": [], "steps": 1, "image_tokens": None,
+    }  # fmt: skip
+    for name, kind in (("dual-cpm", "cpm"), ("sd4match-class", "class"), ("mine", "single")):
+        (tmp_path / name).mkdir()
+        save_learned(tmp_path / name, {**about, "kind": kind}, [{"embedding": np.ones((1, 2, 3), np.float32)}] * 2)
+    rows = learned_rows("folder/sd21", tmp_path)
+    assert [(row.name, row.kept) for row in rows] == [("sd4match-class", True), ("dual-cpm", False)]
+    assert {row.recipe.model for row in rows} == {"folder/sd21"}
+    assert rows[1].recipe.learned.path == str(tmp_path / "dual-cpm")
+    assert learned_rows("folder/sd21", tmp_path / "none") == []
+
+
+def test_prompts_that_lack_a_class_keep_one_row_from_running(tmp_path, pairs):
+    (tmp_path / "p").mkdir()
+    row = stand_in_rows(96)[0]
+    about = {
+        "kind": "class", "classes": ["zebra"], "model": {"name": "m", "key": "k"}, "fits": fits_of(row.recipe),
+        "data": {}, "settings": {}, "scores": [], "steps": 1, "image_tokens": None,
+    }  # fmt: skip
+    save_learned(tmp_path / "p", about, [{"embedding": np.ones((1, 2, 3), np.float32)}])
+    tuned = Row("tuned", dataclasses.replace(row.recipe, learned=Learned(str(tmp_path / "p"))))
+    assert "no prompt for class" in Estimator(opener)(tuned, pairs, tmp_path / "out").refusal
+    made = reproduce([row, tuned], [pairs], tmp_path / "out", opener)
+    assert set(made["spair"]) == {"pocket"}
 
 
 def test_estimate_then_run_then_nothing_left(tmp_path, pairs):
@@ -111,3 +145,6 @@ def test_command_refuses_before_anything_slow(tmp_path):
     assert "no data set was given" in str(none.exception)
     both = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--model", "m", "--size", "64"])
     assert "--size is the stand-in's" in str(both.exception)
+    for more, words in (((), "--prompts goes with --model"), (("--model", "m"), "no learned prompts in")):
+        asked = ["-o", str(tmp_path), "--spair", "x", "--prompts", str(tmp_path), *more]
+        assert words in str(CliRunner().invoke(command, asked).exception)
