@@ -103,6 +103,7 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     recipe = build_recipe(
         recipe_name=options["recipe_name"], model=options["model"], size=options["size"], taps=(), **fixed
     )
+    settings.check(recipe)
     name, root = options["data"]
     folder: Path = options["output"]
     require("torch", "tune", "learning a prompt")

@@ -102,9 +102,7 @@ def tune(
     check_fits(recipe, model)
     if model.pooled_width:
         raise ModelError(f"model '{model.name}' reads two text encoders (SDXL); allowed for learning: one, or none")
-    wanted = recipe.learned.kind if recipe.learned is not None else ""
-    if wanted and wanted != settings.kind:
-        raise RecipeError(f"kind is {settings.kind}; this recipe takes {wanted} prompts: use 'difftap tune {wanted}'")
+    settings.check(recipe)
     recipe = dataclasses.replace(recipe, learned=None)
     timesteps = _timesteps(recipe, settings, model)
     count = threads or available_cores()
