@@ -189,9 +189,9 @@ def test_nothing_made_under_older_prompts_passes_for_the_new(call, photos, tmp_p
     for command, words in (
         (match, "were made with learned.sha256"),
         (extract, "was begun with recipe.learned.sha256"),
-        (many, "begun under other conditions (prompts"),
+        (many, "prompts differ"),
         (search, "was learned anew"),
-        (pck, "begun under other conditions (prompts"),
+        (pck, "prompts differ"),
         ((*pck, "--score-only"), "learned prompts of sha256"),
     ):
         code, out, err = call(*command)
