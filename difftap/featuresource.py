@@ -16,6 +16,7 @@ from difftap.images import Image
 from difftap.model import Model
 from difftap.pipeline import Pipeline, Runtime, available_cores, check_fits, describe
 from difftap.prompts import Prompt, PromptBook, Subject
+from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 from difftap.store import FeatureStore
 
@@ -131,6 +132,7 @@ class FeatureSource(Pipeline):
         from difftap.export.checkpoints import open_model
 
         store = FeatureStore.open(path)
+        recipe = pinned(recipe)
         runtime = resolve(recipe, runtime or Runtime(), **opening)
         cache = Cache(runtime.cache or default_cache_folder())
         model = open_model(recipe.model, cache, **opening, size=recipe.size)

@@ -42,6 +42,7 @@ from difftap.making import Maker, prepare_graph, run_members
 from difftap.matching import combine
 from difftap.model import Model
 from difftap.prompts import Prompt, PromptBook, Subject, wants_category
+from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 
 __all__ = [
@@ -85,7 +86,7 @@ class Pipeline:
     """Everything a recipe needs, open.
 
     Attributes:
-        recipe: what decides the numbers.
+        recipe: what decides the numbers; learned prompts in it are pinned to the file that was read.
         model: the checkpoint.
         conditions: what must go with every number made here: recipe, model, backend, device, threads, versions.
         batch: images per engine run: 1 on a CPU.
@@ -138,6 +139,7 @@ class Pipeline:
         from difftap.auto import resolve
         from difftap.export.checkpoints import open_model
 
+        recipe = pinned(recipe)
         runtime = resolve(recipe, runtime or Runtime(), revision=revision, random_weights=random_weights)
         cache = Cache(runtime.cache or default_cache_folder())
         backend = get_backend(runtime.backend)
@@ -205,9 +207,11 @@ class Pipeline:
             images: any number, taken one batch at a time.
             prompts: what conditions each branch for these images (`difftap.prompts.choose_prompts`); a branch whose
                 prompt is None is not run, and is left out of what is yielded. By default the recipe's own, for images
-                of no named category.
+                of no named category; those that are made of the image are made for each.
         """
         if prompts is None:
+            if self.prompts.depends_on == "image":
+                return map(self._alone, images)
             self._tell_of_missing_category()
             if self.recipe.learned is None:
                 return self._extractor(images)
@@ -269,9 +273,8 @@ class Pipeline:
         return map(self.join, self._each(images, category))
 
     def _each(self, images: Iterable[Image], category: str | None) -> Iterator[Features]:
-        if self.prompts.depends_on == "image":
-            return map(self._alone, images)
-        return self.features(images, None if category is None else self.prompts.choose(Subject(category)))
+        named = category is not None and self.prompts.depends_on != "image"
+        return self.features(images, self.prompts.choose(Subject(category)) if named else None)
 
     def _alone(self, image: Image) -> Features:
         """An image's features under a prompt made of itself."""

@@ -129,16 +129,21 @@ class Learned:
         mode: of conditional prompts, one of `MODES`: made for each ``pair`` (exact), for each ``class`` (the mean over
             the training pairs of the class), or for each ``image`` (of the image with itself). Empty for the kind's
             own: ``pair`` for cpm.
+        sha256: of the file, filled in where the recipe is opened (`difftap.prompts.learned.pinned`): what was made
+            under prompts never passes for what others in the same folder would give. Empty for whatever lies there.
     """
 
     path: str
     kind: str = ""
     mode: str = ""
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         _check(bool(self.path), "path of learned prompts", self.path, "a folder that 'difftap tune' wrote")
         _check(self.kind in ("", *KINDS), "kind of learned prompts", self.kind, ", ".join(KINDS))
         _check(self.mode in ("", *MODES), "mode of learned prompts", self.mode, ", ".join(MODES))
+        whole = not self.sha256 or (len(self.sha256) == 64 and set(self.sha256) <= set("0123456789abcdef"))
+        _check(whole, "sha256 of learned prompts", self.sha256, "64 hexadecimal digits, or none")
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ class Recipe:
 
     def feature_fields(self) -> dict[str, Any]:
         """The part that decides the features: all but the matcher, and how the branches are joined."""
-        data = self.to_dict()
+        data = _known_by_content(self.to_dict())
         del data["matcher"], data["upsample"], data["combine"]
         for branch in data["branches"]:
             del branch["weight"]
@@ -245,11 +250,19 @@ class Recipe:
 
     def key(self) -> str:
         """16 hex digits of everything asked for: with the model's key, the name of every artefact made with it."""
-        return _digest(self.to_dict())
+        return _digest(_known_by_content(self.to_dict()))
 
     def feature_key(self) -> str:
         """Like `key`, for artefacts that hold features alone: the matcher has no say in them."""
         return _digest(self.feature_fields())
+
+
+def _known_by_content(data: dict[str, Any]) -> dict[str, Any]:
+    """Name learned prompts whose hash is known by it: where they lie, and how the path is spelled, has no say."""
+    learned = data.get("learned")
+    if learned and learned["sha256"]:
+        data["learned"] = {name: learned[name] for name in ("sha256", "mode")}
+    return data
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """``difftap tune`` and ``difftap prompts`` through the command, and learned prompts in ``match`` and ``bench pck``."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -139,3 +140,77 @@ def test_tuning_refuses_bad_input(refused, photos, tmp_path):  # noqa: F811
     assert "epochs is 0" in refused("tune", "single", "--data", "synthetic", photos, *out, "--epochs", "0")
     assert "no recipe" in refused("tune", "single", "--data", "synthetic", photos, *out, "--recipe", "nope")
     assert "no option --layout" in refused("tune", "single", "--data", "synthetic", photos, *out, "--layout", "large")
+
+
+def _single(folder, seed):
+    """A prompt file for the embedded model at 64 px, of random tokens."""
+    from difftap.engine import Cache
+    from difftap.model import Model, pocket_folder
+    from difftap.prompts.learned import fits_of, save_learned
+    from difftap.recipe import load_recipe
+
+    model = Model.load(pocket_folder(), "pocket")
+    recipe = dataclasses.replace(load_recipe("pocket"), size=(64, 64))
+    about = {
+        "kind": "single", "classes": [], "model": {"name": "pocket", "key": Cache(folder).model_key(model)},
+        "fits": fits_of(recipe), "data": {}, "settings": {}, "scores": [], "steps": 1, "image_tokens": None,
+    }  # fmt: skip
+    tokens = np.random.default_rng(seed).standard_normal((1, 5, model.prompt_width)).astype(np.float32)
+    folder.mkdir(exist_ok=True)
+    save_learned(folder, about, [{"embedding": tokens}])
+
+
+def test_nothing_made_under_older_prompts_passes_for_the_new(call, photos, tmp_path):  # noqa: F811
+    """Learned again into the same folder: stores, indexes, lists of pairs and predictions are refused, not served."""
+    for package in ("zarr", "faiss", "pyarrow"):
+        pytest.importorskip(package)
+    at = ("--prompts", tmp_path / "p", "--size", "64", "--threads", "1")
+    pair = photos / "cat" / "0.png", photos / "cat" / "1.png"
+    (tmp_path / "pairs.csv").write_text("source,target\n" + ",".join(map(str, pair)) + "\n")
+    extract = ("extract", photos, "-o", tmp_path / "s.zarr", *at)
+    match = ("match", *pair, "--grid", "2", "--features", tmp_path / "s.zarr", *at)
+    many = ("match", "--pairs", tmp_path / "pairs.csv", "-o", tmp_path / "m.jsonl", "--grid", "2", *at)
+    index = ("--index", tmp_path / "i", "--threads", "1")
+    search = ("index", "search", pair[0], "--point", "9,9", *index)
+    pck = ("bench", "pck", "synthetic", photos, "-o", tmp_path / "b", *at, "--draws", "10")
+    _single(tmp_path / "p", 0)
+    for command in (extract, match, many, ("index", "build", photos, *index[:2], *at), search, pck):
+        code, out, err = call(*command)
+        assert code == 0, (command, err)
+        if command is match:
+            assert json.loads(out)["prompts"]["kind"] == "single"
+            assert json.loads(out)["prompts"]["sha256"] == json.loads(out)["recipe"]["learned"]["sha256"]
+        if command is pck:
+            assert "prompt learned (single, " in out
+    (tmp_path / "p").rename(tmp_path / "q")
+    moved = [one if one != tmp_path / "p" else tmp_path / "q" for one in match]
+    assert call(*moved)[0] == 0  # the same file elsewhere is the same prompt
+    _single(tmp_path / "p", 1)
+    for command, words in (
+        (match, "were made with learned.sha256"),
+        (extract, "was begun with recipe.learned.sha256"),
+        (many, "prompts differ"),
+        (search, "was learned anew"),
+        (pck, "prompts differ"),
+        ((*pck, "--score-only"), "learned prompts of sha256"),
+    ):
+        code, out, err = call(*command)
+        assert (code, out) == (2, ""), (command, out, err)
+        assert words in err
+
+
+def test_a_table_brings_its_own_prompts(refused, tmp_path):  # noqa: F811
+    (tmp_path / "t.parquet").write_bytes(b"")
+    index = ("index", "build", tmp_path / "t.parquet", "--index", tmp_path / "i")
+    assert "--prompts is for images" in refused(*index, "--prompts", tmp_path)
+    assert "--prompt-mode is for images" in refused(*index, "--prompt-mode", "class")
+
+
+def test_a_recipe_of_another_kind_is_refused(refused, photos, tmp_path):  # noqa: F811
+    (tmp_path / "r.toml").write_text(
+        'model = "pocket"\nsize = 64\nensemble = 2\nbranches = [{ taps = ["up2"], timestep = 1 }]\n'
+        'learned = { path = "p", kind = "class" }\n'
+    )
+    command = ("tune", "single", "--data", "synthetic", photos, "--recipe", tmp_path / "r.toml", "-o", tmp_path / "o")
+    code_line = "this recipe takes class prompts: use 'difftap tune class'"
+    assert code_line in refused(*command)

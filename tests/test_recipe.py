@@ -86,7 +86,7 @@ CHANGES = {
     "upsample": "bilinear", "combine": "score-sum", "matcher": Matcher("nn"),
     "learned": Learned("prompts/one"),
 }  # fmt: skip
-LEARNED_CHANGES = {"path": "prompts/two", "kind": "cpm", "mode": "image"}
+LEARNED_CHANGES = {"path": "prompts/two", "kind": "cpm", "mode": "image", "sha256": "a" * 64}
 MATCHER_CHANGES = {"name": "nn", "interpolation": "bicubic", "temperature": 0.1, "sigma": 3.0, "window": 5}
 BRANCH_CHANGES = {"taps": ("up2",), "timestep": 21, "prompt": "a cat", "weight": 2.0, "tuned_at": 40}
 
@@ -126,6 +126,17 @@ def test_the_feature_key_leaves_out_what_the_features_do_not_depend_on():
     ]
     assert {recipe.feature_key() for recipe in same} == {PLAIN.feature_key()}
     assert dataclasses.replace(PLAIN, seed=1).feature_key() != PLAIN.feature_key()
+
+
+def test_learned_prompts_of_a_known_file_are_named_by_it_and_not_by_its_place():
+    here, there, other = (
+        dataclasses.replace(PLAIN, learned=Learned(path, sha256=digit * 64))
+        for path, digit in (("p", "a"), ("./p", "a"), ("p", "b"))
+    )
+    assert here.key() == there.key() != other.key()
+    assert here.feature_key() == there.feature_key() != other.feature_key()
+    with pytest.raises(RecipeError, match="64 hexadecimal digits"):
+        Learned("p", sha256="A" * 64)
 
 
 def test_the_order_and_spelling_of_toml_does_not_change_the_key():

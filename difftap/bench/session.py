@@ -20,6 +20,7 @@ from difftap.errors import InputError
 from difftap.manifest import output_errors, write_atomic
 from difftap.maps import Makers
 from difftap.matching import Joining
+from difftap.prompts.learned import remembered
 from difftap.recipe import Recipe
 
 __all__ = [
@@ -139,6 +140,9 @@ def check_run(chosen: Selection, folder: Path, recipe: Recipe | None, matching: 
     ]
     if recipe is not None:
         asked.append(("recipe", recipe.key(), at["recipe_key"]))
+        if recipe.learned is not None:  # the folder is part of the key, and may have been learned into again
+            now = remembered(recipe.learned.path).sha256
+            asked.append(("learned prompts of sha256", now, at.get("prompts", {}).get("sha256")))
     for what, wanted, there in asked:
         if wanted != there:
             raise InputError(

@@ -156,7 +156,7 @@ def build(
             open_features(recipe, features, runtime, **opening) as pipeline,
             progress_bar(len(paths), "images") as advance,
         ):
-            origin = Origin.of_patches(recipe, pipeline.conditions)
+            origin = Origin.of_patches(pipeline.recipe, pipeline.conditions)
             batches = patch_batches(pipeline, paths, which, advance, failures)
             with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
                 record = describe(made)
@@ -383,9 +383,9 @@ def _refuse_recipe(options: dict[str, Any], per_image: int | None, labels: str) 
         "taps",
         "timestep",
         "prompt",
-        "noise",
         "prompts",
         "prompt_mode",
+        "noise",
         "features",
     )
     flags = {"recipe_name": "recipe", "random_weights": "random-weights", "taps": "tap", "prompt_mode": "prompt-mode"}

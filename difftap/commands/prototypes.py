@@ -153,7 +153,7 @@ def build(
     opening = {name: options.pop(name) for name in ("revision", "random_weights")}
     recipe = build_recipe(**semantic_recipe(options))
     column = recipe_column(output, recipe)
-    with open_features(recipe, features, runtime, **opening) as pipeline:
+    with open_features(column.recipe, features, runtime, **opening) as pipeline:
         if not overwrite and is_built(source, column, rule, pipeline.conditions):
             click.echo(f"'{output}' is there already, built under these conditions", err=True)
             return

@@ -103,6 +103,7 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     recipe = build_recipe(
         recipe_name=options["recipe_name"], model=options["model"], size=options["size"], taps=(), **fixed
     )
+    settings.check(recipe)
     name, root = options["data"]
     folder: Path = options["output"]
     require("torch", "tune", "learning a prompt")
@@ -123,7 +124,9 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     from difftap.tuning.run import tune as run
 
     steps = -(-len(pairs.train) // settings.batch) * settings.epochs
-    with progress_bar(min(steps, settings.steps) if settings.steps else steps, "steps") as advance:
+    steps = min(steps, settings.steps) if settings.steps else steps
+    trainings = 1 if options["joint"] else len(recipe.branches)
+    with progress_bar(steps * trainings, "steps") as advance:
         tuned = run(
             model,
             recipe,

@@ -28,6 +28,7 @@ from difftap.extraction.run import Run, Settings, batches_ahead, fit_bases, rema
 from difftap.extraction.stream import stream
 from difftap.extraction.watch import POLL, raise_told, told_of, watched
 from difftap.pipeline import Pipeline, Runtime, available_cores
+from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 from difftap.sources import Item, Source
 from difftap.store.layout import read_provenance, tap_arrays
@@ -112,6 +113,7 @@ def extract_on_cluster(
         BackendError: also where no cluster can be reached or started, or the run stands still.
     """
     settings, cluster = settings or Settings(), cluster or Cluster()
+    recipe = pinned(recipe)
     began = time.monotonic()
     with _connected(cluster) as (ray, share):
         threads = runtime.threads or share.threads

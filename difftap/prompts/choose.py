@@ -99,8 +99,8 @@ def choose_prompts(recipe: Recipe, subject: Subject, learned: LearnedPrompts | N
         if mode in ("pair", "image"):
             if pair is None or None in pair:
                 raise InputError(
-                    f"'{learned.path}' makes a prompt for each {mode}, and none was named here; allowed: pairs, or "
-                    "--prompt-mode class"
+                    f"'{learned.path}' makes a prompt for each {mode}, and none is named here; allowed: --prompt-mode "
+                    "image, or class where a class is named"
                 )
             return tuple(Prompt(branch=k, pair=pair) for k in range(len(recipe.branches)))
         row = learned.row(subject.category)

@@ -16,6 +16,7 @@ Axis letters: K classes; T prompt tokens; D width of the UNet's cross-attention;
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ __all__ = [
     "find_learned",
     "fits_of",
     "load_learned",
+    "pinned",
     "remembered",
     "save_learned",
 ]
@@ -116,8 +118,10 @@ class LearnedPrompts:
             key: the model's key.
 
         Raises:
-            InputError: it is of another kind, or was learned for another model or recipe.
+            InputError: it is another file than the recipe was made with, of another kind, or was learned for another
+                model or recipe.
         """
+        self.check_content(asked)
         if asked.kind and asked.kind != self.kind:
             raise InputError(f"'{self.path}' holds {self.kind} prompts; this recipe takes {asked.kind} prompts")
         if self.about["model"]["key"] != key:
@@ -132,6 +136,18 @@ class LearnedPrompts:
             raise InputError(
                 f"'{self.path}' was learned for {name} = {json.dumps(made.get(name))}, and this recipe has "
                 f"{json.dumps(wanted[name])}; use the recipe it was learned for, or learn one with 'difftap tune'"
+            )
+
+    def check_content(self, asked: Learned) -> None:
+        """Refuse prompts that took the place of those that a recipe was made with.
+
+        Raises:
+            InputError: the recipe names another file's hash.
+        """
+        if asked.sha256 and asked.sha256 != self.sha256:
+            raise InputError(
+                f"'{self.path}' was learned anew: its sha256 is {self.sha256[:16]}..., and {asked.sha256[:16]}... is "
+                "asked for; put that file back, or make what was made with it again"
             )
 
     def row(self, category: str | None) -> int:
@@ -211,6 +227,22 @@ def remembered(path: str | Path) -> LearnedPrompts:
         _remembered.clear()
         _remembered[key] = load_learned(file)
     return _remembered[key]
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with its learned prompts named by what their file holds now, and by the mode they are used in.
+
+    Raises:
+        InputError: there is no such file, it has no such mode, or it is another one than the recipe was pinned to.
+        ModelError: it is damaged.
+    """
+    if recipe.learned is None:
+        return recipe
+    learned = load_learned(recipe.learned.path)
+    learned.check_content(recipe.learned)
+    mode = learned.mode(recipe.learned)
+    known = dataclasses.replace(recipe.learned, mode="" if mode == "all" else mode, sha256=learned.sha256)
+    return dataclasses.replace(recipe, learned=known)
 
 
 def save_learned(

@@ -25,6 +25,7 @@ from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
 from difftap.manifest import output_errors, write_atomic
 from difftap.pipeline import Pipeline
+from difftap.prompts.learned import pinned
 from difftap.prototypes.average import average, joined_grid
 from difftap.prototypes.cells import KeptCells, keep_cells
 from difftap.prototypes.scene import Scene, Source, mask_boxes
@@ -43,7 +44,8 @@ class Column:
 
     Attributes:
         path: the Parquet file.
-        recipe: the recipe that gives these maps and no others: its keys name the table.
+        recipe: the recipe that gives these maps and no others: its keys name the table, so learned prompts in it are
+            pinned to their file.
         taps: what the table's column ``tap`` says.
         timestep: of the pass; -1 if the maps are of passes at several timesteps.
         parts: per map, the branch of the pipeline's recipe and the tap.
@@ -54,6 +56,9 @@ class Column:
     taps: str
     timestep: int
     parts: tuple[tuple[int, str], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", pinned(self.recipe))
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ class FeatureStore:
         """Make sure that these are the features a recipe asks for.
 
         Args:
-            recipe: its matcher, and how it joins branches, have no say.
+            recipe: its matcher, and how it joins branches, have no say. Learned prompts in it are pinned to their
+                file, as those of `difftap.Pipeline.recipe` are.
             model_key: of the model, `difftap.engine.Cache.model_key`.
             prompts: kind, mode and hash of the recipe's learned prompts, `difftap.prompts.PromptBook.conditions`.
 

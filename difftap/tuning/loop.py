@@ -124,12 +124,11 @@ class Loop:
             self.progress = load_state(state, identity, self._parameters, self.best, self._optimizer)
         saved = time.monotonic()
 
-        def save() -> None:
+        def save() -> None:  # without waiting for the others: each has a clock of its own
             nonlocal saved
             saved = time.monotonic()
             if self._crew.rank == 0:
                 save_state(state, identity, self.progress, self._parameters, self.best, self._optimizer)
-            self._crew.wait()
 
         if not self.progress.empty:
             self.progress.empty = self.validate(None)

@@ -102,6 +102,7 @@ def tune(
     check_fits(recipe, model)
     if model.pooled_width:
         raise ModelError(f"model '{model.name}' reads two text encoders (SDXL); allowed for learning: one, or none")
+    settings.check(recipe)
     recipe = dataclasses.replace(recipe, learned=None)
     timesteps = _timesteps(recipe, settings, model)
     count = threads or available_cores()

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from difftap.errors import InputError
-from difftap.recipe import KINDS
+from difftap.errors import InputError, RecipeError
+from difftap.recipe import KINDS, Recipe
 
 __all__ = ["INITIALS", "JOINTS", "OWN_TOKENS", "PRECISIONS", "READINGS", "Settings"]
 
@@ -87,6 +87,16 @@ class Settings:
             raise InputError(f"shared is {self.shared}; allowed: with kind cpm alone")
         if self.tokens and self.shared >= self.tokens:
             raise InputError(f"shared is {self.shared} of {self.tokens} tokens; allowed: fewer")
+
+    def check(self, recipe: Recipe) -> None:
+        """Make sure that a recipe can use what will be learned for it.
+
+        Raises:
+            RecipeError: it takes prompts of another kind.
+        """
+        wanted = recipe.learned.kind if recipe.learned is not None else ""
+        if wanted and wanted != self.kind:
+            raise RecipeError(f"kind is {self.kind}; this recipe takes {wanted} prompts: use 'difftap tune {wanted}'")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

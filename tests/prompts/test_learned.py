@@ -7,7 +7,7 @@ import pytest
 
 from difftap.errors import InputError, ModelError
 from difftap.prompts import Subject, choose_prompts
-from difftap.prompts.learned import PROMPT_FILE, fits_of, load_learned, save_learned
+from difftap.prompts.learned import PROMPT_FILE, fits_of, load_learned, pinned, save_learned
 from difftap.prompts.tokens import own_grid, own_tokens
 from difftap.recipe import Branch, Learned, Recipe
 
@@ -62,8 +62,25 @@ def test_another_recipe_is_refused(tmp_path, change, words):
     learned.check(
         Learned("a", "class"), dataclasses.replace(ONE, ensemble=4, seed=3, combine="score-sum"), "pocket", "k"
     )
+    learned.check(Learned("a"), dataclasses.replace(ONE, noise="antithetic"), "pocket", "k")  # the same first draw
     with pytest.raises(InputError, match=words):
         learned.check(Learned("a"), dataclasses.replace(ONE, **change), "pocket", "k")
+
+
+def test_a_pinned_recipe_takes_no_other_file(tmp_path):
+    first = save(tmp_path / "a", "cpm")
+    asked = dataclasses.replace(ONE, learned=Learned(str(tmp_path / "a")))
+    known = pinned(asked)
+    assert (known.learned.sha256, known.learned.mode) == (first.sha256, "pair")
+    assert pinned(known) == known
+    assert pinned(ONE) is ONE
+    other = save(tmp_path / "a", "cpm", steps=4)
+    assert pinned(asked).feature_key() != known.feature_key()
+    for refuse in (lambda: pinned(known), lambda: other.check(known.learned, ONE, "pocket", "k")):
+        with pytest.raises(InputError, match="was learned anew"):
+            refuse()
+    with pytest.raises(InputError, match="no learned prompts at"):
+        pinned(dataclasses.replace(ONE, learned=Learned(str(tmp_path / "nowhere"))))
 
 
 def test_another_model_or_kind_is_refused(tmp_path):
