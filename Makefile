@@ -88,7 +88,8 @@ PF_WILLOW ?= $(wildcard ../shared/data/pf-willow-half)
 reproduce: dev
 	$(BIN)/difftap bench reproduce -o "$(OUT)/reproduce" $(if $(SPAIR),--spair "$(SPAIR)") \
 	  $(if $(PF_PASCAL),--pf-pascal "$(PF_PASCAL)") $(if $(PF_WILLOW),--pf-willow "$(PF_WILLOW)") \
-	  $(if $(SPAIR)$(PF_PASCAL)$(PF_WILLOW),,--synthetic examples) $(if $(MODEL),--model "$(MODEL)") $(REPRODUCE)
+	  $(if $(SPAIR)$(PF_PASCAL)$(PF_WILLOW),,--synthetic examples) $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(PROMPTS),--prompts-root "$(PROMPTS)") $(REPRODUCE)
 
 bench: dev
 	mkdir -p $(OUT)
