@@ -181,7 +181,7 @@ def test_nothing_made_under_older_prompts_passes_for_the_new(call, photos, tmp_p
             assert json.loads(out)["prompts"]["kind"] == "single"
             assert json.loads(out)["prompts"]["sha256"] == json.loads(out)["recipe"]["learned"]["sha256"]
         if command is pck:
-            assert "prompt learned (single, " in out
+            assert "learned single " in out
     (tmp_path / "p").rename(tmp_path / "q")
     moved = [one if one != tmp_path / "p" else tmp_path / "q" for one in match]
     assert call(*moved)[0] == 0  # the same file elsewhere is the same prompt

@@ -89,6 +89,7 @@ def extract(
     difftap extract photos/ -o small.zarr --dtype int8 --pca 64
     """
     from difftap.extraction import Settings, default_workers
+    from difftap.prompts.learned import pinned
     from difftap.sources import Source, open_source
     from difftap.store import Encoding, check_writable
 
@@ -112,6 +113,7 @@ def extract(
         recipe = dataclasses.replace(recipe, fit=fit)
     opening: dict[str, Any] = {"revision": revision, "random_weights": random_weights}
     require("zarr", "store", "a feature store")  # this and the next are said before anything slow starts
+    recipe = pinned(recipe)  # a store knows learned prompts by their content
     check_writable(output, recipe.feature_fields(), encoding, overwrite=settings.overwrite)
     listed = open_source(source, column)
     if limit is not None:
