@@ -84,7 +84,8 @@ def stream(
 
     decoded = in_order(decode, items, workers, workers + _DECODED * pipeline.batch)
     encoded = ahead(_each(_encoder(extractor), _together(decoded, pipeline.batch)), depth, "vae")
-    with closing(ahead(_each(_tapper(extractor), encoded), ready or depth, "unet")) as done:
+    done = ahead(_each(_tapper(extractor), encoded), ready or depth, "unet")
+    with closing(decoded), closing(encoded), closing(done):  # from the last stage to the first, each ended by itself
         for batch in done:
             yield from batch.outcomes
 
