@@ -61,7 +61,7 @@ class TensorRTBackend(TrtBackend):
         return {"gpu": made_for[device]}
 
     def settings(self, device: str, strip: bool, cache: Path) -> BuildSettings:
-        trt, gpu = self.library(), find_gpu()
+        trt, gpu = self.bindings(), find_gpu()
         # Kernels timed once serve every resolution and tap of the model.
         known = cache / f".{self.name}-{self.version()}.{slug(gpu.label if gpu else 'none')}.timings"
 

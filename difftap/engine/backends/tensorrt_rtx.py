@@ -58,7 +58,7 @@ class TensorRTRTXBackend(TrtBackend):
         return f"engines of backend 'tensorrt-rtx' for {device} run on {targets}; here is {gpu.label}; {hint}"
 
     def settings(self, device: str, strip: bool, cache: Path) -> BuildSettings:
-        trt = self.library()
+        trt = self.bindings()
 
         def configure(config: Any) -> None:
             wanted = [f"SM{capability.replace('.', '')}" for capability in _TARGETS[device]]
@@ -71,7 +71,7 @@ class TensorRTRTXBackend(TrtBackend):
         return BuildSettings(strip, configure)
 
     def context(self, engine: Any, built: Path) -> tuple[Any, Any]:
-        trt, gpu = self.library(), find_gpu()
+        trt, gpu = self.bindings(), find_gpu()
         config = engine.create_runtime_config()
         # Shapes come from few batch sizes: worth a compilation each, before the first run rather than beside it.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER

@@ -42,13 +42,13 @@ class TrtBackend(Backend):
     extra: ClassVar[str]
     cuda_graphs: ClassVar[bool] = False
 
-    def library(self) -> Any:
+    def bindings(self) -> Any:
         """The Python module."""
         return importlib.import_module(self.module)
 
     def missing(self) -> str | None:
         try:
-            self.library()
+            self.bindings()
         except (ImportError, OSError, RuntimeError) as error:  # the wheels load their libraries when imported
             return (
                 f"backend '{self.name}' needs the package '{self.module}', which cannot be imported here "
@@ -57,7 +57,7 @@ class TrtBackend(Backend):
         return None
 
     def version(self) -> str:
-        return str(self.library().__version__)
+        return str(self.bindings().__version__)
 
     def builds(self, profile: Profile, device: str) -> bool:
         return True
@@ -82,7 +82,7 @@ class TrtBackend(Backend):
         size = self._write(graph, profile, device, folder, strip)
         if strip:
             try:
-                self._deserialise(graph, folder, make_log(self.library()))
+                self._deserialise(graph, folder, make_log(self.bindings()))
             except BackendError as error:
                 _LOG.warning("%s; building it with its weights inside", error)
                 (folder / STRIPPED).unlink()
@@ -99,7 +99,7 @@ class TrtBackend(Backend):
         if graph.path is None:
             raise BackendError(f"{graph.name} has not been exported; backend '{self.name}' builds from the ONNX file")
         settings = self.settings(device, strip, folder.parent)
-        plan = memoryview(build_plan(self.library(), graph, profile, graph.path, settings))
+        plan = memoryview(build_plan(self.bindings(), graph, profile, graph.path, settings))
         path = folder / (STRIPPED if strip else WHOLE)
         with output_errors(path):
             path.write_bytes(plan)
@@ -129,7 +129,7 @@ class TrtBackend(Backend):
             raise BackendError(reason)
         if built is None:
             raise BackendError(f"backend '{self.name}' runs built engines; run 'difftap engines build' first")
-        log = make_log(self.library())
+        log = make_log(self.bindings())
         engine = self._deserialise(graph, built, log)
         context, closing = self.context(engine, built)
         if context is None:
