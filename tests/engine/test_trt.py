@@ -50,7 +50,7 @@ def backend(request, gpu, monkeypatch):
 def stand_in(name, monkeypatch):
     made = KINDS[name]()
     made.fake, made.host = Fake(made.module), HostMemory()
-    monkeypatch.setattr(made, "library", lambda: made.fake)
+    monkeypatch.setattr(made, "bindings", lambda: made.fake)
     monkeypatch.setattr(made, "memory", lambda: made.host)
     return made
 
@@ -271,7 +271,7 @@ def test_rtx_keeps_the_kernels_compiled_for_a_gpu(gpu, graphs, tmp_path, monkeyp
 def test_an_engine_built_without_a_gpu_is_measured_where_there_is_one(gpu, graphs, mini_cache, tmp_path, monkeypatch):
     backend = get_backend("tensorrt-rtx")  # the one that the command line would use
     fake = Fake("tensorrt_rtx")
-    monkeypatch.setattr(backend, "library", lambda: fake)
+    monkeypatch.setattr(backend, "bindings", lambda: fake)
     monkeypatch.setattr(backend, "memory", HostMemory)
     cache = Cache(tmp_path / "cache")
     shutil.copytree(mini_cache.folder, cache.folder)
