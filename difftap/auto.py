@@ -34,8 +34,8 @@ from difftap.errors import ArtefactError, BackendError, DifftapError, OutputErro
 from difftap.export.checkpoints import open_model
 from difftap.export.parity import example_feeds
 from difftap.machine import cpu, gpu
-from difftap.manifest import write_atomic
 from difftap.model import Model
+from difftap.outputs import write_atomic
 from difftap.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph, run_members
 from difftap.recipe import Recipe
 

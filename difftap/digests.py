@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 
 from difftap.errors import OutputError
-from difftap.manifest import file_digest, write_atomic
+from difftap.manifest import file_digest
+from difftap.outputs import write_atomic
 
 __all__ = ["DigestMemo"]
 

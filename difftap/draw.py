@@ -13,8 +13,8 @@ from PIL import ImageDraw, ImageFont
 
 from difftap.errors import OutputError
 from difftap.images import Image
-from difftap.manifest import atomic_path
 from difftap.matching import Matches
+from difftap.outputs import atomic_path
 
 __all__ = ["check_output", "draw_matches", "save_picture"]
 

@@ -29,8 +29,9 @@ from difftap.errors import ArtefactError, BackendError, InputError
 from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity
 from difftap.making import Maker, report_of
-from difftap.manifest import Manifest, output_errors
+from difftap.manifest import Manifest
 from difftap.model import Model
+from difftap.outputs import output_errors
 from difftap.pipeline import Runtime, available_cores, check_fits
 from difftap.recipe import Branch, Recipe
 

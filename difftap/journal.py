@@ -6,17 +6,14 @@ A line is complete or absent: a partial last line (the run was killed, the disk 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from filelock import FileLock, Timeout
-
 from difftap.errors import InputError, OutputError
-from difftap.manifest import output_errors
+from difftap.outputs import only_writer, output_errors
 
 __all__ = ["Journal", "open_journal", "read_journal"]
 
@@ -56,18 +53,8 @@ def open_journal(path: Path, header: Mapping[str, Any], *, overwrite: bool = Fal
     """
     with output_errors(path):
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
-        lock_path = path.with_name(f".{path.name}.lock")
-        if not path.parent.exists():  # the lock would make it without a word
-            raise FileNotFoundError(errno.ENOENT, "No such folder")
-        lock = FileLock(str(lock_path))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                f"cannot write '{path}': another run is writing it; wait for it, or choose another"
-            ) from error
-    try:
+            raise OutputError(f"cannot write '{path}': a folder stands there; give the name of a file")
+    with only_writer(path):
         earlier = [] if overwrite else _finished(path, header)
         with output_errors(path), open(path, "w" if overwrite else "a", encoding="utf-8", newline="\n") as handle:
             journal = Journal(handle, earlier)
@@ -75,10 +62,6 @@ def open_journal(path: Path, header: Mapping[str, Any], *, overwrite: bool = Fal
                 journal.write(header)
             yield journal
             os.fsync(handle.fileno())
-    finally:
-        with contextlib.suppress(OSError):
-            lock_path.unlink()  # while it is still held: nobody else's lock is taken away
-        lock.release()
 
 
 def _finished(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:

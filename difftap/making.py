@@ -24,8 +24,8 @@ from difftap.engine.calibration import RecipeCalibration, bundled_images
 from difftap.errors import InputError
 from difftap.export.parity import TensorParity, example_feeds, measure
 from difftap.images import Image, load_image
-from difftap.manifest import output_errors
 from difftap.model import Model
+from difftap.outputs import output_errors
 from difftap.prompts import PromptBook
 from difftap.recipe import Recipe
 

@@ -1,84 +1,25 @@
-"""Manifests and atomic files: an artefact is trusted only if its manifest says so.
+"""Manifests: an artefact is trusted only if its manifest says so.
 
 Every cached artefact (an exported graph, an engine) has a JSON manifest beside it that holds what it was made from and
-the SHA-256 of each of its files. Files appear whole or not at all; the manifest is written last.
+the SHA-256 of each of its files. The manifest is written last.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from difftap.errors import ArtefactError, OutputError
+from difftap.errors import ArtefactError
+from difftap.outputs import write_atomic
 
-__all__ = ["FileRecord", "Manifest", "atomic_path", "file_digest", "output_errors", "write_atomic"]
+__all__ = ["FileRecord", "Manifest", "file_digest"]
 
 SCHEMA = 1
 _CHUNK = 1 << 22
-
-
-@contextlib.contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn the system's complaint about a path we write to into one clear line.
-
-    Raises:
-        OutputError: in place of any other OSError.
-    """
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        hint = {
-            errno.ENOSPC: "the disk is full; free some space or choose another place",
-            errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
-            errno.EROFS: "the file system is read-only; choose another place",
-            errno.EACCES: "permission denied; choose a place you may write to",
-            errno.EPERM: "permission denied; choose a place you may write to",
-            errno.ENOENT: "its folder does not exist; make it first",
-            errno.ENOTDIR: "part of its path is a file; choose another place",
-            errno.EISDIR: "a folder stands there; give the name of a file",
-        }.get(error.errno or 0, error.strerror or str(error))
-        raise OutputError(f"cannot write '{path}': {hint}") from error
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a scratch path beside ``path``; on success it replaces ``path`` in one step, on failure it is removed.
-
-    Raises:
-        OutputError: it cannot be written or moved into place.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
-        with output_errors(path):
-            yield scratch
-            if os.name != "nt":  # Windows syncs only what is open for writing
-                with open(scratch, "rb") as handle:
-                    os.fsync(handle.fileno())
-            os.replace(scratch, path)
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file at once; readers see the old one or the new one, never part of either."""
-    content = data.encode() if isinstance(data, str) else data
-    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
-        with output_errors(path):
-            path.write_bytes(content)
-        return
-    with atomic_path(path) as scratch:
-        scratch.write_bytes(content)
 
 
 def file_digest(path: Path) -> str:

@@ -18,8 +18,8 @@ from difftap.coords import Geometry, Size
 from difftap.errors import DifftapError, NonFiniteError
 from difftap.features import FeatureMap
 from difftap.images import Image, load_image
-from difftap.manifest import output_errors
 from difftap.matching import Ready
+from difftap.outputs import output_errors
 
 __all__ = ["Made", "Makers", "MapShelf", "View", "load_view"]
 

@@ -9,7 +9,19 @@ import pytest
 import difftap
 
 ROOT = Path(difftap.__file__).parent
-VOCABULARY = {"taps", "recipe", "coords", "images", "points", "manifest", "errors", "digests", "features", "model"}
+VOCABULARY = {
+    "taps",
+    "recipe",
+    "coords",
+    "images",
+    "points",
+    "outputs",
+    "manifest",
+    "errors",
+    "digests",
+    "features",
+    "model",
+}
 VOCABULARY |= {"machine"}
 COMPOSED = {
     "pipeline",

@@ -11,7 +11,7 @@ from typing import Any
 
 from difftap.bench.ensembles import KINDS, Curve
 from difftap.errors import require
-from difftap.manifest import output_errors, write_atomic
+from difftap.outputs import output_errors, write_atomic
 
 __all__ = ["SCHEMA", "format_curve", "save_curve", "to_json"]
 

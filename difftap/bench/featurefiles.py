@@ -22,7 +22,7 @@ from difftap.coords import Geometry
 from difftap.errors import ArtefactError, InputError
 from difftap.features import FeatureMap
 from difftap.images import Image
-from difftap.manifest import atomic_path, output_errors, write_atomic
+from difftap.outputs import atomic_path, output_errors, write_atomic
 from difftap.pipeline import Pipeline
 from difftap.prompts import Prompt, made_of_images
 

@@ -19,9 +19,9 @@ from difftap.bench.protocols import Protocol
 from difftap.bench.scoring import Measured, measure, reason_against
 from difftap.draw import draw_matches, save_picture
 from difftap.errors import InputError
-from difftap.manifest import output_errors
 from difftap.maps import View, load_view
 from difftap.matching import Matches
+from difftap.outputs import output_errors
 
 __all__ = ["choose", "clear_gallery", "draw_pair", "save_gallery"]
 

@@ -26,7 +26,7 @@ from difftap.engine import BACKENDS
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.export.parity import TensorParity
 from difftap.journal import Journal, open_journal
-from difftap.manifest import output_errors
+from difftap.outputs import output_errors
 from difftap.recipe import Recipe
 
 __all__ = ["SCHEMA", "Cell", "CellResult", "GpuCheck", "GpuCheckCase", "present", "run"]

@@ -25,7 +25,7 @@ from difftap.index.build import Filled, Options, fill, plan_for
 from difftap.index.exact import exact_neighbours, prepared_blocks, recall
 from difftap.index.kinds import load_faiss, set_effort
 from difftap.index.spaces import Space
-from difftap.manifest import output_errors
+from difftap.outputs import output_errors
 
 __all__ = ["SCHEMA", "IndexBench", "IndexCase", "Measured", "format_table", "generate", "run", "to_json"]
 

@@ -17,7 +17,7 @@ from difftap.bench.runner import Opener
 from difftap.bench.scoring import Settings
 from difftap.bench.session import Pairs, match_pairs, write_results
 from difftap.errors import DifftapError, InputError
-from difftap.manifest import write_atomic
+from difftap.outputs import write_atomic
 
 __all__ = ["reproduce"]
 

@@ -17,9 +17,9 @@ from difftap.bench.runner import Opener, PredictRun, count_passes, digest, predi
 from difftap.bench.samples import Sample
 from difftap.bench.scoring import Settings, score
 from difftap.errors import InputError
-from difftap.manifest import output_errors, write_atomic
 from difftap.maps import Makers
 from difftap.matching import Joining
+from difftap.outputs import output_errors, write_atomic
 from difftap.prompts.learned import remembered
 from difftap.recipe import Recipe
 

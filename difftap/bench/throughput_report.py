@@ -10,7 +10,7 @@ from typing import Any
 
 from difftap.bench.throughput import OWN_STAGES, Row, Throughput
 from difftap.errors import require
-from difftap.manifest import output_errors, write_atomic
+from difftap.outputs import output_errors, write_atomic
 
 __all__ = ["SCHEMA", "format_throughput", "save_throughput", "to_json"]
 

@@ -19,9 +19,9 @@ from difftap.coords import Geometry
 from difftap.errors import DifftapError, ImageError
 from difftap.features import FeatureMap
 from difftap.images import Image
-from difftap.manifest import output_errors
 from difftap.maps import Made, Makers, View, load_view
 from difftap.matching import Joining
+from difftap.outputs import output_errors
 from difftap.pipeline import Pipeline
 from difftap.prompts import Prompt, Subject, choose_prompts
 from difftap.recipe import Recipe

@@ -62,7 +62,7 @@ def matching(
 ) -> None:
     """Dense matching against the slow way of DIFT's evaluation, side by side in one run."""
     from difftap.bench.matching import format_table, run, to_json
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     result = run(channels, grid, image, keypoints, threads, repeats, interpolation=interpolation, memory=memory)
     for line in format_table(result):
@@ -102,7 +102,7 @@ def extract(
 
     from difftap.bench.extraction import format_course, format_paces, measure, run, to_json
     from difftap.commands.progress import progress_bar
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     if images is None:
         with progress_bar(repeats + 1, "rounds") as advance:

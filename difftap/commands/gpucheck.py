@@ -107,7 +107,7 @@ def gpu_check(
     from difftap.bench.gpucheck_report import format_gpu_check, to_json
     from difftap.bench.host import gpu
     from difftap.errors import InputError, require
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     if device == "cuda" and gpu() is None:
         raise InputError(

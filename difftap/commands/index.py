@@ -334,7 +334,7 @@ def evaluate(
     difftap index eval voc.parquet --index voc.index
     """
     from difftap.index import retrieve
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []

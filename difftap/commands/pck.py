@@ -238,7 +238,7 @@ def compare(first: Path, second: Path, by: tuple[str, ...], draws: int, seed: in
 
     from difftap.bench.compare import compare as run
     from difftap.bench.compare import format_comparison, load_results, to_json
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     comparison = run(load_results(first), load_results(second), by=by, count=draws, seed=seed)
     for line in format_comparison(comparison):
@@ -304,7 +304,7 @@ def dense_speed(json_file: Path | None, **case: Any) -> None:
     import json
 
     from difftap.bench.densespeed import SpeedCase, format_speed, run, to_json
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     result = run(SpeedCase(**case))
     for line in format_speed(result):

@@ -40,7 +40,7 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
 def distances(metrics: tuple[str, ...], json_file: Path | None, **options: Any) -> None:
     """Distances of all pairs beside the dcor package and scipy, in one run."""
     from difftap.bench.distances import format_table, run, to_json
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     result = run(metrics=metrics, **options)
     for line in format_table(result):
@@ -102,7 +102,7 @@ def index(
 
     from difftap.bench.indexing import IndexCase, format_table, run, to_json
     from difftap.index.build import Options
-    from difftap.manifest import write_atomic
+    from difftap.outputs import write_atomic
 
     case = IndexCase(vectors, width, queries, half, seed)
     some = "ivf-pq" if "ivf-pq" in kinds else "ivf" if lists else "flat"

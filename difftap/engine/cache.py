@@ -24,8 +24,9 @@ from platformdirs import user_cache_path
 from difftap.digests import DigestMemo
 from difftap.engine.backend import Graph
 from difftap.errors import ArtefactError
-from difftap.manifest import FileRecord, Manifest, atomic_path, output_errors
+from difftap.manifest import FileRecord, Manifest
 from difftap.model import COMPONENTS, Model
+from difftap.outputs import atomic_path, output_errors
 
 __all__ = ["GRAPH_VERSION", "Cache", "default_cache_folder"]
 

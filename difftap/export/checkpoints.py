@@ -22,8 +22,8 @@ from typing import Any
 from difftap.coords import Size
 from difftap.engine.cache import Cache
 from difftap.errors import ModelError, first_line, require
-from difftap.manifest import output_errors
 from difftap.model import RANDOM_MARK, Model, pocket_folder
+from difftap.outputs import output_errors
 
 __all__ = ["PRESETS", "open_model"]
 

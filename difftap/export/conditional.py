@@ -24,8 +24,9 @@ from difftap.engine.registry import get_backend
 from difftap.errors import ArtefactError, BackendError, ModelError, first_line, require
 from difftap.export.graphs import MAX_RELATIVE
 from difftap.export.parity import TensorParity
-from difftap.manifest import FileRecord, Manifest, atomic_path
+from difftap.manifest import FileRecord, Manifest
 from difftap.model import Model
+from difftap.outputs import atomic_path
 
 if TYPE_CHECKING:
     import torch

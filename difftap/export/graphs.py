@@ -11,8 +11,8 @@ from difftap.engine.backend import Graph, Profile
 from difftap.engine.cache import Cache, file_stem
 from difftap.errors import ArtefactError, BackendError, require
 from difftap.export.parity import TensorParity, measure
-from difftap.manifest import atomic_path
 from difftap.model import Model
+from difftap.outputs import atomic_path
 
 __all__ = ["MAX_RELATIVE", "ensure_graph", "export_graph"]
 

@@ -25,7 +25,8 @@ from difftap.errors import ArtefactError, require
 from difftap.export.fuse import fuse_attention
 from difftap.export.precision import narrow, to_half
 from difftap.export.trace import TensorLocation, locate_tensors
-from difftap.manifest import FileRecord, Manifest, atomic_path
+from difftap.manifest import FileRecord, Manifest
+from difftap.outputs import atomic_path
 
 __all__ = ["HALF_VERSION", "ensure_variant"]
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from difftap.errors import InputError, require
 from difftap.index.exact import Nearest, prepared_blocks, recall, without_self
-from difftap.index.folder import FolderIndex, check_new, only_writer, write_index
+from difftap.index.folder import FolderIndex, check_new, held_folder, write_index
 from difftap.index.kinds import Plan, choose_kind, efforts, load_faiss, make, set_effort, to_gpu, tune
 from difftap.index.origin import Origin
 from difftap.index.rows import Rows
 from difftap.index.spaces import Space
 from difftap.index.store import About, Batch
-from difftap.manifest import output_errors
+from difftap.outputs import output_errors
 
 __all__ = ["Filled", "Options", "build_folder", "fill", "held_out", "plan_for", "spool"]
 
@@ -211,7 +211,7 @@ def build_folder(
     check_new(folder, overwrite)
     fresh = not folder.exists()
     try:
-        with only_writer(folder):
+        with held_folder(folder):
             path = folder / f"vectors-{secrets.token_hex(4)}.tmp"
             try:
                 vectors, rows = spool(batches, path)

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from difftap.errors import ArtefactError, InputError, OutputError, first_line
 from difftap.index.kinds import load_faiss, set_effort, to_gpu
 from difftap.index.rows import Rows
 from difftap.index.store import About, Batch, Index
-from difftap.manifest import FileRecord, Manifest, atomic_path, output_errors
+from difftap.manifest import FileRecord, Manifest
+from difftap.outputs import atomic_path, only_writer, output_errors
 
-__all__ = ["FolderIndex", "check_new", "only_writer", "write_index"]
+__all__ = ["FolderIndex", "check_new", "held_folder", "write_index"]
 
 _MANIFEST = "index.json"
 _OURS = ("index-", "rows-", "vectors-", ".index", ".rows")  # how the names of our files begin, scratch files among them
@@ -87,7 +87,7 @@ class FolderIndex(Index):
 
         After an error the open index is of no use; open it again.
         """
-        with only_writer(self._folder):
+        with held_folder(self._folder):
             current = About.from_dict(Manifest.load(self._folder / _MANIFEST).made_from, self.where)
             if current.count != self.about.count:
                 raise InputError(f"index '{self.where}' was changed meanwhile; try again")
@@ -134,7 +134,7 @@ def _strange(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def held_folder(folder: Path) -> Iterator[None]:
     """Hold an index's folder for changes, and make it if it does not exist.
 
     Raises:
@@ -142,16 +142,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
-        lock = FileLock(str(folder / ".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(f"cannot write '{folder}': another process is changing it; wait for it") from error
-    try:
+    with only_writer(folder, folder / ".lock"):
         _sweep(folder)
         yield
-    finally:
-        lock.release()
 
 
 def _sweep(folder: Path) -> None:
@@ -168,7 +161,7 @@ def _sweep(folder: Path) -> None:
 def write_index(folder: Path, about: About, index: Any, rows: Rows) -> Path:
     """Write an index's files, then the manifest that makes them count; returns the rows' file.
 
-    The caller holds the folder (`only_writer`).
+    The caller holds the folder (`held_folder`).
     """
     faiss = load_faiss("saving an index")
     generation = secrets.token_hex(4)

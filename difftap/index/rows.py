@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import ArtefactError, InputError, first_line, require
-from difftap.manifest import atomic_path
+from difftap.outputs import atomic_path
 
 __all__ = ["Rows"]
 

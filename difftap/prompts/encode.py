@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from difftap.engine.cache import Cache
 from difftap.errors import ArtefactError, ModelError, OutputError, first_line, require
-from difftap.manifest import FileRecord, Manifest, atomic_path
+from difftap.manifest import FileRecord, Manifest
 from difftap.model import RANDOM_MARK, Model
+from difftap.outputs import atomic_path
 
 __all__ = ["encode_prompt"]
 

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import InputError, ModelError
-from difftap.manifest import file_digest, write_atomic
+from difftap.manifest import file_digest
+from difftap.outputs import write_atomic
 from difftap.prompts.tokens import TokenSource
 from difftap.recipe import KINDS, Learned, Recipe
 

@@ -7,7 +7,6 @@ steps are there they are joined, and the tables are the same, byte for byte, as 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from difftap.engine import Features
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
-from difftap.manifest import output_errors, write_atomic
+from difftap.outputs import only_writer, output_errors, write_atomic
 from difftap.pipeline import Pipeline
 from difftap.prompts.learned import pinned
 from difftap.prototypes.average import average, joined_grid
@@ -165,7 +163,10 @@ def build(
     """
     folder = scratch or columns[0].path.with_name(f".{columns[0].path.name}.parts")
     header = _header(source, pipeline, columns, rule)
-    with _only_writer(columns[0].path):
+    path = columns[0].path
+    if path.is_dir():
+        raise OutputError(f"cannot write '{path}': a folder stands there; give the name of a file")
+    with only_writer(path):
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         _begin(folder, header, columns[0].path)
@@ -193,30 +194,6 @@ def _header(source: Source, pipeline: Pipeline, columns: Sequence[Column], rule:
         "conditions": conditions,
         "columns": [_identity(source, column, rule) for column in columns],
     }
-
-
-@contextlib.contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
-    """Hold the output for this process alone."""
-    lock_path = path.with_name(f".{path.name}.lock")
-    with output_errors(path):
-        if path.is_dir():
-            raise OutputError(f"cannot write '{path}': a folder stands there; give the name of a file")
-        if not path.parent.is_dir():
-            raise OutputError(f"cannot write '{path}': its folder does not exist; make it first")
-        lock = FileLock(str(lock_path))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                f"cannot write '{path}': another run is writing it; wait for it, or choose another"
-            ) from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            lock_path.unlink()  # while it is still held: nobody else's lock is taken away
-        lock.release()
 
 
 def _begin(folder: Path, header: Mapping[str, Any], path: Path) -> None:

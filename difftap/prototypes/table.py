@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import InputError, first_line, require
-from difftap.manifest import atomic_path
+from difftap.outputs import atomic_path
 
 __all__ = ["SCHEMA", "PrototypeTable", "load_provenance", "save_stream"]
 

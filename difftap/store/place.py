@@ -17,10 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from difftap.errors import InputError, OutputError, first_line, require
-from difftap.manifest import output_errors
+from difftap.outputs import only_writer, output_errors
 
 __all__ = ["Place"]
 
@@ -164,28 +162,14 @@ class Place:
         if self.folder is None:
             yield
             return
-        folder = self.folder.resolve()
-        lock_path = folder.with_name(f".{folder.name}.lock")
         with self.errors():
             if self.folder.exists() and not self.folder.is_dir():
                 raise NotADirectoryError(errno.EEXIST, "a file stands there; give the name of a folder")
-            if not folder.parent.exists():  # the lock would make it without a word
-                raise FileNotFoundError(errno.ENOENT, "No such folder")
-            lock = FileLock(str(lock_path))
-            try:
-                lock.acquire(timeout=0)
-            except Timeout as error:
-                raise OutputError(
-                    f"cannot write '{self}': another run is writing it; wait for it, or choose another store"
-                ) from error
-        try:
+        folder = self.folder.resolve()  # through a link, so that both names of a store have one lock
+        with only_writer(self.folder, folder.with_name(f".{folder.name}.lock")):
             with self.errors():
                 self.restore()
             yield
-        finally:
-            with contextlib.suppress(OSError):
-                lock_path.unlink()  # while it is still held: nobody else's lock is taken away
-            lock.release()
 
 
 def put(path: Path, data: Any) -> None:

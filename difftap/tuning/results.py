@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from difftap.bench.samples import Sample
 from difftap.errors import require
-from difftap.manifest import atomic_path, write_atomic
 from difftap.maps import View
+from difftap.outputs import atomic_path, write_atomic
 from difftap.tuning.learner import Key, Learner, key_of
 
 __all__ = ["class_keys", "save_course", "save_plot", "tensors_of"]

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
-from difftap.errors import ModelError, OutputError, RecipeError, require
+from difftap.errors import ModelError, RecipeError, require
 from difftap.images import Image
-from difftap.manifest import output_errors
 from difftap.maps import View
 from difftap.model import Model
+from difftap.outputs import only_writer, output_errors
 from difftap.pipeline import available_cores, check_fits
 from difftap.prompts import encode_prompt
 from difftap.prompts.learned import PROMPT_FILE, LearnedPrompts, fits_of, save_learned
@@ -143,20 +142,13 @@ def _own_folder(folder: Path, overwrite: bool, crew: Crew) -> Iterator[None]:
         return
     with output_errors(folder):
         (folder / "training").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(folder / "training" / ".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(f"cannot write '{folder}': another training is using it; wait for it") from error
-    try:
+    with only_writer(folder, folder / "training" / ".lock"):
         if overwrite:
             for path in [*folder.glob("cpm.*"), folder / PROMPT_FILE, *(folder / "training").iterdir()]:
                 if path.name != ".lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         crew.wait()
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftap.errors import OutputError
-from difftap.manifest import write_atomic
+from difftap.outputs import write_atomic
 
 if TYPE_CHECKING:
     import torch

@@ -23,8 +23,8 @@ from difftap.engine import Engine
 from difftap.engine.noise import draw
 from difftap.errors import ImageError
 from difftap.images import Image, to_input
-from difftap.manifest import atomic_path, output_errors
 from difftap.maps import View, load_view
+from difftap.outputs import atomic_path, output_errors
 from difftap.recipe import Recipe
 
 __all__ = ["ImageStore", "Known"]

@@ -172,7 +172,7 @@ def test_two_at_once_in_one_folder(mini, pairs, cache, tmp_path):
     from filelock import FileLock
 
     (tmp_path / "out" / "training").mkdir(parents=True)
-    with FileLock(str(tmp_path / "out" / "training" / ".lock")), pytest.raises(OutputError, match="another training"):
+    with FileLock(str(tmp_path / "out" / "training" / ".lock")), pytest.raises(OutputError, match="another run"):
         learn(mini, pairs, tmp_path / "out", cache=cache)
 
 

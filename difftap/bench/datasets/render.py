@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.bench.datasets.warps import Warp
-from difftap.manifest import atomic_path, output_errors
+from difftap.outputs import atomic_path, output_errors
 
 __all__ = ["occlude", "recolour", "resample", "save_png"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.errors import require
-from difftap.manifest import output_errors, write_atomic
+from difftap.outputs import output_errors, write_atomic
 
 __all__ = ["NAMES", "UNITS", "draw_axis", "save_figure"]
 

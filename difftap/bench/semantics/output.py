@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from difftap.bench.semantics.axes import AXES
 from difftap.bench.semantics.figures import draw_axis
 from difftap.bench.semantics.frames import draw_frames
@@ -17,8 +15,7 @@ from difftap.bench.semantics.html import load_axes, report
 from difftap.bench.semantics.study import VIDEO, Study, base_case, tables
 from difftap.bench.semantics.summary import axis_tables, trend_lines
 from difftap.bench.semantics.video import clips
-from difftap.errors import OutputError
-from difftap.manifest import output_errors, write_atomic
+from difftap.outputs import only_writer, output_errors, write_atomic
 from difftap.prototypes import Source
 
 __all__ = ["finish_axis", "study_folder", "write_report"]
@@ -33,19 +30,8 @@ def study_folder(path: Path) -> Iterator[Path]:
     """
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(path / ".study.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                f"cannot write '{path}': another run is writing it; wait for it, or choose another"
-            ) from error
-    try:
+    with only_writer(path, path / ".study.lock"):
         yield path
-    finally:
-        with contextlib.suppress(OSError):
-            (path / ".study.lock").unlink()  # while it is still held: nobody else's lock is taken away
-        lock.release()
 
 
 def finish_axis(study: Study, results: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:

@@ -29,8 +29,8 @@ from difftap.bench.semantics.sets import PairSet, aligned_distances, pair_sets
 from difftap.bench.semantics.transforms import TRANSFORMS, transform_of, transformed
 from difftap.bench.semantics.video import clips, offset_results
 from difftap.errors import InputError
-from difftap.manifest import output_errors
 from difftap.model import Model
+from difftap.outputs import output_errors
 from difftap.pipeline import Pipeline
 from difftap.prototypes import PrototypeTable, Source, build, is_built
 from difftap.recipe import Recipe

@@ -15,7 +15,7 @@ from difftap.engine.trt.builder import BuildSettings, Log, build_plan, make_log
 from difftap.engine.trt.engine import Memory, TrtEngine, refit
 from difftap.engine.trt.gpu import find_gpu
 from difftap.errors import BackendError, first_line
-from difftap.manifest import output_errors
+from difftap.outputs import output_errors
 
 __all__ = ["TrtBackend", "slug"]
 

@@ -1,0 +1,102 @@
+"""Files that people are left with: whole or not there, one writer at a time, and one clear line when they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from difftap.errors import OutputError
+
+__all__ = ["atomic_path", "only_writer", "output_errors", "write_atomic"]
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's complaint about a path we write to into one clear line.
+
+    Raises:
+        OutputError: in place of any other OSError.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        hint = {
+            errno.ENOSPC: "the disk is full; free some space or choose another place",
+            errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+            errno.EROFS: "the file system is read-only; choose another place",
+            errno.EACCES: "permission denied; choose a place you may write to",
+            errno.EPERM: "permission denied; choose a place you may write to",
+            errno.ENOENT: "its folder does not exist; make it first",
+            errno.ENOTDIR: "part of its path is a file; choose another place",
+            errno.EISDIR: "a folder stands there; give the name of a file",
+        }.get(error.errno or 0, error.strerror or str(error))
+        raise OutputError(f"cannot write '{path}': {hint}") from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a scratch path beside ``path``; on success it replaces ``path`` in one step, on failure it is removed.
+
+    Raises:
+        OutputError: it cannot be written or moved into place.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        with output_errors(path):
+            yield scratch
+            if os.name != "nt":  # Windows syncs only what is open for writing
+                with open(scratch, "rb") as handle:
+                    os.fsync(handle.fileno())
+            os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file at once; readers see the old one or the new one, never part of either."""
+    content = data.encode() if isinstance(data, str) else data
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
+        with output_errors(path):
+            path.write_bytes(content)
+        return
+    with atomic_path(path) as scratch:
+        scratch.write_bytes(content)
+
+
+@contextlib.contextmanager
+def only_writer(path: Path, lock: Path | None = None) -> Iterator[None]:
+    """Hold a file or folder that is written to for this process alone, without waiting.
+
+    Args:
+        path: what is written, as an error names it.
+        lock: the lock file; by default a hidden one beside ``path``, whose folder must exist. It is removed afterwards.
+
+    Raises:
+        OutputError: another process holds it, or the lock cannot be made.
+    """
+    lock = path.with_name(f".{path.name}.lock") if lock is None else lock
+    with output_errors(path):
+        if not lock.parent.exists():  # filelock would make it without a word
+            raise FileNotFoundError(errno.ENOENT, "No such folder")
+        held = FileLock(str(lock))
+        try:
+            held.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                f"cannot write '{path}': another run is writing it; wait for it, or choose another"
+            ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()  # while it is still held: nobody else's lock is taken away
+        held.release()
