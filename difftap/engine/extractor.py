@@ -37,6 +37,9 @@ __all__ = [
     "members_per_run",
 ]
 
+_Maps = Mapping[str, NDArray[np.float32]]
+"""A network's outputs by name, ``(B, C, h, w)`` each."""
+
 
 ATTENTION_BUDGET = 1 << 30
 """Bytes that the largest attention table of one UNet run may take; about three of that size live at once."""
@@ -98,7 +101,7 @@ class Encoded:
     """A batch after the VAE: its posterior, ``(B, C, h, w)`` each, and its noises, ``(2, B, E, C, h, w)``."""
 
     laid: Laid
-    posterior: Mapping[str, NDArray[np.float32]]
+    posterior: _Maps
     noises: NDArray[np.float32]
 
 
@@ -156,14 +159,14 @@ class Extractor:
             digests, geometries = tuple(image.digest for image in images), tuple(one.geometry for one in starts)
             with self._turn:
                 outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-            yield from _features(digests, geometries, outputs)
+            yield from _features(digests, geometries, self._finite(branches, outputs))
             return
         laid = self.lay(images)
         with self._turn:
             posterior = self._vae.run_on_device({"image": laid.pixels})
             noises = draw_noise(self._recipe, laid.digests, posterior["mean"].shape[1:], self._recipe.ensemble)
             outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-        yield from _features(laid.digests, laid.geometries, outputs)
+        yield from _features(laid.digests, laid.geometries, self._finite(branches, outputs))
 
     # The same in three stages, for who runs them at once on batches of their own. Engines take turns: they would be in
     # each other's way. Some write the next run's outputs where the last one's are, so the posterior is brought home.
@@ -177,7 +180,8 @@ class Extractor:
     def encode(self, laid: Laid) -> Encoded:
         """Run the VAE encoder, and draw the noise."""
         with self._turn:
-            posterior = self._vae.run({"image": laid.pixels})
+            posterior = self._vae.compute({"image": laid.pixels})
+        self._vae.check_finite(posterior)
         noises = draw_noise(self._recipe, laid.digests, posterior["mean"].shape[1:], self._recipe.ensemble)
         return Encoded(laid, posterior, noises)
 
@@ -185,7 +189,14 @@ class Extractor:
         """Run every branch's UNet."""
         with self._turn:
             outputs = [self._run_branch(branch, encoded.posterior, encoded.noises) for branch in self._branches]
-        yield from _features(encoded.laid.digests, encoded.laid.geometries, outputs)
+        yield from _features(encoded.laid.digests, encoded.laid.geometries, self._finite(self._branches, outputs))
+
+    @staticmethod
+    def _finite(branches: Sequence[BranchEngine], outputs: Sequence[_Maps]) -> Sequence[_Maps]:
+        """The branches' outputs, looked at when the turn is over: large maps take as long as a fast engine's run."""
+        for branch, maps in zip(branches, outputs, strict=True):
+            branch.engine.check_finite(maps)
+        return outputs
 
     def _run_branch(
         self, branch: BranchEngine, posterior: Mapping[str, Value], noises: NDArray[np.float32]
@@ -196,7 +207,7 @@ class Extractor:
         total: dict[str, NDArray[np.float32]] = {}
         for start in range(0, members, together):
             part = slice(start, start + together)
-            means = branch.engine.run({**feeds, "posterior_noise": noises[0][:, part], "noise": noises[1][:, part]})
+            means = branch.engine.compute({**feeds, "posterior_noise": noises[0][:, part], "noise": noises[1][:, part]})
             total = {name: total[name] + mean for name, mean in means.items()} if total else means
         runs = members // together
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
@@ -254,13 +265,14 @@ def latent_scales(model: Model, timestep: int, noise: str) -> tuple[float, float
     return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
 
 
-def _features(
-    digests: Sequence[str], geometries: Sequence[Geometry], outputs: Sequence[Mapping[str, NDArray[np.float32]]]
-) -> Iterator[Features]:
+def _features(digests: Sequence[str], geometries: Sequence[Geometry], outputs: Sequence[_Maps]) -> Iterator[Features]:
     for i, digest in enumerate(digests):
         yield Features(digest, tuple(_maps(output, i, geometries[i]) for output in outputs))
 
 
-def _maps(output: Mapping[str, NDArray[np.float32]], index: int, geometry: Geometry) -> dict[str, FeatureMap]:
+def _maps(output: _Maps, index: int, geometry: Geometry) -> dict[str, FeatureMap]:
     # A copy, so that keeping one image's map does not keep its whole batch in memory.
-    return {name: FeatureMap(value[index].copy(), geometry) for name, value in output.items()}
+    return {
+        name: FeatureMap(value[index] if len(value) == 1 else value[index].copy(), geometry)
+        for name, value in output.items()
+    }

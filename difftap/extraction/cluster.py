@@ -24,17 +24,18 @@ from typing import Any
 
 from difftap.auto import AUTO
 from difftap.errors import BackendError, DifftapError, InputError, first_line, require
-from difftap.extraction.run import Run, Settings, batches_ahead, fit_bases, remaining, rows_per_shard, tell
+from difftap.extraction.run import Run, Settings, fit_bases, remaining, rows_per_shard, stored_stream, tell
 from difftap.extraction.stream import stream
 from difftap.extraction.watch import POLL, raise_told, told_of, watched
 from difftap.pipeline import Pipeline, Runtime, available_cores
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 from difftap.sources import Item, Source
-from difftap.store.layout import read_provenance, tap_arrays
+from difftap.store.image import shapes_of
+from difftap.store.layout import load_bases, read_provenance, tap_arrays
 from difftap.store.place import Place
 from difftap.store.records import Page
-from difftap.store.shard import Shard, shapes_of
+from difftap.store.shard import Shard
 from difftap.store.writer import open_writer
 
 __all__ = ["Cluster", "extract_on_cluster"]
@@ -376,17 +377,17 @@ class _Worker:
         failed = {failure.key: failure.error for failure in page.failures}
         rest = [item for item in task.items if item.key not in known]
         since = time.monotonic()
-        ready = batches_ahead(self._pipeline, provenance.shard)
-        with closing(stream(self._pipeline, rest, self._settings.workers, ready=ready)) as outcomes:
+        bases = load_bases(group, provenance)
+        with closing(stored_stream(self._pipeline, rest, self._settings, provenance, bases)) as outcomes:
             for outcome in outcomes:
-                if outcome.features is None:
+                if outcome.stored is None:
                     failed[outcome.item.key] = str(outcome.fault)
                     shard.fail(outcome.item.key, str(outcome.fault))
                     if self._settings.strict and outcome.fault is not None:
                         shard.commit()
                         raise outcome.fault
                 else:
-                    shard.add(outcome.item.key, outcome.features)
+                    shard.add(outcome.item.key, outcome.stored)
                 self._beats.beat.remote()
                 if time.monotonic() - since >= self._settings.every:
                     shard.commit()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from difftap.extraction.stream import Outcome, stream
+from difftap.engine import Features
+from difftap.extraction.stream import Outcome, as_stored, stream
+from difftap.extraction.threads import ahead
 from difftap.model import Model
 from difftap.recipe import Recipe
 from difftap.sources import Item, Source
 from difftap.store.encoding import Basis, Encoding, Moments
-from difftap.store.shard import shapes_of, shard_rows
+from difftap.store.image import StoredImage, shapes_of, store_image
+from difftap.store.layout import Provenance
+from difftap.store.shard import shard_rows
 from difftap.store.writer import StoreWriter, open_writer
 
-__all__ = ["Run", "Settings", "batches_ahead", "extract_to_store", "fit_bases", "rows_per_shard"]
+__all__ = ["Run", "Settings", "extract_to_store", "fit_bases", "rows_per_shard", "stored_stream"]
 
 _REASONS = 5  # of failures, told at the end of a run; the store has them all
 _WAITING = 256 << 20  # most bytes of maps that wait while a shard is put on disk
+_LARGE = 1 << 20  # bytes of an image's maps that take longer to encode than to hand to another thread
 _CHANNELS, _STRIDE = 1280, 8  # taken where only running the network can tell a tap's shape
 
 
@@ -76,10 +81,34 @@ def rows_per_shard(recipe: Recipe, model: Model, encoding: Encoding) -> int:
     return shard_rows(row_bytes(recipe, model, encoding))
 
 
-def batches_ahead(pipeline: Any, shard: int) -> int:
-    """Batches that may wait for the store: a shard's, as far as memory goes; engines go on while one is written."""
+def stored_stream(
+    pipeline: Any,
+    items: Iterable[Item],
+    settings: Settings,
+    provenance: Provenance,
+    bases: Mapping[str, Basis],
+) -> Generator[Outcome, None, None]:
+    """The outcomes of `stream`, each with its maps as a store keeps them.
+
+    As many may wait for the store as a shard holds, as far as memory goes: engines go on while one is written. Large
+    maps are encoded by a thread of its own; of small ones, handing them over would cost more.
+
+    Args:
+        pipeline, items, settings: as `extract_to_store` takes them.
+        provenance: of the store.
+        bases: its PCA bases, by array name.
+    """
+    encoding = provenance.encoding
     image = row_bytes(pipeline.recipe, pipeline.model, Encoding("float32"))
-    return max(2, min(shard, _WAITING // max(1, image)) // int(pipeline.batch))
+    waiting = max(2, min(provenance.shard, _WAITING // max(1, image)))  # images
+
+    def encode(features: Features) -> StoredImage:
+        return store_image(features, encoding, bases)
+
+    if image < _LARGE:
+        ready = max(2, waiting // int(pipeline.batch))
+        return as_stored(stream(pipeline, items, settings.workers, ready=ready), encode)
+    return ahead(as_stored(stream(pipeline, items, settings.workers), encode), waiting, "encode")
 
 
 def row_bytes(recipe: Recipe, model: Model, encoding: Encoding) -> int:
@@ -134,10 +163,9 @@ def extract_to_store(
         writer.reserve(-(-len(rest) // writer.provenance.shard))
         ready_bases(pipeline, rest, writer, settings)
         written = 0
-        ready = batches_ahead(pipeline, writer.provenance.shard)
-        with closing(stream(pipeline, rest, settings.workers, ready=ready)) as outcomes:
+        with closing(stored_stream(pipeline, rest, settings, writer.provenance, writer.bases)) as outcomes:
             for outcome in outcomes:
-                if outcome.features is None:
+                if outcome.stored is None:
                     failed[outcome.item.key] = str(outcome.fault)
                     if settings.strict and outcome.fault is not None:
                         writer.fail(outcome.item.key, str(outcome.fault))
@@ -145,16 +173,16 @@ def extract_to_store(
                 safe = keep(writer, outcome)
                 if safe:
                     progress(safe)
-                written += outcome.features is not None
+                written += outcome.stored is not None
         progress(writer.finish())
     return Run(written, len(failed), skipped, time.monotonic() - began, tell(failed))
 
 
 def keep(writer: StoreWriter, outcome: Outcome) -> int:
     """Put an outcome into a store; how many records became safe by it."""
-    if outcome.features is None:
+    if outcome.stored is None:
         return writer.fail(outcome.item.key, str(outcome.fault))
-    return writer.add(outcome.item.key, outcome.features)
+    return writer.put(outcome.item.key, outcome.stored)
 
 
 def tell(failed: Mapping[str, str]) -> tuple[str, ...]:

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from difftap.engine import Encoded, Extractor, Features, Laid
-from difftap.errors import ImageError, NonFiniteError
+from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError
 from difftap.extraction.threads import ahead, in_order
 from difftap.sources import Item
+from difftap.store.image import StoredImage
 
-__all__ = ["Opened", "Outcome", "stream"]
+__all__ = ["Opened", "Outcome", "as_stored", "stream"]
 
 _DECODED = 2  # batches decoded in advance, beside those that the workers are at
 
@@ -43,11 +44,12 @@ class Opened(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image: its features, or the fault that keeps it from having any."""
+    """What became of one image: its features, as a store keeps them too perhaps, or the fault that it has none by."""
 
     item: Item
     features: Features | None = None
-    fault: ImageError | NonFiniteError | None = None
+    fault: DifftapError | None = None
+    stored: StoredImage | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,26 @@ def stream(
     with closing(decoded), closing(encoded), closing(done):  # from the last stage to the first, each ended by itself
         for batch in done:
             yield from batch.outcomes
+
+
+def as_stored(
+    outcomes: Generator[Outcome, None, None], encode: Callable[[Features], StoredImage]
+) -> Generator[Outcome, None, None]:
+    """The outcomes with their maps as a store keeps them.
+
+    Args:
+        outcomes: of `stream`; closed at the end.
+        encode: what it is done with (`difftap.store.image.store_image`); a map that cannot be stored is a fault.
+    """
+    with closing(outcomes):
+        for outcome in outcomes:
+            if outcome.features is None:
+                yield outcome
+                continue
+            try:
+                yield replace(outcome, stored=encode(outcome.features))
+            except InputError as error:
+                yield replace(outcome, features=None, fault=error)
 
 
 def _together(batches: Iterable[_Batch], size: int) -> Generator[_Batch, None, None]:

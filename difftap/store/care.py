@@ -15,11 +15,11 @@ import numpy as np
 
 from difftap.errors import ArtefactError, InputError, OutputError, first_line, require
 from difftap.store.encoding import Fidelity, Stored
+from difftap.store.image import row_digest
 from difftap.store.layout import TapArray
 from difftap.store.place import Place
 from difftap.store.reader import FeatureStore
 from difftap.store.records import Row
-from difftap.store.shard import row_digest
 from difftap.store.writer import open_writer
 
 __all__ = ["Compacted", "Problem", "compact", "info", "verify"]

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.errors import InputError
+from difftap.errors import InputError, require
 
 __all__ = ["DTYPES", "SCALES", "Basis", "Encoding", "Fidelity", "Moments", "Stored"]
 
 DTYPES = ("float16", "float32", "int8")
 SCALES = ("channel", "map")
+_LARGE = 1 << 16  # values
+_BLOCK = 32  # channels that are compared at a time
 _TOP = 127.0  # int8 without -128, so that the range is symmetric
 
 
@@ -115,13 +117,18 @@ class Fidelity:
     @classmethod
     def measure(cls, want: NDArray[np.float32], got: NDArray[np.float32]) -> Fidelity:
         """Compare two maps ``(C, h, w)``; a cell that is all zero in both counts as 1."""
-        first, second = (np.asarray(one, np.float64).reshape(len(one), -1) for one in (want, got))
-        norms = np.linalg.norm(first, axis=0) * np.linalg.norm(second, axis=0)
-        both_zero = ~first.any(axis=0) & ~second.any(axis=0)
-        cosines = np.divide((first * second).sum(axis=0), norms, out=both_zero.astype(float), where=norms > 0)
+        first, second = (one.reshape(len(one), -1) for one in (want, got))
+        sums = np.zeros((4, first.shape[1]))
+        for start in range(0, len(first), _BLOCK):  # in float64, without copies of whole maps
+            one, two = (part[start : start + _BLOCK].astype(np.float64) for part in (first, second))
+            pairs = ((one, one), (two, two), (one, two), (one - two, one - two))
+            sums += [np.einsum("cn,cn->n", left, right) for left, right in pairs]
+        norms = np.sqrt(sums[0]) * np.sqrt(sums[1])
+        both_zero = (sums[0] == 0) & (sums[1] == 0)
+        cosines = np.divide(sums[2], norms, out=both_zero.astype(float), where=norms > 0)
         cosines = np.minimum(cosines, 1.0)
-        whole = float(np.linalg.norm(first))
-        error = float(np.linalg.norm(first - second)) / whole if whole else float(second.any())
+        whole, other, differing = (float(np.sqrt(sums[k].sum())) for k in (0, 1, 3))
+        error = differing / whole if whole else float(other > 0)
         return cls(float(cosines.mean()), float(cosines.min()), error)
 
     @classmethod
@@ -184,13 +191,13 @@ class Encoding:
         if self.dtype == "float32":
             return Stored(values)
         if self.dtype == "float16":
-            top = float(np.abs(values).max())
+            top = max(float(values.max()), -float(values.min()))  # NaN, if there is one, in both
             if not top <= float(np.finfo(np.float16).max):
                 raise InputError(
                     f"a feature is {top:.6g}; float16 holds up to {float(np.finfo(np.float16).max):.0f}; "
                     "store float32 (--dtype float32)"
                 )
-            return Stored(values.astype(np.float16))
+            return Stored(_half(values))
         axes = (1, 2) if self.scale == "channel" else (0, 1, 2)
         most = np.abs(values).max(axis=axes, keepdims=True)
         scale = np.where(most > 0, most / np.float32(_TOP), np.float32(1)).astype(np.float32)  # (K or 1, 1, 1)
@@ -204,3 +211,14 @@ class Encoding:
         if stored.scale is not None:
             values *= stored.scale.reshape(-1, 1, 1)
         return values if basis is None else basis.rebuild(values)
+
+
+def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded to half precision; large maps by Arrow, bit for bit as numpy does it, in half the time."""
+    if values.size < _LARGE:
+        return values.astype(np.float16)
+    pyarrow = require("pyarrow", "store", "a feature store")
+    compute = require("pyarrow.compute", "store", "a feature store")
+    flat = compute.cast(pyarrow.array(values.reshape(-1)), pyarrow.float16())
+    half: NDArray[np.float16] = flat.to_numpy(zero_copy_only=True)
+    return half.reshape(values.shape)

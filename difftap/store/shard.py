@@ -7,17 +7,15 @@ it is full is written again, with what came in since; its earlier rows are the s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.engine import Features
 from difftap.errors import InputError
-from difftap.features import FeatureMap
 from difftap.store.encoding import Basis, Fidelity, Stored
+from difftap.store.image import StoredImage
 from difftap.store.layout import Provenance, TapArray
 from difftap.store.place import Place
 from difftap.store.records import Failure, Page, Row
@@ -104,6 +102,8 @@ class Shard:
         arrays: its taps; their first axis reaches over the whole shard.
         number: which shard.
         page: what an earlier run committed of it.
+        room: the arrays that an earlier shard of this run gathered its rows in, to be used again: the first touch of
+            fresh memory takes longer than all else that is done to a row.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Shard:
         arrays: Sequence[TapArray],
         number: int,
         page: Page | None = None,
+        room: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         self._group = group
         self._place = place
@@ -123,6 +124,7 @@ class Shard:
         self._rows = list(page.rows) if page else []
         self._failures = list(page.failures) if page else []
         self._safe = len(self._rows) + len(self._failures)
+        self._spare = dict(room or {})
         self._values: dict[str, NDArray[Any]] = {}
         self._scales: dict[str, NDArray[np.float32]] = {}
 
@@ -140,42 +142,35 @@ class Shard:
         """Tell which arrays there are, once the first features have told their shapes."""
         self._arrays = list(arrays)
 
-    def add(self, key: str, features: Features) -> None:
-        """Take an image's features; what cannot be stored is recorded as a failure, and why.
+    def add(self, key: str, image: StoredImage) -> None:
+        """Take an image's maps.
 
         Raises:
             InputError: the maps have other shapes than the arrays.
         """
         encoding = self._provenance.encoding
         place = len(self._rows)
-        stored: dict[str, Stored] = {}
         fidelity: dict[str, dict[str, float]] = {}
-        maps = {array.name: features.branches[array.branch][array.tap] for array in self._arrays}
         for array in self._arrays:
-            data = maps[array.name].data
-            try:
-                one = encoding.encode(data, array.basis)
-            except InputError as error:
-                self.fail(key, str(error))
-                return
+            one = image.maps[array.name]
             if one.values.shape != array.values.shape[1:]:
                 raise InputError(
                     f"'{array.name}' of '{key}' is stored as {one.values.shape}, but the store's rows are "
                     f"{tuple(array.values.shape[1:])}; a store holds maps of one shape"
                 )
-            stored[array.name] = one
             if place == 0:  # the first of each shard is measured
+                data = image.features.branches[array.branch][array.tap].data
                 fidelity[array.name] = Fidelity.measure(data, encoding.decode(one, array.basis)).to_dict()
-        self._keep(stored)
-        geometry = next(iter(maps.values())).geometry
+        self._keep(image.maps)
+        geometry = image.geometry
         self._rows.append(
             Row(
                 self.number * self._provenance.shard + place,
                 key,
-                features.digest,
+                image.features.digest,
                 geometry.image,
                 geometry.content,
-                {name: row_digest(one) for name, one in stored.items()},
+                dict(image.sha256),
                 fidelity,
             )
         )
@@ -197,7 +192,9 @@ class Shard:
         for kept, source in ((self._values, array.values), (self._scales, array.scale)):
             if source is None or array.name in kept:
                 continue
-            room = np.zeros((self._provenance.shard, *source.shape[1:]), source.dtype)
+            room = self._spare.pop(f"{array.name}.scale" if source is array.scale else array.name, None)
+            if room is None:
+                room = np.zeros((self._provenance.shard, *source.shape[1:]), source.dtype)
             if self._safe and self._rows:
                 room[: len(self._rows)] = source[start:stop][: len(self._rows)]
             kept[array.name] = room
@@ -211,6 +208,11 @@ class Shard:
             if one.scale is not None:
                 self._scales[array.name][place] = one.scale
 
+    @property
+    def room(self) -> dict[str, NDArray[Any]]:
+        """The arrays that rows gather in, for the next shard once this one is on disk."""
+        return {**self._values, **{f"{name}.scale": scale for name, scale in self._scales.items()}}
+
     def commit(self) -> int:
         """Put everything on disk; returns how many records became safe by it.
 
@@ -222,30 +224,17 @@ class Shard:
             return 0
         start = self.number * self._provenance.shard
         stop = start + self._provenance.shard
+        for kept in (*self._values.values(), *self._scales.values()):
+            kept[len(self._rows) :] = 0  # what is there may be an earlier shard's
         with self._place.errors():
             for array in self._arrays:
                 if array.name in self._values:  # none, where all that came in are failures
-                    array.values[start:stop] = self._values[array.name]
+                    values = array.values
+                    if self.full:  # zarr would compare every chunk with the fill value, to leave empty ones out
+                        values = values.with_config({"write_empty_chunks": True})
+                    values[start:stop] = self._values[array.name]
                 if array.name in self._scales and array.scale is not None:
                     array.scale[start:stop] = self._scales[array.name]
             self._group["journal"][self.number] = Page(tuple(self._rows), tuple(self._failures)).text()
         self._safe += count
         return count
-
-
-def row_digest(stored: Stored) -> str:
-    """The first half of the SHA-256 of what is stored of one map: values, then scales."""
-    digest = hashlib.sha256(np.ascontiguousarray(stored.values).data)
-    if stored.scale is not None:
-        digest.update(np.ascontiguousarray(stored.scale).data)
-    return digest.hexdigest()[:32]
-
-
-def shapes_of(features: Features) -> dict[str, tuple[int, int, int]]:
-    """``(C, h, w)`` of each map, by array name."""
-
-    def shape(one: FeatureMap) -> tuple[int, int, int]:
-        channels, height, width = one.data.shape
-        return channels, height, width
-
-    return {f"{number}/{tap}": shape(one) for number, taps in enumerate(features.branches) for tap, one in taps.items()}

@@ -13,23 +13,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from difftap.engine import Features
 from difftap.errors import InputError, OutputError
 from difftap.store.encoding import Basis, Encoding, Stored
 from difftap.store.finish import finish
+from difftap.store.image import StoredImage, shapes_of, store_image
 from difftap.store.layout import (
     CONDITIONS,
     Provenance,
     TapArray,
     differing,
-    load_bases,
     pages,
     read_provenance,
     tap_arrays,
 )
 from difftap.store.place import Place
 from difftap.store.records import Page, Row
-from difftap.store.shard import Shard, create_arrays, shapes_of
+from difftap.store.shard import Shard, create_arrays
 
 __all__ = ["StoreWriter", "check_writable", "open_writer"]
 
@@ -185,6 +187,7 @@ class StoreWriter:
         self._since = clock()
         self._pages = 0
         self._shard: Shard | None = None
+        self._room: dict[str, NDArray[Any]] = {}
         self._taps: list[TapArray] = []
 
     def begin(self, conditions: Mapping[str, Any]) -> None:
@@ -248,7 +251,7 @@ class StoreWriter:
         """Make the arrays that are not there yet.
 
         Args:
-            shapes: ``(C, h, w)`` by array name (`difftap.store.shard.shapes_of`).
+            shapes: ``(C, h, w)`` by array name (`difftap.store.image.shapes_of`).
             bases: of a store with PCA, by array name.
         """
         if not self._arrays():
@@ -264,14 +267,15 @@ class StoreWriter:
 
     @property
     def bases(self) -> dict[str, Basis]:
-        """The PCA bases that the store has."""
-        return load_bases(self.group, self.provenance)
+        """The PCA bases of the store's arrays, by name; none before they are made."""
+        return {array.name: array.basis for array in self._arrays() if array.basis is not None}
 
     def _open_shard(self, page: Page | None = None) -> Shard:
         number = self._pages
         if self.group["journal"].shape[0] <= number or self._too_short(number):
             self.reserve(max(1, number // 8))
-        self._shard = Shard(self.group, self.place, self.provenance, self._arrays(), number, page)
+        self._shard = Shard(self.group, self.place, self.provenance, self._arrays(), number, page, self._room)
+        self._room = {}
         return self._shard
 
     def _too_short(self, number: int) -> bool:
@@ -280,16 +284,27 @@ class StoreWriter:
         return any(one.shape[0] < rows for one in every if one is not None)
 
     def add(self, key: str, features: Features) -> int:
-        """Take an image's features; returns how many records became safe.
+        """Encode and take an image's features; returns how many records became safe.
+
+        What cannot be stored is recorded as a failure, and why.
 
         Raises:
+            InputError: the maps have other shapes than the store's arrays.
             OutputError: the disk is full, or the like.
         """
+        try:
+            image = store_image(features, self.provenance.encoding, self.bases)
+        except InputError as error:
+            return self.fail(key, str(error))
+        return self.put(key, image)
+
+    def put(self, key: str, image: StoredImage) -> int:
+        """Take an image's maps, encoded with the store's encoding and `bases`; as `add` otherwise."""
         shard = self._shard or self._open_shard()
         if not self._taps:
-            self.prepare(shapes_of(features), {})
+            self.prepare(shapes_of(image.features), {})
         shard.use(self._arrays())  # it may have been opened, by failures, before they were made
-        shard.add(key, features)
+        shard.add(key, image)
         return self._after(shard)
 
     def copy(self, row: Row, stored: Mapping[str, Stored]) -> int:
@@ -317,6 +332,7 @@ class StoreWriter:
         count = self._shard.commit()
         self.committed += count
         if self._shard.full:
+            self._room = self._shard.room
             self._shard = None
             self._pages += 1
         return count

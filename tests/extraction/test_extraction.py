@@ -17,7 +17,7 @@ from PIL import Image as PIL
 
 import difftap
 from difftap.bench.fakeengine import FakePipeline, made_source
-from difftap.errors import BackendError, ImageError, NonFiniteError, OutputError
+from difftap.errors import BackendError, ImageError, InputError, NonFiniteError, OutputError
 from difftap.extraction import Extractor, Settings, extract_to_store, stream
 from difftap.images import load_image
 from difftap.pipeline import Pipeline, Runtime
@@ -226,11 +226,14 @@ def test_nothing_is_kept_of_an_image_that_is_safe(tmp_path):
             held.append(tracemalloc.get_traced_memory()[0])
 
     source = made_source(1200)
+    gc.collect()
+    gc.freeze()  # what other tests left is not walked through again at every commit
     tracemalloc.start()
     try:
         extract_to_store(FakePipeline(shape=(4, 3, 3)), source, tmp_path / "s.zarr", Settings(shard=16), progress=note)
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
     early, late = np.median(held[20:30]), np.median(held[-10:])
     assert (late - early) / (16 * (len(held) - 30)) < 64, held[::10]
 
@@ -242,6 +245,37 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     pace = measure(0.0002, 3000, tmp_path)
     assert pace.memory[-1] - pace.memory[0] < 12 << 20
     assert len(FeatureStore.open(tmp_path / "store.zarr")) == 3000
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 8), (256, 32, 32)])  # encoded by the writing thread, and by one of its own
+def test_a_map_that_cannot_be_stored_is_its_images_failure(tmp_path, monkeypatch, shape):
+    pipeline, source = FakePipeline(shape=shape), made_source(9)
+    run = pipeline.engines[1]._run
+
+    def large(feeds):
+        made, large.count = run(feeds), large.count + 1
+        return {name: value + 1e6 * (large.count == 4) for name, value in made.items()}
+
+    large.count = 0
+    monkeypatch.setattr(pipeline.engines[1], "_run", large)
+    done = extract_to_store(pipeline, source, tmp_path / "s.zarr", Settings(shard=4))
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert (done.written, done.failed, len(store)) == (8, 1, 8)
+    assert "float16 holds up to" in done.reasons[0]
+    assert list(store.failures) == [source.items[3].key]
+    large.count = 0
+    with pytest.raises(InputError, match="float16 holds up to"):
+        extract_to_store(pipeline, source, tmp_path / "t.zarr", Settings(shard=4, strict=True))
+    assert len(FeatureStore.open(tmp_path / "t.zarr")) == 3
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 8), (256, 32, 32)])
+def test_no_thread_is_left_when_writing_fails(tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(StoreWriter, "put", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        extract_to_store(FakePipeline(0.001, shape), made_source(40), tmp_path / "s.zarr", Settings(shard=4))
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith(("encode", "unet", "vae", "decode"))]
 
 
 def test_batches_of_images_arrays_and_paths(photos):

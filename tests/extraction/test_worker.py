@@ -14,7 +14,7 @@ from difftap.extraction.stream import stream
 from difftap.sources import open_source
 from difftap.store import Encoding, FeatureStore, open_writer
 from difftap.store.care import verify
-from difftap.store.shard import shapes_of
+from difftap.store.image import shapes_of
 from tests.conftest import picture
 
 

@@ -30,6 +30,29 @@ def test_float16_is_within_half_a_step(data):
     assert (np.abs(got - data) <= np.maximum(np.abs(data) * 2.0**-11, 2.0**-25)).all()
 
 
+def test_a_large_map_is_rounded_as_numpy_rounds_it():
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = halves[np.abs(halves) < 65504]  # every number that half precision has, subnormal ones too
+    between = (halves[:-1] + halves[1:]) / 2
+    near = np.nextafter(between, np.inf)
+    data = np.concatenate([halves, between, near, -near]).astype(np.float32)
+    data = data[: len(data) // 8 * 8].reshape(8, -1, 1)
+    with np.errstate(over="ignore"):
+        want = data.astype(np.float16)
+    stored = Encoding().encode(data)
+    assert stored.values.dtype == np.float16
+    assert (stored.values.view(np.uint16) == want.view(np.uint16)).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (64, 40, 40)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_refused(shape, value):
+    data = np.zeros(shape, np.float32)
+    data[1, 1, 1] = value
+    with pytest.raises(InputError, match="float16 holds up to"):
+        Encoding().encode(data)
+
+
 @settings(deadline=None)
 @given(MAPS, st.sampled_from(["channel", "map"]))
 def test_int8_is_within_half_a_scale(data, scale):

@@ -12,7 +12,7 @@ from difftap.errors import ArtefactError, InputError, OutputError, RecipeError
 from difftap.recipe import Branch
 from difftap.store import Encoding, FeatureStore, check_writable, open_writer
 from difftap.store.encoding import Moments
-from difftap.store.shard import shapes_of
+from difftap.store.image import shapes_of
 from tests.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
 
 ENCODINGS = [Encoding(), Encoding("float32"), Encoding("int8"), Encoding("int8", "map")]
@@ -278,6 +278,19 @@ def test_a_value_that_does_not_fit_is_the_images_fault(tmp_path):
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert store.keys() == ["k0", "k2"]
     assert "float16 holds up to" in store.failures["k1"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_shard_has_nothing_of_the_one_before(tmp_path, dtype):
+    encoding = Encoding(dtype)
+    fill(tmp_path / "one.zarr", range(6), encoding)  # the second shard, of four rows, has two
+    fill(tmp_path / "two.zarr", range(4), encoding)
+    fill(tmp_path / "two.zarr", range(4, 6), encoding)
+    rows = [path for path in (tmp_path / "one.zarr" / "0").rglob("*") if path.is_file() and "c" in path.parts]
+    files = [path.relative_to(tmp_path / "one.zarr") for path in rows]
+    assert len(files) >= 4
+    for path in files:
+        assert (tmp_path / "one.zarr" / path).read_bytes() == (tmp_path / "two.zarr" / path).read_bytes()
 
 
 def test_a_failure_that_later_succeeds_is_none(tmp_path):
