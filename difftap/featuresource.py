@@ -22,7 +22,7 @@ from difftap.store import FeatureStore
 
 __all__ = ["FeatureSource", "open_features", "precision_of", "precisions_agree"]
 
-_FLOATING = ("fp32", "fp16", "bf16")
+_FLOATING = ("fp32", "bf16x3", "fp16", "bf16")
 
 
 def precision_of(conditions: Mapping[str, Any]) -> str:

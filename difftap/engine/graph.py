@@ -30,7 +30,7 @@ __all__ = [
 
 Array = NDArray[Any]
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+PRECISIONS = ("fp32", "bf16x3", "fp16", "bf16", "int8", "fp8")
 """What an engine computes in; inputs and outputs are float32 in all of them."""
 
 CALIBRATED = ("int8", "fp8")

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, Profile
+from difftap.engine.bf16x3 import check_kept, split_products
 from difftap.engine.quantise import quantise, reason
 from difftap.errors import BackendError, OutputError, require
 
 _DEVICES = {"cpu": "CPU", "intel-gpu": "GPU"}
 # Always said: left to itself, OpenVINO computes in bf16 on CPUs that have it, and in f16 on GPUs.
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_HINTS = {"fp32": "f32", "bf16x3": "bf16", "bf16": "bf16", "fp16": "f16"}
 _CAPABILITIES = {"BF16": "bf16", "FP16": "fp16", "INT8": "int8"}
 _MODEL = "model.xml"
 
@@ -39,7 +40,11 @@ class OpenVinoEngine(Engine):
         if batch not in self._requests:
             model = self._model.clone()
             _fix_shapes(model, self.graph, self.profile, batch)
+            if self.profile.precision == "bf16x3":
+                model = split_products(self._core, model)
             compiled = self._core.compile_model(model, _DEVICES[self.device], self._config)
+            if self.profile.precision == "bf16x3":
+                check_kept(compiled, self.graph.name)
             self._requests[batch] = compiled.create_infer_request()
         return self._requests[batch]
 
@@ -90,7 +95,8 @@ class OpenVinoBackend(Backend):
 
     def precisions(self, device: str) -> tuple[str, ...]:
         can = self._capabilities(device)
-        return ("fp32", *(precision for name, precision in _CAPABILITIES.items() if name in can))
+        split = ("bf16x3",) if device == "cpu" and "BF16" in can else ()
+        return ("fp32", *split, *(precision for name, precision in _CAPABILITIES.items() if name in can))
 
     def _capabilities(self, device: str) -> tuple[str, ...]:
         import openvino

@@ -1,0 +1,349 @@
+"""bf16x3 for OpenVINO on CPUs with bf16 matrix units: every float32 product out of three bf16 products.
+
+A float32 is nearly the sum of two bf16 numbers, ``x = hi(x) + lo(x)``, and so
+
+    x w = hi(x) hi(w) + lo(x) hi(w) + hi(x) lo(w) + lo(x) lo(w),
+
+whose last term is below float32's own rounding error in a sum of many (Henry, Tang & Heinecke, "Leveraging the
+bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019; XLA calls it ``BF16_BF16_F32_X3``).
+The three products are one: inputs ``[hi, lo, hi]`` side by side along the axis that is summed over, weights
+``[hi, hi, lo]``, accumulated in float32. Matrix units multiply bf16 six times as fast as vector units multiply float32,
+so three products take half the time of one.
+
+OpenVINO knows no such mode, so the network is rewritten, with static shapes, and compiled in bf16; everything but the
+products is marked to stay float32. A mark does not outlive a node that OpenVINO's own passes replace; `split_products`
+therefore does beforehand what those passes would do, and `check_kept` makes sure that nothing else was rounded. Inside
+attention, which OpenVINO fuses, the softmax's weights alone are rounded to bf16: their errors, of 2^-9 at most, average
+out over the keys.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftap.errors import BackendError
+
+__all__ = ["check_kept", "split_products"]
+
+_LARGE = 4096
+"""Numbers in a constant from which on it is a weight, and never written to a file on the way."""
+
+
+_HIGH = "bf16x3 high"
+"""How the names begin of the nodes that are meant to round."""
+
+
+def split_products(core: Any, model: Any) -> Any:
+    """Rewrite a network so that, compiled in bf16, it computes nearly what it computes in float32.
+
+    Args:
+        core: ``openvino.Core``.
+        model: ``openvino.Model`` with static shapes; it is taken apart.
+
+    Returns:
+        The rewritten model.
+
+    Raises:
+        BackendError: it holds attention of a kind that this rewriting does not know.
+    """
+    for rewrite in (_join_reshapes, _use_gathers, _drop_ones, _split_attention, _join_reshapes):
+        rewrite(model)
+    _fence_silu(model)
+    products = _split_weighted(model)
+    model.validate_nodes_and_infer_types()
+    return _marked(core, model, products)
+
+
+def check_kept(compiled: Any, name: str) -> None:
+    """Make sure that OpenVINO rounds to bf16 where it was told to, and nowhere else.
+
+    Args:
+        compiled: ``openvino.CompiledModel`` of what `split_products` gave.
+        name: what the network is called.
+
+    Raises:
+        BackendError: it does not; another version may.
+    """
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        about = node.get_rt_info()
+        kind, precisions = (about[key].astype(str) for key in ("layerType", "outputPrecisions"))
+        found = node.get_friendly_name()
+        if "bf16" in precisions.split(",") and kind != "Reorder" and not found.startswith(_HIGH):
+            raise BackendError(
+                f"this version of OpenVINO rounds '{found}' ({kind}) of {name} to bf16, which "
+                "bf16x3 forbids; use --precision fp32, or another version of OpenVINO"
+            )
+
+
+def _ops() -> Any:
+    import openvino.opset13
+
+    return openvino.opset13
+
+
+def _floats(model: Any, *kinds: str) -> Iterable[Any]:
+    """The nodes of some kinds that give float32 and do not follow from constants alone."""
+    import openvino
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() in kinds and node.get_output_element_type(0) == openvino.Type.f32:
+            yield node
+
+
+def _indices(values: Sequence[int] | Any) -> Any:
+    return _ops().constant(np.array(values, np.int64))
+
+
+def _constant(value: Any) -> Any:
+    """What a value is, if it is a constant; else None."""
+    node = value.get_node()
+    return node.data if node.get_type_name() == "Constant" else None
+
+
+def _fixed(value: Any) -> bool:
+    """Whether a value follows from a constant by changes of type and layout alone: a weight."""
+    node = value.get_node()
+    while node.get_type_name() in ("Convert", "Reshape", "Transpose"):
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
+
+
+def _split(value: Any, axis: int, parts: str) -> Any:
+    """The ``h``igh and ``l``ow parts of a value, in the order asked for, side by side."""
+    import openvino
+
+    ops = _ops()
+    short = ops.convert(value, openvino.Type.bf16)
+    short.set_friendly_name(f"{_HIGH} {short.get_name()}")
+    high = ops.convert(short, openvino.Type.f32)
+    low = ops.subtract(value, high)
+    return ops.concat([high if part == "h" else low for part in parts], axis)
+
+
+def _fence(value: Any) -> Any:
+    """An operation that changes nothing: fused to the end of a product, it makes the product's output float32.
+
+    It keeps what is not finite so (NaN becomes minus infinity).
+    """
+    return _ops().clamp(value, -np.inf, np.inf)
+
+
+def _until_done(step: Callable[[Any], bool], model: Any) -> None:
+    while step(model):
+        pass
+
+
+def _join_reshapes(model: Any) -> None:
+    """One reshape, of a constant shape, for chains of them and for transpositions that move no data."""
+    _until_done(_join_some, model)
+
+
+def _join_some(model: Any) -> bool:
+    changed = False
+    for node in _floats(model, "Reshape", "Unsqueeze", "Squeeze", "Transpose"):
+        source, shape = node.input_value(0), list(node.get_output_shape(0))
+        if _fixed(source):
+            continue
+        if node.get_type_name() == "Transpose":
+            sizes = list(source.get_shape())
+            moved = [int(axis) for axis in _constant(node.input_value(1)) if sizes[int(axis)] != 1]
+            if moved != sorted(moved):
+                continue
+        follows = source.get_node().get_type_name() == "Reshape"
+        plain = node.get_type_name() == "Reshape" and _constant(node.input_value(1)) is not None
+        if plain and not follows:
+            continue
+        if follows:
+            source = source.get_node().input_value(0)
+        if list(source.get_shape()) != shape:
+            source = _ops().reshape(source, _indices(shape), False).output(0)
+        node.output(0).replace(source)
+        changed = True
+    return changed
+
+
+def _use_gathers(model: Any) -> None:
+    """Copying nodes that OpenVINO would replace by others of its own, as gathers, which it leaves alone."""
+    ops = _ops()
+    for node in _floats(model, "Interpolate", "Broadcast", "Slice"):
+        value = node.input_value(0)
+        have, want = list(value.get_shape()), list(node.get_output_shape(0))
+        if len(have) != len(want):
+            continue
+        taken: dict[int, Any] = {axis: None for axis in range(len(have)) if have[axis] != want[axis]}
+        for axis in taken:
+            if node.get_type_name() == "Slice":
+                start, step = _constant(node.input_value(1)), _constant(node.input_value(3))
+                if start is not None and start.size == 1 and step is not None and step.size == 1 and step[0] == 1:
+                    taken[axis] = np.arange(want[axis]) + int(start[0]) % have[axis]
+            elif node.get_type_name() == "Broadcast" or _nearest(node, have[axis], want[axis]):
+                taken[axis] = np.arange(want[axis]) * have[axis] // want[axis]
+        if any(rows is None for rows in taken.values()):
+            continue  # `check_kept` tells if it matters
+        for axis, rows in taken.items():
+            value = ops.gather(value, _indices(rows), _indices(axis)).output(0)
+        node.output(0).replace(value)
+
+
+def _nearest(node: Any, have: int, want: int) -> bool:
+    """Whether an interpolation repeats each cell a whole number of times."""
+    about = node.get_attributes()
+    return (
+        want % have == 0
+        and about["mode"] == "nearest"
+        and (about["coordinate_transformation_mode"], about["nearest_mode"]) == ("asymmetric", "floor")
+    )
+
+
+def _drop_ones(model: Any) -> None:
+    """Multiplications by one, which keep a bias from being seen as one."""
+    for node in _floats(model, "Multiply"):
+        for number in (0, 1):
+            factor = _constant(node.input_value(number))
+            if factor is not None and factor.size == 1 and factor.reshape(-1)[0] == 1:
+                node.output(0).replace(node.input_value(1 - number))
+                break
+
+
+def _split_attention(model: Any) -> None:
+    """Attention's two products, which OpenVINO computes in bf16 together with the softmax between them.
+
+    Queries and keys are split as weights are; of the values both parts are summed, so only the softmax's weights are
+    rounded. Factors on queries and keys move behind their product, or OpenVINO would put them where they are rounded.
+    """
+    ops = _ops()
+    for softmax in list(_floats(model, "Softmax")):
+        product = softmax.input_value(0).get_node()
+        users = [target.get_node() for target in softmax.output(0).get_target_inputs()]
+        if product.get_type_name() != "MatMul" or [user.get_type_name() for user in users] != ["MatMul"]:
+            raise BackendError(
+                f"bf16x3 does not know the attention around '{softmax.get_friendly_name()}'; use --precision fp32"
+            )
+        scale = np.float32(1)
+        for number in (0, 1):
+            scale *= _take_factor(product.input_value(number))
+        query, key = product.input_value(0), product.input_value(1)
+        last = len(query.get_shape()) - 1
+        turned = product.get_attributes()["transpose_b"]
+        scores = ops.matmul(_split(query, last, "hlh"), _split(key, last if turned else last - 1, "hhl"), False, turned)
+        softmax.input(0).replace_source_output(ops.multiply(_fence(scores), ops.constant(scale)).output(0))
+        values = users[0].input_value(1)
+        width = values.get_shape()[last]
+        both = ops.matmul(softmax.output(0), _split(values, last, "hl"), False, False)
+        parts = ops.variadic_split(both, _indices(last), _indices([width, width]))
+        users[0].output(0).replace(ops.add(parts.output(0), parts.output(1)).output(0))
+
+
+def _take_factor(value: Any) -> np.float32:
+    """Take the scalar off that a value was multiplied by before its layout was changed; 1 if there is none."""
+    node = value.get_node()
+    while node.get_type_name() in ("Transpose", "Reshape"):
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Multiply":
+        return np.float32(1)
+    factor = _constant(node.input_value(1))
+    if factor is None or factor.size != 1:
+        return np.float32(1)
+    node.output(0).replace(node.input_value(0))
+    return np.float32(factor.reshape(-1)[0])
+
+
+def _fence_silu(model: Any) -> None:
+    """SiLU (x sigmoid(x)) after a bias: OpenVINO makes one node of it, which may end a product."""
+    for sigmoid in list(_floats(model, "Sigmoid")):
+        if sigmoid.input_value(0).get_node().get_type_name() != "Add":
+            continue
+        for target in list(sigmoid.output(0).get_target_inputs()):
+            node = target.get_node()
+            if node.get_type_name() == "Multiply":
+                users = list(node.output(0).get_target_inputs())
+                fence = _fence(node.output(0))
+                for user in users:
+                    user.replace_source_output(fence.output(0))
+
+
+def _split_weighted(model: Any) -> set[str]:
+    """Convolutions and products with weights; the names of what takes their place."""
+    ops = _ops()
+    names = set()
+    for node in list(_floats(model, "Convolution", "MatMul")):
+        value, weight = node.input_value(0), node.input_value(1)
+        if not _fixed(weight) or _fixed(value):
+            continue
+        about = node.get_attributes()
+        if node.get_type_name() == "Convolution":
+            geometry = (about[key] for key in ("strides", "pads_begin", "pads_end", "dilations"))
+            made = ops.convolution(_split(value, 1, "hlh"), _split(weight, 1, "hhl"), *geometry)
+        else:
+            last = len(value.get_shape()) - 1
+            if about["transpose_a"]:
+                value = ops.transpose(value, _indices([*range(last - 1), last, last - 1])).output(0)
+            summed = len(weight.get_shape()) - (1 if about["transpose_b"] else 2)
+            made = ops.matmul(_split(value, last, "hlh"), _split(weight, summed, "hhl"), False, about["transpose_b"])
+        made.set_friendly_name(f"{node.get_friendly_name()}.bf16x3")
+        names.add(made.get_friendly_name())
+        end, made = _with_bias(node, made)
+        end.output(0).replace(_fence(made).output(0))
+    return names
+
+
+def _with_bias(node: Any, made: Any) -> tuple[Any, Any]:
+    """The last node of a product and its bias, if it has one, and the same behind what takes the product's place."""
+    users = [target.get_node() for target in node.output(0).get_target_inputs()]
+    if len(users) == 1 and users[0].get_type_name() == "Add":
+        for number in (0, 1):
+            if _fixed(users[0].input_value(number)):
+                return users[0], _ops().add(made, users[0].input_value(number))
+    return node, made
+
+
+def _marked(core: Any, model: Any, products: set[str]) -> Any:
+    """The model again, all nodes but the products marked to keep their types.
+
+    Python cannot set the mark, but OpenVINO's files have it; so the model goes through one, its weights left out.
+    """
+    inputs = len(model.get_parameters())
+    weights: dict[str, Any] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant" and np.prod(node.get_output_shape(0), dtype=np.int64) >= _LARGE:
+            name = f"weight {len(weights)}"
+            place = _ops().parameter(list(node.get_output_shape(0)), node.get_element_type(), name=name)
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(place.output(0))
+            model.add_parameters([place])
+            weights[name] = node
+    made = _through_file(core, model, products)
+    for place in list(made.get_parameters()):
+        weight = weights.get(place.get_friendly_name())
+        if weight is not None:
+            for target in place.output(0).get_target_inputs():
+                target.replace_source_output(weight.output(0))
+            made.remove_parameter(place)
+    if len(made.get_parameters()) != inputs:
+        raise BackendError("this version of OpenVINO does not read its own files as they were; use --precision fp32")
+    return made
+
+
+def _through_file(core: Any, model: Any, products: set[str]) -> Any:
+    import openvino
+
+    with tempfile.TemporaryDirectory(prefix="difftap-") as folder:
+        path = Path(folder) / "model.xml"
+        openvino.save_model(model, path, compress_to_fp16=False)
+        tree = ET.parse(path)  # noqa: S314 - written a line above
+        for layer in tree.getroot().findall("layers/layer"):
+            if layer.get("name") in products or layer.get("type") == "Result":
+                continue
+            notes = layer.find("rt_info")
+            if notes is None:
+                notes = ET.Element("rt_info")
+                layer.insert(1 if layer.find("data") is not None else 0, notes)
+            ET.SubElement(notes, "attribute", name="precise", version="0")
+        tree.write(path)
+        return core.read_model(path, config={"ENABLE_MMAP": False})  # the file is gone when this returns
