@@ -23,6 +23,12 @@ def folder(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("xl"), unet=MINI_XL_UNET, vae=MINI_VAE)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of all tests here: tracing this UNet takes half a minute."""
+    return Cache(tmp_path_factory.mktemp("xl-cache"))
+
+
 def test_the_tap_is_what_diffusers_gives(folder):
     """Pooled text from the prompt's last row; sizes of an uncropped image, as the pipeline's time ids."""
     import torch
@@ -54,9 +60,9 @@ def test_the_tap_is_what_diffusers_gives(folder):
     assert np.allclose(got, caught[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_graph_gives_torchs_numbers_at_any_size_and_listens_to_the_pooled_text(folder, tmp_path):
+def test_the_graph_gives_torchs_numbers_at_any_size_and_listens_to_the_pooled_text(folder, cache):
     model = Model.load(folder)
-    graph, _ = export_graph(Cache(tmp_path), model, "unet", ("up0",))
+    graph, _ = export_graph(cache, model, "unet", ("up0",))
     for seed, profile in enumerate([Profile((8, 8), tokens=2), Profile((40, 24), 2, 9, 2)]):
         feeds = example_feeds(graph, profile, seed)
         with (
@@ -69,7 +75,7 @@ def test_the_graph_gives_torchs_numbers_at_any_size_and_listens_to_the_pooled_te
             assert (engine.run({**feeds, "prompt": other})["up0"] != engine.run(feeds)["up0"]).any()
 
 
-def test_from_a_recipe_to_features(folder, tmp_path):
+def test_from_a_recipe_to_features(folder, cache, tmp_path):
     from PIL import Image as Pillow
 
     import difftap
@@ -77,7 +83,7 @@ def test_from_a_recipe_to_features(folder, tmp_path):
 
     Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "a.png")
     recipe = Recipe((Branch(("up0",), 5),), model=str(folder), size=(24, 16), ensemble=2)
-    with Pipeline.open(recipe, Runtime(cache=tmp_path)) as pipeline:
+    with Pipeline.open(recipe, Runtime(cache=cache.folder)) as pipeline:
         [found] = pipeline.extract([difftap.load_image(tmp_path / "a.png")])
     assert found.data.shape == (16, 4, 6)
 
