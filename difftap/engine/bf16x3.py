@@ -8,7 +8,7 @@ whose last term is below float32's own rounding error in a sum of many (Henry, T
 bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019; XLA calls it ``BF16_BF16_F32_X3``).
 The three products are one: inputs ``[hi, lo, hi]`` side by side along the axis that is summed over, weights
 ``[hi, hi, lo]``, accumulated in float32. Matrix units multiply bf16 six times as fast as vector units multiply float32,
-so three products take half the time of one.
+so three such products take less time than one.
 
 OpenVINO knows no such mode, so the network is rewritten, with static shapes, and compiled in bf16; everything but the
 products is marked to stay float32. A mark does not outlive a node that OpenVINO's own passes replace; `split_products`
