@@ -74,7 +74,7 @@ __all__ = ["gpu_check"]
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]")
 @click.option("--overwrite", is_flag=True, help="Start afresh, whatever the folder holds.")
 @cache_option
-@feature_options("dift; sd21 with random weights")
+@feature_options("dift; sd21 with random weights", sized=False)
 def gpu_check(
     output: Path,
     backends: str,
@@ -117,14 +117,12 @@ def gpu_check(
     require("threadpoolctl", "bench", "measuring throughput")
     if options["model"] is None and options["recipe_name"] is None:
         options["model"], random_weights = "sd21", 0 if random_weights is None else random_weights
-    if options["size"] is not None:
-        raise InputError("this check takes --sizes, a list, in place of --size")
     ours, absent = present(backends, device)
     others = parse_rivals(rivals, device)
     if not ours and not others:
         raise InputError(f"no backend can run on {device} here: {'; '.join(absent.values())}")
     case = GpuCheckCase(
-        build_recipe(**options),
+        build_recipe(size=None, **options),
         (*ours, *others),
         device,
         tuple((side, side) for side in sizes),

@@ -129,7 +129,7 @@ model_options = stack(
 size_option = click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")
 
 
-def _feature_list(default: str) -> list[Callable[[Any], Any]]:
+def _feature_list(default: str, *, sized: bool = True) -> list[Callable[[Any], Any]]:
     return [
         click.option(
             "--recipe",
@@ -138,7 +138,7 @@ def _feature_list(default: str) -> list[Callable[[Any], Any]]:
             help=f"Recipe: a preset ('difftap recipes') or a TOML file.  [default: {default}]",
         ),
         model_options,
-        size_option,
+        *([size_option] if sized else []),
         click.option("--ensemble", type=int, metavar="E", help="Noise samples averaged per image."),
         click.option(
             "--tap", "taps", multiple=True, metavar="TAP", help="Tap to read, for a recipe of one branch (repeatable)."
@@ -159,9 +159,12 @@ def _feature_list(default: str) -> list[Callable[[Any], Any]]:
     ]
 
 
-def feature_options(default: str) -> Callable[[_F], _F]:
-    """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe."""
-    return stack(_feature_list(default))
+def feature_options(default: str, *, sized: bool = True) -> Callable[[_F], _F]:
+    """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe.
+
+    Without ``sized`` there is no --size, for commands that go through several.
+    """
+    return stack(_feature_list(default, sized=sized))
 
 
 recipe_options = stack(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from difftap.commands.options import Grouped, build_recipe, cache_option, parse_numbers, recipe_options
 from difftap.errors import InputError
@@ -128,6 +129,10 @@ def throughput(
     from difftap.bench.throughput_report import format_throughput, save_throughput
     from difftap.errors import require
 
+    context = click.get_current_context()
+    for name in ("curve_timesteps", "curve_passes", "curve_limit"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and not ensemble_curve:
+            raise InputError(f"--{name.replace('_', '-')} is of the curve alone; add --ensemble-curve, or leave it out")
     ours, absent = ([], {}) if backends == "none" else parse_backends(backends, device)
     where = "cuda" if any(one.device == "cuda" for one in ours) or device == "cuda" else "cpu"
     others = parse_rivals(rivals, where)

@@ -259,3 +259,4 @@ def test_bad_input_is_refused_before_anything_is_measured(tmp_path):
     assert "no backend and no rival" in str(refused("--backends", "none", "--rivals", "none"))
     assert "an even number" in str(refused("--noise", "antithetic", "--ensemble", "3"))
     assert "the curve needs a backend" in str(refused("--ensemble-curve", "--backends", "none"))
+    assert "of the curve alone; add --ensemble-curve" in str(refused("--curve-limit", "4"))
