@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from difftap.errors import InputError, OutputError
-from difftap.outputs import only_writer, output_errors
+from difftap.outputs import no_folder, only_writer, output_errors
 
 __all__ = ["Journal", "open_journal", "read_journal"]
 
@@ -51,9 +51,7 @@ def open_journal(path: Path, header: Mapping[str, Any], *, overwrite: bool = Fal
     Raises:
         OutputError: it cannot be written, is another run's, or is being written.
     """
-    with output_errors(path):
-        if path.is_dir():
-            raise OutputError(f"cannot write '{path}': a folder stands there; give the name of a file")
+    no_folder(path)
     with only_writer(path):
         earlier = [] if overwrite else _finished(path, header)
         with output_errors(path), open(path, "w" if overwrite else "a", encoding="utf-8", newline="\n") as handle:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from difftap.errors import OutputError
 
-__all__ = ["atomic_path", "only_writer", "output_errors", "write_atomic"]
+__all__ = ["atomic_path", "no_folder", "only_writer", "output_errors", "write_atomic"]
 
 
 @contextlib.contextmanager
@@ -72,6 +72,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         scratch.write_bytes(content)
 
 
+def no_folder(path: Path) -> None:
+    """Make sure that a file can be written under this name.
+
+    Raises:
+        OutputError: a folder stands there.
+    """
+    with output_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+
+
 @contextlib.contextmanager
 def only_writer(path: Path, lock: Path | None = None) -> Iterator[None]:
     """Hold a file or folder that is written to for this process alone, without waiting.
@@ -85,8 +96,9 @@ def only_writer(path: Path, lock: Path | None = None) -> Iterator[None]:
     """
     lock = path.with_name(f".{path.name}.lock") if lock is None else lock
     with output_errors(path):
-        if not lock.parent.exists():  # filelock would make it without a word
-            raise FileNotFoundError(errno.ENOENT, "No such folder")
+        if not lock.parent.is_dir():  # filelock would make it without a word
+            kind = errno.ENOTDIR if lock.parent.exists() else errno.ENOENT
+            raise OSError(kind, "No such folder")
         held = FileLock(str(lock))
         try:
             held.acquire(timeout=0)

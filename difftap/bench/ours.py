@@ -25,8 +25,8 @@ ENGINE_STAGES = ("vae", "unet")
 class Ours:
     """A pipeline, ready and clocked.
 
-    The runtimes' own calls are timed where they are made, inside `difftap.engine.Engine.run`: its checks of shapes and
-    of finite values are outside, and so are decoding, resizing, drawing noise, copies and joining.
+    The runtimes' own calls are timed where they are made, inside `difftap.engine.Engine.compute`: its checks of shapes
+    are outside, and so are the look for values that are not finite, decoding, resizing, drawing noise, copies, joining.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:

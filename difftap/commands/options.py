@@ -213,7 +213,7 @@ runtime_options = stack(
             default="fp32",
             show_default=True,
             metavar="P",
-            help="fp32, fp16, bf16 or int8, as far as the backend has it ('difftap doctor').",
+            help="fp32, bf16x3, fp16, bf16 or int8, as far as the backend has it ('difftap doctor').",
         ),
         click.option(
             "--calibrate",

@@ -12,31 +12,22 @@ so three such products take less time than one.
 
 OpenVINO knows no such mode, so the network is rewritten, with static shapes, and compiled in bf16; everything but the
 products is marked to stay float32. A mark does not outlive a node that OpenVINO's own passes replace; `split_products`
-therefore does beforehand what those passes would do, and `check_kept` makes sure that nothing else was rounded. Inside
-attention, which OpenVINO fuses, the softmax's weights alone are rounded to bf16: their errors, of 2^-9 at most, average
-out over the keys.
+therefore does beforehand what those passes would do, and `difftap.engine.float32.check_kept` looks at what came of it.
+Inside attention, which OpenVINO fuses, the softmax's weights alone are rounded to bf16: their errors, of 2^-9 at most,
+average out over the keys.
 """
 
 from __future__ import annotations
 
-import tempfile
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from difftap.errors import BackendError
+from difftap.engine.float32 import ROUNDED, keep_float32
+from difftap.errors import BackendError, first_line
 
-__all__ = ["check_kept", "split_products"]
-
-_LARGE = 4096
-"""Numbers in a constant from which on it is a weight, and never written to a file on the way."""
-
-
-_HIGH = "bf16x3 high"
-"""How the names begin of the nodes that are meant to round."""
+__all__ = ["split_products"]
 
 
 def split_products(core: Any, model: Any) -> Any:
@@ -52,33 +43,17 @@ def split_products(core: Any, model: Any) -> Any:
     Raises:
         BackendError: it holds attention of a kind that this rewriting does not know.
     """
-    for rewrite in (_join_reshapes, _use_gathers, _drop_ones, _split_attention, _join_reshapes):
-        rewrite(model)
-    _fence_silu(model)
-    products = _split_weighted(model)
-    model.validate_nodes_and_infer_types()
-    return _marked(core, model, products)
-
-
-def check_kept(compiled: Any, name: str) -> None:
-    """Make sure that OpenVINO rounds to bf16 where it was told to, and nowhere else.
-
-    Args:
-        compiled: ``openvino.CompiledModel`` of what `split_products` gave.
-        name: what the network is called.
-
-    Raises:
-        BackendError: it does not; another version may.
-    """
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        about = node.get_rt_info()
-        kind, precisions = (about[key].astype(str) for key in ("layerType", "outputPrecisions"))
-        found = node.get_friendly_name()
-        if "bf16" in precisions.split(",") and kind != "Reorder" and not found.startswith(_HIGH):
-            raise BackendError(
-                f"this version of OpenVINO rounds '{found}' ({kind}) of {name} to bf16, which "
-                "bf16x3 forbids; use --precision fp32, or another version of OpenVINO"
-            )
+    try:
+        for rewrite in (_join_reshapes, _use_gathers, _drop_ones, _split_attention, _join_reshapes):
+            rewrite(model)
+        _fence_silu(model)
+        products = _split_weighted(model)
+        model.validate_nodes_and_infer_types()
+    except BackendError:
+        raise
+    except Exception as error:  # a node of a form that is not known
+        raise BackendError(f"bf16x3 cannot rewrite the network: {first_line(error)}; use --precision fp32") from error
+    return keep_float32(core, model, products)
 
 
 def _ops() -> Any:
@@ -88,7 +63,7 @@ def _ops() -> Any:
 
 
 def _floats(model: Any, *kinds: str) -> Iterable[Any]:
-    """The nodes of some kinds that give float32 and do not follow from constants alone."""
+    """The nodes of some kinds that give float32."""
     import openvino
 
     for node in model.get_ordered_ops():
@@ -120,7 +95,7 @@ def _split(value: Any, axis: int, parts: str) -> Any:
 
     ops = _ops()
     short = ops.convert(value, openvino.Type.bf16)
-    short.set_friendly_name(f"{_HIGH} {short.get_name()}")
+    short.set_friendly_name(f"{ROUNDED} {short.get_name()}")
     high = ops.convert(short, openvino.Type.f32)
     low = ops.subtract(value, high)
     return ops.concat([high if part == "h" else low for part in parts], axis)
@@ -151,8 +126,10 @@ def _join_some(model: Any) -> bool:
         if _fixed(source):
             continue
         if node.get_type_name() == "Transpose":
-            sizes = list(source.get_shape())
-            moved = [int(axis) for axis in _constant(node.input_value(1)) if sizes[int(axis)] != 1]
+            sizes, order = list(source.get_shape()), _constant(node.input_value(1))
+            if order is None or order.size != len(sizes):
+                continue
+            moved = [int(axis) for axis in order if sizes[int(axis)] != 1]
             if moved != sorted(moved):
                 continue
         follows = source.get_node().get_type_name() == "Reshape"
@@ -174,14 +151,13 @@ def _use_gathers(model: Any) -> None:
     for node in _floats(model, "Interpolate", "Broadcast", "Slice"):
         value = node.input_value(0)
         have, want = list(value.get_shape()), list(node.get_output_shape(0))
-        if len(have) != len(want):
+        axes = [axis for axis, (old, new) in enumerate(zip(have, want, strict=False)) if old != new]
+        if len(have) != len(want) or not axes:
             continue
-        taken: dict[int, Any] = {axis: None for axis in range(len(have)) if have[axis] != want[axis]}
-        for axis in taken:
+        taken: dict[int, Any] = dict.fromkeys(axes)
+        for axis in axes:
             if node.get_type_name() == "Slice":
-                start, step = _constant(node.input_value(1)), _constant(node.input_value(3))
-                if start is not None and start.size == 1 and step is not None and step.size == 1 and step[0] == 1:
-                    taken[axis] = np.arange(want[axis]) + int(start[0]) % have[axis]
+                taken[axis] = _sliced(node, have[axis], want[axis]) if len(axes) == 1 else None
             elif node.get_type_name() == "Broadcast" or _nearest(node, have[axis], want[axis]):
                 taken[axis] = np.arange(want[axis]) * have[axis] // want[axis]
         if any(rows is None for rows in taken.values()):
@@ -189,6 +165,15 @@ def _use_gathers(model: Any) -> None:
         for axis, rows in taken.items():
             value = ops.gather(value, _indices(rows), _indices(axis)).output(0)
         node.output(0).replace(value)
+
+
+def _sliced(node: Any, have: int, want: int) -> Any:
+    """Which rows a slice along one axis takes, step by step; None if that cannot be told."""
+    start, step = _constant(node.input_value(1)), _constant(node.input_value(3))
+    if start is None or step is None or start.size != 1 or step.size != 1 or int(step.reshape(-1)[0]) != 1:
+        return None
+    first = int(start.reshape(-1)[0])
+    return np.arange(want) + (max(first + have, 0) if first < 0 else first)
 
 
 def _nearest(node: Any, have: int, want: int) -> bool:
@@ -206,7 +191,8 @@ def _drop_ones(model: Any) -> None:
     for node in _floats(model, "Multiply"):
         for number in (0, 1):
             factor = _constant(node.input_value(number))
-            if factor is not None and factor.size == 1 and factor.reshape(-1)[0] == 1:
+            same = list(node.input_value(1 - number).get_shape()) == list(node.get_output_shape(0))
+            if factor is not None and factor.size == 1 and factor.reshape(-1)[0] == 1 and same:
                 node.output(0).replace(node.input_value(1 - number))
                 break
 
@@ -221,7 +207,7 @@ def _split_attention(model: Any) -> None:
     for softmax in list(_floats(model, "Softmax")):
         product = softmax.input_value(0).get_node()
         users = [target.get_node() for target in softmax.output(0).get_target_inputs()]
-        if product.get_type_name() != "MatMul" or [user.get_type_name() for user in users] != ["MatMul"]:
+        if not _plain_attention(softmax, product, users):
             raise BackendError(
                 f"bf16x3 does not know the attention around '{softmax.get_friendly_name()}'; use --precision fp32"
             )
@@ -240,12 +226,28 @@ def _split_attention(model: Any) -> None:
         users[0].output(0).replace(ops.add(parts.output(0), parts.output(1)).output(0))
 
 
+def _plain_attention(softmax: Any, product: Any, users: Sequence[Any]) -> bool:
+    """Whether this is softmax(Q K^T) V, with no mask, over the last axis."""
+    if [node.get_type_name() for node in (product, *users)] != ["MatMul", "MatMul"]:
+        return False
+    first, second = product.get_attributes(), users[0].get_attributes()
+    last = len(softmax.get_output_shape(0)) - 1
+    ranks = [len(value.get_shape()) for node in (product, users[0]) for value in node.input_values()]
+    return (
+        softmax.get_attributes()["axis"] in (-1, last)
+        and users[0].input_value(0).get_node() == softmax
+        and not (first["transpose_a"] or second["transpose_a"] or second["transpose_b"])
+        and ranks == [last + 1] * 4
+        and len(product.output(0).get_target_inputs()) == 1
+    )
+
+
 def _take_factor(value: Any) -> np.float32:
-    """Take the scalar off that a value was multiplied by before its layout was changed; 1 if there is none."""
+    """Take the scalar off that a value alone was multiplied by before its layout was changed; 1 if there is none."""
+    while value.get_node().get_type_name() in ("Transpose", "Reshape") and len(value.get_target_inputs()) == 1:
+        value = value.get_node().input_value(0)
     node = value.get_node()
-    while node.get_type_name() in ("Transpose", "Reshape"):
-        node = node.input_value(0).get_node()
-    if node.get_type_name() != "Multiply":
+    if node.get_type_name() != "Multiply" or len(value.get_target_inputs()) != 1:
         return np.float32(1)
     factor = _constant(node.input_value(1))
     if factor is None or factor.size != 1:
@@ -264,6 +266,9 @@ def _fence_silu(model: Any) -> None:
             if node.get_type_name() == "Multiply":
                 users = list(node.output(0).get_target_inputs())
                 fence = _fence(node.output(0))
+                names = node.output(0).get_names()
+                node.output(0).set_names(set())
+                fence.output(0).set_names(names)
                 for user in users:
                     user.replace_source_output(fence.output(0))
 
@@ -297,53 +302,16 @@ def _with_bias(node: Any, made: Any) -> tuple[Any, Any]:
     """The last node of a product and its bias, if it has one, and the same behind what takes the product's place."""
     users = [target.get_node() for target in node.output(0).get_target_inputs()]
     if len(users) == 1 and users[0].get_type_name() == "Add":
+        same = list(users[0].get_output_shape(0)) == list(node.get_output_shape(0))
         for number in (0, 1):
-            if _fixed(users[0].input_value(number)):
+            if same and _fixed(users[0].input_value(number)) and _by_channel(node, users[0].input_value(number)):
                 return users[0], _ops().add(made, users[0].input_value(number))
     return node, made
 
 
-def _marked(core: Any, model: Any, products: set[str]) -> Any:
-    """The model again, all nodes but the products marked to keep their types.
-
-    Python cannot set the mark, but OpenVINO's files have it; so the model goes through one, its weights left out.
-    """
-    inputs = len(model.get_parameters())
-    weights: dict[str, Any] = {}
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "Constant" and np.prod(node.get_output_shape(0), dtype=np.int64) >= _LARGE:
-            name = f"weight {len(weights)}"
-            place = _ops().parameter(list(node.get_output_shape(0)), node.get_element_type(), name=name)
-            for target in node.output(0).get_target_inputs():
-                target.replace_source_output(place.output(0))
-            model.add_parameters([place])
-            weights[name] = node
-    made = _through_file(core, model, products)
-    for place in list(made.get_parameters()):
-        weight = weights.get(place.get_friendly_name())
-        if weight is not None:
-            for target in place.output(0).get_target_inputs():
-                target.replace_source_output(weight.output(0))
-            made.remove_parameter(place)
-    if len(made.get_parameters()) != inputs:
-        raise BackendError("this version of OpenVINO does not read its own files as they were; use --precision fp32")
-    return made
-
-
-def _through_file(core: Any, model: Any, products: set[str]) -> Any:
-    import openvino
-
-    with tempfile.TemporaryDirectory(prefix="difftap-") as folder:
-        path = Path(folder) / "model.xml"
-        openvino.save_model(model, path, compress_to_fp16=False)
-        tree = ET.parse(path)  # noqa: S314 - written a line above
-        for layer in tree.getroot().findall("layers/layer"):
-            if layer.get("name") in products or layer.get("type") == "Result":
-                continue
-            notes = layer.find("rt_info")
-            if notes is None:
-                notes = ET.Element("rt_info")
-                layer.insert(1 if layer.find("data") is not None else 0, notes)
-            ET.SubElement(notes, "attribute", name="precise", version="0")
-        tree.write(path)
-        return core.read_model(path, config={"ENABLE_MMAP": False})  # the file is gone when this returns
+def _by_channel(node: Any, value: Any) -> bool:
+    """Whether a value has one number for each of a product's output channels."""
+    have, want = list(value.get_shape()), list(node.get_output_shape(0))
+    axis = 1 if node.get_type_name() == "Convolution" else len(want) - 1
+    have = [1] * (len(want) - len(have)) + have
+    return have == [size if number == axis else 1 for number, size in enumerate(want)]

@@ -32,7 +32,7 @@ from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 from difftap.sources import Item, Source
 from difftap.store.image import shapes_of
-from difftap.store.layout import load_bases, read_provenance, tap_arrays
+from difftap.store.layout import read_provenance, tap_arrays
 from difftap.store.place import Place
 from difftap.store.records import Page
 from difftap.store.shard import Shard
@@ -142,7 +142,12 @@ def extract_on_cluster(
                 for number, start in enumerate(range(0, len(rest), size))
             ]
             writer.reserve(len(tasks))
-            if tasks and found.shapes and not writer.ready:
+            if tasks and not writer.ready:
+                if not found.shapes:
+                    raise InputError(
+                        f"none of the {len(items)} images could be used where a worker looked at them, so nothing "
+                        "tells how large the maps are; do all machines find the images under the same paths?"
+                    )
                 writer.prepare(found.shapes, found.bases)
             place = str(Path(path).resolve()) if Place(path).folder is not None else str(path)
             written = 0
@@ -196,7 +201,8 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, _Share]]:
         with suppress(Exception):
             ray.shutdown()
         where = f"reached at '{cluster.address}'" if cluster.address else "started here"
-        raise BackendError(f"Ray cannot be {where}: {first_line(error)}") from error
+        token = "; one with token authentication needs RAY_AUTH_MODE=token" if cluster.address else ""
+        raise BackendError(f"Ray cannot be {where}: {first_line(error)}{token}") from error
     try:
         have = ray.cluster_resources()
         gpus = int(have.get("GPU", 0))
@@ -377,7 +383,7 @@ class _Worker:
         failed = {failure.key: failure.error for failure in page.failures}
         rest = [item for item in task.items if item.key not in known]
         since = time.monotonic()
-        bases = load_bases(group, provenance)
+        bases = {array.name: array.basis for array in arrays if array.basis is not None}
         with closing(stored_stream(self._pipeline, rest, self._settings, provenance, bases)) as outcomes:
             for outcome in outcomes:
                 if outcome.stored is None:

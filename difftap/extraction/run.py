@@ -100,7 +100,8 @@ def stored_stream(
     """
     encoding = provenance.encoding
     image = row_bytes(pipeline.recipe, pipeline.model, Encoding("float32"))
-    waiting = max(2, min(provenance.shard, _WAITING // max(1, image)))  # images
+    kept = image if encoding.dtype == "float32" else image + row_bytes(pipeline.recipe, pipeline.model, encoding)
+    waiting = max(2, min(provenance.shard, _WAITING // max(1, kept)))  # images; encoded, they keep what they were, too
 
     def encode(features: Features) -> StoredImage:
         return store_image(features, encoding, bases)
@@ -142,7 +143,8 @@ def extract_to_store(
 
     Raises:
         OutputError: the store cannot be written, was begun under other conditions, or is being written.
-        ImageError: with ``strict``, an image cannot be used. What came before it is safe.
+        ImageError, NonFiniteError, InputError: with ``strict``, an image cannot be used, its features hold NaN, or do
+            not fit the store's number type. What came before it is safe.
         BackendError: the runtime failed; what was extracted is safe, and a later run goes on.
     """
     settings = settings or Settings()

@@ -210,8 +210,10 @@ def build_folder(
     require("pyarrow", "index", "an index's rows")  # or the lack of it would show when all is done
     check_new(folder, overwrite)
     fresh = not folder.exists()
+    held = False
     try:
         with held_folder(folder):
+            held = True
             path = folder / f"vectors-{secrets.token_hex(4)}.tmp"
             try:
                 vectors, rows = spool(batches, path)
@@ -224,7 +226,7 @@ def build_folder(
             about = About(origin, options.metric, filled.plan.kind, width, count, filled.report())
             write_index(folder, about, filled.index, rows)
     except BaseException:
-        if fresh:
+        if fresh and held:  # or it is another run's that came first
             _leave_nothing(folder)
         raise
     return FolderIndex.open(folder, gpu=options.gpu)

@@ -21,7 +21,7 @@ import numpy as np
 from difftap.engine import Features
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
-from difftap.outputs import only_writer, output_errors, write_atomic
+from difftap.outputs import no_folder, only_writer, output_errors, write_atomic
 from difftap.pipeline import Pipeline
 from difftap.prompts.learned import pinned
 from difftap.prototypes.average import average, joined_grid
@@ -164,8 +164,7 @@ def build(
     folder = scratch or columns[0].path.with_name(f".{columns[0].path.name}.parts")
     header = _header(source, pipeline, columns, rule)
     path = columns[0].path
-    if path.is_dir():
-        raise OutputError(f"cannot write '{path}': a folder stands there; give the name of a file")
+    no_folder(path)
     with only_writer(path):
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)

@@ -149,6 +149,11 @@ class Shard:
             InputError: the maps have other shapes than the arrays.
         """
         encoding = self._provenance.encoding
+        names = {array.name for array in self._arrays}
+        if names != set(image.maps):
+            raise InputError(
+                f"'{key}' has maps of {', '.join(image.maps)}, the store arrays of {', '.join(sorted(names)) or 'none'}"
+            )
         place = len(self._rows)
         fidelity: dict[str, dict[str, float]] = {}
         for array in self._arrays:

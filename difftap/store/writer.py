@@ -1,6 +1,6 @@
 """Writing a feature store: begun or taken up again, filled shard by shard, finished.
 
-What `StoreWriter.add` and `StoreWriter.fail` take is safe only once they, or `StoreWriter.commit`, have counted it in
+What `StoreWriter.put` and `StoreWriter.fail` take is safe only once they, or `StoreWriter.commit`, have counted it in
 what they return.
 """
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from difftap.engine.bf16x3 import check_kept, split_products
+from difftap.engine.bf16x3 import split_products
+from difftap.engine.float32 import check_kept
 from difftap.errors import BackendError
 
 openvino = pytest.importorskip("openvino")
@@ -121,3 +122,33 @@ def test_rounding_elsewhere_is_noticed():
 def test_unknown_attention_is_refused():
     with pytest.raises(BackendError, match=r"does not know the attention.*--precision fp32"):
         split_products(CORE, model(lambda x: attention(x, mask=True)))
+
+
+def flipped(x):
+    rows = ops.slice(x, ops.constant([7]), ops.constant([-9]), ops.constant([-1]), ops.constant([2]))
+    return convolution(rows)
+
+
+def shifted(x):
+    rows = ops.slice(x, ops.constant([-3]), ops.constant([8]), ops.constant([1]), ops.constant([2]))
+    return convolution(rows)
+
+
+def shared_scale(x):
+    """Queries and keys are one tensor, scaled once."""
+    tokens = ops.transpose(ops.reshape(x, ops.constant([2, 16, 64]), False), ops.constant([0, 2, 1]))
+    scaled = ops.multiply(tokens, ops.constant(np.float32(0.3)))
+    return ops.matmul(ops.softmax(ops.matmul(scaled, scaled, False, True), 2), tokens, False, False)
+
+
+def with_position(x):
+    """An addend that is no bias."""
+    return ops.add(convolution(x, bias=False), ops.constant(numbers(1, 24, 8, 8)))
+
+
+@pytest.mark.parametrize("build", [flipped, shifted, shared_scale, with_position])
+def test_the_rewritten_network_means_the_same(build):
+    data = numbers(2, 16, 8, 8, seed=5)
+    _, want = give(model(build), data, "f32")
+    _, got = give(split_products(CORE, model(build)), data, "f32")
+    assert error(got, want) < 2e-5

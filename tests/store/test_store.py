@@ -12,7 +12,8 @@ from difftap.errors import ArtefactError, InputError, OutputError, RecipeError
 from difftap.recipe import Branch
 from difftap.store import Encoding, FeatureStore, check_writable, open_writer
 from difftap.store.encoding import Moments
-from difftap.store.image import shapes_of
+from difftap.store.image import shapes_of, store_image
+from difftap.store.shard import Shard
 from tests.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
 
 ENCODINGS = [Encoding(), Encoding("float32"), Encoding("int8"), Encoding("int8", "map")]
@@ -278,6 +279,13 @@ def test_a_value_that_does_not_fit_is_the_images_fault(tmp_path):
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert store.keys() == ["k0", "k2"]
     assert "float16 holds up to" in store.failures["k1"]
+
+
+def test_a_row_without_arrays_is_refused(tmp_path):
+    with writer(tmp_path / "s.zarr") as opened:
+        shard = Shard(opened.group, opened.place, opened.provenance, [], 0)
+        with pytest.raises(InputError, match="the store arrays of none"):
+            shard.add("k0", store_image(made(0), Encoding(), {}))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

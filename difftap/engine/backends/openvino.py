@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, Profile
-from difftap.engine.bf16x3 import check_kept, split_products
+from difftap.engine.bf16x3 import split_products
+from difftap.engine.float32 import check_kept
 from difftap.engine.quantise import quantise, reason
 from difftap.errors import BackendError, OutputError, require
 
@@ -141,6 +142,8 @@ class OpenVinoBackend(Backend):
             config["INFERENCE_NUM_THREADS"] = threads
         try:
             return OpenVinoEngine(graph, profile, device, core, model, config)
+        except BackendError:
+            raise
         except RuntimeError as error:
             raise BackendError(f"openvino cannot open '{graph.path}': {reason(error)}") from error
 
