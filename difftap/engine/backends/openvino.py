@@ -15,6 +15,7 @@ import numpy as np
 from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, Profile
 from difftap.engine.bf16x3 import split_products
 from difftap.engine.float32 import check_kept
+from difftap.engine.openvino_network import fix_shapes, read_network
 from difftap.engine.quantise import quantise, reason
 from difftap.errors import BackendError, OutputError, require
 
@@ -40,7 +41,7 @@ class OpenVinoEngine(Engine):
     def _request(self, batch: int) -> Any:
         if batch not in self._requests:
             model = self._model.clone()
-            _fix_shapes(model, self.graph, self.profile, batch)
+            fix_shapes(model, self.graph, self.profile, batch)
             if self.profile.precision == "bf16x3":
                 model = split_products(self._core, model)
             compiled = self._core.compile_model(model, _DEVICES[self.device], self._config)
@@ -116,8 +117,8 @@ class OpenVinoBackend(Backend):
         require("nncf", "openvino", "quantising to int8")  # before anything slow
         if calibration is None:
             raise BackendError(f"quantising {graph.name} to int8 needs images to calibrate on; got none")
-        model = _read(openvino.Core(), graph.path)
-        _fix_shapes(model, graph, profile, 1)
+        model = read_network(openvino.Core(), graph.path)
+        fix_shapes(model, graph, profile, 1)
         names = {value.get_any_name() for value in model.inputs}
         feeds = [{name: array for name, array in one.items() if name in names} for one in calibration(graph, profile)]
         quantised, details = quantise(model, feeds, graph)
@@ -133,7 +134,7 @@ class OpenVinoBackend(Backend):
         import openvino
 
         core = openvino.Core()
-        model = _read(core, built / _MODEL if built else graph.path)
+        model = read_network(core, built / _MODEL if built else graph.path)
         hint = _HINTS.get(profile.precision)
         if hint is None:  # what int8 leaves over: whatever half type is cheap here
             hint = "bf16" if "BF16" in self._capabilities(device) else "f32"
@@ -146,16 +147,3 @@ class OpenVinoBackend(Backend):
             raise
         except RuntimeError as error:
             raise BackendError(f"openvino cannot open '{graph.path}': {reason(error)}") from error
-
-
-def _read(core: Any, path: Path | None) -> Any:
-    try:
-        return core.read_model(path)
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"openvino cannot open '{path}': {reason(error)}") from error
-
-
-def _fix_shapes(model: Any, graph: Graph, profile: Profile, batch: int) -> None:
-    letters = {"B": batch, **profile.axes(graph.model)}
-    used = {value.get_any_name() for value in model.inputs}
-    model.reshape({s.name: [letters.get(str(a), a) for a in s.shape] for s in graph.inputs if s.name in used})
