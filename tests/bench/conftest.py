@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-REAL = Path(__file__).resolve().parents[4] / "shared" / "data"  # beside the repository; no part of it
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"  # beside the repository; no part of it
 
 
 @pytest.fixture
