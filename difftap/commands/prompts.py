@@ -34,8 +34,11 @@ def list_(folder: Path) -> None:
         about = found.about
         taps = " with ".join(f"{'+'.join(b['taps'])} at t={b['timestep']}" for b in about["fits"]["branches"])
         size = "x".join(map(str, about["fits"]["size"]))
-        scores = about["scores"][0]
-        gain = f"PCK@0.10 {100 * scores['empty']['0.1']:.1f} -> {100 * scores['best'].get('0.1', float('nan')):.1f}"
+        gain = "not scored"
+        if about["scores"]:
+            scores = about["scores"][0]
+            best = scores["best"].get("0.1", float("nan"))
+            gain = f"PCK@0.10 {100 * scores['empty']['0.1']:.1f} -> {100 * best:.1f}"
         data = about["data"]["name"]
         click.echo(
             f"{file.parent.as_posix():<28} {found.kind:<8}{about['model']['name']:<10}{size:<9} {taps}, {data}, {gain}"
@@ -81,4 +84,5 @@ def show(path: Path, as_json: bool) -> None:
             click.echo(
                 f"{'PCK@' + f'{float(alpha):.2f}':<14}empty prompt {100 * empty:.1f}, learned {text}, branch {branches}"
             )
-    click.echo(f"{'':<14}({about['scores'][0]['measure']})")
+    if about["scores"]:
+        click.echo(f"{'':<14}({about['scores'][0]['measure']})")

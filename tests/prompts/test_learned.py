@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from difftap.cli import cli
 from difftap.errors import InputError, ModelError
 from difftap.prompts import Subject, choose_prompts
 from difftap.prompts.learned import PROMPT_FILE, fits_of, load_learned, pinned, save_learned
@@ -20,7 +22,7 @@ def about(kind="class", recipe=ONE):
         "classes": [] if kind == "single" else ["cat", "dog"],
         "model": {"name": "pocket", "key": "k"},
         "fits": fits_of(recipe),
-        "data": {},
+        "data": {"name": "pairs", "train_pairs": 3, "how": "by image"},
         "settings": {},
         "scores": [],
         "steps": 3,
@@ -159,3 +161,11 @@ def test_own_tokens_of_uneven_bins_are_torchs():
     pooled = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(data), (3, 4)).flatten(1).T.numpy()
     want = (pooled - pooled.mean(1, keepdims=True)) / pooled.std(1, keepdims=True)
     assert np.allclose(own_tokens(data, (4, 3)), want, atol=1e-4)
+
+
+def test_prompts_that_were_never_scored_are_listed_and_shown(tmp_path):
+    folder = save(tmp_path / "a").path.parent
+    for command in ("list", "show"):
+        done = CliRunner().invoke(cli, ["prompts", command, str(folder)])
+        assert done.exit_code == 0, done.exception
+        assert command == "show" or "not scored" in done.output
