@@ -128,6 +128,7 @@ def throughput(
     from difftap.bench.throughput import ThroughputCase, run
     from difftap.bench.throughput_report import format_throughput, save_throughput
     from difftap.errors import require
+    from difftap.outputs import output_errors
 
     context = click.get_current_context()
     for name in ("curve_timesteps", "curve_passes", "curve_limit"):
@@ -138,6 +139,9 @@ def throughput(
     others = parse_rivals(rivals, where)
     for module in ("threadpoolctl", *(("matplotlib",) if output else ())):
         require(module, "bench", "measuring throughput")
+    if output:  # now, not when all is measured
+        with output_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
     recipe, files = build_recipe(**options), find_pictures(images)
     if ensemble_curve:
         runtime = _first(ours, device, threads, cache)

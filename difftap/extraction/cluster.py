@@ -24,7 +24,16 @@ from typing import Any
 
 from difftap.auto import AUTO
 from difftap.errors import BackendError, DifftapError, InputError, first_line, require
-from difftap.extraction.run import Run, Settings, fit_bases, remaining, rows_per_shard, stored_stream, tell
+from difftap.extraction.run import (
+    Run,
+    Settings,
+    check_components,
+    fit_bases,
+    remaining,
+    rows_per_shard,
+    stored_stream,
+    tell,
+)
 from difftap.extraction.stream import stream
 from difftap.extraction.watch import POLL, raise_told, told_of, watched
 from difftap.pipeline import Pipeline, Runtime, available_cores
@@ -190,6 +199,7 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, _Share]]:
     try:
         if cluster.address is None:
             ray.init(
+                address="local",  # or it would join one that is noted to run on this machine
                 num_cpus=max(2, available_cores()),
                 object_store_memory=_OBJECTS,
                 include_dashboard=False,
@@ -243,6 +253,7 @@ def _probe(opener: Opener, settings: Settings, folder: str, items: Sequence[Item
             else:
                 with closing(stream(pipeline, items, 1)) as outcomes:
                     shapes = next((shapes_of(one.features) for one in outcomes if one.features is not None), {})
+            check_components(pipeline.recipe, pipeline.model, settings.encoding)
             shard = rows_per_shard(pipeline.recipe, pipeline.model, settings.encoding)
             return _Found(pipeline.conditions, shard, shapes, bases)
     except DifftapError as error:

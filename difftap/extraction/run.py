@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from difftap.engine import Features
+from difftap.errors import InputError
 from difftap.extraction.stream import Outcome, as_stored, stream
 from difftap.extraction.threads import ahead
 from difftap.model import Model
@@ -24,7 +25,7 @@ from difftap.store.layout import Provenance
 from difftap.store.shard import shard_rows
 from difftap.store.writer import StoreWriter, open_writer
 
-__all__ = ["Run", "Settings", "extract_to_store", "fit_bases", "rows_per_shard", "stored_stream"]
+__all__ = ["Run", "Settings", "check_components", "extract_to_store", "fit_bases", "rows_per_shard", "stored_stream"]
 
 _REASONS = 5  # of failures, told at the end of a run; the store has them all
 _WAITING = 256 << 20  # most bytes of maps that wait while a shard is put on disk
@@ -112,6 +113,18 @@ def stored_stream(
     return ahead(as_stored(stream(pipeline, items, settings.workers), encode), waiting, "encode")
 
 
+def check_components(recipe: Recipe, model: Model, encoding: Encoding) -> None:
+    """Make sure, before there is a store, that no tap has fewer channels than components are kept.
+
+    Raises:
+        InputError: one has.
+    """
+    for name in (name for branch in recipe.branches for name in branch.taps):
+        channels = model.tap(name).channels
+        if encoding.pca is not None and channels is not None and encoding.pca > channels:
+            raise InputError(f"pca is {encoding.pca}; tap '{name}' has {channels} channels; allowed: 1 to {channels}")
+
+
 def row_bytes(recipe: Recipe, model: Model, encoding: Encoding) -> int:
     """Bytes that one image takes in a store, as far as taps tell before the network has run."""
     total = 0
@@ -150,6 +163,7 @@ def extract_to_store(
     settings = settings or Settings()
     began = time.monotonic()
     recipe: Recipe = pipeline.recipe
+    check_components(recipe, pipeline.model, settings.encoding)
     _ = pipeline.stages  # prompts under which no store can be made are refused before there is one
     with open_writer(
         path,

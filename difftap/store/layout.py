@@ -14,6 +14,7 @@ The first axis is the row. The journal decides which rows are there; the last fo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Size
-from difftap.errors import ArtefactError, InputError, RecipeError
+from difftap.errors import ArtefactError, DifftapError, InputError, RecipeError, first_line
 from difftap.store.encoding import Basis, Encoding
 from difftap.store.place import Place
 from difftap.store.records import Page
@@ -199,8 +200,30 @@ def tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArra
     """A store's tap arrays, branch by branch; none if it has no row yet.
 
     Raises:
-        ArtefactError: some are missing.
+        ArtefactError: some are missing, or cannot be read.
     """
+    with _readable(f"an array of '{place}'"):
+        return _tap_arrays(group, provenance, place)
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """One clear line for whatever zarr makes of damaged files.
+
+    Raises:
+        ArtefactError: in place of any other error.
+    """
+    try:
+        yield
+    except DifftapError:
+        raise
+    except Exception as error:  # zarr's, its codecs' and json's own kinds
+        raise ArtefactError(
+            f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); it is damaged: extract it again"
+        ) from error
+
+
+def _tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArray]:
     found, missing = [], []
     bases = load_bases(group, provenance)
     for branch, taps in enumerate(provenance.branches):
@@ -235,7 +258,12 @@ def load_bases(group: Any, provenance: Provenance) -> dict[str, Basis]:
 
 def pages(group: Any, place: Place) -> Iterator[Page]:
     """The journal, page by page, in the order of the shards."""
-    journal = group["journal"]
+    with _readable(f"the journal of '{place}'"):
+        journal = group.get("journal")
+    if journal is None:  # a store that was begun and no more
+        return
     for start in range(0, journal.shape[0], _PAGES):
-        for number, text in enumerate(journal[start : start + _PAGES], start):
+        with _readable(f"the journal of '{place}'"):
+            texts = list(journal[start : start + _PAGES])
+        for number, text in enumerate(texts, start):
             yield Page.parse(str(text), f"page {number} of the journal in '{place}'")

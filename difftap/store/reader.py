@@ -15,6 +15,7 @@ from difftap.errors import ArtefactError, InputError
 from difftap.features import FeatureMap
 from difftap.recipe import Recipe
 from difftap.store.encoding import Stored
+from difftap.store.image import row_digest
 from difftap.store.layout import Provenance, TapArray, check_features, pages, read_provenance, tap_arrays
 from difftap.store.place import Place
 from difftap.store.records import Row, keys_of
@@ -58,7 +59,7 @@ class FeatureStore:
         return cls(group, place, read_provenance(group, place))
 
     def _load(self) -> tuple[list[Row], dict[str, int], dict[str, str]]:
-        everything = list(pages(self.group, self.place)) if "journal" in self.group else []
+        everything = list(pages(self.group, self.place))
         rows = [row for page in everything for row in page.rows]
         _, failed = keys_of(everything)
         return rows, {row.key: index for index, row in enumerate(rows)}, failed
@@ -135,7 +136,7 @@ class FeatureStore:
 
         Raises:
             InputError: there is no such key.
-            ArtefactError: its data cannot be read.
+            ArtefactError: its data cannot be read, or is not what was written.
         """
         return self._features(self.row(key))
 
@@ -143,7 +144,14 @@ class FeatureStore:
         geometry = row.geometry(self.provenance.size)
         branches: list[dict[str, FeatureMap]] = [{} for _ in self.provenance.branches]
         for array in self.taps:
-            data = self.provenance.encoding.decode(self.stored(array, row.row), array.basis)
+            stored = self.stored(array, row.row)
+            # zarr gives zeros for what is not there, and knows nothing of bytes that have changed
+            if row_digest(stored) != row.sha256.get(array.name):
+                raise ArtefactError(
+                    f"'{array.name}' of '{row.key}' in '{self.place}' is damaged (SHA-256 differs); 'difftap store "
+                    "verify' finds all such images, 'difftap store compact --drop-damaged' leaves them out"
+                )
+            data = self.provenance.encoding.decode(stored, array.basis)
             branches[array.branch][array.tap] = FeatureMap(data, geometry)
         return Features(row.digest, tuple(branches))
 

@@ -19,7 +19,7 @@ from difftap.bench.throughput_report import SCHEMA, format_throughput, save_thro
 from difftap.bench.workers import Worker, call_timing, stage_medians
 from difftap.cli import cli
 from difftap.engine import extractor
-from difftap.errors import BackendError, ImageError, InputError
+from difftap.errors import BackendError, ImageError, InputError, OutputError
 from difftap.images import load_image
 from difftap.recipe import Learned
 
@@ -259,4 +259,6 @@ def test_bad_input_is_refused_before_anything_is_measured(tmp_path):
     assert "no backend and no rival" in str(refused("--backends", "none", "--rivals", "none"))
     assert "an even number" in str(refused("--noise", "antithetic", "--ensemble", "3"))
     assert "the curve needs a backend" in str(refused("--ensemble-curve", "--backends", "none"))
+    (tmp_path / "file").touch()
+    assert isinstance(refused("--backends", "ort", "-o", tmp_path / "file"), OutputError)
     assert "of the curve alone; add --ensemble-curve" in str(refused("--curve-limit", "4"))

@@ -269,6 +269,12 @@ def test_a_map_that_cannot_be_stored_is_its_images_failure(tmp_path, monkeypatch
     assert len(FeatureStore.open(tmp_path / "t.zarr")) == 3
 
 
+def test_too_many_components_leave_no_store(tmp_path):
+    with pytest.raises(InputError, match=r"pca is 9999; tap 'up1' has .* channels; allowed: 1 to"):
+        extract_to_store(FakePipeline(), made_source(3), tmp_path / "s.zarr", Settings(Encoding(pca=9999)))
+    assert not (tmp_path / "s.zarr").exists()
+
+
 @pytest.mark.parametrize("shape", [(16, 8, 8), (256, 32, 32)])
 def test_no_thread_is_left_when_writing_fails(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(StoreWriter, "put", lambda *_: 1 / 0)

@@ -7,8 +7,10 @@ import uuid
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 
-from difftap.errors import ArtefactError, InputError, OutputError, RecipeError
+from difftap.cli import cli
+from difftap.errors import ArtefactError, DifftapError, InputError, OutputError, RecipeError
 from difftap.recipe import Branch
 from difftap.store import Encoding, FeatureStore, check_writable, open_writer
 from difftap.store.encoding import Moments
@@ -279,6 +281,31 @@ def test_a_value_that_does_not_fit_is_the_images_fault(tmp_path):
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert store.keys() == ["k0", "k2"]
     assert "float16 holds up to" in store.failures["k1"]
+
+
+def test_what_is_gone_or_changed_is_never_read_as_features(tmp_path):
+    fill(tmp_path / "s.zarr", range(3))
+    [shard] = [path for path in (tmp_path / "s.zarr" / "0" / "up1" / "c").rglob("*") if path.is_file()]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    with pytest.raises(ArtefactError, match=r"'0/up1' of 'k0' in '.*' is damaged.*store verify"):
+        store.read("k0")
+    shard.unlink()  # zarr reads zeros
+    for key in ("k0", "k1", "k2"):
+        with pytest.raises(ArtefactError, match="is damaged"):
+            store.read(key)
+
+
+@pytest.mark.parametrize("name", ["0/up1/zarr.json", "journal/c/0", "journal/zarr.json"])
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_damaged_files_of_the_store_are_one_clear_line(tmp_path, name, command):
+    fill(tmp_path / "s.zarr", range(3))
+    path = tmp_path / "s.zarr" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = CliRunner().invoke(cli, ["store", command, str(tmp_path / "s.zarr")])
+    assert isinstance(done.exception, DifftapError), done.exception
+    assert "s.zarr" in str(done.exception)
 
 
 def test_a_row_without_arrays_is_refused(tmp_path):
