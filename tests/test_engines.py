@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from difftap.cli import cli
 from difftap.engine import Cache, get_backend
 from difftap.engines import Artefact, build_engines, list_artefacts, plan_builds, verify_artefact
 from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError
@@ -58,7 +59,6 @@ def test_auto_is_built_where_it_is_fastest(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
     from difftap import auto
-    from difftap.cli import cli
 
     monkeypatch.setattr(auto, "BACKENDS", {"ort": ""})  # alone, so that nothing has to be measured
     where = ["--backend", "auto", "--size", "64", "--cache", str(tmp_path)]
@@ -137,3 +137,8 @@ def test_quantising_without_nncf_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"quantising to int8 needs the package 'nncf'.*difftap\[openvino\]"):
         next(build_engines(RECIPE, Runtime("openvino", "cpu", cache=tmp_path, precision="int8")))
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".xml", ".bin") or p.name.endswith(".engine.json")]
+
+
+def test_one_size_or_several_but_not_both():
+    with pytest.raises(InputError, match="--size and --sizes are both given"):
+        cli(["engines", "build", "--size", "128", "--sizes", "256"], standalone_mode=False)

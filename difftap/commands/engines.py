@@ -46,8 +46,10 @@ def build(revision: str | None, random_weights: int | None, sizes: list[tuple[in
     difftap engines build --backend openvino --precision int8 --calibrate photos/
     """
     from difftap.engines import build_engines, plan_builds
-    from difftap.errors import DifftapError
+    from difftap.errors import DifftapError, InputError
 
+    if sizes and options["size"] is not None:
+        raise InputError("--size and --sizes are both given; leave one of them out")
     runtime = take_runtime(options)
     recipe = build_recipe(**options)
     jobs = plan_builds(recipe, runtime, _names(runtime.backend), _names(runtime.precision), sizes)

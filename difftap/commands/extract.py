@@ -15,6 +15,7 @@ from difftap.commands.options import (
     feature_options,
     runtime_options,
     take_runtime,
+    was_given,
     with_category,
 )
 from difftap.commands.progress import progress_bar
@@ -93,6 +94,10 @@ def extract(
     from difftap.sources import Source, open_source
     from difftap.store import Encoding, check_writable
 
+    if was_given("scale") and options["dtype"] != "int8":
+        raise InputError("--scale is of int8 alone; add --dtype int8, or leave it out")
+    if was_given("pca_sample") and options["pca"] is None:
+        raise InputError("--pca-sample is of a PCA alone; add --pca K, or leave it out")
     runtime = take_runtime(options)
     encoding = Encoding(**{name: options.pop(name) for name in ("dtype", "scale", "pca")})
     settings = Settings(

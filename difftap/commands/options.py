@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from difftap.errors import InputError
 
@@ -125,6 +126,12 @@ model_options = stack(
         ),
     ]
 )
+
+
+def was_given(name: str) -> bool:
+    """Whether a parameter of the running command was said, and is not merely its default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
 
 size_option = click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from difftap.commands.options import Grouped, build_recipe, cache_option, parse_numbers, recipe_options
+from difftap.commands.options import Grouped, build_recipe, cache_option, parse_numbers, recipe_options, was_given
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,9 +129,8 @@ def throughput(
     from difftap.errors import require
     from difftap.outputs import output_errors
 
-    context = click.get_current_context()
     for name in ("curve_timesteps", "curve_passes", "curve_limit"):
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and not ensemble_curve:
+        if was_given(name) and not ensemble_curve:
             raise InputError(f"--{name.replace('_', '-')} is of the curve alone; add --ensemble-curve, or leave it out")
     ours, absent = ([], {}) if backends == "none" else parse_backends(backends, device)
     where = "cuda" if any(one.device == "cuda" for one in ours) or device == "cuda" else "cpu"

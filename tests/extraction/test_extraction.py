@@ -17,6 +17,7 @@ from PIL import Image as PIL
 
 import difftap
 from difftap.bench.fakeengine import FakePipeline, made_source
+from difftap.cli import cli
 from difftap.errors import BackendError, ImageError, InputError, NonFiniteError, OutputError
 from difftap.extraction import Extractor, Settings, extract_to_store, stream
 from difftap.images import load_image
@@ -267,6 +268,19 @@ def test_a_map_that_cannot_be_stored_is_its_images_failure(tmp_path, monkeypatch
     with pytest.raises(InputError, match="float16 holds up to"):
         extract_to_store(pipeline, source, tmp_path / "t.zarr", Settings(shard=4, strict=True))
     assert len(FeatureStore.open(tmp_path / "t.zarr")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--scale", "map"], "--scale is of int8 alone; add --dtype int8"),
+        (["--pca-sample", "4"], "--pca-sample is of a PCA alone; add --pca K"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(photos, tmp_path, options, words):
+    with pytest.raises(InputError, match=words):
+        cli(["extract", str(photos), "-o", str(tmp_path / "s.zarr"), *options], standalone_mode=False)
+    assert not (tmp_path / "s.zarr").exists()
 
 
 def test_too_many_components_leave_no_store(tmp_path):
