@@ -64,7 +64,7 @@ match: base
 	@echo "wrote $(OUT)/match.png and $(OUT)/match.json"
 
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # Full-size Stable Diffusion networks with seeded random weights: about 10 GB of disk, 16 GB of memory.
 slow-test: dev

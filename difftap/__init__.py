@@ -8,23 +8,23 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+from difftap.version import __version__
 
 _HOMES = {
     "DifftapError": "difftap.errors",
-    "Extractor": "difftap.extraction",
-    "FeatureMap": "difftap.features",
-    "FeatureStore": "difftap.store",
+    "Extractor": "difftap.features.extract",
+    "FeatureMap": "difftap.featuremap",
+    "FeatureStore": "difftap.features.store",
     "Image": "difftap.images",
-    "Pipeline": "difftap.pipeline",
+    "Pipeline": "difftap.pipeline.pipeline",
     "Recipe": "difftap.recipe",
-    "Runtime": "difftap.pipeline",
-    "extract_to_store": "difftap.extraction",
+    "Runtime": "difftap.pipeline.pipeline",
+    "extract_to_store": "difftap.features.extract",
     "load_image": "difftap.images",
     "load_recipe": "difftap.recipe",
     "match_points": "difftap.matching",
     "mutual_matches": "difftap.matching",
-    "open_source": "difftap.sources",
+    "open_source": "difftap.features.sources",
 }
 
 __all__ = ["__version__", *_HOMES]

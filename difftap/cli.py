@@ -14,8 +14,8 @@ import sys
 
 import click
 
-from difftap import __version__
 from difftap.errors import DifftapError
+from difftap.version import __version__
 
 __all__ = ["cli", "main"]
 

@@ -11,13 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from difftap import __version__
-from difftap.auto import stored_choices
 from difftap.engine import BACKENDS, Cache, get_backend
-from difftap.engines import Artefact, list_artefacts
 from difftap.errors import DifftapError, first_line
 from difftap.machine import available_memory, cpu, gpu
-from difftap.pipeline import available_cores
+from difftap.pipeline.engines import Artefact, list_artefacts
+from difftap.pipeline.fastest import stored_choices
+from difftap.pipeline.pipeline import available_cores
+from difftap.version import __version__
 
 __all__ = ["SCHEMA", "BackendState", "Health", "clashes", "examine", "extras", "format_health", "to_json"]
 
@@ -154,7 +154,7 @@ def clashes(names: Iterable[str] | None = None) -> list[str]:
     """
     if names is None:
         names = [str(one.metadata["Name"]) for one in metadata.distributions()]
-    from difftap.index.clash import faiss_clash
+    from difftap.retrieval.clash import faiss_clash
 
     flat = sorted({name.lower().replace("_", "-") for name in names if name})
     lines = []

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
+from difftap.backbones.checkpoint import Model, pocket_folder
 from difftap.engine import Cache
-from difftap.model import Model, pocket_folder
 from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
 
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the repository; no part of it
 MINI_TAPS = ("up1", "down1.attn0")
 
 
@@ -59,3 +60,15 @@ def photos(tmp_path) -> tuple[Path, Path]:
     PIL.fromarray(picture(1)).save(paths[0])
     PIL.fromarray(picture(2, (50, 36))).save(paths[1])
     return paths
+
+
+@pytest.fixture
+def real():
+    """A function: the folder of a real data set, or the test is skipped."""
+
+    def find(name: str) -> Path:
+        if not (REAL / name).is_dir():
+            pytest.skip(f"the data set '{name}' is not in ../shared/data")
+        return REAL / name
+
+    return find

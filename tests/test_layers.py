@@ -1,4 +1,4 @@
-"""Arrows point one way: cli -> bench, prompts, export -> engine, matching -> the vocabulary (docs/design)."""
+"""The rooms of the package stand in one order: a file imports from its own room and from the rooms above it."""
 
 import ast
 import sys
@@ -9,69 +9,20 @@ import pytest
 import difftap
 
 ROOT = Path(difftap.__file__).parent
-VOCABULARY = {
-    "taps",
-    "recipe",
-    "coords",
-    "images",
-    "points",
-    "outputs",
-    "manifest",
-    "errors",
-    "digests",
-    "features",
-    "model",
-}
-VOCABULARY |= {"machine"}
-COMPOSED = {
-    "pipeline",
-    "making",
-    "extraction",
-    "featuresource",
-    "conditioning",
-    "engines",
-    "pairs",
-    "maps",
-    "journal",
-    "draw",
-    "results",
-    "prototypes",
-    "auto",
-    "doctor",
-    "index",
-}
-ROOMS = {
-    "export",
-    "engine",
-    "matching",
-    "bench",
-    "prompts",
-    "commands",
-    "cli",
-    "distances",
-    "sources",
-    "store",
-    "tuning",
-    *COMPOSED,
-}
-FORBIDDEN = {
-    "engine": ROOMS - {"engine"},
-    "matching": ROOMS - {"matching"},
-    "distances": ROOMS - {"distances"},
-    "sources": ROOMS - {"sources"},
-    "store": {"sources", "bench", "commands", "cli", "export", "matching", "prompts", "distances", *COMPOSED},
-    "prompts": {"bench", "commands", "cli", "export", "matching", "tuning", *COMPOSED},
-    "export": {"bench", "commands", "cli", "matching", "prompts", "tuning", *COMPOSED},
-    **{part: {"bench", "commands", "cli", "tuning"} for part in sorted(COMPOSED)},
-    "bench": {"commands", "cli", "tuning"},
-    "tuning": {"commands", "cli"},
-    **dict.fromkeys(VOCABULARY, ROOMS),
-}
+ORDER = (
+    *("version", "errors", "machine", "coords", "images", "taps", "tensorspec", "recipe", "points", "featuremap"),
+    *("artifacts", "datasets", "backbones", "matching", "engine", "export", "prompts", "pipeline", "features"),
+    *("pages", "prototypes", "retrieval", "bench", "study", "tuning", "doctor", "commands", "cli"),
+)
+"""Packages and modules of `difftap`, those that know nothing of the others first (docs/design.md)."""
+
+ONE_FILE_A_KIND = ("commands", "backends", "backbones", "datasets")
+"""Folders whose files are named after their kind, such as `bench/pck.py` and `commands/bench/pck.py`."""
 
 
-def test_every_module_has_its_place():
-    known = VOCABULARY | ROOMS | {"__init__", "assets", "presets", "py"}
-    assert {path.name.split(".")[0] for path in ROOT.iterdir() if not path.name.startswith("__pycache__")} <= known
+def test_every_module_has_its_place_in_the_order():
+    here = {path.name.removesuffix(".py") for path in ROOT.glob("*") if path.suffix == ".py" or path.is_dir()}
+    assert here - {"__init__", "__pycache__", "assets"} == set(ORDER)
 
 
 def _imports(path: Path, *, top: bool = False) -> set[str]:
@@ -95,47 +46,88 @@ def _imports(path: Path, *, top: bool = False) -> set[str]:
     return found
 
 
-def _files(part: str) -> list[Path]:
-    return sorted((ROOT / part).rglob("*.py")) if (ROOT / part).is_dir() else [ROOT / f"{part}.py"]
+def _module(path: Path) -> str:
+    return ".".join(("difftap", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("part", FORBIDDEN)
-def test_no_arrow_points_back(part):
-    assert _files(part)
-    for path in _files(part):
-        rooms = {name.split(".")[1] for name in _imports(path) if name.startswith("difftap.")}
-        assert not rooms & FORBIDDEN[part], f"{path.relative_to(ROOT)} imports {sorted(rooms & FORBIDDEN[part])}"
+def _arrows() -> dict[str, set[str]]:
+    """Which modules of the package each imports; a package is not counted where one of its modules is named."""
+    modules = {_module(path): path for path in sorted(ROOT.rglob("*.py"))}
+    return {name: (_imports(path) & modules.keys()) - {name} for name, path in modules.items()}
+
+
+ARROWS = _arrows()
+
+
+@pytest.mark.parametrize(
+    "room",
+    [pytest.param(r, marks=[pytest.mark.xfail(strict=True, reason="being cured")] * (r == "backbones")) for r in ORDER],
+)
+def test_no_import_points_to_a_later_room(room):
+    later = set(ORDER[ORDER.index(room) + 1 :])
+    mine = {name: found for name, found in ARROWS.items() if name.split(".")[1:2] == [room]}
+    assert mine
+    back = sorted(f"{a} -> {b}" for a, found in mine.items() for b in found if set(b.split(".")[1:2]) & later)
+    assert not back
+
+
+def test_the_package_itself_imports_only_its_version():
+    assert ARROWS["difftap"] <= {"difftap.version"}
+
+
+@pytest.mark.xfail(strict=True, reason="being cured")
+def test_no_modules_import_one_another_in_a_circle():
+    """Within a room too. A package's own names (its __init__) are taken from outside the room, or not at all."""
+    state: dict[str, int] = {}
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        if state.get(name) == 1:
+            raise AssertionError("circle: " + " -> ".join((*way[way.index(name) :], name)))
+        if name not in state:
+            state[name] = 1
+            for other in sorted(ARROWS[name] - {"difftap"}):
+                visit(other, (*way, name))
+            state[name] = 2
+
+    for name in ARROWS:
+        visit(name, ())
+
+
+@pytest.mark.xfail(strict=True, reason="being cured")
+def test_a_file_name_means_one_thing():
+    seen: dict[str, str] = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        where = path.relative_to(ROOT)
+        if path.name == "__init__.py" or set(where.parts[:-1]) & set(ONE_FILE_A_KIND):
+            continue
+        assert path.name not in seen, f"{where} and {seen[path.name]}"
+        seen[path.name] = str(where)
+
+
+@pytest.mark.xfail(strict=True, reason="being cured")
+def test_a_public_class_name_means_one_thing():
+    seen: dict[str, str] = {}
+    for name in ARROWS:
+        path = ROOT.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name not in seen, f"{node.name}: {name} and {seen[node.name]}"
+                seen[node.name] = name
 
 
 def test_matching_needs_numpy_and_the_vocabulary_alone():
-    for path in _files("matching"):
-        outside = {name.split(".")[0] for name in _imports(path)} - set(sys.stdlib_module_names)
+    for path in sorted((ROOT / "matching").rglob("*.py")):
+        outside = {name.split(".")[0] for name in _imports(path, top=True)} - set(sys.stdlib_module_names)
         assert outside <= {"numpy", "difftap"}, path
 
 
 def test_heavy_packages_are_imported_inside_the_function_that_needs_them():
     heavy = {
-        "torch",
-        "diffusers",
-        "transformers",
-        "onnx",
-        "onnxscript",
-        "onnx_ir",
-        "openvino",
-        "nncf",
-        "tensorrt",
-        "tensorrt_rtx",
-        "faiss",
-        "pymilvus",
-        "milvus_lite",
-        "huggingface_hub",
-        "onnxruntime",
-        "pyarrow",
-        "pycocotools",
-        "matplotlib",
-        "zarr",
-        "fsspec",
-        "ray",
+        *("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino", "nncf"),
+        *("tensorrt", "tensorrt_rtx", "faiss", "pymilvus", "milvus_lite", "huggingface_hub", "pyarrow", "pycocotools"),
+        *("matplotlib", "zarr", "fsspec", "ray", "scipy", "pandas"),
     }
     allowed = {
         "engine/torch_model.py",

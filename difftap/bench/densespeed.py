@@ -23,8 +23,8 @@ import numpy as np
 from difftap.bench.host import cores, cpu, peak_memory
 from difftap.coords import Geometry, Size
 from difftap.errors import BackendError, DifftapError, InputError
-from difftap.features import FeatureMap
-from difftap.maps import Made, MapShelf, View
+from difftap.featuremap import FeatureMap
+from difftap.features.shelf import Made, MapShelf, View
 from difftap.matching.joining import Joining, find
 from difftap.recipe import Matcher
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from difftap.bench.host import blas, cores, cpu, hold_threads
 from difftap.bench.matching import Timing
-from difftap.distances import METRICS, pairwise
 from difftap.errors import InputError, require
+from difftap.retrieval.distances import METRICS, pairwise
 
 __all__ = ["SCHEMA", "DistanceBench", "Rival", "format_table", "run", "to_json"]
 

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.backbones.checkpoint import Model
+from difftap.backbones.find import open_model
 from difftap.engine import Cache, Engine, Profile, choose_device, default_cache_folder, get_backend
 from difftap.engine.noise import draw
 from difftap.errors import InputError
-from difftap.export.checkpoints import open_model
 from difftap.export.parity import TensorParity
 from difftap.images import Image, to_input
-from difftap.making import Maker
-from difftap.model import Model
-from difftap.pipeline import Runtime, available_cores, check_fits
+from difftap.pipeline.making import Maker
+from difftap.pipeline.pipeline import Runtime, available_cores, check_fits
 from difftap.recipe import Recipe
 
 __all__ = ["KINDS", "Curve", "CurveCase", "Point", "run_curve", "worth"]

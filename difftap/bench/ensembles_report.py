@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import output_errors, write_atomic
 from difftap.bench.ensembles import KINDS, Curve
 from difftap.errors import require
-from difftap.outputs import output_errors, write_atomic
 
 __all__ = ["SCHEMA", "format_curve", "save_curve", "to_json"]
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from difftap.bench.rows import Row
+from difftap.artifacts.run import read_journal
+from difftap.bench.poster import Row
 from difftap.bench.runner import Opener, finished, plan
-from difftap.bench.samples import Sample
 from difftap.bench.session import Pairs
 from difftap.bench.units import passes, units
+from difftap.datasets.samples import Sample
 from difftap.errors import DifftapError, ImageError
+from difftap.features.shelf import load_view
 from difftap.images import Image
-from difftap.journal import read_journal
-from difftap.maps import load_view
 from difftap.matching.joining import find
 
 __all__ = ["Costs", "Estimate", "Estimator", "format_estimates"]

@@ -19,8 +19,8 @@ from typing import Any
 
 from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.bench.host import cores, cpu, resident_memory
-from difftap.extraction import Settings, extract_to_store
-from difftap.store.shard import shard_rows
+from difftap.features.extract import Settings, extract_to_store
+from difftap.features.store.shard import shard_rows
 
 __all__ = ["SHAPE", "Pace", "format_course", "format_paces", "measure", "run", "to_json"]
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.backbones.checkpoint import Model, pocket_folder
 from difftap.coords import Size
 from difftap.engine import BranchEngine, Engine, Extractor, Graph, Profile
 from difftap.engine.backend import Array
+from difftap.features.sources import Item, Source
 from difftap.images import Image
-from difftap.model import Model, pocket_folder
 from difftap.recipe import Branch, Recipe
-from difftap.sources import Item, Source
 
 __all__ = ["FakePipeline", "made_source"]
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from difftap.artifacts.files import atomic_path, output_errors, write_atomic
 from difftap.coords import Geometry
 from difftap.errors import ArtefactError, InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.images import Image
-from difftap.outputs import atomic_path, output_errors, write_atomic
-from difftap.pipeline import Pipeline
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import Prompt, made_of_images
 
 __all__ = ["FeatureFiles", "provenance"]

@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image as PIL
 from PIL import ImageDraw, ImageFont
 
+from difftap.artifacts.files import output_errors
 from difftap.bench.predictions import Prediction, Predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.scoring import Measured, measure, reason_against
-from difftap.draw import draw_matches, save_picture
 from difftap.errors import InputError
-from difftap.maps import View, load_view
+from difftap.features.shelf import View, load_view
 from difftap.matching import Matches
-from difftap.outputs import output_errors
+from difftap.pages.draw import draw_matches, save_picture
 
 __all__ = ["choose", "clear_gallery", "draw_pair", "save_gallery"]
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from difftap.artifacts.files import output_errors
+from difftap.artifacts.run import Journal, open_journal
 from difftap.bench.contenders import Contender, parse_backends
 from difftap.bench.host import cores, cpu, gpu, gpu_memory
 from difftap.bench.pictures import write_pictures
@@ -25,8 +27,6 @@ from difftap.coords import Size
 from difftap.engine import BACKENDS
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.export.parity import TensorParity
-from difftap.journal import Journal, open_journal
-from difftap.outputs import output_errors
 from difftap.recipe import Recipe
 
 __all__ = ["SCHEMA", "Cell", "CellResult", "GpuCheck", "GpuCheckCase", "present", "run"]
@@ -218,7 +218,7 @@ def run(
 
 
 def _conditions(case: GpuCheckCase, threads: int) -> dict[str, Any]:
-    from difftap import __version__
+    from difftap.version import __version__
 
     recipe = case.recipe.to_dict()
     del recipe["size"]

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import output_errors
 from difftap.bench.host import cores, cpu, peak_memory
 from difftap.errors import InputError, OutputError
-from difftap.index.build import Filled, Options, fill, plan_for
-from difftap.index.exact import exact_neighbours, prepared_blocks, recall
-from difftap.index.kinds import load_faiss, set_effort
-from difftap.index.spaces import Space
-from difftap.outputs import output_errors
+from difftap.retrieval.builder import Filled, Options, fill, plan_for
+from difftap.retrieval.exact import exact_neighbours, prepared_blocks, recall
+from difftap.retrieval.kinds import load_faiss, set_effort
+from difftap.retrieval.spaces import Space
 
 __all__ = ["SCHEMA", "IndexBench", "IndexCase", "Measured", "format_table", "generate", "run", "to_json"]
 

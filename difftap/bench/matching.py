@@ -31,7 +31,7 @@ from difftap.bench.host import blas, cores, cpu, hold_threads
 from difftap.bench.matching_ways import Case, peak_in_child, require_torch, slow_way
 from difftap.coords import Size
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import DenseTarget, heat_map, match_points
 from difftap.recipe import Matcher
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from difftap.bench.host import hold_threads, peak_memory, resident_memory
 from difftap.coords import Geometry, Size
 from difftap.errors import BackendError, InputError, require
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import match_points
 from difftap.recipe import Matcher
 

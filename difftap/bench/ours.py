@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from difftap.engine import extractor
+from difftap.engine import featurizer as extractor
 from difftap.export.parity import example_feeds
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.images import load_image
-from difftap.pipeline import Pipeline
+from difftap.pipeline.pipeline import Pipeline
 
 __all__ = ["ENGINE_STAGES", "Ours"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import output_errors, write_atomic
 from difftap.bench.protocols import alpha_key
 from difftap.bench.published import SPAIR_CLASSES
 from difftap.errors import InputError, require
-from difftap.outputs import output_errors, write_atomic
 
 __all__ = ["clear_plots", "save_plots"]
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.samples import Box, Sample
+from difftap.artifacts.run import read_journal
 from difftap.coords import Size
+from difftap.datasets.samples import Box, Sample
 from difftap.errors import InputError
-from difftap.journal import read_journal
 from difftap.matching import Matches
 
 __all__ = ["SCHEMA", "Prediction", "Predictions", "load_predictions"]

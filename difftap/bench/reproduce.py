@@ -10,14 +10,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import write_atomic
+from difftap.bench.poster import Row
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import result_table
-from difftap.bench.rows import Row
 from difftap.bench.runner import Opener
 from difftap.bench.scoring import Settings
 from difftap.bench.session import Pairs, match_pairs, write_results
 from difftap.errors import DifftapError, InputError
-from difftap.outputs import write_atomic
 
 __all__ = ["reproduce"]
 

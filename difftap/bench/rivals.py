@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.backbones.checkpoint import Model
 from difftap.bench.host import available_memory
 from difftap.coords import Size
 from difftap.errors import BackendError, first_line, require
-from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
 __all__ = ["Rival", "vae_bytes"]

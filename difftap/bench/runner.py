@@ -1,7 +1,8 @@
 """From a recipe and annotated pairs to predictions, written pair by pair and resumable; scoring comes afterwards.
 
 Pairs are taken prompt by prompt (a prompt may hold ``{category}``), else in the data set's order. Every image goes
-through a branch once per prompt, and its maps stay in bounded memory while a pair still needs them (`difftap.maps`).
+through a branch once per prompt, and its maps stay in bounded memory while a pair still needs them
+(`difftap.features.shelf`).
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.run import open_journal
 from difftap.bench.featurefiles import FeatureFiles
 from difftap.bench.predictions import SCHEMA, Prediction
-from difftap.bench.samples import Sample
 from difftap.bench.units import Maker, Unit, passes, units
+from difftap.datasets.samples import Sample
 from difftap.errors import ImageError, InputError, NonFiniteError
-from difftap.journal import open_journal
-from difftap.maps import Makers, MapShelf
+from difftap.features.shelf import Makers, MapShelf
 from difftap.matching import Joining
 from difftap.matching.joining import find
-from difftap.pipeline import Pipeline
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import Prompt
 from difftap.recipe import Recipe
 

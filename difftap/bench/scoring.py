@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.calibration import calibrate
 from difftap.bench.pck import Tally, aggregate, box_side, draws, extent, intervals, rival, within
 from difftap.bench.predictions import Prediction, Predictions
 from difftap.bench.protocols import AGGREGATES, Protocol, alpha_key
+from difftap.matching.isotonic import CONFIDENCES, RECALLS, auc, expected_error, precision_at_recall, reliability
 
 __all__ = ["CURVE", "SCHEMA", "Measured", "Settings", "measure", "reason_against", "score"]
 
@@ -254,3 +254,48 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return float(value) if math.isfinite(value) else None
+
+
+def calibrate(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], seed: int = 0) -> dict[str, Any]:
+    """How well each confidence tells right matches from wrong ones, as plain data.
+
+    Matches that lack the figure (no confidence was asked for, nothing was found) are left out and counted.
+
+    Args:
+        pairs: the predictions.
+        right: each pair's hits at one threshold.
+        seed: of the split into halves for ``calibration_error``.
+    """
+    hits = np.concatenate([np.zeros(0, bool), *right])
+    stream = np.random.Generator(np.random.Philox(key=np.array([seed, 1], np.uint64)))
+    side = stream.permutation(len(pairs)) % 2 == 0
+    halves = np.repeat(side, [len(one) for one in right])
+    result: dict[str, Any] = {}
+    for name, sign in CONFIDENCES.items():
+        values = np.concatenate([np.zeros(0), *(getattr(pair, name) for pair in pairs)])
+        known = np.isfinite(values)
+        if not known.any():
+            continue
+        sure, good = sign * values[known], hits[known]
+        curve = reliability(sure, good)
+        bars = {f"{recall:g}": precision_at_recall(sure, good, recall) for recall in RECALLS}
+        if sign < 0:  # back to the figure's own direction
+            for step in curve:
+                step["low"], step["high"], step["mean"] = -step["high"], -step["low"], -step["mean"]
+            for bar in bars.values():
+                bar["threshold"] = -bar["threshold"]
+        result[name] = {
+            "matches": int(known.sum()),
+            "left_out": int((~known).sum()),
+            "right": float(good.mean()),
+            "higher_is_surer": sign > 0,
+            "auc": _plain(auc(sure, good)),
+            "calibration_error": _plain(expected_error(sure, good, halves[known])),
+            "reliability": curve,
+            "precision_at_recall": {recall: {k: _plain(v) for k, v in bar.items()} for recall, bar in bars.items()},
+        }
+    return result
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from difftap.bench.datasets import load, loader
-from difftap.bench.parts import take_part
+from difftap.artifacts.files import output_errors, write_atomic
 from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
 from difftap.bench.runner import Opener, PredictRun, count_passes, digest, predict, subset
-from difftap.bench.samples import Sample
 from difftap.bench.scoring import Settings, score
+from difftap.datasets.keypoints import load, loader
+from difftap.datasets.parts import take_part
+from difftap.datasets.samples import Sample
 from difftap.errors import InputError
-from difftap.maps import Makers
+from difftap.features.shelf import Makers
 from difftap.matching import Joining
-from difftap.outputs import output_errors, write_atomic
 from difftap.prompts.learned import remembered
 from difftap.recipe import Recipe
 
@@ -46,7 +46,7 @@ class Selection:
         allow_missing: leave broken pairs out, and count them.
         limit: the first so many pairs.
         per_class: so many of each class, evenly spaced.
-        part: of the images, one of `difftap.bench.parts.PARTS`; None for all.
+        part: of the images, one of `difftap.datasets.parts.PARTS`; None for all.
     """
 
     name: str

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from difftap.backbones.find import open_model
 from difftap.bench.flops import count_graph
 from difftap.engine import Cache, Profile, default_cache_folder
 from difftap.errors import ArtefactError, MissingExtraError
-from difftap.export.checkpoints import open_model
 from difftap.export.graphs import ensure_graph
-from difftap.pipeline import check_fits, embed_prompts
+from difftap.pipeline.pipeline import check_fits, embed_prompts
 from difftap.recipe import Recipe
 
 __all__ = ["survey"]

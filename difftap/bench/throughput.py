@@ -357,7 +357,7 @@ def _fastest(gemm: Mapping[str, float], precision: str) -> float:
 
 
 def _machine(case: ThroughputCase, threads: int, load: float) -> dict[str, Any]:
-    from difftap import __version__
+    from difftap.version import __version__
 
     conditions: dict[str, Any] = {
         "difftap": __version__,

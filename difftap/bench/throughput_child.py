@@ -24,9 +24,9 @@ from difftap.bench.contenders import Contender
 from difftap.bench.host import hold_threads, peak_memory
 from difftap.engine import Cache, default_cache_folder, get_backend
 from difftap.errors import DifftapError, first_line
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.images import load_image, to_input
-from difftap.pipeline import Pipeline, Runtime
+from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.recipe import Recipe
 
 __all__ = ["serve"]
@@ -95,9 +95,9 @@ class _RivalRunner:
     """A rival behind the child's orders."""
 
     def __init__(self, job: _Job) -> None:
+        from difftap.backbones.find import open_model
         from difftap.bench.rivals import Rival
-        from difftap.export.checkpoints import open_model
-        from difftap.pipeline import embed_prompts
+        from difftap.pipeline.pipeline import embed_prompts
 
         self._job = job
         cache = Cache(job.cache or default_cache_folder())
@@ -120,7 +120,7 @@ class _RivalRunner:
         self._rival.warm_up(self.batch)
 
     def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, Any], dict[str, float]]:
-        from difftap.engine.extractor import draw_noise
+        from difftap.engine.featurizer import draw_noise
 
         recipe = self._job.recipe
         stride = self._model.latent_stride

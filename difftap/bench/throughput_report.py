@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import output_errors, write_atomic
 from difftap.bench.throughput import OWN_STAGES, Row, Throughput
 from difftap.errors import require
-from difftap.outputs import output_errors, write_atomic
 
 __all__ = ["SCHEMA", "format_throughput", "save_throughput", "to_json"]
 

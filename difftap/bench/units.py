@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from difftap.artifacts.files import output_errors
 from difftap.bench.featurefiles import FeatureFiles
-from difftap.bench.samples import Sample
 from difftap.coords import Geometry
+from difftap.datasets.samples import Sample
 from difftap.errors import DifftapError, ImageError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
+from difftap.features.shelf import Made, Makers, View, load_view
 from difftap.images import Image
-from difftap.maps import Made, Makers, View, load_view
 from difftap.matching import Joining
-from difftap.outputs import output_errors
-from difftap.pipeline import Pipeline
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import Prompt, Subject, choose_prompts
 from difftap.recipe import Recipe
 

@@ -61,8 +61,8 @@ def matching(
     json_file: Path | None,
 ) -> None:
     """Dense matching against the slow way of DIFT's evaluation, side by side in one run."""
+    from difftap.artifacts.files import write_atomic
     from difftap.bench.matching import format_table, run, to_json
-    from difftap.outputs import write_atomic
 
     result = run(channels, grid, image, keypoints, threads, repeats, interpolation=interpolation, memory=memory)
     for line in format_table(result):
@@ -100,9 +100,9 @@ def extract(
     """What 'difftap extract' itself costs, beside engines that do nothing but take a set time; and its memory."""
     import tempfile
 
+    from difftap.artifacts.files import write_atomic
     from difftap.bench.extraction import format_course, format_paces, measure, run, to_json
     from difftap.commands.progress import progress_bar
-    from difftap.outputs import write_atomic
 
     if images is None:
         with progress_bar(repeats + 1, "rounds") as advance:

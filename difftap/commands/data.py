@@ -14,9 +14,9 @@ import click
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.bench.datasets.check import Part, Report
-    from difftap.bench.datasets.layout import Problem
-    from difftap.bench.objects.check import ObjectPart, ObjectReport
+    from difftap.datasets.check import Part, Report
+    from difftap.datasets.check_objects import ObjectPart, ObjectReport
+    from difftap.datasets.layout import Problem
 
 
 @click.group()
@@ -40,9 +40,10 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
     difftap data check spair SPair-71k
     difftap data check voc VOCdevkit
     """
-    from difftap.bench import datasets, objects
-    from difftap.bench.datasets.check import check as check_dataset
-    from difftap.bench.objects.check import check_objects
+    from difftap.datasets import keypoints as datasets
+    from difftap.datasets import objects
+    from difftap.datasets.check import check as check_dataset
+    from difftap.datasets.check_objects import check_objects
 
     if name not in datasets.NAMES and name not in objects.NAMES:
         raise InputError(f"no data set '{name}'; allowed: {', '.join((*datasets.NAMES, *objects.NAMES))}")
@@ -60,7 +61,7 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
 
 def _show(part: Part | ObjectPart, most: int | None) -> None:
     """Print one list: a line for all, one for each class, the notes, what is broken."""
-    from difftap.bench.objects.check import ObjectPart
+    from difftap.datasets.check_objects import ObjectPart
 
     if isinstance(part, ObjectPart):
         _show_objects(part)

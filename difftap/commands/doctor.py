@@ -47,8 +47,8 @@ def doctor(
     store = Cache(cache or default_cache_folder())
     given = [value for value in (*options.values(), revision, random_weights, threads) if value not in (None, ())]
     if measure:
-        from difftap.auto import AUTO, choose
-        from difftap.pipeline import Runtime
+        from difftap.pipeline.fastest import AUTO, choose
+        from difftap.pipeline.pipeline import Runtime
 
         runtime = Runtime(AUTO, device, threads, cache=store.folder, precision=precision)
         choose(build_recipe(**options), runtime, revision=revision, random_weights=random_weights, afresh=True)

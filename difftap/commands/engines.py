@@ -45,8 +45,8 @@ def build(revision: str | None, random_weights: int | None, sizes: list[tuple[in
     difftap engines build --model path/to/checkpoint --sizes 512,768 --backend all --precision all
     difftap engines build --backend openvino --precision int8 --calibrate photos/
     """
-    from difftap.engines import build_engines, plan_builds
     from difftap.errors import DifftapError, InputError
+    from difftap.pipeline.engines import build_engines, plan_builds
 
     if sizes and options["size"] is not None:
         raise InputError("--size and --sizes are both given; leave one of them out")
@@ -116,7 +116,7 @@ def _open(cache: Path | None) -> Any:
 @cache_option
 def list_(cache: Path | None) -> None:
     """List the graphs and engines in the cache, with the size of the files they use (weights may be shared)."""
-    from difftap.engines import Artefact, list_artefacts
+    from difftap.pipeline.engines import Artefact, list_artefacts
 
     store = _open(cache)
     found = list_artefacts(store)
@@ -133,8 +133,8 @@ def list_(cache: Path | None) -> None:
 @cache_option
 def verify(cache: Path | None, quick: bool) -> None:
     """Read every file again in full, compare it with its manifest, and measure every engine again."""
-    from difftap.engines import Artefact, list_artefacts, verify_artefact
     from difftap.errors import DifftapError
+    from difftap.pipeline.engines import Artefact, list_artefacts, verify_artefact
 
     store = _open(cache)
     broken = 0
@@ -156,7 +156,7 @@ def verify(cache: Path | None, quick: bool) -> None:
 @cache_option
 def clean(cache: Path | None, checkpoints: bool) -> None:
     """Remove every graph and engine from the cache; your own checkpoints and the embedded model stay."""
-    from difftap.engines import clean as remove
+    from difftap.pipeline.engines import clean as remove
 
     store = _open(cache)
     freed, kept = remove(store, checkpoints)

@@ -31,8 +31,8 @@ def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path |
     difftap export --model path/to/checkpoint --tap up1
     difftap export --model sd15 --random-weights 0 --tap up1
     """
+    from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
-    from difftap.export.checkpoints import open_model
     from difftap.export.graphs import export_graph
 
     if beside and model is None:

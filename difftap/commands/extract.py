@@ -22,7 +22,7 @@ from difftap.commands.progress import progress_bar
 from difftap.errors import InputError, require
 
 if TYPE_CHECKING:
-    from difftap.extraction.run import Run
+    from difftap.features.extract.extraction import Run
 
 
 @click.command(
@@ -89,10 +89,10 @@ def extract(
     difftap extract 'shards/*.tar' -o s3://bucket/features.zarr --recipe dift --model sd21/
     difftap extract photos/ -o small.zarr --dtype int8 --pca 64
     """
-    from difftap.extraction import Settings, default_workers
+    from difftap.features.extract import Settings, default_workers
+    from difftap.features.sources import Source, open_source
+    from difftap.features.store import Encoding, check_writable
     from difftap.prompts.learned import pinned
-    from difftap.sources import Source, open_source
-    from difftap.store import Encoding, check_writable
 
     if was_given("scale") and options["dtype"] != "int8":
         raise InputError("--scale is of int8 alone; add --dtype int8, or leave it out")
@@ -129,8 +129,8 @@ def extract(
     if ray_address is None:
         if ray_workers is not None:
             raise InputError("--ray-workers goes with --ray")
-        from difftap.extraction import extract_to_store
-        from difftap.pipeline import Pipeline
+        from difftap.features.extract import extract_to_store
+        from difftap.pipeline.pipeline import Pipeline
 
         with (
             Pipeline.open(recipe, runtime, **opening) as pipeline,
@@ -138,7 +138,7 @@ def extract(
         ):
             run = extract_to_store(pipeline, listed, output, settings, progress=advance)
     else:
-        from difftap.extraction.cluster import Cluster, extract_on_cluster
+        from difftap.features.extract.cluster import Cluster, extract_on_cluster
 
         cluster = Cluster(None if ray_address == "local" else ray_address, ray_workers, stall)
         with progress_bar(len(listed), "images", rate=True) as advance:

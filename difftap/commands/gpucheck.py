@@ -101,13 +101,13 @@ def gpu_check(
     difftap bench gpu-check --backends tensorrt:fp16,torch-compile:fp16 --sizes 768 --batches 8
     difftap bench gpu-check --device cpu --model pocket --sizes 128 --backends ort,torch:fp32
     """
+    from difftap.artifacts.files import write_atomic
     from difftap.bench.contenders import parse_rivals
     from difftap.bench.faisscheck import check_faiss
     from difftap.bench.gpucheck import GpuCheckCase, present, run
     from difftap.bench.gpucheck_report import format_gpu_check, to_json
     from difftap.bench.host import gpu
     from difftap.errors import InputError, require
-    from difftap.outputs import write_atomic
 
     if device == "cuda" and gpu() is None:
         raise InputError(

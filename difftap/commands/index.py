@@ -23,11 +23,11 @@ from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.index.origin import Origin
-    from difftap.index.queries import Query
-    from difftap.index.sources import Known
-    from difftap.index.store import Batch
-    from difftap.pipeline import Pipeline, Runtime
+    from difftap.pipeline.pipeline import Pipeline, Runtime
+    from difftap.retrieval.index import Batch
+    from difftap.retrieval.origin import Origin
+    from difftap.retrieval.queries import Query
+    from difftap.retrieval.vectors import Known
 
 __all__ = ["index"]
 
@@ -132,9 +132,9 @@ def build(
     A table brings its own recipe; for images the recipe options say how features are made. Both are stored with the
     index: queries are made the same way, and vectors of another recipe or model are refused.
     """
-    from difftap.index.build import Options
-    from difftap.index.retrieve import build_index, check_place, describe
-    from difftap.index.sources import Patches, list_images, open_tables, patch_batches
+    from difftap.retrieval.builder import Options
+    from difftap.retrieval.retrieve import build_index, check_place, describe
+    from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches
 
     wanted = Options(kind, metric, lists, codes, refine, recall, options["seed"] or 0, gpu)
     check_place(where, overwrite)
@@ -145,8 +145,8 @@ def build(
         with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
             record = describe(made)
     else:
-        from difftap.featuresource import open_features
-        from difftap.index.origin import Origin
+        from difftap.features.provider import open_features
+        from difftap.retrieval.origin import Origin
 
         paths = list_images(sources)
         which = Patches(per_image, labels, options["seed"] or 0)
@@ -189,8 +189,8 @@ def add(
 
     What is in already is left out and counted, so the same command may be given again.
     """
-    from difftap.index.retrieve import open_index
-    from difftap.index.sources import Known
+    from difftap.retrieval.retrieve import open_index
+    from difftap.retrieval.vectors import Known
 
     opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []
@@ -256,10 +256,10 @@ def search(
     difftap index search photo.jpg --point 120,80 --index patches.index
     difftap index search --row voc.parquet:12 --other-images --index voc.index
     """
-    from difftap.draw import check_output, save_picture
-    from difftap.index.queries import embed, open_pipeline
-    from difftap.index.retrieve import SCHEMA, describe, open_index, search_record
-    from difftap.index.sheet import draw_sheet
+    from difftap.pages.draw import check_output, save_picture
+    from difftap.retrieval.queries import embed, open_pipeline
+    from difftap.retrieval.retrieve import SCHEMA, describe, open_index, search_record
+    from difftap.retrieval.sheet import draw_sheet
 
     if sheet is not None:
         check_output(sheet, [one for one in (image, mask) if one is not None])
@@ -333,8 +333,8 @@ def evaluate(
     \b
     difftap index eval voc.parquet --index voc.index
     """
-    from difftap.index import retrieve
-    from difftap.outputs import write_atomic
+    from difftap.artifacts.files import write_atomic
+    from difftap.retrieval import retrieve
 
     opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []
@@ -411,8 +411,8 @@ def _vectors(
     known: Known | None = None,
 ) -> Iterator[tuple[Iterable[Batch], dict[str, Any]]]:
     """The vectors of some sources, less those that are known, made as an index's were, and the conditions."""
-    from difftap.index.queries import open_pipeline
-    from difftap.index.sources import Patches, list_images, open_tables, patch_batches
+    from difftap.retrieval.queries import open_pipeline
+    from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches
 
     if _are_tables(sources):
         theirs, batches = open_tables(sources)
@@ -434,7 +434,7 @@ def _vectors(
 
 
 def _say_extracted(pipeline: Pipeline, store: str | None) -> None:
-    from difftap.featuresource import FeatureSource
+    from difftap.features.provider import FeatureSource
 
     if isinstance(pipeline, FeatureSource) and pipeline.extracted:
         click.echo(f"  {pipeline.extracted} images were not in {store} and were extracted", err=True)
@@ -445,8 +445,8 @@ def _query(
 ) -> Callable[[Origin], Query]:
     """What is searched for, read and checked as far as it can be before the index is open."""
     from difftap.images import load_image
-    from difftap.index.queries import image_query, load_mask, mask_query, point_query, row_query
     from difftap.points import parse_point
+    from difftap.retrieval.queries import image_query, load_mask, mask_query, point_query, row_query
 
     if row is not None:
         if image is not None or mask is not None or point is not None:

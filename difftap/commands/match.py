@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from difftap.matching import Joining, Matches, Ready
-    from difftap.pipeline import Pipeline, Runtime
+    from difftap.matching.records import Threshold
+    from difftap.pipeline.pipeline import Pipeline, Runtime
     from difftap.recipe import Recipe
-    from difftap.results import Threshold
 
 _FILE = click.Path(path_type=Path)
 
@@ -109,7 +109,7 @@ def match(
     difftap match cat1.jpg cat2.jpg --mutual --min-margin 0.05
     difftap match --pairs pairs.csv -o matches.jsonl
     """
-    from difftap.results import Threshold
+    from difftap.matching.records import Threshold
 
     ways = {"--point": point_texts, "--points": points_file, "--grid": grid is not None, "--mutual": mutual}
     chosen = [name for name, given in ways.items() if given]
@@ -168,8 +168,8 @@ class _Job:
 
     def open(self) -> Pipeline:
         """The recipe made ready; then, bad input being out of the way, says what there is to say."""
-        from difftap.featuresource import FeatureSource
-        from difftap.pipeline import Pipeline
+        from difftap.features.provider import FeatureSource
+        from difftap.pipeline.pipeline import Pipeline
 
         pipeline: Pipeline
         if self.features is None:
@@ -227,9 +227,9 @@ def _one(
     job: _Job, paths: tuple[Path, Path], given: NDArray[np.float64] | None, output: Path | None, heat: int | None
 ) -> None:
     """Match two images: JSON to stdout, and a picture."""
-    from difftap.draw import check_output, draw_matches, save_picture
     from difftap.images import load_image
-    from difftap.results import SCHEMA, image_record, match_records
+    from difftap.matching.records import SCHEMA, image_record, match_records
+    from difftap.pages.draw import check_output, draw_matches, save_picture
 
     # What is wrong with the input is said before anything slow starts.
     if output is not None:
@@ -269,7 +269,7 @@ def _one(
 
 def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: int) -> None:
     """Match a list of pairs into JSON lines."""
-    from difftap.pairs import load_pairs, run_pairs
+    from difftap.features.pairs import load_pairs, run_pairs
 
     pairs = load_pairs(pairs_file)
     joining = job.joining

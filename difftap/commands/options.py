@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline import Runtime
+    from difftap.pipeline.pipeline import Runtime
     from difftap.recipe import Learned, Recipe
 
 __all__ = [
@@ -315,7 +315,7 @@ def _learned(recipe: Recipe, prompt: str | None, path: str | None, mode: str | N
 
 def take_runtime(options: dict[str, Any]) -> Runtime:
     """The runtime that a command's options ask for; takes what `runtime_options` added out of them."""
-    from difftap.pipeline import Runtime
+    from difftap.pipeline.pipeline import Runtime
 
     names = ("backend", "device", "threads", "batch", "cache", "precision", "calibrate")
     return Runtime(**{name: options.pop(name) for name in names})

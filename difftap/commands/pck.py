@@ -14,8 +14,8 @@ from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from difftap.bench.session import Selection
-    from difftap.featuresource import FeatureSource
-    from difftap.pipeline import Pipeline
+    from difftap.features.provider import FeatureSource
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.recipe import Recipe
 
 __all__ = ["compare", "dense_speed", "pck", "table"]
@@ -167,7 +167,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
     from difftap.bench.session import clear_pictures, load_pairs, match_pairs
     from difftap.errors import InputError
     from difftap.matching import Joining
-    from difftap.pipeline import Pipeline as Opened
+    from difftap.pipeline.pipeline import Pipeline as Opened
     from difftap.prompts import wants_category
 
     runtime = take_runtime(options)
@@ -190,7 +190,7 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
 
     def opener(filled: Recipe) -> Pipeline:
         if stored:
-            from difftap.featuresource import FeatureSource
+            from difftap.features.provider import FeatureSource
 
             sources.append(FeatureSource.open(filled, features, runtime, **opening))
             return sources[-1]
@@ -236,9 +236,9 @@ def compare(first: Path, second: Path, by: tuple[str, ...], draws: int, seed: in
     """Two results over the same pairs: is the difference real? A paired bootstrap over pairs."""
     import json
 
+    from difftap.artifacts.files import write_atomic
     from difftap.bench.compare import compare as run
     from difftap.bench.compare import format_comparison, load_results, to_json
-    from difftap.outputs import write_atomic
 
     comparison = run(load_results(first), load_results(second), by=by, count=draws, seed=seed)
     for line in format_comparison(comparison):
@@ -303,8 +303,8 @@ def dense_speed(json_file: Path | None, **case: Any) -> None:
     """Dense matching from cached maps: pairs a second and peak memory, on generated maps of a benchmark's size."""
     import json
 
+    from difftap.artifacts.files import write_atomic
     from difftap.bench.densespeed import SpeedCase, format_speed, run, to_json
-    from difftap.outputs import write_atomic
 
     result = run(SpeedCase(**case))
     for line in format_speed(result):

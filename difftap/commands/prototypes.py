@@ -55,7 +55,7 @@ def classes_of(text: str | None, dataset: str) -> tuple[str, ...] | None:
     if text is None:
         return None
     if text == "voc":
-        from difftap.bench.objects import coco, voc
+        from difftap.datasets import coco, voc
 
         return tuple(coco.VOC_NAMES.get(one, one) for one in voc.CLASSES) if dataset == "coco" else voc.CLASSES
     names = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -76,8 +76,8 @@ def open_objects(
     allow_missing: bool = False,
 ) -> Source:
     """The scenes that the options ask for."""
-    from difftap.bench.objects import load
-    from difftap.bench.objects.masks import read_listing
+    from difftap.datasets.masks import read_listing
+    from difftap.datasets.objects import load
     from difftap.prototypes import Selection
 
     wanted = Selection(min_area, classes_of(classes, dataset))
@@ -133,7 +133,7 @@ def build(
     difftap prototypes build voc VOCdevkit -o voc.parquet
     difftap prototypes build folder mine --recipe semantics --tap up1 --timestep 50 -o mine.parquet
     """
-    from difftap.featuresource import FeatureSource, open_features
+    from difftap.features.provider import FeatureSource, open_features
     from difftap.prototypes import RULES, is_built, recipe_column
     from difftap.prototypes import build as run
 

@@ -13,7 +13,7 @@ from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.recipe import Recipe
 
 __all__ = ["reproduce"]
@@ -71,10 +71,10 @@ def reproduce(
     difftap bench reproduce -o out/poster --spair SPair-71k --model sd21/ --prompts-root prompts --batch 8
     """
     from difftap.bench.estimate import Estimator, format_estimates
+    from difftap.bench.poster import learned_rows, poster_rows, stand_in_rows, with_prompts
     from difftap.bench.reproduce import reproduce as run
-    from difftap.bench.rows import learned_rows, poster_rows, stand_in_rows, with_prompts
     from difftap.bench.session import Selection, load_pairs, make_folder
-    from difftap.pipeline import Pipeline as Opened
+    from difftap.pipeline.pipeline import Pipeline as Opened
 
     roots = {"spair": spair, "pf-pascal": pf_pascal, "pf-willow": pf_willow, "synthetic": synthetic}
     if not any(roots.values()):

@@ -39,8 +39,8 @@ _JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Wr
 @_JSON
 def distances(metrics: tuple[str, ...], json_file: Path | None, **options: Any) -> None:
     """Distances of all pairs beside the dcor package and scipy, in one run."""
+    from difftap.artifacts.files import write_atomic
     from difftap.bench.distances import format_table, run, to_json
-    from difftap.outputs import write_atomic
 
     result = run(metrics=metrics, **options)
     for line in format_table(result):
@@ -100,9 +100,9 @@ def index(
     """
     import tempfile
 
+    from difftap.artifacts.files import write_atomic
     from difftap.bench.indexing import IndexCase, format_table, run, to_json
-    from difftap.index.build import Options
-    from difftap.outputs import write_atomic
+    from difftap.retrieval.builder import Options
 
     case = IndexCase(vectors, width, queries, half, seed)
     some = "ivf-pq" if "ivf-pq" in kinds else "ivf" if lists else "flat"

@@ -16,10 +16,10 @@ from difftap.commands.prototypes import STUDY_DEFAULT, open_objects, semantic_re
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.bench.semantics.study import Study
-    from difftap.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.prototypes import Source
     from difftap.recipe import Recipe
+    from difftap.study.study import Study
 
 __all__ = ["semantics"]
 
@@ -169,7 +169,7 @@ def _sources(options: dict[str, Any]) -> dict[str, Source]:
 
 def _people(root: Path, split: str | None, listing: Path | None, allow_missing: bool) -> str | None:
     """The class of clips that the study takes: people; None, for all objects, where nothing says which they are."""
-    from difftap.bench.objects.davis import PEOPLE
+    from difftap.datasets.davis import PEOPLE
 
     source = open_objects("davis", root, split=split, listing=listing, allow_missing=allow_missing)
     if source.about["semantics"] != "built in" or any(key.partition("/")[0] in PEOPLE for key in source.keys):
@@ -188,9 +188,9 @@ def _limited(source: Source, limit: int | None) -> Source:
 
 def _run(name: str, output: Path, **options: Any) -> None:
     """Run one axis, or all of them."""
-    from difftap.bench.semantics.axes import AXES
-    from difftap.bench.semantics.output import finish_axis, study_folder, write_report
-    from difftap.bench.semantics.study import prepare, run_axis
+    from difftap.study.axes import AXES
+    from difftap.study.output import finish_axis, study_folder, write_report
+    from difftap.study.study import prepare, run_axis
 
     if name == "layers" and options["taps"]:
         raise InputError("the layers axis compares the UNet's own layers; leave --tap out")
@@ -241,15 +241,15 @@ def _study(
     folder: Path, timesteps: tuple[int, ...] | None, offsets: tuple[int, ...] | None, options: dict[str, Any]
 ) -> Study:
     """The study that the options ask for."""
-    from difftap.auto import resolve
-    from difftap.bench.semantics.axes import OFFSETS, TIMESTEPS
-    from difftap.bench.semantics.study import Study
-    from difftap.distances import METRICS
+    from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
-    from difftap.export.checkpoints import open_model
-    from difftap.pipeline import Pipeline as Opened
-    from difftap.pipeline import check_fits
+    from difftap.pipeline.fastest import resolve
+    from difftap.pipeline.pipeline import Pipeline as Opened
+    from difftap.pipeline.pipeline import check_fits
     from difftap.prototypes import RULES
+    from difftap.retrieval.distances import METRICS
+    from difftap.study.axes import OFFSETS, TIMESTEPS
+    from difftap.study.study import Study
 
     given = take_runtime(options)
     opening = {key: options.pop(key) for key in ("revision", "random_weights")}

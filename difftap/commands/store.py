@@ -23,8 +23,8 @@ def store() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def info(path: str, failures: bool, keys: bool, as_json: bool) -> None:
     """Say what is in STORE: provenance, counts, size, fidelity, failures."""
-    from difftap.store import FeatureStore
-    from difftap.store.care import info as describe
+    from difftap.features.store import FeatureStore
+    from difftap.features.store.care import info as describe
 
     opened = FeatureStore.open(path)
     told = describe(opened)
@@ -80,8 +80,8 @@ def _show(told: dict[str, Any]) -> None:
 @click.argument("path", metavar="STORE")
 def verify(path: str) -> None:
     """Read all of STORE again: shapes, the hash of every image's data, finite values, keys."""
-    from difftap.store import FeatureStore
-    from difftap.store.care import verify as check
+    from difftap.features.store import FeatureStore
+    from difftap.features.store.care import verify as check
 
     opened = FeatureStore.open(path)
     wrong = 0
@@ -102,8 +102,8 @@ def verify(path: str) -> None:
 @click.option("--drop-damaged", is_flag=True, help="Leave out images whose data is not what was written.")
 def compact(path: str, output: str | None, shard: int | None, drop_damaged: bool) -> None:
     """Write STORE anew without unused rows and without its failures, which a later extraction then tries again."""
-    from difftap.store import FeatureStore
-    from difftap.store.care import compact as run
+    from difftap.features.store import FeatureStore
+    from difftap.features.store.care import compact as run
 
     with progress_bar(len(FeatureStore.open(path)), "images", rate=True) as advance:
         done = run(path, output, shard=shard, drop_damaged=drop_damaged, progress=advance)

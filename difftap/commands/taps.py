@@ -19,8 +19,8 @@ def taps(model: str | None, cache: Path | None, **opening: Any) -> None:
     \b
     difftap taps --model sd15 --random-weights 0
     """
+    from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
-    from difftap.export.checkpoints import open_model
     from difftap.taps import named_taps
 
     opened = open_model(model or "pocket", Cache(cache or default_cache_folder()), **opening)

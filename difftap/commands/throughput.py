@@ -14,7 +14,7 @@ from difftap.errors import InputError
 if TYPE_CHECKING:
     from difftap.bench.contenders import Contender
     from difftap.bench.ensembles import CurveCase
-    from difftap.pipeline import Runtime
+    from difftap.pipeline.pipeline import Runtime
 
 __all__ = ["throughput"]
 
@@ -122,12 +122,12 @@ def throughput(
     difftap bench throughput --model sd15 --random-weights 0 --size 512 --rounds 1 -o out/throughput
     difftap bench throughput --ensemble-curve --image photos/ -o out/curve
     """
+    from difftap.artifacts.files import output_errors
     from difftap.bench.contenders import parse_backends, parse_rivals
     from difftap.bench.pictures import find_pictures
     from difftap.bench.throughput import ThroughputCase, run
     from difftap.bench.throughput_report import format_throughput, save_throughput
     from difftap.errors import require
-    from difftap.outputs import output_errors
 
     for name in ("curve_timesteps", "curve_passes", "curve_limit"):
         if was_given(name) and not ensemble_curve:
@@ -175,7 +175,7 @@ def throughput(
 
 def _first(ours: list[Contender], device: str, threads: int | None, cache: Path | None) -> Runtime:
     """Where the curve is measured: on the first backend that was named."""
-    from difftap.pipeline import Runtime as Made
+    from difftap.pipeline.pipeline import Runtime as Made
 
     if not ours:
         raise InputError("the curve needs a backend; allowed: --backends with one that runs here")

@@ -12,7 +12,7 @@ from difftap.commands.options import build_recipe, cache_option, model_options, 
 from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
-    from difftap.tuning.run import Tuned
+    from difftap.tuning.learn import Tuned
     from difftap.tuning.state import Progress
 
 _DIR = click.Path(path_type=Path)
@@ -90,11 +90,11 @@ def cpm(**options: Any) -> None:
 
 
 def _tune(kind: str, options: dict[str, Any]) -> None:
+    from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
     from difftap.errors import require
-    from difftap.export.checkpoints import open_model
-    from difftap.tuning.data import load_training_pairs
     from difftap.tuning.settings import Settings
+    from difftap.tuning.training_pairs import load_training_pairs
 
     given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
     given = {name: value for name, value in given.items() if value is not None}
@@ -120,8 +120,8 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     opening = {key: options[key] for key in ("revision", "random_weights")}
     model = open_model(recipe.model, cache, **opening)
     click.echo(f"{len(pairs.train)} pairs to learn from, {len(pairs.val)} to choose by", err=True)
+    from difftap.tuning.learn import tune as run
     from difftap.tuning.loop import Watcher
-    from difftap.tuning.run import tune as run
 
     steps = -(-len(pairs.train) // settings.batch) * settings.epochs
     steps = min(steps, settings.steps) if settings.steps else steps

@@ -2,7 +2,7 @@
 
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
 from difftap.engine.cache import Cache, default_cache_folder
-from difftap.engine.extractor import (
+from difftap.engine.featurizer import (
     BranchEngine,
     Encoded,
     Extractor,

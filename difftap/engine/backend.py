@@ -22,11 +22,11 @@ from difftap.engine.graph import (
     Array,
     Graph,
     Profile,
-    TensorSpec,
     unet_inputs,
     vae_outputs,
 )
 from difftap.errors import BackendError, NonFiniteError
+from difftap.tensorspec import TensorSpec
 
 __all__ = [
     "CALIBRATED",

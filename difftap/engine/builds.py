@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import output_errors
+from difftap.artifacts.manifest import FileRecord, Manifest
 from difftap.engine.backend import Backend, Calibration, Graph, Profile
 from difftap.engine.cache import Cache, file_stem
 from difftap.errors import ArtefactError, BackendError
-from difftap.manifest import FileRecord, Manifest
-from difftap.outputs import output_errors
 
 __all__ = ["engine_identity", "engine_manifest_path", "ensure_built", "known_engine", "save_engine_manifest"]
 

@@ -21,12 +21,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from difftap.digests import DigestMemo
+from difftap.artifacts.digests import DigestMemo
+from difftap.artifacts.files import atomic_path, output_errors
+from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.backbones.checkpoint import COMPONENTS, Model
 from difftap.engine.backend import Graph
 from difftap.errors import ArtefactError
-from difftap.manifest import FileRecord, Manifest
-from difftap.model import COMPONENTS, Model
-from difftap.outputs import atomic_path, output_errors
 
 __all__ = ["GRAPH_VERSION", "Cache", "default_cache_folder"]
 

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image as PIL
 from PIL import ImageDraw
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine.backend import Calibration, Engine, Graph, Profile
-from difftap.engine.extractor import branch_feeds, draw_noise
+from difftap.engine.featurizer import branch_feeds, draw_noise
 from difftap.images import Image, load_image, to_input
-from difftap.model import Model
 from difftap.recipe import Branch, Recipe
 
 __all__ = ["MAX_IMAGES", "RecipeCalibration", "bundled_images"]

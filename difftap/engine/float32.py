@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from difftap.artifacts.files import output_errors
 from difftap.errors import BackendError
-from difftap.outputs import output_errors
 
 __all__ = ["ROUNDED", "check_kept", "keep_float32"]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from difftap.backbones.checkpoint import Model
 from difftap.coords import Size
 from difftap.errors import InputError
-from difftap.model import Model
 from difftap.taps import deepest
+from difftap.tensorspec import TensorSpec
 
 __all__ = [
     "CALIBRATED",
@@ -23,7 +24,6 @@ __all__ = [
     "Array",
     "Graph",
     "Profile",
-    "TensorSpec",
     "unet_inputs",
     "vae_outputs",
 ]
@@ -35,15 +35,6 @@ PRECISIONS = ("fp32", "bf16x3", "fp16", "bf16", "int8", "fp8")
 
 CALIBRATED = ("int8", "fp8")
 """Precisions whose ranges are measured on images when an engine is built."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and shape of one input or output; a shape's letter is an axis that the profile or the feeds fix."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)

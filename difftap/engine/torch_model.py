@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from difftap.backbones.checkpoint import Model
 from difftap.errors import ModelError, RecipeError, first_line, require
-from difftap.model import Model
 
 __all__ = ["TappedUNet", "VAEEncoder", "build"]
 

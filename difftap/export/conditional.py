@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import atomic_path
+from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.artifacts.tensors import TensorLocation
+from difftap.backbones.checkpoint import Model
 from difftap.engine.backend import Graph, Profile, TensorSpec
 from difftap.engine.cache import GRAPH_VERSION, Cache
 from difftap.engine.registry import get_backend
 from difftap.errors import ArtefactError, BackendError, ModelError, first_line, require
 from difftap.export.graphs import MAX_RELATIVE
 from difftap.export.parity import TensorParity
-from difftap.manifest import FileRecord, Manifest
-from difftap.model import Model
-from difftap.outputs import atomic_path
 
 if TYPE_CHECKING:
     import torch
 
-    from difftap.export.trace import TensorLocation
 
 __all__ = [
     "PartGraph",
@@ -203,8 +203,8 @@ def text_graph(model: Model, cache: Cache, length: int, width: int) -> PartGraph
     def export() -> PartGraph:
         torch = require("torch", "export", f"exporting the text encoder of model '{model.name}'")
         transformers = require("transformers", "export", f"exporting the text encoder of model '{model.name}'")
+        from difftap.artifacts.tensors import locate_tensors
         from difftap.engine.torch_prompts import TextEncoder
-        from difftap.export.trace import locate_tensors
 
         text = _loaded(transformers.CLIPTextModel, model.folder / "text_encoder", torch)
         placed = cache.place_files(files, folder / "text_encoder")
@@ -296,7 +296,7 @@ def dino_graph(
     made_from = {"graph_version": GRAPH_VERSION, "component": "tokens", "weights": weights, "side": side}
 
     def export() -> PartGraph:
-        from difftap.export.trace import locate_tensors
+        from difftap.artifacts.tensors import locate_tensors
 
         folder = dino_folder(network)
         files, digest = weights_of(folder, cache)
@@ -340,8 +340,8 @@ def _head(model: Model, branch: int, count: int, channels: int, length: int, wid
 
 def export_heads(model: Model, prompt_file: Path, sha256: str, heads: Sequence[torch.nn.Module]) -> list[PartGraph]:
     """Export every branch's conditional head beside the prompt file that holds its weights."""
+    from difftap.artifacts.tensors import locate_tensors
     from difftap.engine.torch_prompts import HeadPart
-    from difftap.export.trace import locate_tensors
 
     located = locate_tensors([prompt_file])
     made = []

@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import atomic_path
+from difftap.backbones.checkpoint import Model
 from difftap.engine.backend import Graph, Profile
 from difftap.engine.cache import Cache, file_stem
 from difftap.errors import ArtefactError, BackendError, require
 from difftap.export.parity import TensorParity, measure
-from difftap.model import Model
-from difftap.outputs import atomic_path
 
 __all__ = ["MAX_RELATIVE", "ensure_graph", "export_graph"]
 
@@ -54,8 +54,9 @@ def export_graph(
     for module in ("torch", "diffusers", "onnx", "onnxscript"):
         require(module, "export", f"exporting the {component} of model '{model.name}'")
     _LOG.info("exporting the %s of model '%s' (half a minute or more, once)", component, model.name)
+    from difftap.artifacts.tensors import locate_tensors
     from difftap.engine.torch_model import build
-    from difftap.export.trace import locate_tensors, trace
+    from difftap.export.trace import trace
 
     home = folder or cache.model_folder(model)
     if folder is None:

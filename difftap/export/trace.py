@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
-import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftap.artifacts.tensors import TensorLocation
 from difftap.engine.backend import Graph
 from difftap.errors import DifftapError, ModelError, first_line, require
 
@@ -27,50 +25,10 @@ if TYPE_CHECKING:
     import onnx_ir
     import torch
 
-__all__ = ["TensorLocation", "locate_tensors", "trace"]
+__all__ = ["trace"]
 
 OPSET = 20
 _LATENT_SIDE = 16  # cells of the example latent; a traced size carries no meaning, since the axes are free
-
-
-@dataclass(frozen=True)
-class TensorLocation:
-    """Where one tensor lies in a safetensors file: path, dtype name, shape, first byte, number of bytes."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-def locate_tensors(files: Sequence[Path]) -> dict[str, TensorLocation]:
-    """Read the headers of safetensors files: tensor name -> location.
-
-    Raises:
-        ModelError: a header is damaged.
-    """
-    found = {}
-    for path in files:
-        try:
-            size = path.stat().st_size
-            with open(path, "rb") as handle:
-                (length,) = struct.unpack("<Q", handle.read(8))
-                if length > size:
-                    raise ValueError(f"its header should take {length} bytes")
-                header = json.loads(handle.read(length))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                first, last = entry["data_offsets"]
-                if 8 + length + last > size:
-                    raise ValueError(f"tensor {name} ends after the file")
-                found[name] = TensorLocation(
-                    path, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first
-                )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            raise ModelError(f"'{path}' is not a whole safetensors file ({error}); get the checkpoint again") from error
-    return found
 
 
 def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import atomic_path
+from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.artifacts.tensors import TensorLocation, locate_tensors
 from difftap.engine.backend import Graph
 from difftap.engine.cache import Cache, file_stem
 from difftap.errors import ArtefactError, require
 from difftap.export.fuse import fuse_attention
 from difftap.export.precision import narrow, to_half
-from difftap.export.trace import TensorLocation, locate_tensors
-from difftap.manifest import FileRecord, Manifest
-from difftap.outputs import atomic_path
 
 __all__ = ["HALF_VERSION", "ensure_variant"]
 

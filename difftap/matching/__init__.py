@@ -2,7 +2,7 @@
 
 >>> import numpy as np
 >>> from difftap.coords import Geometry
->>> from difftap.features import FeatureMap
+>>> from difftap.featuremap import FeatureMap
 >>> from difftap.recipe import Matcher
 >>> data = np.random.default_rng(0).standard_normal((8, 6, 6)).astype(np.float32)       # (C, h, w)
 >>> features = FeatureMap(data, Geometry.stretch(image=(90, 60), input=(96, 96)))

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from difftap.coords import Size
 from difftap.errors import InputError, PointError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.confidence import RADIUS_CELLS, cell_margins, cycle_error
 from difftap.matching.dense import TIE
 from difftap.matching.fused import FusedMap

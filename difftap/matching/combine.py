@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from difftap.coords import rescale
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.interpolate import axis_matrix
 from difftap.recipe import INTERPOLATIONS
 

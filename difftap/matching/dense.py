@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.confidence import RADIUS_CELLS
 from difftap.matching.halves import sum_in_halves
 from difftap.matching.interpolate import SMALL, Run, axis_runs, pixel_cells, unit

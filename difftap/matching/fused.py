@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from difftap.coords import rescale
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.dense import project
 from difftap.matching.interpolate import axis_matrix, axis_runs, axis_taps, unit
 from difftap.matching.norms import gram_products, inverse_norms

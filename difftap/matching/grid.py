@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.confidence import cell_margins
 from difftap.matching.dense import TIE, Peaks, project
 from difftap.matching.interpolate import axis_taps, sample, unit

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from difftap.coords import Geometry, Size
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.combine import combine
 from difftap.matching.confidence import cycle_error
 from difftap.matching.dense import DenseTarget

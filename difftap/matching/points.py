@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from difftap.errors import InputError, PointError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.confidence import cell_margins, cycle_error
 from difftap.matching.dense import DenseTarget, Peaks
 from difftap.matching.grid import Corners, GridTarget, clip_to_image, first_best

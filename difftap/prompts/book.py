@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache, Engine
 from difftap.errors import InputError
 from difftap.images import Image
-from difftap.model import Model
 from difftap.prompts.choose import Prompt, Subject, choose_prompts, embed, wants_category
 from difftap.prompts.learned import LearnedPrompts
 from difftap.recipe import Recipe

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine.cache import Cache
 from difftap.errors import InputError
-from difftap.model import Model
 from difftap.prompts.encode import encode_prompt
 from difftap.prompts.learned import LearnedPrompts, remembered
 from difftap.recipe import Branch, Recipe

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import atomic_path
+from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.backbones.checkpoint import RANDOM_MARK, Model
 from difftap.engine.cache import Cache
 from difftap.errors import ArtefactError, ModelError, OutputError, first_line, require
-from difftap.manifest import FileRecord, Manifest
-from difftap.model import RANDOM_MARK, Model
-from difftap.outputs import atomic_path
 
 __all__ = ["encode_prompt"]
 

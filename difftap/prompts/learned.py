@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import write_atomic
+from difftap.artifacts.manifest import file_digest
 from difftap.errors import InputError, ModelError
-from difftap.manifest import file_digest
-from difftap.outputs import write_atomic
 from difftap.prompts.tokens import TokenSource
 from difftap.recipe import KINDS, Learned, Recipe
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from difftap.datasets.scenes import Scene, SceneObject, Selection, Source, make_scene
 from difftap.prototypes.average import prototypes
 from difftap.prototypes.build import Built, Column, build, is_built, narrowed, recipe_column
 from difftap.prototypes.cells import RULES, KeptCells, cell_shares, keep_cells
-from difftap.prototypes.scene import Scene, SceneObject, Selection, Source, make_scene
 from difftap.prototypes.table import PrototypeTable, load_provenance
 
 __all__ = [

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Size, rescale
+from difftap.datasets.scenes import Mask
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.interpolate import axis_matrix
 from difftap.prototypes.cells import KeptCells, keep_cells
-from difftap.prototypes.scene import Mask
 
 __all__ = ["average", "joined_grid", "prototypes"]
 

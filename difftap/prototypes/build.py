@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from difftap.artifacts.files import no_folder, only_writer, output_errors, write_atomic
+from difftap.datasets.scenes import Scene, Source, mask_boxes
 from difftap.engine import Features
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
-from difftap.outputs import no_folder, only_writer, output_errors, write_atomic
-from difftap.pipeline import Pipeline
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts.learned import pinned
 from difftap.prototypes.average import average, joined_grid
 from difftap.prototypes.cells import KeptCells, keep_cells
-from difftap.prototypes.scene import Scene, Source, mask_boxes
 from difftap.prototypes.table import PrototypeTable, load_provenance, save_stream
 from difftap.recipe import Recipe
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
+from difftap.datasets.scenes import Mask
 from difftap.errors import InputError
-from difftap.prototypes.scene import Mask
 
 __all__ = ["RULES", "KeptCells", "cell_shares", "keep_cells"]
 

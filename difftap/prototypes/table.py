@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import atomic_path
 from difftap.errors import InputError, first_line, require
-from difftap.outputs import atomic_path
 
 __all__ = ["SCHEMA", "PrototypeTable", "load_provenance", "save_stream"]
 

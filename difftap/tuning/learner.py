@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from difftap.bench.samples import Sample
-from difftap.maps import View
+from difftap.datasets.samples import Sample
+from difftap.features.shelf import View
 from difftap.tuning.settings import Settings
 from difftap.tuning.space import Space
 

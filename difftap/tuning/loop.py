@@ -18,22 +18,22 @@ from numpy.typing import NDArray
 
 from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS
-from difftap.bench.samples import Sample
 from difftap.bench.scoring import measure
 from difftap.coords import Geometry
+from difftap.datasets.samples import Sample
 from difftap.errors import InputError, NonFiniteError
-from difftap.maps import View
+from difftap.features.shelf import View
 from difftap.matching import Matches
 from difftap.matching.joining import CornerGeometry
 from difftap.recipe import Recipe
 from difftap.tuning.crew import Crew
-from difftap.tuning.data import TrainingPairs
 from difftap.tuning.learner import Key, Learner, key_of, views_of
 from difftap.tuning.loss import fused_cosines, gaussian_cross_entropy
 from difftap.tuning.passes import Passes
+from difftap.tuning.posteriors import ImageStore
 from difftap.tuning.settings import Settings
 from difftap.tuning.state import Progress, load_state, save_state
-from difftap.tuning.store import ImageStore
+from difftap.tuning.training_pairs import TrainingPairs
 
 if TYPE_CHECKING:
     import torch

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import latent_scales
-from difftap.model import Model
 from difftap.recipe import Recipe
-from difftap.tuning.store import Known
+from difftap.tuning.posteriors import Known
 
 if TYPE_CHECKING:
     import torch

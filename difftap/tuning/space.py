@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache
 from difftap.errors import InputError, ModelError, first_line, require
-from difftap.model import Model
 from difftap.prompts import encode_prompt
 
 if TYPE_CHECKING:

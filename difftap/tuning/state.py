@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftap.artifacts.files import write_atomic
 from difftap.errors import OutputError
-from difftap.outputs import write_atomic
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image as PIL
 
 from difftap.bench.predictions import Prediction, Predictions
-from difftap.bench.samples import Sample
 from difftap.coords import Geometry
-from difftap.engine.extractor import Features
-from difftap.features import FeatureMap
+from difftap.datasets.samples import Sample
+from difftap.engine.featurizer import Features
+from difftap.featuremap import FeatureMap
 from difftap.prompts import Subject, choose_prompts
 from difftap.prompts.learned import fits_of, remembered, save_learned
 from difftap.recipe import Branch, Matcher, Recipe
@@ -176,7 +176,7 @@ class FakeBook:
 
 
 class FakePipeline:
-    """Stands for `difftap.pipeline.Pipeline`: maps come from a generator keyed by the image and the prompt."""
+    """Stands for `difftap.pipeline.pipeline.Pipeline`: maps come from a generator keyed by the image and the prompt."""
 
     opened: list = []  # noqa: RUF012 - a log shared by all on purpose
 

@@ -66,7 +66,7 @@ def test_the_independent_points_are_what_recipes_give(curve, tmp_path):
 
 def test_engines_that_the_curve_builds_are_those_of_all_commands(tmp_path):
     """Calibrated, measured when they are built, and so measured again by ``engines verify``."""
-    from difftap.engines import list_artefacts, verify_artefact
+    from difftap.pipeline.engines import list_artefacts, verify_artefact
 
     backend = get_backend("openvino")
     if backend.missing():

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.bench.flops import axes_of, count_graph, count_macs
 from difftap.engine import Graph, Profile
 from difftap.errors import ArtefactError, MissingExtraError
-from difftap.model import Model
 from tests.conftest import MINI_TAPS
 
 onnx = pytest.importorskip("onnx")
@@ -73,8 +73,8 @@ def test_stable_diffusion_costs_what_the_papers_tables_say(size, vae, unet, tmp_
     import os
     from pathlib import Path
 
+    from difftap.backbones.find import open_model
     from difftap.engine import Cache
-    from difftap.export.checkpoints import open_model
     from difftap.export.graphs import ensure_graph
 
     cache = Cache(Path(os.environ.get("DIFFTAP_SLOW_CACHE", tmp_path_factory.getbasetemp() / "full")))

@@ -40,7 +40,7 @@ def willow(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
-    monkeypatch.setattr("difftap.pipeline.Pipeline.open", lambda recipe, *_, **__: FakePipeline(recipe))
+    monkeypatch.setattr("difftap.pipeline.pipeline.Pipeline.open", lambda recipe, *_, **__: FakePipeline(recipe))
 
 
 def invoke(command, *arguments):

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from difftap.bench.estimate import Estimator, format_estimates
+from difftap.bench.poster import LEARNED, PROMPT, learned_rows, poster_rows, stand_in_rows, with_prompts
 from difftap.bench.reproduce import reproduce
-from difftap.bench.rows import LEARNED, PROMPT, learned_rows, poster_rows, stand_in_rows, with_prompts
 from difftap.bench.runner import count_passes
 from difftap.bench.session import Pairs
 from difftap.commands.reproduce import reproduce as command

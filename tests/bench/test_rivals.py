@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from difftap import Image, Pipeline, Recipe, Runtime
+from difftap.backbones.checkpoint import Model
 from difftap.bench import rivals
 from difftap.bench.rivals import Rival, vae_bytes
 from difftap.engine.noise import draw
 from difftap.errors import BackendError, MissingExtraError
 from difftap.images import to_input
-from difftap.model import Model
-from difftap.pipeline import embed_prompts
+from difftap.pipeline.pipeline import embed_prompts
 from difftap.recipe import Branch
 from tests.conftest import picture
 

@@ -15,9 +15,9 @@ from difftap.bench.runner import count_passes, digest, finished, plan, predict, 
 from difftap.bench.scoring import Settings, score
 from difftap.coords import Geometry
 from difftap.errors import ArtefactError, ImageError, InputError, OutputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
+from difftap.features.shelf import Made, MapShelf, View, load_view
 from difftap.images import load_image
-from difftap.maps import Made, MapShelf, View, load_view
 from difftap.matching.joining import Joining, Ready
 from difftap.recipe import Learned, Matcher
 from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, prompt_file, samples
@@ -396,7 +396,7 @@ def test_shelf_remembers_faults(tmp_path):
 
 
 def test_end_to_end_with_the_embedded_model(tmp_path):
-    from difftap.pipeline import Pipeline, Runtime
+    from difftap.pipeline.pipeline import Pipeline, Runtime
     from difftap.recipe import Branch, Recipe
 
     pairs = samples(tmp_path / "data", 4)

@@ -18,7 +18,7 @@ from difftap.bench.throughput import OWN_STAGES, Throughput, ThroughputCase, run
 from difftap.bench.throughput_report import SCHEMA, format_throughput, save_throughput, to_json
 from difftap.bench.workers import Worker, call_timing, stage_medians
 from difftap.cli import cli
-from difftap.engine import extractor
+from difftap.engine import featurizer as extractor
 from difftap.errors import BackendError, ImageError, InputError, OutputError
 from difftap.images import load_image
 from difftap.recipe import Learned

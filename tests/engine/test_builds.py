@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from difftap.artifacts.manifest import Manifest
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Backend, Cache, Engine, Graph, Profile
 from difftap.engine.builds import engine_manifest_path, ensure_built
 from difftap.errors import BackendError, NonFiniteError, OutputError
-from difftap.manifest import Manifest
-from difftap.model import Model
 
 PROFILE = Profile((16, 16))
 
@@ -164,7 +164,7 @@ import os, signal
 from pathlib import Path
 from tests.engine.test_builds import Compiler, _ensure
 from difftap.engine import Cache
-from difftap.model import Model
+from difftap.backbones.checkpoint import Model
 
 class Killed(Compiler):
     def build(self, graph, profile, device, folder, calibration=None):

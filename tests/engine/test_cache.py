@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import difftap.export.graphs as graphs
+from difftap.artifacts.manifest import file_digest
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache, Graph, default_cache_folder
 from difftap.engine.cache import file_stem
 from difftap.errors import ArtefactError, OutputError
 from difftap.export import ensure_graph
-from difftap.manifest import file_digest
-from difftap.model import Model
 from tests.conftest import MINI_TAPS
 
 
@@ -182,7 +182,7 @@ import logging, sys
 from pathlib import Path
 from difftap.engine import Cache
 from difftap.export import ensure_graph
-from difftap.model import Model
+from difftap.backbones.checkpoint import Model
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 print(ensure_graph(Cache(Path(sys.argv[2])), Model.load(Path(sys.argv[1])), "vae").path)
 """

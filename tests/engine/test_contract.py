@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import BACKENDS, Backend, Engine, Graph, Profile, choose_device, get_backend
 from difftap.engine.backend import PRECISIONS, Calibration
 from difftap.errors import BackendError, InputError, NonFiniteError
 from difftap.export.parity import example_feeds
-from difftap.model import Model
 from tests.conftest import MINI_TAPS
 from tests.parity import compare
 

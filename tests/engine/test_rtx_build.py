@@ -17,9 +17,9 @@ import pytest
 from difftap.cli import cli
 from difftap.engine import Cache
 from difftap.engine.trt.gpu import find_gpu
-from difftap.engines import build_engines, list_artefacts, verify_artefact
 from difftap.errors import ArtefactError
-from difftap.pipeline import Runtime
+from difftap.pipeline.engines import build_engines, list_artefacts, verify_artefact
+from difftap.pipeline.pipeline import Runtime
 from difftap.recipe import load_recipe
 
 pytestmark = pytest.mark.skipif(find_gpu() is not None, reason="what a machine without a GPU does")
@@ -103,7 +103,7 @@ def test_a_killed_build_leaves_nothing_and_two_at_once_make_one(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from difftap.engine import Cache, Profile, get_backend\nfrom difftap.engine.builds import ensure_built\n"
-        "from difftap.model import Model, pocket_folder\n"
+        "from difftap.backbones.checkpoint import Model, pocket_folder\n"
         "cache, model = Cache(Path(sys.argv[1])), Model.load(pocket_folder(), 'pocket')\n"
         "graph = cache.shipped_graph(model, 'vae')\n"
         "print(ensure_built(cache, graph, get_backend('tensorrt-rtx'), Profile((256, 256)), 'cuda'))\n"

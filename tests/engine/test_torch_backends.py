@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Graph, Profile, get_backend
 from difftap.errors import BackendError
 from difftap.export.parity import TensorParity, example_feeds
-from difftap.model import Model
 from tests.conftest import MINI_TAPS
 
 PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=3)

@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Graph, Profile, get_backend
 from difftap.errors import ModelError, RecipeError
 from difftap.export.parity import example_feeds
-from difftap.model import Model
 
 torch = pytest.importorskip("torch")
 

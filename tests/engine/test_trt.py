@@ -10,17 +10,17 @@ import sys
 import numpy as np
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache, Graph, Profile, choose_device, get_backend
 from difftap.engine.backend import DeviceArray
 from difftap.engine.backends.tensorrt import TensorRTBackend
 from difftap.engine.backends.tensorrt_rtx import TensorRTRTXBackend
 from difftap.engine.builds import ensure_built
 from difftap.engine.trt.gpu import Gpu
-from difftap.engines import list_artefacts, verify_artefact
 from difftap.errors import BackendError, NonFiniteError
 from difftap.export.parity import example_feeds
-from difftap.making import Maker
-from difftap.model import Model
+from difftap.pipeline.engines import list_artefacts, verify_artefact
+from difftap.pipeline.making import Maker
 from difftap.recipe import load_recipe
 from tests.conftest import MINI_TAPS
 from tests.engine.fake_trt import Fake, Flag, HostMemory
@@ -35,7 +35,7 @@ def gpu(monkeypatch):
     """Sets the GPU that this machine seems to have."""
 
     def choose(found):
-        for module in ("trt.backend", "backends.tensorrt", "backends.tensorrt_rtx"):
+        for module in ("trt.bindings", "backends.tensorrt", "backends.tensorrt_rtx"):
             monkeypatch.setattr(f"difftap.engine.{module}.find_gpu", lambda: found)
 
     choose(L4)

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from difftap.artifacts.manifest import Manifest
 from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.export.fuse import fuse_attention
 from difftap.export.parity import TensorParity, example_feeds
 from difftap.export.variants import ensure_variant
-from difftap.manifest import Manifest
 
 onnx = pytest.importorskip("onnx")
 PROFILE = Profile((96, 64), ensemble=2, tokens=3, batch=2)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import difftap.export.trace as tracing
+from difftap.artifacts.tensors import locate_tensors
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.errors import BackendError, ModelError
 from difftap.export import export_graph
 from difftap.export.parity import TensorParity, example_feeds
-from difftap.export.trace import locate_tensors
-from difftap.model import Model
 from difftap.taps import depth
 from tests.conftest import MINI_TAPS
 from tests.parity import compare

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from difftap.artifacts.tensors import locate_tensors
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.export.parity import TensorParity, example_feeds
 from difftap.export.precision import ATTENTIONS, HALVES, narrow, to_half
-from difftap.export.trace import locate_tensors
 from difftap.export.variants import ensure_variant
-from difftap.model import Model
 from tests.conftest import MINI_TAPS
 
 onnx = pytest.importorskip("onnx")

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import difftap.prompts.encode as encode
+from difftap.backbones.checkpoint import Model, pocket_folder
 from difftap.engine import Cache
 from difftap.errors import MissingExtraError, ModelError
-from difftap.model import Model, pocket_folder
 from difftap.prompts import encode_prompt
 from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from difftap import Pipeline, Recipe
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache, Profile, get_backend, members_per_run
 from difftap.errors import ModelError
 from difftap.export import export_graph
 from difftap.export.parity import example_feeds
-from difftap.model import Model
 from difftap.prompts import encode_prompt
 from difftap.recipe import Branch
 from tests.export.test_prompts import write_clip
@@ -79,7 +79,7 @@ def test_from_a_recipe_to_features(folder, cache, tmp_path):
     from PIL import Image as Pillow
 
     import difftap
-    from difftap.pipeline import Runtime
+    from difftap.pipeline.pipeline import Runtime
 
     Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "a.png")
     recipe = Recipe((Branch(("up0",), 5),), model=str(folder), size=(24, 16), ensemble=2)

@@ -5,7 +5,7 @@ import pytest
 
 from difftap.coords import Geometry
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import combine
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from difftap.coords import Geometry
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import DenseTarget, heat_map, match_points
 from difftap.matching.confidence import RADIUS_CELLS
 from difftap.matching.dense import TIE

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difftap.coords import Geometry
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import kernel_softargmax, match_points, nearest_cell, softargmax, window_softargmax
 from difftap.matching.grid import content_cells
 from difftap.recipe import Matcher

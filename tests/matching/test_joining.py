@@ -8,7 +8,7 @@ import pytest
 
 from difftap.coords import Geometry
 from difftap.errors import InputError, PointError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching.grid import content_cells
 from difftap.matching.joining import CornerGeometry, Joining, find
 from difftap.recipe import Branch, Matcher, Recipe

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from difftap.coords import Geometry
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import match_points, mutual_matches, mutual_nearest, nearest
 from difftap.matching.interpolate import unit
 from difftap.recipe import Matcher

@@ -8,7 +8,7 @@ import pytest
 
 from difftap.coords import Geometry
 from difftap.errors import InputError, PointError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import Matches, heat_map, match_points
 from difftap.recipe import MATCHERS, Matcher
 

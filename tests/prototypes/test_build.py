@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from difftap.cli import cli
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
-from difftap.pipeline import Pipeline, Runtime
+from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.prototypes import (
     PrototypeTable,
     Selection,
@@ -29,8 +29,8 @@ from difftap.prototypes import (
 )
 from difftap.prototypes import build as build_function
 from difftap.recipe import Branch, load_recipe
-from tests.bench.objects.builders import write_folder, write_voc
 from tests.conftest import picture
+from tests.datasets.object_builders import write_folder, write_voc
 
 pytest.importorskip("pyarrow")
 RECIPE = replace(load_recipe("pocket-semantics"), size=(128, 128))
@@ -296,10 +296,10 @@ def test_features_come_from_a_store_where_it_has_them(tmp_path, monkeypatch):
 
 
 def test_a_table_of_the_backend_that_is_chosen_is_known_again(tmp_path, monkeypatch):
-    import difftap.auto
+    import difftap.pipeline.fastest
 
-    chosen = difftap.auto.Choice("ort", "cpu", {}, (), {})
-    monkeypatch.setattr(difftap.auto, "choose", lambda *_, **__: chosen)
+    chosen = difftap.pipeline.fastest.Choice("ort", "cpu", {}, (), {})
+    monkeypatch.setattr(difftap.pipeline.fastest, "choose", lambda *_, **__: chosen)
     root = write_voc(tmp_path / "VOC2012")
     command = ("prototypes", "build", "voc", root, "-o", tmp_path / "t", "--size", 64, "--backend", "auto")
     assert run(*command).exit_code == 0

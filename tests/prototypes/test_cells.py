@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from difftap.coords import Geometry
 from difftap.errors import InputError
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.prototypes import cell_shares, keep_cells, prototypes
 from difftap.prototypes.average import average, joined_grid
 

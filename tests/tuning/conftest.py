@@ -6,11 +6,11 @@ import json
 
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.engine import Cache
-from difftap.model import Model
 from difftap.recipe import Branch, Matcher, Recipe
-from difftap.tuning.data import TrainingPairs
 from difftap.tuning.settings import Settings
+from difftap.tuning.training_pairs import TrainingPairs
 from tests.bench.pck_cases import samples
 from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
 
@@ -80,7 +80,7 @@ def settings(kind, **more):
 
 def learn(model, pairs, folder, kind="single", *, cache, branches=1, recipe_more=None, **more):
     """Learn on one thread; gives what `tune` gives."""
-    from difftap.tuning.run import tune
+    from difftap.tuning.learn import tune
 
     given = {name: more.pop(name) for name in ("overwrite", "watcher", "threads") if name in more}
     one = recipe(model, branches, **(recipe_more or {}))

@@ -9,9 +9,9 @@ import pytest
 from difftap.coords import Geometry
 from difftap.engine import Cache
 from difftap.recipe import load_recipe
-from difftap.tuning.data import TrainingPairs
+from difftap.tuning.posteriors import Known
 from difftap.tuning.settings import Settings
-from difftap.tuning.store import Known
+from difftap.tuning.training_pairs import TrainingPairs
 from tests.bench.pck_cases import samples
 
 
@@ -34,7 +34,7 @@ class Given:
 def test_one_step_at_full_size_fits_into_24_gigabytes(tmp_path):
     import torch
 
-    from difftap.export.checkpoints import open_model
+    from difftap.backbones.find import open_model
     from difftap.prompts import encode_prompt
     from difftap.tuning.crew import Crew
     from difftap.tuning.learner import Learner

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.coords import Geometry
 from difftap.engine import Cache
-from difftap.model import Model
-from difftap.tuning.store import Known
+from difftap.tuning.posteriors import Known
 from tests.tuning.conftest import SIZE, recipe
 
 torch = pytest.importorskip("torch")

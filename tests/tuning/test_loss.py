@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from difftap.coords import Geometry
-from difftap.features import FeatureMap
+from difftap.featuremap import FeatureMap
 from difftap.matching import combine
 
 torch = pytest.importorskip("torch")

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
+from difftap.backbones.checkpoint import Model
 from difftap.errors import InputError, MissingExtraError, ModelError, OutputError, RecipeError
-from difftap.model import Model
-from difftap.pipeline import Pipeline, Runtime
+from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.prompts.learned import load_learned
 from difftap.recipe import Learned
 from tests.tuning.conftest import learn, recipe
@@ -107,7 +107,7 @@ loop._EVERY = 0.0
 from difftap.engine import Cache
 from tests.bench.pck_cases import samples
 from tests.tuning.conftest import learn
-from difftap.tuning.data import TrainingPairs
+from difftap.tuning.training_pairs import TrainingPairs
 model, out, cache, pictures = map(Path, sys.argv[1:])
 made = samples(pictures)
 about = {"name": "synthetic", "how": "by hand", "train_pairs": 4, "val_pairs": 2}

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import write_atomic
 from difftap.engine.backend import Profile
-from difftap.engine.trt.backend import TrtBackend, slug
+from difftap.engine.trt.bindings import TrtBackend, slug
 from difftap.engine.trt.builder import BuildSettings
 from difftap.engine.trt.gpu import capability_text, find_gpu
 from difftap.errors import BackendError, DifftapError
-from difftap.outputs import write_atomic
 
 _LOG = logging.getLogger("difftap")
 _TARGETS = {"cuda": ("8.0", "8.6", "8.9", "12.0", "12.1"), "cuda-turing": ("7.5",)}

@@ -1,0 +1,1 @@
+"""Files that last: written atomically, trusted by their manifest, made once, resumed after a kill."""

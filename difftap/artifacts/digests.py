@@ -1,0 +1,50 @@
+"""A memory of large files' hashes, so that gigabytes of weights are not read again at every start.
+
+A hash is remembered for a file, under whatever name (the cache holds hard links to checkpoints' weights), as long as
+its size and modification time stay the same. The change time has no say: making a hard link moves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from difftap.artifacts.files import write_atomic
+from difftap.artifacts.manifest import file_digest
+from difftap.errors import OutputError
+
+__all__ = ["DigestMemo"]
+
+SMALL = 64 << 20
+"""Files up to this many bytes are hashed every time: it takes a few hundredths of a second."""
+
+
+class DigestMemo:
+    """SHA-256 of files, remembered in a JSON file for the large ones."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _load(self) -> dict[str, list[object]]:
+        try:
+            data = json.loads(self._path.read_text(encoding="utf-8"))
+            return data if isinstance(data, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file, hexadecimal."""
+        stat = path.stat()
+        if stat.st_size <= SMALL:
+            return file_digest(path)
+        stamp: list[object] = [stat.st_size, stat.st_mtime_ns]
+        name = f"{stat.st_dev}:{stat.st_ino}"
+        known = self._load().get(name)
+        if isinstance(known, list) and known[:-1] == stamp:
+            return str(known[-1])
+        digest = file_digest(path)
+        with contextlib.suppress(OutputError, OSError):  # only a memory: without it the next start is slower
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._path, json.dumps({**self._load(), name: [*stamp, digest]}))
+        return digest

@@ -1,0 +1,108 @@
+"""Manifests: an artefact is trusted only if its manifest says so.
+
+Every cached artefact (an exported graph, an engine) has a JSON manifest beside it that holds what it was made from and
+the SHA-256 of each of its files. The manifest is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from difftap.artifacts.files import write_atomic
+from difftap.errors import ArtefactError
+
+__all__ = ["FileRecord", "Manifest", "file_digest"]
+
+SCHEMA = 1
+_CHUNK = 1 << 22
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: its size in bytes and SHA-256."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """Measure a file."""
+        return cls(path.stat().st_size, file_digest(path))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artefact is, what it was made from, and what its files must look like.
+
+    Attributes:
+        kind: ``graph``, ``weights``, ``engine`` or ``prompt``.
+        made_from: every condition that decides the artefact's bytes or numbers.
+        files: path relative to the manifest's folder -> record.
+        report: what was measured when it was made (fidelity), for people; not part of its identity.
+    """
+
+    kind: str
+    made_from: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the manifest as JSON, atomically."""
+        write_atomic(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            ArtefactError: it is missing, is not JSON, or has another schema.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema"] != SCHEMA:
+                raise ArtefactError(f"manifest '{path}' has schema {data['schema']}, this difftap reads {SCHEMA}")
+            files = {name: FileRecord(**record) for name, record in data["files"].items()}
+            return cls(data["kind"], dict(data["made_from"]), files, dict(data.get("report", {})))
+        except FileNotFoundError as error:
+            raise ArtefactError(f"no manifest at '{path}'") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtefactError(f"manifest '{path}' cannot be read ({error}); it is damaged") from error
+
+    def check(self, folder: Path, expected: Mapping[str, Any], digest: Any = file_digest) -> None:
+        """Make sure that the artefact is the expected one and that its files are whole.
+
+        Args:
+            folder: where the files lie.
+            expected: conditions that ``made_from`` must hold, name by name.
+            digest: function from path to SHA-256, to let large files be remembered.
+
+        Raises:
+            ArtefactError: a condition differs (stale or foreign), or a file is missing, cut short or changed.
+        """
+        for name, value in expected.items():
+            if self.made_from.get(name) != value:
+                raise ArtefactError(
+                    f"{self.kind} in '{folder}' was made for {name} = {self.made_from.get(name)!r}, not {value!r}"
+                )
+        for name, record in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise ArtefactError(f"'{path}' is missing")
+            if path.stat().st_size != record.size:
+                raise ArtefactError(f"'{path}' has {path.stat().st_size} bytes, its manifest says {record.size}")
+            if digest(path) != record.sha256:
+                raise ArtefactError(f"'{path}' is not the file its manifest describes (SHA-256 differs)")

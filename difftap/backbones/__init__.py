@@ -1,0 +1,1 @@
+"""Backbones: the networks that can be tapped, and how a checkpoint of one is found on disk."""

@@ -1,0 +1,197 @@
+"""From what the user calls a model to a folder on this disk.
+
+``pocket`` and local folders need nothing but the disk. ``sd15``, ``sd21`` and ``sdxl`` stand for the published Stable
+Diffusion 1.5, 2.1 and XL base 1.0: with ``random_weights`` they are built here from their published configuration, at
+full size, with seeded random weights, so that speed, memory and exactness can be measured where no checkpoint can be
+had. A hub id (``owner/name``) is downloaded, and only then is the network used.
+
+``BASE+FILE.safetensors`` is a base model with another UNet's weights in place of its own, as CleanDIFT publishes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from difftap.artifacts.files import output_errors
+from difftap.backbones.checkpoint import RANDOM_MARK, Model, pocket_folder
+from difftap.coords import Size
+from difftap.engine.cache import Cache
+from difftap.errors import ModelError, first_line, require
+
+__all__ = ["PRESETS", "open_model"]
+
+PRESETS = ("sd15", "sd21", "sdxl")
+_SIZES = {"sd15": 3.8, "sd21": 3.8, "sdxl": 5.3}  # GB on disk
+_LOG = logging.getLogger("difftap")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_FILES = [
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    "tokenizer_2/*",
+    *(
+        f"{part}/{name}"
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+        for name in ("config.json", "*.safetensors.index.json")
+    ),
+    "unet/diffusion_pytorch_model*.safetensors",
+    "vae/diffusion_pytorch_model*.safetensors",
+    "text_encoder/model*.safetensors",
+    "text_encoder_2/model*.safetensors",
+]
+_GONE = "stabilityai/stable-diffusion-2-1"
+
+
+def open_model(
+    name: str,
+    cache: Cache,
+    *,
+    revision: str | None = None,
+    random_weights: int | None = None,
+    size: Size | None = None,
+) -> Model:
+    """Find, build or download a model.
+
+    Args:
+        name: ``pocket``, ``sd15``, ``sd21``, ``sdxl``, a folder, or a hub id; any of them and ``+FILE.safetensors``
+            for a UNet's weights to take in place of its own.
+        cache: where built checkpoints are kept.
+        revision: branch, tag or commit of a hub id.
+        random_weights: seed; build the preset with random weights instead of loading it.
+        size: the input that is wanted, ``(W, H)``: refused before anything is built, if it cannot fit.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be had, or the options do not fit it.
+        RecipeError: the size does not fit the model that would be built.
+    """
+    base, plus, file = name.rpartition("+")
+    if plus and base and file.endswith(".safetensors") and not _is_folder(name):
+        under = open_model(base, cache, revision=revision, random_weights=random_weights, size=size)
+        return Model.load(_with_unet(under, Path(file), cache), name)
+    if random_weights is not None:
+        if name not in PRESETS:
+            raise ModelError(f"--random-weights builds {', '.join(PRESETS[:-1])} or {PRESETS[-1]}; got model '{name}'")
+        if size is not None:
+            config = _preset(name)
+            Model(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
+        return Model.load(_build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})")
+    if revision is not None and (name not in PRESETS and not _HUB_ID.match(name)):
+        raise ModelError(f"--revision goes with a hub id; got model '{name}'")
+    if name == "pocket":
+        return Model.load(pocket_folder(), name)
+    if _is_folder(name):
+        return Model.load(Path(name), name)
+    if name in PRESETS:
+        return Model.load(_download(_preset(name)["hub"], revision), name)
+    if _HUB_ID.match(name) and not name.startswith("."):
+        return Model.load(_download(name, revision), name)
+    raise ModelError(
+        f"no model '{name}'; allowed: pocket, {', '.join(PRESETS)}, the path of a folder, or a hub id owner/name"
+    )
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long a name for the file system
+        return False
+
+
+def _preset(name: str) -> dict[str, Any]:
+    text = resources.files("difftap").joinpath("assets", "configs", f"{name}.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    """Fetch a checkpoint's parts from the hub, or find them in its local cache."""
+    hub = require("huggingface_hub", "export", f"downloading model '{hub_id}'")
+    try:
+        wanted = {"revision": revision, "allow_patterns": _HUB_FILES}
+        folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*fp16*", "*non_ema*"], **wanted))
+        if not any((folder / "unet").glob("*.safetensors")):  # a repository of half-precision weights alone
+            folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*non_ema*"], **wanted))
+        return folder
+    except Exception as error:  # the hub's, its HTTP client's and the system's errors share no base class
+        hint = " (this repository was taken down: use a mirror of it, by --model)" if hub_id == _GONE else ""
+        raise ModelError(
+            f"model '{hub_id}' cannot be downloaded{hint}: {first_line(error)}; give a local "
+            "folder by --model DIR, or --random-weights SEED with sd15, sd21 or sdxl to measure speed alone"
+        ) from error
+
+
+def _build_random(name: str, seed: int, cache: Cache) -> Path:
+    """Write a full-size checkpoint with seeded random weights, once."""
+    folder = cache.folder / "checkpoints" / f"{name}-random-{seed}"
+    with cache.lock(folder.parent, folder.name):
+        if folder.is_dir():
+            return folder
+        torch = require("torch", "export", "building random weights")
+        diffusers = require("diffusers", "export", "building random weights")
+        config = _preset(name)
+        kept = getattr(torch, config.get("random_dtype", "float32"))  # the larger ones as their makers publish them
+        _LOG.info("building %s at full size with random weights: %s GB in '%s'", name, _SIZES[name], folder)
+        scratch = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            with output_errors(folder):
+                for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(seed)
+                        network = kind.from_config(config[part]).to(kept)
+                        network.save_pretrained(scratch / part, max_shard_size="64GB")
+                (scratch / "scheduler").mkdir()
+                (scratch / "scheduler" / "scheduler_config.json").write_text(json.dumps(config["scheduler"], indent=1))
+                (scratch / "model_index.json").write_text(json.dumps({RANDOM_MARK: seed}, indent=1))
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _with_unet(base: Model, file: Path, cache: Cache) -> Path:
+    """Put a checkpoint together from a base model and another UNet's weights; the parts are links, not copies.
+
+    Raises:
+        ModelError: the file is missing, or its tensors are not those of the base model's UNet.
+    """
+    from difftap.artifacts.tensors import locate_tensors
+
+    if not file.is_file():
+        raise ModelError(f"no UNet weights at '{file}'; give a safetensors file after the +")
+    wanted = {name: place.shape for name, place in locate_tensors(base.weight_files("unet")).items()}
+    got = {name: place.shape for name, place in locate_tensors([file]).items()}
+    odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    if odd:
+        raise ModelError(
+            f"'{file}' does not fit the UNet of '{base.name}': {len(odd)} tensors differ, such as '{odd[0]}' "
+            f"(got {got.get(odd[0], 'none')}, wanted {wanted.get(odd[0], 'none')}); "
+            "allowed: diffusers' names and shapes"
+        )
+    key = hashlib.sha256(f"{cache.memo.digest(file)} {base.folder.resolve()}".encode()).hexdigest()[:16]
+    folder = cache.folder / "checkpoints" / f"{file.stem}-{key}"
+    with cache.lock(folder.parent, folder.name):
+        if folder.is_dir() and all(path.exists() for path in folder.rglob("*")):  # no link leads nowhere
+            return folder
+        scratch = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            with output_errors(folder):
+                (scratch / "unet").mkdir(parents=True)
+                for part in base.folder.iterdir():
+                    if part.name != "unet":
+                        (scratch / part.name).symlink_to(part.resolve())
+                shutil.copyfile(base.folder / "unet" / "config.json", scratch / "unet" / "config.json")
+                (scratch / "unet" / "diffusion_pytorch_model.safetensors").symlink_to(file.resolve())
+                shutil.rmtree(folder, ignore_errors=True)
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder

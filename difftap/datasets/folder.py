@@ -1,0 +1,120 @@
+"""Your own images: a folder of pictures and a folder of mask PNGs of the same names."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
+from difftap.datasets.masks import VOID, open_source, read_labels
+from difftap.datasets.scenes import Scene, Selection, Source, make_scene
+from difftap.errors import InputError
+from difftap.images import load_image
+
+__all__ = ["TREE", "load", "variants"]
+
+TREE: Tree = (
+    ("images/**/*.*", "the pictures; the folder below images/ that holds one is its objects' class"),
+    ("masks/**/*.png", "palette, 8-bit or 16-bit PNGs of the same names: 0 background, a number an object, 255 void"),
+    ("objects.csv", "optional: image,object,class[,instance], where folders do not say the class"),
+)
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def variants(root: Path) -> list[str]:
+    """All that is there, if something is."""
+    return ["all"] if (root / "images").is_dir() and (root / "masks").is_dir() else []
+
+
+def load(
+    root: Path,
+    *,
+    split: str | None = None,
+    listing: Sequence[str] | None = None,
+    wanted: Selection = Selection(),  # noqa: B008 - frozen
+    allow_missing: bool = False,
+) -> Source:
+    """Open a folder of pictures with masks.
+
+    Args:
+        root: the folder that holds ``images`` and ``masks``.
+        split: ``all``.
+        listing: names of images, with their folder below ``images`` if they have one; with or without an ending.
+        wanted: which objects.
+        allow_missing: leave out pictures without a mask, and listed ones that are missing, and count them.
+
+    Raises:
+        DatasetError: the folder is not laid out so, or masks are missing.
+    """
+    if split is not None:
+        one_of("split", split, ("all",))
+    require_files("folder", root, TREE, root / "images", root / "masks")
+    home = root / "images"
+    pictures = {
+        path.relative_to(home).with_suffix("").as_posix(): path
+        for path in sorted(home.rglob("*"))
+        if path.suffix.lower() in _PICTURES and path.is_file()
+    }
+    named = _named(root)
+    names = list(pictures)
+    if listing is not None:
+        names = [name if name in pictures else Path(name).with_suffix("").as_posix() for name in listing]
+    keys, missing = [], []
+    for name in names:
+        mask = root / "masks" / f"{name}.png"
+        if name not in pictures:
+            missing.append(Problem("missing-image", name, f"there is no picture '{home / name}.*'"))
+        elif not mask.is_file():
+            missing.append(Problem("missing-annotation", name, f"there is no mask '{mask}'", mask))
+        else:
+            keys.append(name)
+
+    def read(key: str) -> Scene:
+        return _scene(root, pictures[key], key, named, wanted)
+
+    about = {"split": "list" if listing is not None else "all", "wanted": wanted.to_dict()}
+    return open_source("folder", root, keys, read, about, missing, allow_missing=allow_missing)
+
+
+def _named(root: Path) -> Mapping[tuple[str, int], tuple[str, str]]:
+    """Class and identity of the objects that ``objects.csv`` names, by image and number."""
+    path = root / "objects.csv"
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            rows = list(csv.DictReader(handle))
+        named = {}
+        for row in rows:
+            name = Path(row["image"].strip()).with_suffix("").as_posix()
+            number = int(row["object"])
+            named[name, number] = (row["class"].strip(), (row.get("instance") or "").strip() or f"{name}/{number}")
+        return named
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError, AttributeError) as error:
+        raise DatasetError(
+            f"'{path}' cannot be read ({type(error).__name__}: {error}); allowed: the columns image,object,class and "
+            "optionally instance",
+            draw_tree(root, TREE),
+        ) from error
+
+
+def _scene(
+    root: Path, path: Path, key: str, named: Mapping[tuple[str, int], tuple[str, str]], wanted: Selection
+) -> Scene:
+    """One picture and its objects."""
+    image = load_image(path)
+    labels = read_labels(root / "masks" / f"{key}.png")
+    if labels.shape != image.pixels.shape[:2]:
+        raise InputError(f"the mask of '{key}' is {labels.shape}, its picture {image.pixels.shape[:2]}")
+    folder = Path(key).parent.as_posix()
+    category = "object" if folder == "." else folder
+    void = VOID if labels.max() <= VOID else -1  # in a 16-bit mask with more objects, 255 is one of them
+    found = []
+    for number in np.unique(labels):
+        if number not in (0, void):
+            name, instance = named.get((key, int(number)), (category, f"{key}/{number}"))
+            found.append((instance, name, np.asarray(labels == number, np.bool_)))
+    return make_scene(key, image, found, wanted)

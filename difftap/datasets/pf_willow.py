@@ -1,0 +1,115 @@
+"""PF-WILLOW (Ham et al., 2016): ten keypoints an image, pairs from a CSV or all ordered pairs in a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.datasets.collect import Collector, Dataset
+from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, locate, one_of, require_files
+from difftap.datasets.mat import read_mat
+from difftap.datasets.parse import Side, joined, read_list, to_number
+
+__all__ = ["SPLITS", "TREE", "load", "variants"]
+
+SPLITS = ("test",)
+LISTS = ("auto", "csv", "mat")
+TREE: Tree = (
+    ("PF-dataset*/*/*.png", "the images, a folder a class: 'PF-dataset-WILLOW/car(S)/Cars_000a.png'"),
+    ("test_pairs.csv", "imageA,imageB,XA1..XA10,YA1..YA10,XB1..XB10,YB1..YB10; without it, all pairs of a class"),
+    ("PF-dataset*/*/*.mat", "keypoints beside each image (pts_coord, 2x10); read if there is no CSV"),
+)
+_COUNT = 10
+_IDS = tuple(str(k) for k in range(1, _COUNT + 1))
+_COLUMNS = tuple(f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in _IDS)
+_IMAGES = (".png", ".jpg", ".jpeg")
+
+
+def variants(root: Path) -> Iterator[dict[str, Any]]:
+    """The one split, from the CSV or from the annotations."""
+    if (root / "test_pairs.csv").is_file():
+        yield {"split": "test", "pairs": "csv"}
+    elif next(root.rglob("*.mat"), None) is not None:
+        yield {"split": "test", "pairs": "mat"}
+
+
+def load(
+    root: Path,
+    *,
+    split: str = "test",
+    pairs: str = "auto",
+    allow_missing: bool = False,
+    cache: Path | None = None,  # noqa: ARG001 - one interface for all loaders
+) -> Dataset:
+    """Read PF-WILLOW. It has no boxes: protocols take the extent of the target's keypoints.
+
+    A keypoint whose place is empty, NaN or exactly (-1, -1) is absent, so that no padding gets into that extent.
+
+    Args:
+        root: the folder that holds ``test_pairs.csv``, or class folders of images and ``.mat`` files at any depth.
+        split: ``test``.
+        pairs: ``csv``, ``mat`` (all ordered pairs of a class, in order of name), or ``auto``: the CSV if there is one.
+        allow_missing: leave broken pairs out, and count them, instead of refusing the data set.
+        cache: not used.
+
+    Raises:
+        DatasetError: the folder is not laid out so, or pairs are broken.
+        MissingExtraError: ``.mat`` files are to be read and scipy is not installed.
+    """
+    one_of("split", split, SPLITS)
+    one_of("way to list pairs", pairs, LISTS)
+    listing = root / "test_pairs.csv"
+    require_files("pf-willow", root, TREE, *([listing] if pairs == "csv" else []))
+    collector = Collector("pf-willow", split, root)
+    if pairs == "csv" or (pairs == "auto" and listing.is_file()):
+        for line in read_list(listing, ("imageA", "imageB", *_COLUMNS), root, TREE):
+            with collector.pair(line.label):
+                row = line.row()
+                values = np.array([to_number(row[column]) for column in _COLUMNS]).reshape(2, 2, _COUNT)  # image, axis
+                images = [locate(root, row[f"image{letter}"]) for letter in "AB"]
+                _add(collector, images, [values[0].T, values[1].T])
+    else:
+        _add_all(collector, root)
+    return collector.finish(allow_missing)
+
+
+def _add(collector: Collector, images: list[Path], points: list[NDArray[np.float64]]) -> None:
+    """Take in a pair of images with ``(10, 2)`` keypoints each."""
+    sides = []
+    for image, xy in zip(images, points, strict=True):
+        padding = (xy == -1).all(axis=1, keepdims=True)
+        sides.append(Side(image, collector.size(image), np.where(padding, np.nan, xy)))
+    category = images[0].parent.name
+    collector.add(joined(f"{category}/{images[0].stem}-{images[1].stem}", category, sides, _IDS))
+
+
+def _add_all(collector: Collector, root: Path) -> None:
+    """Take in all ordered pairs of every folder that holds ``.mat`` files."""
+    folders = sorted({path.parent for path in root.rglob("*.mat")})
+    if not folders:
+        raise DatasetError(
+            f"'{root}' holds neither 'test_pairs.csv' nor .mat files; give the folder that holds PF-WILLOW",
+            draw_tree(root, TREE),
+        )
+    for folder in folders:
+        found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _IMAGES}
+        stems = sorted({*found, *(path.stem for path in folder.glob("*.mat"))})
+        for ends in permutations(stems, 2):
+            with collector.pair(f"{folder.name}/{ends[0]}-{ends[1]}"):
+                images = [found.get(stem, folder / f"{stem}.png") for stem in ends]
+                for image in images:
+                    collector.size(image)  # first: a class without its images asks for no .mat reader
+                _add(collector, images, [_points(collector, folder / f"{stem}.mat") for stem in ends])
+
+
+def _points(collector: Collector, path: Path) -> NDArray[np.float64]:
+    """``pts_coord`` of a ``.mat`` file as ``(10, 2)``."""
+    points = np.asarray(collector.document(path, read_mat)["pts_coord"], np.float64)
+    if points.shape != (2, _COUNT):
+        raise BadPairError("malformed", f"'{path}' has pts_coord of {points.shape}; expected (2, {_COUNT})", path)
+    return points.T

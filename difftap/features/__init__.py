@@ -1,0 +1,1 @@
+"""Features of many images: where images come from, the feature store, extraction, pairs."""

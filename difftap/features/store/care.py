@@ -1,0 +1,247 @@
+"""Looking after a store: what is in it, whether it is whole, and making it compact."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftap.errors import ArtefactError, InputError, OutputError, first_line, require
+from difftap.features.store.encoding import Fidelity, Stored
+from difftap.features.store.image import row_digest
+from difftap.features.store.log import Row
+from difftap.features.store.place import Place
+from difftap.features.store.reader import FeatureStore
+from difftap.features.store.schema import TapArray
+from difftap.features.store.writer import open_writer
+
+__all__ = ["Compacted", "Problem", "compact", "info", "verify"]
+
+
+def info(store: FeatureStore) -> dict[str, Any]:
+    """What a store is: provenance, counts, size, fidelity; plain data."""
+    noted = store.noted
+    measured: dict[str, list[Fidelity]] = {}
+    for row in store.rows:
+        for name, one in row.fidelity.items():
+            measured.setdefault(name, []).append(Fidelity(**one))  # type: ignore[arg-type]
+    provenance = store.provenance
+    arrays = {
+        array.name: {
+            "shape": [len(store), *array.values.shape[1:]],
+            "dtype": str(array.values.dtype),
+            "channels": array.values.shape[1] if array.basis is None else len(array.basis.mean),
+            **({} if array.basis is None else {"pca_share": array.basis.share}),
+        }
+        for array in store.taps
+    }
+    return {
+        "store": str(store.place),
+        "schema": noted["schema"],
+        "complete": bool(noted.get("complete")),
+        "images": len(store),
+        "failed": len(store.failures),
+        "holes": store.holes,
+        "bytes": _bytes(store.place),
+        "shard": provenance.shard,
+        "encoding": provenance.encoding.to_dict(),
+        "arrays": arrays,
+        "fidelity": {name: Fidelity.join(parts).to_dict() for name, parts in measured.items()},
+        "recipe": dict(provenance.features),
+        "model": provenance.conditions["model"],
+        "backend": provenance.conditions["backend"],
+        "difftap": provenance.conditions.get("difftap"),
+        "runs": noted["runs"],
+    }
+
+
+def _bytes(place: Place) -> int:
+    if place.folder is not None:
+        return sum(file.stat().st_size for file in place.folder.rglob("*") if file.is_file())
+    system, path = require("fsspec", "store", f"'{place}'").core.url_to_fs(place.address)
+    return int(system.du(path))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with a store; ``key`` is empty where it is no single image's."""
+
+    key: str
+    message: str
+
+
+def verify(store: FeatureStore, progress: Callable[[int], None] = lambda count: None) -> Iterator[Problem]:
+    """Read everything again and hold it against the journal: shapes, digests, finite values, keys."""
+    yield from _check_arrays(store)
+    seen: dict[str, int] = {}
+    for row in store.rows:
+        if seen.setdefault(row.key, row.row) != row.row:
+            yield Problem(row.key, f"is in twice, in rows {seen[row.key]} and {row.row}")
+    for key, message in _damaged(store, progress):
+        yield Problem(key, message)
+    if store.noted.get("complete"):
+        yield from _check_index(store)
+
+
+def _check_arrays(store: FeatureStore) -> Iterator[Problem]:
+    rows = max((row.row + 1 for row in store.rows), default=0)
+    for array in store.taps:
+        for name, one in ((array.name, array.values), (f"{array.name}.scale", array.scale)):
+            if one is not None and one.shape[0] < rows:
+                yield Problem("", f"array '{name}' has {one.shape[0]} rows; the journal speaks of {rows}")
+        for part in () if array.basis is None else (array.basis.mean, array.basis.components):
+            if not np.isfinite(part).all():
+                yield Problem("", f"the basis of '{array.name}' holds values that are not finite")
+
+
+def _damaged(store: FeatureStore, progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+    """Key and reason of each row whose data is not what the journal says."""
+    for row in store.rows:
+        for array in store.taps:
+            message = _fault(store, array, row)
+            if message:
+                yield row.key, message
+                break
+        progress(1)
+
+
+def _fault(store: FeatureStore, array: TapArray, row: Row) -> str:
+    if row.row >= array.values.shape[0]:
+        return f"row {row.row} of '{array.name}' is missing"
+    try:
+        stored = store.stored(array, row.row)
+    except ArtefactError as error:
+        return str(error)
+    if row_digest(stored) != row.sha256.get(array.name):
+        return f"row {row.row} of '{array.name}' is not what was written (SHA-256 differs)"
+    if not np.isfinite(stored.values).all() or (stored.scale is not None and not np.isfinite(stored.scale).all()):
+        return f"row {row.row} of '{array.name}' holds values that are not finite"
+    return ""
+
+
+def _check_index(store: FeatureStore) -> Iterator[Problem]:
+    """The arrays that are there for other readers must agree with the journal."""
+    if not store.rows:
+        return
+    try:
+        keys, digests = store.group["key"][:], store.group["digest"][:]
+    except Exception as error:  # zarr's kinds
+        yield Problem("", f"the arrays 'key' and 'digest' cannot be read ({first_line(error)})")
+        return
+    for row in store.rows:
+        key = row.key.encode("utf-8", "backslashreplace").decode()
+        if row.row >= len(keys) or keys[row.row] != key or digests[row.row].tobytes().hex() != row.digest:
+            yield Problem(row.key, f"row {row.row} of the arrays 'key' and 'digest' does not agree with the journal")
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What became of a store: images kept, damaged ones left out, failures forgotten, bytes before and after."""
+
+    kept: int
+    damaged: int
+    forgotten: int
+    before: int
+    after: int
+
+
+def compact(
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    shard: int | None = None,
+    drop_damaged: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Compacted:
+    """Write a store anew without holes, reserved room and failures, which a later extraction then tries again.
+
+    Args:
+        path: the store.
+        output: where the new one goes; None for the place of the old one, of a local store.
+        shard: rows a shard; None for as many as before.
+        drop_damaged: leave out images whose data is not what was written; a later extraction makes them again.
+        progress: called with the number of images just copied.
+
+    Raises:
+        ArtefactError: an image's data is damaged, and is not to be left out.
+        OutputError: the new store cannot be written; the old one is as it was.
+    """
+    place = Place(path)
+    if output is not None:
+        _vacant(Place(output))
+        return _copy(FeatureStore.open(path), str(output), shard, drop_damaged, progress)
+    if place.folder is None:
+        raise InputError(f"'{place}' is no local folder and cannot be replaced in one step; give -o NEW")
+    folder, scratch, old = place.folder.resolve(), place.beside("compact"), place.beside("old")
+    with place.locked():  # what was killed between the two renames below is back in its place
+        with place.errors():
+            for left in (scratch, old):
+                place.discard(left)
+        try:
+            done = _copy(FeatureStore.open(path), str(scratch), shard, drop_damaged, progress)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(scratch)
+            raise
+        with place.errors():
+            os.replace(folder, old)
+            os.replace(scratch, folder)
+            place.discard(old)
+    return done
+
+
+def _vacant(place: Place) -> None:
+    if not place.empty():
+        raise OutputError(f"'{place}' exists and is not empty; choose another place")
+
+
+def _copy(
+    store: FeatureStore, target: str, shard: int | None, drop_damaged: bool, progress: Callable[[int], None]
+) -> Compacted:
+    """Write the rows of a store into a new one, in order."""
+    provenance, taps = store.provenance, store.taps
+    kept = damaged = 0
+    with open_writer(
+        target,
+        provenance.conditions,
+        provenance.features,
+        provenance.encoding,
+        shard=shard or provenance.shard,
+        runs=store.noted["runs"],
+    ) as writer:
+        writer.reserve(-(-len(store) // writer.provenance.shard))
+        if taps:
+            shapes = {array.name: _shape(array) for array in taps}
+            writer.prepare(shapes, {array.name: array.basis for array in taps if array.basis is not None})
+        for row in store.rows:
+            stored = _whole(store, taps, row)
+            if isinstance(stored, str):
+                if not drop_damaged:
+                    raise ArtefactError(f"'{row.key}': {stored}; --drop-damaged leaves such images out")
+                damaged += 1
+            else:
+                writer.copy(row, stored)
+                kept += 1
+            progress(1)
+        writer.finish()
+    before, after = _bytes(store.place), _bytes(Place(target))
+    return Compacted(kept, damaged, len(store.failures), before, after)
+
+
+def _shape(array: TapArray) -> tuple[int, int, int]:
+    components, height, width = array.values.shape[1:]
+    return int(components), int(height), int(width)
+
+
+def _whole(store: FeatureStore, taps: Sequence[TapArray], row: Row) -> dict[str, Stored] | str:
+    """What is stored of a row, or what is wrong with it."""
+    faults = (_fault(store, array, row) for array in taps)
+    fault = next(itertools.dropwhile(lambda text: not text, faults), "")
+    return fault or {array.name: store.stored(array, row.row) for array in taps}

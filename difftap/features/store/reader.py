@@ -1,0 +1,185 @@
+"""Reading a feature store: features of an image by its key, or by its content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.engine import Features
+from difftap.errors import ArtefactError, InputError
+from difftap.featuremap import FeatureMap
+from difftap.features.store.encoding import Stored
+from difftap.features.store.image import row_digest
+from difftap.features.store.log import Row, keys_of
+from difftap.features.store.place import Place
+from difftap.features.store.schema import Provenance, TapArray, check_features, pages, read_provenance, tap_arrays
+from difftap.recipe import Recipe
+
+__all__ = ["FeatureStore"]
+
+
+class FeatureStore:
+    """An extracted data set, open for reading. A store that is being written shows what it held when it was opened.
+
+    Attributes:
+        place: where it lies.
+        provenance: what it holds and what made it.
+        group: the zarr group.
+
+    >>> store = FeatureStore.open("features.zarr")                # doctest: +SKIP
+    >>> features = store.read("cats/1.jpg")                       # doctest: +SKIP
+    >>> features.branches[0]["up1"].data.shape                    # (C, h, w), float32       # doctest: +SKIP
+    (1280, 48, 48)
+    """
+
+    def __init__(self, group: Any, place: Place, provenance: Provenance) -> None:
+        self.group = group
+        self.place = place
+        self.provenance = provenance
+        self._rows, self._by_key, self._failures = self._load()
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureStore:
+        """Open a store: a local folder, or any address that fsspec knows (``s3://bucket/features.zarr``).
+
+        Raises:
+            InputError: there is nothing, or no feature store.
+            ArtefactError: it is damaged.
+            MissingExtraError: zarr is not installed.
+        """
+        place = Place(path)
+        group = place.open()
+        if group is None:
+            raise InputError(f"no feature store at '{path}'; make one with: difftap extract IMAGES -o {path}")
+        return cls(group, place, read_provenance(group, place))
+
+    def _load(self) -> tuple[list[Row], dict[str, int], dict[str, str]]:
+        everything = list(pages(self.group, self.place))
+        rows = [row for page in everything for row in page.rows]
+        _, failed = keys_of(everything)
+        return rows, {row.key: index for index, row in enumerate(rows)}, failed
+
+    @cached_property
+    def taps(self) -> tuple[TapArray, ...]:
+        """The arrays, branch by branch and tap by tap; none as long as no image is in."""
+        return tuple(tap_arrays(self.group, self.provenance, self.place))
+
+    @cached_property
+    def _by_digest(self) -> dict[str, str]:
+        return {row.digest: row.key for row in reversed(self._rows)}  # of several, the first
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every image that is in, in the order of the rows."""
+        return tuple(self._rows)
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Why, of each image that could not be used, by key."""
+        return self._failures
+
+    @property
+    def holes(self) -> int:
+        """Rows below the last one that hold no image."""
+        return max((row.row + 1 for row in self._rows), default=0) - len(self._rows)
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """All that the store says of itself: the provenance, the runs that filled it, whether it is complete."""
+        return dict(dict(self.group.attrs)["difftap"])
+
+    def check(self, recipe: Recipe, model_key: str, prompts: Mapping[str, Any] | None = None) -> None:
+        """Make sure that these are the features a recipe asks for.
+
+        Args:
+            recipe: its matcher, and how it joins branches, have no say. Learned prompts in it are pinned to their
+                file, as those of `difftap.Pipeline.recipe` are.
+            model_key: of the model, `difftap.engine.Cache.model_key`.
+            prompts: kind, mode and hash of the recipe's learned prompts, `difftap.prompts.PromptBook.conditions`.
+
+        Raises:
+            RecipeError: names the first field that differs.
+        """
+        check_features(self.place, self.provenance, recipe.feature_fields(), model_key, prompts)
+
+    def keys(self) -> list[str]:
+        """The images' keys, in the order of the rows."""
+        return [row.key for row in self._rows]
+
+    def find(self, digest: str) -> str | None:
+        """The key of the image with this content, `difftap.images.Image.digest`; None if it is not in."""
+        return self._by_digest.get(digest)
+
+    def row(self, key: str) -> Row:
+        """What the journal says of an image.
+
+        Raises:
+            InputError: there is no such key, or the image failed.
+        """
+        index = self._by_key.get(key)
+        if index is not None:
+            return self._rows[index]
+        if key in self._failures:
+            raise InputError(f"image '{key}' could not be used when '{self.place}' was made: {self._failures[key]}")
+        shown = ", ".join(f"'{known}'" for known in list(self._by_key)[:3])
+        raise InputError(
+            f"no image '{key}' in '{self.place}'; there are {len(self)}" + (f": {shown}, ..." if shown else "")
+        )
+
+    def read(self, key: str) -> Features:
+        """An image's features: every branch's and tap's map, float32 ``(C, h, w)`` with its geometry.
+
+        Raises:
+            InputError: there is no such key.
+            ArtefactError: its data cannot be read, or is not what was written.
+        """
+        return self._features(self.row(key))
+
+    def _features(self, row: Row) -> Features:
+        geometry = row.geometry(self.provenance.size)
+        branches: list[dict[str, FeatureMap]] = [{} for _ in self.provenance.branches]
+        for array in self.taps:
+            stored = self.stored(array, row.row)
+            # zarr gives zeros for what is not there, and knows nothing of bytes that have changed
+            if row_digest(stored) != row.sha256.get(array.name):
+                raise ArtefactError(
+                    f"'{array.name}' of '{row.key}' in '{self.place}' is damaged (SHA-256 differs); 'difftap store "
+                    "verify' finds all such images, 'difftap store compact --drop-damaged' leaves them out"
+                )
+            data = self.provenance.encoding.decode(stored, array.basis)
+            branches[array.branch][array.tap] = FeatureMap(data, geometry)
+        return Features(row.digest, tuple(branches))
+
+    def stored(self, array: TapArray, row: int) -> Stored:
+        """What lies in one row of an array, as it is stored.
+
+        Raises:
+            ArtefactError: it cannot be read.
+        """
+        try:
+            values: NDArray[Any] = np.asarray(array.values[row])
+            scale = None if array.scale is None else np.asarray(array.scale[row])
+        except Exception as error:  # zarr's and the file system's, of damaged or missing chunks
+            raise ArtefactError(
+                f"row {row} of '{array.name}' in '{self.place}' cannot be read ({type(error).__name__}: {error}); "
+                "'difftap store verify' finds every such row"
+            ) from error
+        return Stored(values, scale)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, index: int) -> Features:
+        """The features of the image in place ``index`` of `keys`: a map-style data set, as torch's loaders take it."""
+        return self._features(self._rows[index])
+
+    def __iter__(self) -> Iterator[Features]:
+        return map(self._features, self._rows)

@@ -1,0 +1,269 @@
+"""What lies in a feature store, by name.
+
+::
+
+    zarr.json              the group; its attribute "difftap" is the provenance
+    journal       (P,)     text: one page a shard, what is done and what failed
+    0/up1         (N, C, h, w)   a tap's maps, one array for each branch (by number) and tap (by name)
+    0/up1.scale   (N, C)   int8 alone: what the values are to be multiplied with; (N, 1) of a scale a map
+    0/up1.mean, 0/up1.components   (C,), (K, C): with PCA, the basis of the values
+    key, digest, image, content    (N,), (N, 32), (N, 2), (N, 4): the journal's rows, for other readers of zarr
+
+The first axis is the row. The journal decides which rows are there; the last four are filled when a run ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.coords import Size
+from difftap.errors import ArtefactError, DifftapError, InputError, RecipeError, first_line
+from difftap.features.store.encoding import Basis, Encoding
+from difftap.features.store.log import Page
+from difftap.features.store.place import Place
+
+__all__ = ["SCHEMA", "Provenance", "TapArray", "differing", "load_bases", "pages", "read_provenance", "tap_arrays"]
+
+SCHEMA = "difftap.store/1"
+_PAGES = 32  # read at a time: of small maps, with 256 rows a page, some 3 MB of text
+_SLOT = "{category}"  # `difftap.prompts.choose.SLOT`, which lies above this room
+CONDITIONS = ("name", "device", "precision")
+"""Of the backend: what must not change within a store, beside recipe, model and encoding."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a store holds and what made it.
+
+    Attributes:
+        conditions: of the pipeline that began it: recipe, model, backend, device, precision, versions.
+        features: the fields of the recipe that decide the features.
+        encoding: how maps are stored.
+        shard: rows a shard.
+    """
+
+    conditions: Mapping[str, Any]
+    features: Mapping[str, Any]
+    encoding: Encoding
+    shard: int
+
+    @property
+    def size(self) -> Size:
+        """``(W, H)`` of the network's input."""
+        width, height = self.features["size"]
+        return int(width), int(height)
+
+    @property
+    def model_key(self) -> str:
+        """The model's key, of weights and configuration."""
+        return str(self.conditions["model"]["key"])
+
+    @property
+    def branches(self) -> tuple[tuple[str, ...], ...]:
+        """The taps of each branch."""
+        return tuple(tuple(branch["taps"]) for branch in self.features["branches"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "schema": SCHEMA,
+            "conditions": dict(self.conditions),
+            "features": dict(self.features),
+            "encoding": self.encoding.to_dict(),
+            "shard": self.shard,
+        }
+
+
+def read_provenance(group: Any, place: Place) -> Provenance:
+    """The provenance in a zarr group.
+
+    Raises:
+        InputError: it is no feature store of ours, or one of another version.
+    """
+    data = dict(group.attrs).get("difftap")
+    if not isinstance(data, Mapping) or not str(data.get("schema", "")).startswith("difftap.store/"):
+        raise InputError(f"'{place}' is a zarr group but no feature store; give a store that 'difftap extract' wrote")
+    if data["schema"] != SCHEMA:
+        raise InputError(f"'{place}' has schema {data['schema']}; this difftap reads {SCHEMA}; extract it again")
+    try:
+        return Provenance(
+            data["conditions"], data["features"], Encoding.from_dict(dict(data["encoding"])), int(data["shard"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"'{place}' has a damaged provenance ({error}); extract it again") from error
+
+
+def differing(have: Any, want: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two nested values differ, with both values; None if they are alike.
+
+    >>> differing({"size": [8, 8], "seed": 0}, {"size": (8, 8), "seed": 1})
+    ('seed', 0, 1)
+    """
+    if isinstance(have, Mapping) and isinstance(want, Mapping):
+        for field in dict.fromkeys([*want, *have]):
+            found = differing(have.get(field), want.get(field), f"{name}.{field}" if name else str(field))
+            if found:
+                return found
+        return None
+    if isinstance(have, list | tuple) and isinstance(want, list | tuple) and len(have) == len(want):
+        if not any(isinstance(one, Mapping) for one in (*have, *want)):
+            return None if list(have) == list(want) else (name, list(have), list(want))
+        for index, (one, other) in enumerate(zip(have, want, strict=True)):
+            found = differing(one, other, f"{name}[{index}]")
+            if found:
+                return found
+        return None
+    return None if have == want else (name, have, want)
+
+
+def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields as they are for images of no named category: a prompt that asks for one stays empty.
+
+    That is what a store holds under such a prompt, and what is looked for in it.
+    """
+    branches = [
+        {**branch, "prompt": "" if _SLOT in branch["prompt"] else branch["prompt"]} if "prompt" in branch else branch
+        for branch in features.get("branches", ())
+    ]
+    return {**features, "branches": branches}
+
+
+def check_features(
+    place: Place,
+    provenance: Provenance,
+    features: Mapping[str, Any],
+    model_key: str,
+    prompts: Mapping[str, Any] | None = None,
+) -> None:
+    """Make sure that a store's features are those of a recipe, a model and, by their content, its learned prompts.
+
+    Raises:
+        RecipeError: the first field that differs. A model is known by its key: its name may be another.
+    """
+    have, want = _of_no_category(provenance.features), _of_no_category(features)
+    names = have.pop("model", None), want.pop("model", None)
+    if provenance.model_key != model_key:
+        raise RecipeError(
+            f"the features in '{place}' are of model {names[0]!r} with key {provenance.model_key}, and {names[1]!r} "
+            f"with key {model_key} is asked for; extract again, or use the store's model"
+        )
+    found = differing(have, want)
+    if found:
+        name, got, asked = found
+        raise RecipeError(
+            f"the features in '{place}' were made with {name} = {got!r}, and {asked!r} is asked for; extract again, or "
+            "use the store's recipe ('difftap store info' shows it)"
+        )
+    had = provenance.conditions.get("prompts")
+    if differing(had, prompts):
+        raise RecipeError(
+            f"the features in '{place}' were made with {_said(had)}, and {_said(prompts)} are asked for: the prompt "
+            "file was changed; extract again, or give the one it was made with"
+        )
+
+
+def _said(prompts: Mapping[str, Any] | None) -> str:
+    return f"learned prompts {str(prompts['sha256'])[:12]}" if prompts else "no learned prompts"
+
+
+@dataclass(frozen=True)
+class TapArray:
+    """One tap of one branch in a store.
+
+    Attributes:
+        branch: number of the branch.
+        tap: its name.
+        values: the zarr array ``(N, K, h, w)``.
+        scale: the zarr array of scales; None but for int8.
+        basis: what the values are to be rebuilt with; None without PCA.
+    """
+
+    branch: int
+    tap: str
+    values: Any
+    scale: Any | None
+    basis: Basis | None
+
+    @property
+    def name(self) -> str:
+        """Its path in the store."""
+        return f"{self.branch}/{self.tap}"
+
+
+def tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArray]:
+    """A store's tap arrays, branch by branch; none if it has no row yet.
+
+    Raises:
+        ArtefactError: some are missing, or cannot be read.
+    """
+    with _readable(f"an array of '{place}'"):
+        return _tap_arrays(group, provenance, place)
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """One clear line for whatever zarr makes of damaged files.
+
+    Raises:
+        ArtefactError: in place of any other error.
+    """
+    try:
+        yield
+    except DifftapError:
+        raise
+    except Exception as error:  # zarr's, its codecs' and json's own kinds
+        raise ArtefactError(
+            f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); it is damaged: extract it again"
+        ) from error
+
+
+def _tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArray]:
+    found, missing = [], []
+    bases = load_bases(group, provenance)
+    for branch, taps in enumerate(provenance.branches):
+        for tap in taps:
+            name = f"{branch}/{tap}"
+            if name not in group:
+                missing.append(name)
+                continue
+            scale = group.get(f"{name}.scale")
+            found.append(TapArray(branch, tap, group[name], scale, bases.get(name)))
+            if (provenance.encoding.dtype == "int8") != (scale is not None):
+                missing.append(f"{name}.scale")
+            if (provenance.encoding.pca is not None) != (name in bases):
+                missing.append(f"{name}.components")
+    if found and missing:
+        raise ArtefactError(f"'{place}' lacks the array '{missing[0]}'; it is damaged: extract it again")
+    return found
+
+
+def load_bases(group: Any, provenance: Provenance) -> dict[str, Basis]:
+    """The PCA bases in a store, by the name of the tap's array."""
+    bases = {}
+    for branch, taps in enumerate(provenance.branches):
+        for tap in taps:
+            name = f"{branch}/{tap}"
+            if f"{name}.components" in group and f"{name}.mean" in group:
+                array = group[f"{name}.components"]
+                mean: NDArray[np.float32] = group[f"{name}.mean"][:]
+                bases[name] = Basis(mean, array[:], float(array.attrs.get("share", 0.0)))
+    return bases
+
+
+def pages(group: Any, place: Place) -> Iterator[Page]:
+    """The journal, page by page, in the order of the shards."""
+    with _readable(f"the journal of '{place}'"):
+        journal = group.get("journal")
+    if journal is None:  # a store that was begun and no more
+        return
+    for start in range(0, journal.shape[0], _PAGES):
+        with _readable(f"the journal of '{place}'"):
+            texts = list(journal[start : start + _PAGES])
+        for number, text in enumerate(texts, start):
+            yield Page.parse(str(text), f"page {number} of the journal in '{place}'")

@@ -1,0 +1,1 @@
+"""What people look at: pictures of matches, galleries, contact sheets, figures, HTML."""

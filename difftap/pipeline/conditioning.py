@@ -1,0 +1,139 @@
+"""A recipe's prompts made ready: the prompt file checked, and what conditional prompts need opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.backbones.checkpoint import Model
+from difftap.engine import (
+    BranchEngine,
+    Cache,
+    Engine,
+    Extractor,
+    Graph,
+    Latents,
+    Profile,
+    choose_device,
+    get_backend,
+)
+from difftap.errors import ArtefactError
+from difftap.images import Image
+from difftap.prompts import encode_prompt
+from difftap.prompts.book import Conditional, PromptBook
+from difftap.prompts.learned import LearnedPrompts, load_learned
+from difftap.prompts.tokens import TokenSource, dino_input, own_tokens
+from difftap.recipe import Branch, Recipe
+
+__all__ = ["LATENTS_KEPT", "Opening", "checked", "open_book", "small_engine"]
+
+LATENTS_KEPT = 1 << 30
+"""Bytes of latents and noise that are remembered where an image is seen under several prompts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """What opens engines for a pipeline.
+
+    Attributes:
+        unet: opens the UNet cut after taps, for a profile, on the pipeline's backend.
+        small: opens a small graph (a head, a text encoder, a token network) on ONNX Runtime.
+        vae: the VAE encoder's engine.
+        latents: what passes start from, shared with the pipeline.
+    """
+
+    unet: Callable[[tuple[str, ...], Profile], Engine]
+    small: Callable[[Graph], Engine]
+    vae: Engine
+    latents: Latents | None
+
+
+def checked(recipe: Recipe, model: Model, cache: Cache) -> LearnedPrompts | None:
+    """The recipe's learned prompts, made sure to fit; None if it has none.
+
+    Raises:
+        InputError: they are missing, or were learned for another model or recipe.
+        ModelError: the file is damaged.
+    """
+    if recipe.learned is None:
+        return None
+    learned = load_learned(recipe.learned.path)
+    learned.check(recipe.learned, recipe, model.name, cache.model_key(model))
+    learned.mode(recipe.learned)
+    return learned
+
+
+def open_book(model: Model, recipe: Recipe, cache: Cache, opening: Opening) -> PromptBook:
+    """A recipe's prompts.
+
+    Raises:
+        InputError, ModelError: as `checked`.
+        ArtefactError: a conditional head is missing or stale.
+        MissingExtraError: a network has to be exported and the packages for it are not installed.
+    """
+    learned = checked(recipe, model, cache)
+    if learned is None or recipe.learned is None or learned.mode(recipe.learned) not in ("pair", "image"):
+        return PromptBook(model, recipe, cache, learned)
+    source = learned.image_tokens
+    if source is None:
+        raise ArtefactError(f"'{learned.path}' does not say where image tokens come from; learn it again")
+    conditional = Conditional(
+        _tokens(model, recipe, cache, source, opening), _heads(model, learned, source, opening),
+        _text(model, cache, learned, opening),
+    )  # fmt: skip
+    return PromptBook(model, recipe, cache, learned, conditional)
+
+
+def _heads(model: Model, learned: LearnedPrompts, source: TokenSource, opening: Opening) -> list[Engine]:
+    from difftap.export.conditional import head_graph
+
+    heads = []
+    for branch, embeddings in enumerate(learned.embeddings):
+        length, width = embeddings.shape[1], int(learned.about["width"])
+        graph = head_graph(model, learned.path, learned.sha256, branch, source.count, source.channels, length, width)
+        heads.append(opening.small(graph))
+    return heads
+
+
+def _text(model: Model, cache: Cache, learned: LearnedPrompts, opening: Opening) -> Engine | None:
+    if not (model.folder / "text_encoder").is_dir():
+        return None
+    from difftap.export.conditional import text_graph
+
+    return opening.small(text_graph(model, cache, learned.embeddings[0].shape[1], int(learned.about["width"])))
+
+
+def _tokens(
+    model: Model, recipe: Recipe, cache: Cache, source: TokenSource, opening: Opening
+) -> Callable[[Image], NDArray[np.float32]]:
+    """From an image to its tokens ``(N, C)``."""
+    if source.kind == "dinov2":
+        from difftap.export.conditional import dino_graph
+
+        engine = opening.small(
+            dino_graph(model, cache, source.network, source.weights, source.side, source.count, source.channels)
+        )
+        return lambda image: engine.run({"image": dino_input(image, source.side)[None]})["tokens"][0]
+    empty = encode_prompt(model, "", cache)
+    branch = Branch((source.tap,), source.timestep)
+    unet = opening.unet(branch.taps, Profile(recipe.size, 1, len(empty)))
+    # Of pairs of opposite sign, the first member is that of independent draws.
+    noise = "none" if recipe.noise == "none" else "independent"
+    plain = dataclasses.replace(recipe, branches=(branch,), ensemble=1, learned=None, combine="concat", noise=noise)
+    own = Extractor(model, plain, opening.vae, [BranchEngine(branch, unet, empty)], latents=opening.latents)
+
+    def tokens(image: Image) -> NDArray[np.float32]:
+        (features,) = own([image])
+        return own_tokens(features.branches[0][source.tap].data, source.grid)
+
+    return tokens
+
+
+def small_engine(graph: Graph, device: str, threads: int | None) -> Engine:
+    """A small graph on ONNX Runtime, where conditional prompts' networks always run; on the CPU if need be."""
+    backend = get_backend("ort")
+    at = device if device in backend.devices() else choose_device(backend, "auto")
+    return backend.open(graph, Profile((8, 8)), at, threads)

@@ -1,0 +1,299 @@
+"""``--backend auto``: the backend that is fastest here, found by measuring once and remembered.
+
+What is measured is the recipe's own engines: the VAE and every branch's UNet at the recipe's resolution, each warmed up
+and run a few times, one backend after the other. The choice is kept in the cache for the same engines on the same
+machine, and measured again when the processor, the GPU, a runtime's version or difftap changes. All backends at fp32
+give the same features within rounding; another precision is measured only if it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache as memoise
+from importlib import metadata
+from typing import Any
+
+from difftap.artifacts.files import write_atomic
+from difftap.backbones.checkpoint import Model
+from difftap.backbones.find import open_model
+from difftap.engine import (
+    BACKENDS,
+    Backend,
+    Cache,
+    Profile,
+    choose_device,
+    default_cache_folder,
+    get_backend,
+)
+from difftap.engine.builds import known_engine
+from difftap.errors import ArtefactError, BackendError, DifftapError, OutputError
+from difftap.export.parity import example_feeds
+from difftap.machine import cpu, gpu
+from difftap.pipeline.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph, run_members
+from difftap.recipe import Recipe
+from difftap.version import __version__
+
+__all__ = ["AUTO", "Choice", "Trial", "choose", "forget_choices", "resolve", "stored_choices"]
+
+AUTO = "auto"
+_LOG = logging.getLogger("difftap")
+_FILE = "choices.json"
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
+"""Distributions whose change makes a choice stale."""
+_RUNS = 3
+_ENOUGH = 1.0  # seconds of one engine's runs after which no further one is made
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One backend's part in a choice.
+
+    Attributes:
+        backend: its name.
+        device: where it ran; empty if it was left out.
+        seconds: an image, the VAE and all members in all branches; None if it was not measured.
+        reason: why it was not measured.
+    """
+
+    backend: str
+    device: str = ""
+    seconds: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend, and why.
+
+    Attributes:
+        backend: the fastest.
+        device: where.
+        about: what it is for: model, size, ensemble, taps, precision, device asked for, threads, batch.
+        trials: all backends.
+        stamp: what it depends on: processor, GPU, versions.
+    """
+
+    backend: str
+    device: str
+    about: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    stamp: Mapping[str, Any]
+
+    @property
+    def why(self) -> str:
+        """One line."""
+        timed = sorted((t for t in self.trials if t.seconds is not None), key=lambda t: t.seconds or 0.0)
+        if not timed:
+            return f"{self.backend} on {self.device}: no other backend can be measured here"
+        figures = ", ".join(f"{one.backend} on {one.device} {one.seconds:.3g} s" for one in timed)
+        return f"{self.backend} on {self.device} is the fastest here; measured for an image: {figures}"
+
+
+def resolve(
+    recipe: Recipe, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
+) -> Runtime:
+    """The runtime with ``auto`` replaced by what is fastest here; any other runtime as it is.
+
+    Raises:
+        DifftapError: as `choose`.
+    """
+    if runtime.backend != AUTO:
+        return runtime
+    choice = choose(recipe, runtime, revision=revision, random_weights=random_weights)
+    return replace(runtime, backend=choice.backend, device=choice.device)
+
+
+def choose(
+    recipe: Recipe,
+    runtime: Runtime,
+    *,
+    revision: str | None = None,
+    random_weights: int | None = None,
+    afresh: bool = False,
+) -> Choice:
+    """The remembered choice, or a new one by measurement.
+
+    Args:
+        afresh: measure whatever is remembered.
+
+    Raises:
+        InputError: the model or the recipe does not fit.
+        BackendError: no backend can run this here.
+    """
+    cache = Cache(runtime.cache or default_cache_folder())
+    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
+    check_fits(recipe, model)
+    about = _about(recipe, runtime, model, cache)
+    stamp = _stamp()
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    known = _load(cache).get(key)
+    if known is not None and known.stamp == stamp and not afresh:
+        _LOG.debug("backend auto: %s (remembered)", known.why)
+        return known
+    choice = _measure(recipe, runtime, model, cache, about, stamp)
+    _LOG.info("backend auto: %s", choice.why)
+    _save(cache, key, choice)
+    return choice
+
+
+def stored_choices(cache: Cache) -> list[tuple[Choice, bool]]:
+    """What is remembered, and whether each still holds on this machine with what is installed."""
+    stamp = _stamp()
+    return [(choice, choice.stamp == stamp) for choice in _load(cache).values()]
+
+
+def forget_choices(cache: Cache) -> None:
+    """Remove what is remembered."""
+    (cache.folder / _FILE).unlink(missing_ok=True)
+
+
+def _about(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "model_key": cache.model_key(model),
+        "size": list(recipe.size),
+        "ensemble": recipe.ensemble,
+        "branches": [
+            [*branch.taps, len(prompt)]
+            for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True)
+        ],
+        "precision": runtime.precision,
+        "device": runtime.device,
+        "threads": runtime.threads or available_cores(),
+        "batch": runtime.batch,
+    }
+
+
+@memoise
+def _stamp() -> Mapping[str, Any]:
+    """What a choice depends on, read without importing a runtime: most take seconds."""
+    versions = {}
+    for name in _RUNTIMES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {"difftap": __version__, "backends": list(BACKENDS), "cpu": cpu(), "gpu": gpu(), "versions": versions}
+
+
+def _measure(
+    recipe: Recipe, runtime: Runtime, model: Model, cache: Cache, about: Mapping[str, Any], stamp: Mapping[str, Any]
+) -> Choice:
+    """Try every backend that can run this."""
+    trials: list[Trial] = []
+    able: list[tuple[Backend, str]] = []
+    for backend in sorted(map(get_backend, BACKENDS), key=lambda one: not one.needs_graph):
+        name = backend.name
+        if not backend.needs_graph and able and gpu() is None:
+            trials.append(Trial(name, reason=_no_graph(able[0][0], "cpu")))  # without importing torch to ask it
+            continue
+        try:
+            device = choose_device(backend, runtime.device)
+        except BackendError as error:
+            trials.append(Trial(name, reason=str(error)))
+            continue
+        hindrance = backend.cannot_run(device)
+        if hindrance:
+            trials.append(Trial(name, reason=hindrance))
+            continue
+        if runtime.precision not in backend.precisions(device):
+            trials.append(Trial(name, reason=f"has no precision {runtime.precision} on {device}"))
+            continue
+        able.append((backend, device))
+    if not able:
+        raise BackendError(
+            f"no backend here has precision {runtime.precision} on device {runtime.device}: "
+            + "; ".join(f"{one.backend}: {one.reason}" for one in trials)
+        )
+    left_out = {backend.name: _left_out(backend, device, able) for backend, device in able}
+    trials += [Trial(name, reason=reason) for name, reason in left_out.items() if reason]
+    rest = [(backend, device) for backend, device in able if not left_out[backend.name]]
+    if len(rest) == 1:
+        backend, device = rest[0]
+        return Choice(backend.name, device, about, (*trials, Trial(backend.name, device)), stamp)
+    _LOG.info("backend auto: measuring %s once for this recipe", ", ".join(backend.name for backend, _ in rest))
+    for backend, device in rest:
+        try:
+            trials.append(_try(recipe, runtime, model, cache, backend, device))
+        except DifftapError as error:
+            trials.append(Trial(backend.name, device, reason=str(error)))
+    timed = [(trial.seconds, trial) for trial in trials if trial.seconds is not None]
+    if not timed:
+        reasons = "; ".join(f"{trial.backend}: {trial.reason}" for trial in trials)
+        raise BackendError(f"no backend could be measured for '{model.name}': {reasons}; name one by --backend")
+    best = min(timed, key=lambda pair: pair[0])[1]
+    return Choice(best.backend, best.device, about, tuple(trials), stamp)
+
+
+def _left_out(backend: Backend, device: str, able: list[tuple[Backend, str]]) -> str | None:
+    """Why a backend that could run is not worth the time of measuring it; None if it is."""
+    if device == "cpu" and any(other != "cpu" for _, other in able):
+        return "has the CPU alone, where another backend has a GPU"
+    graphs = [one for one, where in able if one.needs_graph and where == device]
+    if not backend.needs_graph and graphs:
+        return _no_graph(graphs[0], device)
+    return None
+
+
+def _no_graph(other: Backend, device: str) -> str:
+    return f"runs the checkpoint itself; {other.name} runs its graph on {device}"
+
+
+def _try(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache, backend: Backend, device: str) -> Trial:
+    """Seconds an image takes; engines that must first be built are not, since that takes minutes."""
+    threads = runtime.threads or available_cores()
+    members = run_members(backend, device, model, recipe)
+    parts = [("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision), 1)]
+    for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
+        profile = Profile(recipe.size, members, len(prompt), runtime.batch, runtime.precision)
+        parts.append(("unet", branch.taps, profile, recipe.ensemble // members))  # type: ignore[arg-type]
+    total = 0.0
+    for component, taps, profile, runs in parts:
+        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
+        built = None
+        if backend.builds(profile, device):
+            command = f"difftap engines build --backend {backend.name} --precision {profile.precision}"
+            try:
+                built = known_engine(cache, graph, backend, profile, device)
+            except ArtefactError as error:
+                return Trial(backend.name, device, reason=f"{error}; {command}")
+            if built is None:
+                return Trial(backend.name, device, reason=f"its engines are not built; {command}")
+        with backend.open(graph, profile, device, threads, built) as engine:
+            if engine.device != device:
+                return Trial(backend.name, device, reason=f"falls back to {engine.device}")
+            feeds = example_feeds(graph, profile)
+            engine.run(feeds)
+            seconds: list[float] = []
+            while len(seconds) < _RUNS and sum(seconds) < _ENOUGH:
+                start = time.perf_counter()
+                engine.run(feeds)
+                seconds.append(time.perf_counter() - start)
+            total += runs * min(seconds) / profile.batch
+    return Trial(backend.name, device, total)
+
+
+def _load(cache: Cache) -> dict[str, Choice]:
+    """What is remembered by key; a file that cannot be read is no memory."""
+    try:
+        data = json.loads((cache.folder / _FILE).read_text(encoding="utf-8"))
+        return {
+            key: Choice(**{**one, "trials": tuple(Trial(**trial) for trial in one["trials"])})
+            for key, one in data.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _save(cache: Cache, key: str, choice: Choice) -> None:
+    try:
+        with cache.lock(cache.folder, _FILE):
+            known = {**_load(cache), key: choice}
+            text = json.dumps({name: asdict(one) for name, one in known.items()}, indent=1) + "\n"
+            write_atomic(cache.folder / _FILE, text)
+    except OutputError as error:  # only a memory: without it the next run measures again
+        _LOG.warning("the choice cannot be remembered: %s", error)

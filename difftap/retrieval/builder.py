@@ -1,0 +1,241 @@
+"""Building a FAISS index from a stream of vectors: spooled to disk once, then trained, filled and measured there."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.artifacts.files import output_errors
+from difftap.errors import InputError, require
+from difftap.retrieval.exact import Nearest, prepared_blocks, recall, without_self
+from difftap.retrieval.faiss_folder import FolderIndex, check_new, held_folder, write_index
+from difftap.retrieval.index import About, Batch
+from difftap.retrieval.kinds import Plan, choose_kind, efforts, load_faiss, make, set_effort, to_gpu, tune
+from difftap.retrieval.origin import Origin
+from difftap.retrieval.rows import Rows
+from difftap.retrieval.spaces import Space
+
+__all__ = ["Filled", "Options", "build_folder", "fill", "held_out", "plan_for", "spool"]
+
+NEIGHBOURS = 10
+_HELD_OUT = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say of an index to be built; see `Plan`. ``kind`` may be ``auto``: chosen by size."""
+
+    kind: str = "auto"
+    metric: str = "correlation"
+    lists: int | None = None
+    codes: int | None = None
+    refine: bool = False
+    recall: float = 0.95
+    seed: int = 0
+    gpu: bool = False
+
+    def __post_init__(self) -> None:
+        plan_for(self, 1000, 8)  # what cannot be is said before anything slow starts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def plan_for(options: Options, count: int, width: int) -> Plan:
+    """The plan for N vectors of D dimensions.
+
+    Raises:
+        InputError: options exclude each other.
+    """
+    given = options.to_dict()
+    space = Space(given.pop("metric"))
+    kind = given.pop("kind")
+    if kind == "auto":
+        if options.lists is not None or options.codes is not None or options.refine:
+            raise InputError("--lists, --codes and --refine shape an index of a given kind; give --kind too")
+        kind = choose_kind(count, width, space)
+        given["refine"] = kind == "ivf-pq" and not options.gpu  # a byte a number buys back what the codes lose
+    return Plan(kind, space, **given)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A FAISS index with all its vectors.
+
+    Attributes:
+        index: FAISS' own.
+        plan: how it was made.
+        effort: lists read or candidates kept in a search; None for a flat one.
+        recall: recall@10 against exact, of vectors that the training did not see, themselves left out; 1 by
+            construction for a flat index.
+        queries: how many these were.
+        sampled: vectors that the training saw.
+        seconds: by step: ``train``, ``add`` and ``measure`` (the exact answer and the search for the effort).
+    """
+
+    index: Any
+    plan: Plan
+    effort: int | None
+    recall: float
+    queries: int
+    sampled: int
+    seconds: dict[str, float]
+
+    def report(self) -> dict[str, Any]:
+        """What is stored with the index."""
+        faiss = load_faiss("an index")
+        ivf = faiss.try_extract_index_ivf(self.index)
+        parameters = {
+            "lists": None if ivf is None else int(ivf.nlist),
+            "codes": int(ivf.code_size) if self.plan.kind == "ivf-pq" else None,
+            "refine": self.plan.refine,
+            "seed": self.plan.seed,
+            "recall": self.plan.recall,
+        }
+        measured = {
+            "at": NEIGHBOURS,
+            "value": self.recall,
+            "queries": self.queries,
+            "rows": int(self.index.ntotal),
+            "how": "exact" if self.effort is None else "held-out queries against exact search",
+        }
+        return {
+            "parameters": parameters,
+            "effort": self.effort,
+            "recall": measured,
+            "sampled": self.sampled,
+            "faiss": faiss.__version__,
+        }
+
+
+def fill(vectors: NDArray[Any], plan: Plan) -> Filled:
+    """Train an index, fill it in blocks, and search as far as the wanted recall takes.
+
+    Args:
+        vectors: ``(N, D)``, floating point, N at least 1; may be memory-mapped.
+        plan: how.
+    """
+    rng = np.random.default_rng(plan.seed)
+    count, width = vectors.shape
+    trained = plan.kind != "flat"
+    held = held_out(count, plan.seed) if trained else np.zeros(0, np.int64)
+    seen = 0
+
+    def sample(wanted: int) -> NDArray[np.float32]:
+        nonlocal seen
+        others = np.delete(np.arange(count), held)
+        chosen = np.sort(rng.choice(others, min(wanted, len(others)), replace=False))
+        seen = len(chosen)
+        part = np.empty((len(chosen), width), np.float32)
+        for start in range(0, len(chosen), 4096):  # a memory-mapped source is not read as a whole
+            rows = chosen[start : start + 4096]
+            part[start : start + 4096] = plan.space.prepare(np.asarray(vectors[rows]))
+        return part
+
+    start = time.perf_counter()
+    index = make(plan, count, width, sample)
+    train = time.perf_counter() - start
+    queries = plan.space.prepare(np.asarray(vectors[held])) if len(held) else np.zeros((0, width), np.float32)
+    nearest = Nearest(queries, plan.space, NEIGHBOURS + 1)
+    target = to_gpu(index) if plan.gpu else index
+    add = measure = 0.0
+    for first, block in prepared_blocks(vectors, plan.space):
+        start = time.perf_counter()
+        target.add(block)
+        add += time.perf_counter() - start
+        start = time.perf_counter()
+        nearest.see(first, block)
+        measure += time.perf_counter() - start
+    if plan.gpu:
+        index = load_faiss("an index").index_gpu_to_cpu(target)
+    start = time.perf_counter()
+    effort, share = None, 1.0
+    if len(held):
+        true = without_self(nearest.rows, held, NEIGHBOURS)
+
+        def measured() -> float:
+            return recall(without_self(index.search(queries, NEIGHBOURS + 1)[1], held, NEIGHBOURS), true)
+
+        effort, share = tune(efforts(index), lambda one: set_effort(index, one), measured, plan.recall)
+    measure += time.perf_counter() - start
+    return Filled(index, plan, effort, share, len(held), seen, {"train": train, "add": add, "measure": measure})
+
+
+def held_out(count: int, seed: int) -> NDArray[np.int64]:
+    """Numbers of the vectors that are kept from the training, to measure recall with: 256, or a quarter of few."""
+    return np.sort(np.random.default_rng(seed).choice(count, min(_HELD_OUT, count // 4), replace=False))
+
+
+def spool(batches: Iterable[Batch], path: Path) -> tuple[NDArray[np.float32], Rows]:
+    """Write a stream's vectors to a file; returns them memory-mapped, and the rows.
+
+    Raises:
+        InputError: there is no vector, or widths differ.
+        OutputError: the file cannot be written.
+    """
+    parts, width = [], None
+    with output_errors(path), open(path, "wb") as handle:
+        for batch in batches:
+            if width not in (None, batch.vectors.shape[1]):
+                raise InputError(f"vectors of {width} and of {batch.vectors.shape[1]} numbers; allowed: one width")
+            width = batch.vectors.shape[1]
+            handle.write(np.ascontiguousarray(batch.vectors, np.float32).data)
+            parts.append(batch.rows)
+    rows = Rows.concat(parts)
+    if not len(rows) or width is None:
+        raise InputError("there is nothing to index: no vector was given")
+    return np.memmap(path, np.float32, "r", shape=(len(rows), width)), rows
+
+
+def build_folder(
+    folder: Path, origin: Origin, batches: Iterable[Batch], options: Options, *, overwrite: bool = False
+) -> FolderIndex:
+    """Build an index in a folder and open it.
+
+    Raises:
+        OutputError: the folder cannot be written, or something stands there.
+        InputError: nothing to index, or options that do not fit it.
+        MissingExtraError: FAISS or pyarrow is not installed.
+    """
+    load_faiss("building an index")
+    require("pyarrow", "index", "an index's rows")  # or the lack of it would show when all is done
+    check_new(folder, overwrite)
+    fresh = not folder.exists()
+    held = False
+    try:
+        with held_folder(folder):
+            held = True
+            path = folder / f"vectors-{secrets.token_hex(4)}.tmp"
+            try:
+                vectors, rows = spool(batches, path)
+                count, width = vectors.shape
+                filled = fill(vectors, plan_for(options, count, width))
+                del vectors
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            about = About(origin, options.metric, filled.plan.kind, width, count, filled.report())
+            write_index(folder, about, filled.index, rows)
+    except BaseException:
+        if fresh and held:  # or it is another run's that came first
+            _leave_nothing(folder)
+        raise
+    return FolderIndex.open(folder, gpu=options.gpu)
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Take a folder away that no index came to be in."""
+    with contextlib.suppress(OSError):
+        if not (folder / "index.json").exists():
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()

@@ -1,0 +1,224 @@
+"""Distances between vectors, all pairs, in blocks of bounded memory, on the CPU or a GPU.
+
+=============  =============================================================  ==========
+metric         distance of x and y                                            range
+=============  =============================================================  ==========
+euclidean      length of x - y                                                0 and more
+manhattan      sum of the absolute values of x - y                            0 and more
+cosine         1 - cosine of the angle between x and y                        0 to 2
+correlation    1 - Pearson's correlation of x and y                           0 to 2
+dcor           1 - distance correlation (Szekely et al. 2007) of x and y      0 to 1
+=============  =============================================================  ==========
+
+Channels are the samples of both correlations. Where a correlation has no value it counts as 0, so the distance is 1,
+also to the vector itself: a vector of zeros for ``cosine``, a constant one for ``correlation`` and ``dcor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.errors import BackendError, InputError, require
+from difftap.retrieval.dcor import Centred, squared_correlations
+
+__all__ = ["METRICS", "blocks", "pairwise"]
+
+METRICS = ("euclidean", "manhattan", "cosine", "correlation", "dcor")
+
+_DEFAULT_BYTES = 256 << 20
+_LARGEST = 4096  # vectors of a tile: a larger one makes no product faster
+_CACHED = 1 << 16  # differences that manhattan holds at once, to stay in the processor's cache
+
+Tile = Callable[[NDArray[Any], NDArray[Any] | None], NDArray[np.float64]]
+
+
+def pairwise(
+    x: NDArray[Any],
+    y: NDArray[Any] | None = None,
+    *,
+    metric: str,
+    block_bytes: int = _DEFAULT_BYTES,
+    device: str = "cpu",
+) -> NDArray[np.float32]:
+    """Distances of every vector of ``x`` to every vector of ``y``.
+
+    Args:
+        x: ``(N, D)``, floating point, finite; may be memory-mapped.
+        y: ``(M, D)``; None for ``x`` itself, whose table is then symmetric to the last bit.
+        metric: one of `METRICS`.
+        block_bytes: memory to work in, beyond the inputs and the table itself.
+        device: ``cpu`` (numpy) or ``cuda`` (torch).
+
+    Returns:
+        float32 ``(N, M)``; smaller is closer.
+
+    Raises:
+        InputError: a shape, a value, the metric or the device cannot be used.
+        MissingExtraError: ``cuda`` without torch.
+        BackendError: ``cuda`` without a GPU.
+    """
+    table = np.empty((len(x), len(x if y is None else y)), np.float32)
+    for rows, columns, block in blocks(x, y, metric=metric, block_bytes=block_bytes, device=device):
+        table[rows, columns] = block
+    return table
+
+
+def blocks(
+    x: NDArray[Any],
+    y: NDArray[Any] | None = None,
+    *,
+    metric: str,
+    block_bytes: int = _DEFAULT_BYTES,
+    device: str = "cpu",
+) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+    """The table of `pairwise`, tile by tile, so that a large one need never exist.
+
+    Yields:
+        Rows of ``x``, rows of ``y``, and their float32 distances; the tiles cover the table, each place once. Without
+        ``y``, a tile off the diagonal is followed by its mirror image.
+    """
+    _check(x, y, metric, block_bytes)
+    xp, where = _arrays(device)
+    yield from _tiles(x, y, metric, block_bytes, xp, where)
+
+
+def _tiles(
+    x: NDArray[Any], y: NDArray[Any] | None, metric: str, block_bytes: int, xp: Any, where: str
+) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+    """`blocks` with the array library chosen: numpy, or torch on a device."""
+    other = x if y is None else y
+    side = _tile_side(x.shape[1], block_bytes, metric)
+    across = list(_parts(len(other), side))
+    for i, rows in enumerate(_parts(len(x), side)):
+        left = _load(x, rows, metric)
+        for columns in across[i:] if y is None else across:
+            same = y is None and columns == rows
+            right = None if same else _load(other, columns, metric)
+            block = _distances(left, right, metric, block_bytes, xp, where).astype(np.float32)
+            yield rows, columns, block
+            if y is None and not same:
+                yield columns, rows, block.T
+            del right, block  # before the next ones are made
+
+
+def _check(x: NDArray[Any], y: NDArray[Any] | None, metric: str, block_bytes: int) -> None:
+    if metric not in METRICS:
+        raise InputError(f"metric is '{metric}'; allowed: {', '.join(METRICS)}")
+    if block_bytes < 1:
+        raise InputError(f"block_bytes is {block_bytes}; allowed: a number of bytes above 0")
+    for one in (x,) if y is None else (x, y):
+        if one.ndim != 2 or one.shape[1] != x.shape[1] or one.shape[1] < 1:
+            shapes = f"{x.shape}" if y is None else f"{x.shape} and {y.shape}"
+            raise InputError(f"vectors have the shape {shapes}; allowed: (N, D), and (M, D) for the others, D above 0")
+        if not (np.issubdtype(one.dtype, np.floating) or np.issubdtype(one.dtype, np.integer)):
+            raise InputError(f"vectors hold {one.dtype}; allowed: real numbers")
+
+
+def _arrays(device: str) -> tuple[Any, str]:
+    """The array library of a device, and the device's name in it."""
+    if device == "cpu":
+        return np, device
+    if device.partition(":")[0] != "cuda":
+        raise InputError(f"device is '{device}'; allowed: cpu, cuda")
+    torch = require("torch", "bench", "distances on a GPU")
+    if not torch.cuda.is_available():
+        raise BackendError("device is 'cuda', but torch sees no GPU here; use --device cpu")
+    return torch, device
+
+
+def _parts(count: int, side: int) -> Iterator[slice]:
+    for start in range(0, count, side):
+        yield slice(start, min(start + side, count))
+
+
+def _tile_side(dimensions: int, block_bytes: int, metric: str) -> int:
+    """Vectors of a square tile, such that what is needed to make it stays within the bytes (but at least 1)."""
+    # Both sides' vectors, as given and prepared (dcor sorts them too), in float64; the tile in float64 up to five
+    # times, and in float32. A third of the room is left to dcor's columns.
+    dcor = metric == "dcor"
+    vectors, table = (10 if dcor else 4) * 8 * dimensions, 48
+    room = block_bytes * (2 / 3 if dcor else 1)
+    return int(np.clip((np.sqrt(vectors**2 + 4 * table * room) - vectors) / (2 * table), 1, _LARGEST))
+
+
+def _load(vectors: NDArray[Any], rows: slice, metric: str) -> NDArray[Any]:
+    """Some vectors as a product needs them: centred and scaled to length 1 where the metric asks for it."""
+    part = np.asarray(vectors[rows])
+    if metric != "manhattan" or part.dtype not in (np.float32, np.float64):
+        part = part.astype(np.float64 if metric != "manhattan" else np.float32)
+    if not np.isfinite(part).all():
+        bad = rows.start + int(np.flatnonzero(~np.isfinite(part).all(axis=1))[0])
+        raise InputError(f"vector {bad} holds NaN or infinity; vectors must be finite, so make them again")
+    if metric in ("correlation", "dcor"):
+        spread = np.ptp(part, axis=1)
+        part = part - part.mean(axis=1, keepdims=True)
+        part[spread == 0] = 0.0  # the mean of equal numbers need not be that number
+    return part if metric in ("euclidean", "manhattan") else _unit(part)
+
+
+def _unit(part: NDArray[Any]) -> NDArray[Any]:
+    """Each row at length 1; rows of zeros stay."""
+    largest = np.abs(part).max(axis=1, keepdims=True)
+    part = np.divide(part, largest, out=np.zeros_like(part), where=largest > 0)  # or squares of tiny ones would vanish
+    length = np.linalg.norm(part, axis=1, keepdims=True)
+    return np.asarray(np.divide(part, length, out=part, where=length > 0))
+
+
+def _distances(
+    left: NDArray[Any], right: NDArray[Any] | None, metric: str, block_bytes: int, xp: Any, where: str
+) -> NDArray[np.float64]:
+    """One tile; ``right`` is None for the vectors of ``left`` among themselves."""
+    if metric == "dcor":
+        theirs = None if right is None else Centred.of(right)
+        table = 1.0 - np.sqrt(squared_correlations(Centred.of(left), theirs, block_bytes // 3, xp, where))
+    elif metric == "manhattan":
+        table = _manhattan(left, left if right is None else right, xp, where)
+    elif metric == "euclidean":
+        table = _euclidean(left, left if right is None else right, xp, where)
+    else:
+        table = 1.0 - np.clip(_product(left, left if right is None else right, xp, where), -1.0, 1.0)
+    if right is None:
+        table = (table + table.T) / 2.0  # a product of a matrix with itself need not be symmetric to the last bit
+        alike = np.ones(len(left), bool) if metric in ("euclidean", "manhattan") else left.any(axis=1)
+        np.fill_diagonal(table, np.where(alike, 0.0, 1.0))
+    return table
+
+
+def _product(left: NDArray[np.float64], right: NDArray[np.float64], xp: Any, where: str) -> NDArray[np.float64]:
+    if xp is np:
+        return np.asarray(left @ right.T)
+    ours, theirs = (xp.from_numpy(np.ascontiguousarray(one)).to(where) for one in (left, right))
+    return np.asarray((ours @ theirs.T).cpu().numpy())
+
+
+def _euclidean(left: NDArray[np.float64], right: NDArray[np.float64], xp: Any, where: str) -> NDArray[np.float64]:
+    # |x - y|^2 from products loses digits where vectors are long and close: moved to a common middle, they are short.
+    middle = left.mean(axis=0)
+    left, right = left - middle, right - middle
+    squares = np.square(left).sum(axis=1)[:, None] + np.square(right).sum(axis=1)
+    squared = squares - 2.0 * _product(left, right, xp, where)
+    # What is left of nearly equal vectors may be rounding alone; those are subtracted one by one.
+    for i in range(len(left)):
+        for js in np.array_split(close := np.flatnonzero(squared[i] < 1e-10 * squares[i]), len(close) // 1024 + 1):
+            squared[i, js] = np.square(right[js] - left[i]).sum(axis=1)
+    return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
+
+
+def _manhattan(left: NDArray[Any], right: NDArray[Any], xp: Any, where: str) -> NDArray[np.float64]:
+    if xp is not np:
+        ours, theirs = (xp.from_numpy(np.ascontiguousarray(one)).to(where) for one in (left, right))
+        return np.asarray(xp.cdist(ours, theirs, p=1).double().cpu().numpy())
+    table = np.empty((len(left), len(right)))
+    step = max(1, _CACHED // left.shape[1])
+    for columns in _parts(len(right), step):
+        part = right[columns]
+        scratch = np.empty_like(part, dtype=np.result_type(left, part))
+        for i, one in enumerate(left):
+            np.subtract(part, one, out=scratch)
+            np.abs(scratch, out=scratch)
+            table[i, columns] = scratch.sum(axis=1)
+    return table

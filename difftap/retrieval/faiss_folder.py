@@ -1,0 +1,176 @@
+"""A FAISS index in a folder: the index, its rows and a manifest that ties them together.
+
+Every change writes new files beside the old ones and then the manifest, in one step; so whatever interrupts a change,
+a reader finds the old index or the new one. What an interrupted change left behind is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.artifacts.files import atomic_path, only_writer, output_errors
+from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.errors import ArtefactError, InputError, OutputError, first_line
+from difftap.retrieval.index import About, Batch, Index
+from difftap.retrieval.kinds import load_faiss, set_effort, to_gpu
+from difftap.retrieval.rows import Rows
+
+__all__ = ["FolderIndex", "check_new", "held_folder", "write_index"]
+
+_MANIFEST = "index.json"
+_OURS = ("index-", "rows-", "vectors-", ".index", ".rows")  # how the names of our files begin, scratch files among them
+
+
+class FolderIndex(Index):
+    """A FAISS index, open; see `Index`."""
+
+    def __init__(self, folder: Path, about: About, index: Any, rows_file: Path, gpu: bool) -> None:
+        self.where, self.about = str(folder), about
+        self._folder, self._index, self._rows_file = folder, index, rows_file
+        self._gpu = gpu
+        self._found_by = to_gpu(index) if gpu else index
+        self._rows: Rows | None = None
+
+    @classmethod
+    def open(cls, folder: Path, *, gpu: bool = False) -> FolderIndex:
+        """Open an index for searching; ``gpu`` puts it on the GPU.
+
+        Raises:
+            InputError: there is none.
+            ArtefactError: its files are not the ones it was saved with.
+            BackendError: there is no GPU, or it cannot hold the index.
+            MissingExtraError: FAISS or pyarrow is not installed.
+        """
+        faiss = load_faiss("opening an index")
+        if not (folder / _MANIFEST).is_file():
+            raise InputError(f"no index at '{folder}'; make one with 'difftap index build'")
+        manifest = Manifest.load(folder / _MANIFEST)
+        manifest.check(folder, {})
+        about = About.from_dict(manifest.made_from, str(folder))
+        names = {Path(name).suffix: folder / name for name in manifest.files}
+        try:
+            index = faiss.read_index(str(names[".faiss"]))
+        except (RuntimeError, KeyError) as error:
+            raise ArtefactError(f"index '{folder}' cannot be read ({first_line(error)}); build it again") from error
+        if index.ntotal != about.count or index.d != about.width:
+            raise ArtefactError(f"index '{folder}' holds {index.ntotal} vectors of {index.d}, not what it says")
+        set_effort(index, about.report.get("effort"))
+        return cls(folder, about, index, names[".parquet"], gpu)
+
+    def find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See `Index.find`."""
+        raw, rows = self._found_by.search(queries, k)
+        return raw, rows
+
+    def rows(self) -> Rows:
+        """See `Index.rows`."""
+        if self._rows is None:
+            self._rows = Rows.load(self._rows_file)
+            if len(self._rows) != self.about.count:
+                raise ArtefactError(f"'{self._rows_file}' has {len(self._rows)} rows, the index {self.about.count}")
+        return self._rows
+
+    def facts(self, rows: NDArray[np.int64]) -> Rows:
+        """See `Index.facts`."""
+        return self.rows().take(rows)
+
+    def add(self, batches: Iterable[Batch]) -> int:
+        """See `Index.add`: until all are there and saved, the folder holds the index as it was.
+
+        After an error the open index is of no use; open it again.
+        """
+        with held_folder(self._folder):
+            current = About.from_dict(Manifest.load(self._folder / _MANIFEST).made_from, self.where)
+            if current.count != self.about.count:
+                raise InputError(f"index '{self.where}' was changed meanwhile; try again")
+            parts = [self.rows()]
+            for batch in batches:
+                self._index.add(self.about.space.prepare(batch.vectors))
+                parts.append(batch.rows)
+            rows = Rows.concat(parts)
+            added = len(rows) - self.about.count
+            about = replace(self.about, count=len(rows))
+            if added:
+                self._rows_file = write_index(self._folder, about, self._index, rows)
+            self.about, self._rows = about, rows
+            self._found_by = to_gpu(self._index) if self._gpu else self._index
+        return added
+
+    def close(self) -> None:
+        """See `Index.close`."""
+        self._index = self._found_by = None
+
+
+def check_new(folder: Path, overwrite: bool) -> None:
+    """Make sure that an index can be made at a folder.
+
+    Raises:
+        OutputError: something stands there, or the folder around it does not exist.
+    """
+    if not folder.absolute().parent.is_dir():
+        raise OutputError(f"cannot write '{folder}': its folder does not exist; make it first")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"cannot write '{folder}': a file stands there; give the name of a new folder")
+    if (folder / _MANIFEST).exists() and not overwrite:
+        raise OutputError(f"'{folder}' holds an index already; add to it with 'difftap index add', or --overwrite it")
+    strange = _strange(folder)
+    if strange:
+        raise OutputError(f"cannot write '{folder}': it holds '{strange}', which is no index's; give a new folder")
+
+
+def _strange(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return None
+    kept = (_MANIFEST, ".lock", *_OURS)
+    return next((path.name for path in sorted(folder.iterdir()) if not path.name.startswith(kept)), None)
+
+
+@contextlib.contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold an index's folder for changes, and make it if it does not exist.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be written.
+    """
+    with output_errors(folder):
+        folder.mkdir(exist_ok=True)
+    with only_writer(folder, folder / ".lock"):
+        _sweep(folder)
+        yield
+
+
+def _sweep(folder: Path) -> None:
+    """Remove our files that no manifest names."""
+    kept = {_MANIFEST, ".lock"}
+    if (folder / _MANIFEST).exists():
+        kept |= set(Manifest.load(folder / _MANIFEST).files)
+    for path in folder.iterdir():
+        if path.name.startswith(_OURS) and path.name not in kept and path.is_file():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def write_index(folder: Path, about: About, index: Any, rows: Rows) -> Path:
+    """Write an index's files, then the manifest that makes them count; returns the rows' file.
+
+    The caller holds the folder (`held_folder`).
+    """
+    faiss = load_faiss("saving an index")
+    generation = secrets.token_hex(4)
+    vectors_file, rows_file = folder / f"index-{generation}.faiss", folder / f"rows-{generation}.parquet"
+    # FAISS' own files swallow an error when they are closed; a file of Python's does not.
+    with atomic_path(vectors_file) as scratch, open(scratch, "wb") as handle:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write, 1 << 20))
+    rows.save(rows_file)
+    files = {path.name: FileRecord.of(path) for path in (vectors_file, rows_file)}
+    Manifest("index", about.to_dict(), files).save(folder / _MANIFEST)
+    _sweep(folder)
+    return rows_file

@@ -1,0 +1,270 @@
+"""Kinds of FAISS index: which to take for how many vectors, how each is made, trained and tuned.
+
+=======  ===========================================================  ==============================
+kind     what a search reads                                          memory a vector, bytes
+=======  ===========================================================  ==============================
+flat     every vector; exact                                          4 D
+ivf      the vectors of the nearest lists                             4 D
+ivf-pq   codes of the vectors of the nearest lists; then, with        D / 8 (and D with ``refine``)
+         ``refine``, the best ones' 8-bit vectors
+hnsw     a graph of neighbours                                        4 D + 256
+=======  ===========================================================  ==============================
+
+Axis letters: N vectors; D dimensions; Q queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.errors import BackendError, InputError, first_line, require
+from difftap.retrieval.spaces import Space
+
+__all__ = [
+    "KINDS",
+    "Plan",
+    "choose_kind",
+    "code_bytes",
+    "efforts",
+    "list_count",
+    "load_faiss",
+    "make",
+    "set_effort",
+    "steps",
+    "to_gpu",
+    "tune",
+]
+
+KINDS = ("flat", "ivf", "ivf-pq", "hnsw")
+FLAT_BYTES = 256 << 20
+"""Up to this many bytes of vectors a flat index is chosen: a query then takes some hundredths of a second."""
+IVF_BYTES = 2 << 30
+"""Up to this many bytes an index of whole vectors is chosen, and beyond it one of codes."""
+_SAMPLE_PER_LIST = 64
+_SAMPLE_LEAST = 256 * 64  # for the 256 centroids of a code
+_LINKS = 32  # of a vector in the graph
+_FURTHEST = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an index is made.
+
+    Attributes:
+        kind: one of `KINDS`.
+        space: the metric.
+        lists: of ivf and ivf-pq; about the square root of N by default.
+        codes: bytes of a vector's code (ivf-pq); a divisor of D, by default the largest up to D / 8.
+        refine: ivf-pq also keeps 8-bit vectors, and ranks the best candidates by them.
+        recall: recall@10 to reach where effort can: ivf, ivf-pq and hnsw search as far as this takes.
+        seed: of the training sample and the queries held out.
+        gpu: train and search on the GPU.
+    """
+
+    kind: str
+    space: Space
+    lists: int | None = None
+    codes: int | None = None
+    refine: bool = False
+    recall: float = 0.95
+    seed: int = 0
+    gpu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"kind is '{self.kind}'; allowed: {', '.join(KINDS)}")
+        if self.space.product == "l1" and self.kind != "flat":
+            raise InputError(f"metric is 'manhattan', kind '{self.kind}'; allowed with manhattan: flat")
+        if not 0 < self.recall <= 1:
+            raise InputError(f"recall is {self.recall}; allowed: a fraction above 0, up to 1")
+        if self.lists is not None and (self.lists < 1 or not self.kind.startswith("ivf")):
+            raise InputError(f"lists is {self.lists}, kind '{self.kind}'; allowed: 1 or more, with ivf and ivf-pq")
+        if (self.codes is not None or self.refine) and self.kind != "ivf-pq":
+            raise InputError(f"--codes and --refine go with ivf-pq, and the kind is '{self.kind}'")
+        if self.gpu and (self.kind == "hnsw" or self.refine):
+            raise InputError("on a GPU, allowed are flat, ivf, and ivf-pq without --refine; leave --gpu out")
+
+
+def choose_kind(count: int, width: int, space: Space) -> str:
+    """The kind for N vectors of D dimensions: exact while that is fast, codes where vectors would fill the memory."""
+    size = 4 * count * width
+    if size <= FLAT_BYTES or space.product == "l1":
+        return "flat"
+    return "ivf" if size <= IVF_BYTES else "ivf-pq"
+
+
+def load_faiss(why: str) -> Any:
+    """FAISS, whichever distribution is installed.
+
+    Raises:
+        MissingExtraError: none is; the message holds the pip line.
+    """
+    return require("faiss", "index", why)
+
+
+def _product(faiss: Any, space: Space) -> int:
+    return int({"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1}[space.product])
+
+
+def sample_size(plan: Plan, count: int) -> int:
+    """How many vectors the training reads; 0 where nothing is trained."""
+    if plan.kind in ("flat", "hnsw"):
+        return 0
+    least = _SAMPLE_LEAST if plan.kind == "ivf-pq" else 0
+    return min(count, max(least, _SAMPLE_PER_LIST * list_count(plan, count)))
+
+
+def list_count(plan: Plan, count: int) -> int:
+    """Lists of an ivf or ivf-pq index: as asked for, or the power of 2 nearest to the square root of N."""
+    return plan.lists or max(1, 2 ** round(math.log2(max(1.0, math.sqrt(count)))))
+
+
+def code_bytes(plan: Plan, width: int) -> int:
+    """Bytes of a vector's code.
+
+    Raises:
+        InputError: what was asked for does not divide the width.
+    """
+    if plan.codes is not None:
+        if plan.codes < 1 or width % plan.codes:
+            raise InputError(f"codes is {plan.codes}; allowed: a divisor of the width {width}")
+        return plan.codes
+    return max(d for d in range(1, max(1, width // 8) + 1) if width % d == 0)
+
+
+def make(plan: Plan, count: int, width: int, sample: Callable[[int], NDArray[np.float32]]) -> Any:
+    """An empty FAISS index, trained.
+
+    Args:
+        plan: how.
+        count: of the vectors that will be added.
+        width: D.
+        sample: from a number to that many prepared vectors ``(n, D)`` to train on.
+
+    Raises:
+        InputError: too few vectors, or codes that do not fit.
+        BackendError: FAISS refuses, or there is no GPU.
+    """
+    faiss = load_faiss("an index")
+    product = _product(faiss, plan.space)
+    if plan.kind == "flat":
+        return faiss.IndexFlat(width, product)
+    if plan.kind == "hnsw":
+        graph = faiss.IndexHNSWFlat(width, _LINKS, product)
+        graph.hnsw.efConstruction = 100
+        return graph
+    lists, wanted = list_count(plan, count), sample_size(plan, count)
+    vectors = sample(wanted)
+    if len(vectors) < lists:
+        raise InputError(f"{len(vectors)} vectors cannot make {lists} lists; use fewer, or kind flat")
+    quantizer = faiss.IndexFlat(width, product)
+    if plan.kind == "ivf":
+        index = faiss.IndexIVFFlat(quantizer, width, lists, product)
+    else:
+        if len(vectors) < 256:
+            raise InputError(f"{len(vectors)} vectors cannot train ivf-pq, which takes 256 or more; use kind flat")
+        index = faiss.IndexIVFPQ(quantizer, width, lists, code_bytes(plan, width), 8, product)
+        index.pq.cp.min_points_per_centroid = 1
+        index.pq.cp.seed = 1 + plan.seed
+    index.own_fields = True
+    quantizer.this.disown()
+    index.cp.min_points_per_centroid = 1  # or FAISS prints warnings past us
+    index.cp.seed = 1 + plan.seed
+    if plan.refine:
+        exact = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, product)
+        whole = faiss.IndexRefine(index, exact)
+        whole.own_fields = whole.own_refine_index = True
+        index.this.disown()
+        exact.this.disown()
+        whole.k_factor = 8.0
+        index = whole
+    try:
+        if not plan.gpu:
+            index.train(vectors)
+            return index
+        moved = to_gpu(index)
+        moved.train(vectors)
+        return faiss.index_gpu_to_cpu(moved)
+    except RuntimeError as error:
+        raise BackendError(f"FAISS cannot train this index: {first_line(error)}") from error
+
+
+def to_gpu(index: Any) -> Any:
+    """A copy of an index on the first GPU.
+
+    Raises:
+        BackendError: this FAISS knows no GPU, sees none, or has no such index there.
+    """
+    faiss = load_faiss("an index on a GPU")
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise BackendError("this FAISS was built without GPU support; install faiss-gpu-cu12 in place of faiss-cpu")
+    if faiss.get_num_gpus() < 1:
+        raise BackendError("FAISS sees no GPU here; leave --gpu out")
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True  # lookup tables of long codes fit the GPU's shared memory only so
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+    except RuntimeError as error:
+        raise BackendError(
+            f"FAISS cannot hold this index on the GPU ({first_line(error)}); with ivf-pq, it allows --codes 1, 2, 3, "
+            "4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96"
+        ) from error
+
+
+def efforts(index: Any) -> Iterator[int]:
+    """How far a search may go, from little to much: lists read, or candidates kept; nothing for a flat index."""
+    faiss = load_faiss("an index")
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        return steps("ivf", int(ivf.nlist))
+    return steps("hnsw" if isinstance(faiss.downcast_index(index), faiss.IndexHNSW) else "flat", None)
+
+
+def steps(kind: str, lists: int | None) -> Iterator[int]:
+    """Efforts worth trying for a kind of index: doubling, up to all lists, or half of many."""
+    if kind == "flat":
+        return
+    effort, most = (16, _FURTHEST) if lists is None else (1, lists if lists <= 256 else lists // 2)
+    while effort < most:
+        yield effort
+        effort *= 2
+    yield most
+
+
+def set_effort(index: Any, effort: int | None) -> None:
+    """Let searches go as far as one of `efforts`; None leaves an index that has no such thing."""
+    if effort is None:
+        return
+    faiss = load_faiss("an index")
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.nprobe = effort
+    else:
+        faiss.downcast_index(index).hnsw.efSearch = effort
+
+
+def tune(
+    steps: Iterable[int], use: Callable[[int], None], measure: Callable[[], float], target: float
+) -> tuple[int | None, float]:
+    """The least effort that reaches a recall, and the recall measured there; None if there are no steps.
+
+    Where no effort reaches it, the least that comes within 0.005 of the best.
+    """
+    found: list[tuple[int, float]] = []
+    for effort in steps:
+        use(effort)
+        found.append((effort, measure()))
+        if found[-1][1] >= target:
+            return found[-1]
+    if not found:
+        return None, measure()
+    best = max(recall for _, recall in found)
+    effort, recall = next(one for one in found if one[1] >= best - 0.005)
+    use(effort)
+    return effort, recall

@@ -1,0 +1,184 @@
+"""Queries: an image, with a mask or a point or as a whole, made into the vector that an index of its kind holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PIL
+
+from difftap.errors import ImageError, InputError
+from difftap.features.provider import open_features, precision_of, precisions_agree
+from difftap.images import Image
+from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.points import check_inside
+from difftap.recipe import Recipe
+from difftap.retrieval.origin import Origin
+from difftap.retrieval.vectors import table_batches, table_origin
+
+__all__ = ["Query", "embed", "image_query", "load_mask", "mask_query", "open_pipeline", "point_query", "row_query"]
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """Something to search for.
+
+    Attributes:
+        image: the picture it is in; None for a table's row.
+        mask: bool ``(H, W)``, the part of the image that is meant.
+        about: what it is, as plain data.
+        key: the name of its image in the index, if it is there.
+        vector: float32 ``(D,)``, where it is known already.
+    """
+
+    image: Image | None
+    mask: Mask | None
+    about: Mapping[str, Any]
+    key: str
+    vector: NDArray[np.float32] | None = None
+
+
+def _name(image: Image) -> str:
+    return str(Path(image.path).resolve())
+
+
+def image_query(image: Image) -> Query:
+    """The whole image."""
+    return Query(image, np.ones(image.pixels.shape[:2], bool), {"kind": "image", "image": image.path}, _name(image))
+
+
+def point_query(image: Image, x: float, y: float) -> Query:
+    """The cell at a point, in pixels of the image.
+
+    Raises:
+        PointError: it lies outside.
+    """
+    check_inside([[x, y]], image.size, "the image")
+    mask = np.zeros(image.pixels.shape[:2], bool)
+    height, width = image.pixels.shape[:2]
+    mask[min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1)] = True
+    return Query(image, mask, {"kind": "point", "image": image.path, "x": x, "y": y}, _name(image))
+
+
+def mask_query(image: Image, mask: Mask, path: Path) -> Query:
+    """The object under a mask.
+
+    Raises:
+        InputError: the mask is empty or of another size than the image.
+    """
+    if mask.shape != image.pixels.shape[:2]:
+        size = f"{mask.shape[1]} x {mask.shape[0]}"
+        raise InputError(
+            f"mask '{path}' is {size} pixels, the image {image.size[0]} x {image.size[1]}; allowed: the same size"
+        )
+    if not mask.any():
+        raise InputError(f"mask '{path}' is empty; allowed: at least one pixel of the object")
+    return Query(image, mask, {"kind": "mask", "image": image.path, "mask": str(path)}, _name(image))
+
+
+def load_mask(path: Path, value: int | None = None) -> Mask:
+    """Read a mask picture, bool ``(H, W)``: where it is not 0, or where it has one value.
+
+    A palette's numbers are read as they are, not its colours, so that VOC's and DAVIS' files give their objects; 255
+    alone marks nothing in a palette that holds other objects too (VOC's border).
+
+    Raises:
+        ImageError: the file cannot be read, or is a colour picture.
+    """
+    try:
+        with PIL.open(path) as picture:
+            if picture.mode not in ("1", "L", "P", "I", "I;16"):
+                raise ImageError(
+                    f"mask '{path}' is a {picture.mode} picture; allowed: grey, palette or black and white"
+                )
+            palette = picture.mode == "P"
+            values = np.asarray(picture).astype(np.int64)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise ImageError(f"mask '{path}' cannot be read ({error}); give a PNG") from error
+    if value is not None:
+        if not (values == value).any():
+            present = ", ".join(str(v) for v in np.unique(values)[:20])
+            raise ImageError(f"mask '{path}' has no pixel of value {value}; it has {present}")
+        return np.asarray(values == value)
+    border = palette and len(np.unique(values[(values != 0) & (values != 255)])) > 0
+    return np.asarray((values != 0) & ~(border & (values == 255)))
+
+
+def row_query(path: Path, number: int, origin: Origin) -> Query:
+    """A row of a table of prototypes, counted from 0.
+
+    Raises:
+        InputError: the table is of another origin than the index, or has no such row.
+    """
+    origin.check(table_origin(path), f"'{path}'")
+    start = 0
+    for batch in table_batches(path):
+        if start <= number < start + len(batch.rows):
+            record = batch.rows.record(number - start)
+            about = {"kind": "row", "table": str(path), "row": number, **record}
+            return Query(None, None, about, str(record["image"]), batch.vectors[number - start])
+        start += len(batch.rows)
+    raise InputError(f"row {number} of '{path}' does not exist; allowed: 0 to {start - 1}")
+
+
+def open_pipeline(
+    origin: Origin,
+    runtime: Runtime,
+    *,
+    features: str | None = None,
+    revision: str | None = None,
+    random_weights: int | None = None,
+) -> Pipeline:
+    """The pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
+
+    Raises:
+        InputError: the model that is found, or the precision asked for, is not the one the index was made with.
+        RecipeError: the store holds other features.
+    """
+    recipe = Recipe.from_dict(origin.recipe)
+    if features is None:
+        _check_precision(runtime.precision, origin)  # before engines are made in vain
+    pipeline = open_features(recipe, features, runtime, revision=revision, random_weights=random_weights)
+    _check_precision(precision_of(pipeline.conditions), origin)  # of a store, no engine is open yet
+    found = str(pipeline.conditions["model"]["key"])
+    if found != origin.model_key:
+        name = pipeline.model.name
+        pipeline.close()
+        raise InputError(
+            f"model '{name}' has the key {found}, the index was made with {origin.model_key}; vectors of two models "
+            "cannot be compared: give the same weights, or build the index again"
+        )
+    return pipeline
+
+
+def _check_precision(precision: str, origin: Origin) -> None:
+    if not precisions_agree(precision, origin.precision):
+        raise InputError(
+            f"the index was made at {origin.precision}, and here features are made at {precision}, which differ by "
+            f"more than rounding; give --precision {origin.precision}"
+        )
+
+
+def embed(query: Query, origin: Origin, pipeline: Pipeline) -> NDArray[np.float32]:
+    """The query's vector ``(D,)``: for prototypes as their builder makes them, for patches from the joined map."""
+    from difftap.prototypes import prototypes
+
+    if query.vector is not None:
+        return query.vector
+    assert query.image is not None and query.mask is not None  # noqa: S101 - only a row has none, and it has a vector
+    (features,) = islice(pipeline.features([query.image]), 1)
+    if origin.source == "patches":
+        maps = [pipeline.join(features)]
+    else:
+        maps = [one for taps in features.branches for one in taps.values()]
+    vectors, _ = prototypes(maps, query.mask[None], origin.rule)
+    return np.asarray(vectors[0], np.float32)

@@ -1,0 +1,222 @@
+"""What is indexed: tables of prototypes, or cells of images' feature maps; both as streams of bounded memory.
+
+Axis letters: B vectors of a batch; D width; C channels; h w cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from difftap.errors import ImageError, InputError, NonFiniteError, first_line, require
+from difftap.featuremap import FeatureMap
+from difftap.images import Image, load_image
+from difftap.pipeline.pipeline import Pipeline
+from difftap.retrieval.index import Batch
+from difftap.retrieval.origin import Origin
+from difftap.retrieval.rows import Rows
+
+__all__ = ["Known", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
+
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_ROWS = 4096
+
+
+def table_origin(path: Path) -> Origin:
+    """Where a table's prototypes come from.
+
+    Raises:
+        InputError: it is none, it is empty, or its prototypes are of several taps or timesteps.
+    """
+    from difftap.prototypes import load_provenance
+
+    provenance = load_provenance(path)
+    parquet = require("pyarrow.parquet", "index", "a table of prototypes")
+    table = parquet.read_table(path, columns=["tap", "timestep"], memory_map=False)
+    kinds = sorted({*zip(table.column("tap").to_pylist(), table.column("timestep").to_pylist(), strict=True)})
+    if len(kinds) != 1:
+        raise InputError(f"'{path}' holds prototypes of {len(kinds)} taps and timesteps; allowed: one, so split it")
+    return Origin.of_table(provenance, *kinds[0], path)
+
+
+def open_tables(paths: Sequence[Path]) -> tuple[Origin, Iterator[Batch]]:
+    """The origin that some tables share, and all their prototypes.
+
+    Raises:
+        InputError: one is no table, or they are of different origin.
+    """
+    origin = table_origin(paths[0])
+    for path in paths[1:]:
+        origin.check(table_origin(path), f"'{path}'")
+    return origin, (batch for path in paths for batch in table_batches(path))
+
+
+def table_batches(path: Path, rows: int = _ROWS) -> Iterator[Batch]:
+    """A table's prototypes, some thousands at a time.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    arrow = require("pyarrow", "index", "a table of prototypes")
+    parquet = require("pyarrow.parquet", "index", "a table of prototypes")
+    try:
+        with parquet.ParquetFile(path, memory_map=False) as file:
+            names = ["class", "image", "instance"]
+            boxed = "box" in file.schema_arrow.names
+            for part in file.iter_batches(rows, columns=[*names, *(["box"] if boxed else []), "vector"]):
+                vectors = part.column("vector")
+                flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+                facts = [part.column(name).to_pylist() for name in names]
+                if boxed:  # zeros where it is not known
+                    facts.append(
+                        [" ".join(map(str, one)) if any(one) else "" for one in part.column("box").to_pylist()]
+                    )
+                yield Batch(flat.reshape(-1, vectors.type.list_size), Rows.objects(*facts))
+    except (arrow.ArrowException, OSError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"'{path}' is no whole table of prototypes ({first_line(error)}); build it again with 'difftap prototypes "
+            "build'"
+        ) from error
+
+
+def list_images(paths: Iterable[Path]) -> list[Path]:
+    """Image files, those in folders (and folders in them) included, in the order of their names.
+
+    Raises:
+        InputError: a path does not exist, or there is no image.
+    """
+    given, found = list(paths), []
+    for path in given:
+        if path.is_dir():
+            found += sorted(one for one in path.rglob("*") if one.suffix.lower() in _ENDINGS and one.is_file())
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(f"no image or folder at '{path}'; give image files, or folders of them")
+    if not found:
+        raise InputError(f"no image in {', '.join(map(str, given))}; allowed endings: {', '.join(_ENDINGS)}")
+    return list(dict.fromkeys(found))
+
+
+class Known:
+    """What an index holds already: an object of an image, or an image's patches, is not added twice.
+
+    Attributes:
+        left_out: how many were.
+        what: ``objects`` or ``images``.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.left_out = 0
+        self.what = "objects"
+        self._images = set(rows.images.tolist())
+        self._objects = set(zip(rows.images.tolist(), rows.instances.tolist(), strict=True))
+
+    def objects(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The objects that are not in, of tables; those that come twice come once."""
+        for batch in batches:
+            keep = np.ones(len(batch.rows), bool)
+            for i, one in enumerate(zip(batch.rows.images.tolist(), batch.rows.instances.tolist(), strict=True)):
+                keep[i] = one not in self._objects
+                self._objects.add(one)
+            self.left_out += int(np.count_nonzero(~keep))
+            if keep.any():
+                yield Batch(batch.vectors[keep], batch.rows.take(keep))
+
+    def images(self, paths: Sequence[Path]) -> list[Path]:
+        """The images of which no patch is in."""
+        self.what = "images"
+        new = [path for path in paths if str(path.resolve()) not in self._images]
+        self.left_out = len(paths) - len(new)
+        return new
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Which cells of an image's map are indexed.
+
+    Attributes:
+        per_image: at most this many, drawn from all by a seed and the image's content; None for all.
+        labels: ``folder``: an image's class is its folder's name; ``none``: there is no class.
+        seed: of the drawing.
+    """
+
+    per_image: int | None = None
+    labels: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_image is not None and self.per_image < 1:
+            raise InputError(f"per-image is {self.per_image}; allowed: 1 or more cells of an image")
+        if self.labels not in ("folder", "none"):
+            raise InputError(f"labels is '{self.labels}'; allowed: folder, none")
+
+
+def patch_batches(
+    pipeline: Pipeline,
+    paths: Sequence[Path],
+    which: Patches,
+    progress: Callable[[int], None] = lambda count: None,
+    failures: list[tuple[str, str]] | None = None,
+) -> Iterator[Batch]:
+    """Cells of the joined maps of images, an image at a time, with their places in it.
+
+    Args:
+        pipeline: makes the maps.
+        paths: the images.
+        which: cells, and their class.
+        progress: told how many images are done.
+        failures: gets the path and the reason of each image that cannot be used; without it, the first one is raised.
+    """
+    for start in range(0, len(paths), pipeline.batch):
+        images: list[Image] = []
+        for path in paths[start : start + pipeline.batch]:
+            try:
+                images.append(load_image(path))
+            except ImageError as error:
+                _fail(failures, str(path), error)
+        for image, features in _maps(pipeline, images, failures):
+            label = Path(image.path).resolve().parent.name if which.labels == "folder" else ""
+            yield _cells(image, features, which, label)
+        progress(len(paths[start : start + pipeline.batch]))
+
+
+def _fail(failures: list[tuple[str, str]] | None, path: str, error: Exception) -> None:
+    if failures is None:
+        raise error
+    failures.append((path, " ".join(str(error).split())))
+
+
+def _maps(
+    pipeline: Pipeline, images: Sequence[Image], failures: list[tuple[str, str]] | None
+) -> Iterator[tuple[Image, FeatureMap]]:
+    try:
+        yield from zip(images, list(pipeline.extract(images)), strict=True)
+        return
+    except NonFiniteError as error:
+        if len(images) == 1:
+            _fail(failures, images[0].path, error)
+            return
+    for image in images:  # one of them spoils the batch; alone, each gets its own map or its own fault
+        yield from _maps(pipeline, [image], failures)
+
+
+def _cells(image: Image, features: FeatureMap, which: Patches, label: str) -> Batch:
+    """The cells of one map that lie on the image, or some of them."""
+    width, height = features.grid
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    places: Any = features.to_pixels(np.stack([columns.ravel(), rows.ravel()], axis=1))  # (h w, 2)
+    chosen = np.flatnonzero(features.geometry.contains(places))
+    if which.per_image is not None and which.per_image < len(chosen):
+        rng = np.random.default_rng([which.seed, int(image.digest[:16], 16)])
+        chosen = np.sort(rng.choice(chosen, which.per_image, replace=False))
+    vectors = features.data.reshape(features.channels, -1)[:, chosen].T
+    count = len(chosen)
+    # The whole path, so that an image is known again from wherever it is named.
+    where = str(Path(image.path).resolve())
+    classes, images, instances = (np.array([one] * count, np.str_) for one in (label, where, ""))
+    return Batch(np.ascontiguousarray(vectors), Rows(classes, images, instances, places[chosen, 0], places[chosen, 1]))

@@ -1,0 +1,143 @@
+"""What the study compares: metrics, layers, timesteps, transforms, offsets, and the maps each case needs.
+
+Axis letters: none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from difftap.backbones.checkpoint import Model
+from difftap.errors import RecipeError
+from difftap.prototypes import Column, narrowed
+from difftap.recipe import Branch, Recipe
+from difftap.taps import Tap, named_taps
+
+__all__ = [
+    "AXES",
+    "OFFSETS",
+    "STUDY_METRICS",
+    "TIMESTEPS",
+    "Case",
+    "columns",
+    "layer_cases",
+    "step_cases",
+    "table_name",
+    "union_recipe",
+]
+
+AXES = ("distances", "layers", "steps", "transforms", "video")
+TIMESTEPS = (1, 50, 100, 200, 300, 400, 500)
+"""The study's inference steps."""
+OFFSETS = (1, 2, 3, 4, 5, 10, 20, 30, 40)
+"""The study's offsets between two frames."""
+STUDY_METRICS = ("euclidean", "correlation", "manhattan", "cosine", "dcor")
+"""The columns of the paper's Table 1, and the distance correlation that its formula says."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing compared: a box-plot group.
+
+    Attributes:
+        label: what the figure calls it.
+        taps: the maps joined.
+        timestep: of the pass.
+        group: the figure it belongs to.
+    """
+
+    label: str
+    taps: tuple[str, ...]
+    timestep: int
+    group: str = ""
+
+
+def _levels(model: Model, size: tuple[int, int]) -> Mapping[int, Sequence[Tap]]:
+    """Attention layers by cells along the input's shorter side, the three finest grids, finest first."""
+    levels: dict[int, list[Tap]] = {}
+    for tap in named_taps(model.unet, model.latent_stride):
+        if ".attn" in tap.name:
+            levels.setdefault(min(size) // tap.stride, []).append(tap)
+    return {cells: levels[cells] for cells in sorted(levels, reverse=True)[:3]}
+
+
+def layer_cases(model: Model, size: tuple[int, int], timestep: int) -> tuple[Case, ...]:
+    """The cases of Figs. 4 to 6: grids, encoder and decoder on each, the layers of the coarsest encoder block.
+
+    A grid stands for all attention layers on it, joined. Where the coarsest block has one attention layer alone (the
+    embedded model), the residual layer before it stands beside it.
+
+    Raises:
+        RecipeError: the UNet has no attention layers in its encoder.
+    """
+    levels = _levels(model, size)
+    everything = tuple(tap.name for taps in levels.values() for tap in taps)
+    cases = []
+    if len(levels) > 1:
+        cases.append(Case("+".join(map(str, levels)), everything, timestep, "resolution"))
+    for cells, taps in levels.items():
+        cases.append(Case(str(cells), tuple(tap.name for tap in taps), timestep, "resolution"))
+    for side, prefix in (("encoder", "down"), ("decoder", "up")):
+        for cells, taps in levels.items():
+            names = tuple(tap.name for tap in taps if tap.name.startswith(prefix))
+            if names:
+                cases.append(Case(f"{side} {cells}", names, timestep, "side"))
+    coarsest = [tap.name for taps in list(levels.values())[-1:] for tap in taps if tap.name.startswith("down")]
+    if not coarsest:
+        raise RecipeError(f"the UNet of '{model.name}' has no attention layers in its encoder; allowed: SD 1.x or 2.x")
+    block = coarsest[-1].split(".")[0]
+    own = [name for name in coarsest if name.startswith(f"{block}.")]
+    if len(own) == 1:
+        own = [own[0].replace("attn", "res"), own[0]]
+    ordinals = ("first", "second", "third", "fourth")
+    for k, name in enumerate(own):
+        what = "" if all(".attn" in one for one in own) else f"{'attention' if '.attn' in name else 'residual'} layer, "
+        cases.append(Case(f"{what or ordinals[k % 4] + ', '}{name}", (name,), timestep, "layer"))
+    return tuple(cases)
+
+
+def step_cases(taps: tuple[str, ...], timesteps: Sequence[int]) -> tuple[Case, ...]:
+    """The cases of Fig. 7: one a timestep."""
+    return tuple(Case(str(t), taps, t, "steps") for t in timesteps)
+
+
+def table_name(taps: tuple[str, ...], timestep: int) -> str:
+    """The file name of a case's table of prototypes."""
+    joined = "+".join(taps)
+    short = joined if len(joined) <= 40 else f"{len(taps)}-taps~{hashlib.sha256(joined.encode()).hexdigest()[:10]}"
+    return f"{short}.t{timestep:03d}.parquet"
+
+
+def _by_timestep(model: Model, cases: Sequence[Case]) -> dict[int, tuple[str, ...]]:
+    """The taps of each timestep's pass, in the order in which the network runs them."""
+    order = {tap.name: k for k, tap in enumerate(named_taps(model.unet, model.latent_stride))}
+    wanted: dict[int, set[str]] = {}
+    for case in cases:
+        wanted.setdefault(case.timestep, set()).update(case.taps)
+    return {
+        t: tuple(sorted(taps, key=lambda name: (order.get(name, len(order)), name)))
+        for t, taps in sorted(wanted.items())
+    }
+
+
+def union_recipe(recipe: Recipe, model: Model, cases: Sequence[Case]) -> Recipe:
+    """A recipe that gives the maps of all cases: a branch a timestep, each with all its taps; encoded once an image."""
+    prompt = recipe.branches[0].prompt
+    branches = tuple(Branch(taps, t, prompt) for t, taps in _by_timestep(model, cases).items())
+    return replace(recipe, branches=branches)
+
+
+def columns(recipe: Recipe, model: Model, cases: Sequence[Case], folder: Path) -> tuple[Column, ...]:
+    """The tables that cases need, each once, read from the branches of `union_recipe`."""
+    times = list(_by_timestep(model, cases))
+    made: dict[Path, Column] = {}
+    for case in cases:
+        path = folder / table_name(case.taps, case.timestep)
+        branch = times.index(case.timestep)
+        parts = tuple((branch, tap) for tap in case.taps)
+        own = narrowed(recipe, case.taps, case.timestep)
+        made.setdefault(path, Column(path, own, "+".join(case.taps), case.timestep, parts))
+    return tuple(made.values())

@@ -1,0 +1,250 @@
+"""The study's figures from its results: box plots, the curve over offsets. Needs matplotlib.
+
+Everything is drawn from the figures in the JSON, so that results can be drawn again without their distances.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from difftap.artifacts.files import output_errors, write_atomic
+from difftap.errors import require
+
+__all__ = ["NAMES", "UNITS", "draw_axis", "save_figure"]
+
+COLOURS = {"sidi": "#8d6a9f", "scsi": "#1f6f8b", "scdi": "#66a182", "dcsi": "#edae49", "dcdi": "#d1495b"}
+NAMES = {
+    "sidi": "same instance, different image",
+    "scsi": "same class, same image",
+    "scdi": "same class, different image",
+    "dcsi": "different class, same image",
+    "dcdi": "different class, different image",
+}
+UNITS = {
+    "euclidean": "Euclidean distance",
+    "manhattan": "Manhattan distance",
+    "cosine": "1 - cosine",
+    "correlation": "1 - Pearson correlation",
+    "dcor": "1 - distance correlation",
+}
+TITLES = {"voc": "VOC 2012", "coco": "COCO 2017", "davis": "DAVIS 2017", "folder": "images"}
+
+Results = Mapping[str, Any]
+
+
+def _figure(width: float, height: float) -> Any:
+    require("matplotlib", "bench", "drawing figures").use("Agg")
+    return require("matplotlib.figure", "bench", "drawing figures").Figure(
+        figsize=(width, height), layout="constrained"
+    )
+
+
+def save_figure(figure: Any, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and as SVG; the same results give the same bytes."""
+    matplotlib = require("matplotlib", "bench", "drawing figures")
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        picture = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
+        path = folder / f"{name}.{kind}"
+        write_atomic(path, picture.getvalue())
+        files.append(path)
+    return files
+
+
+def _box(one: Mapping[str, Any]) -> dict[str, float] | None:
+    """A set's figures as matplotlib's ``bxp`` takes them; None without values."""
+    box = one["box"]
+    if not box["count"]:
+        return None
+    keys = {"med": "median", "q1": "q1", "q3": "q3", "whislo": "low", "whishi": "high", "mean": "mean"}
+    return {key: box[name] for key, name in keys.items()}
+
+
+def _boxes(axes: Any, boxes: Sequence[tuple[float, str, Mapping[str, Any]]], width: float) -> None:
+    """Boxes at places, coloured by set; a white dot marks the mean."""
+    for place, name, one in boxes:
+        figures = _box(one)
+        if figures is None:
+            axes.annotate("none", (place, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
+            continue
+        drawn = axes.bxp(
+            [figures], positions=[place], widths=width, showfliers=False, showmeans=True, patch_artist=True,
+            medianprops={"color": "black"},
+            meanprops={"marker": "o", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 3.5},
+        )  # fmt: skip
+        drawn["boxes"][0].set(facecolor=COLOURS[name], linewidth=0.8)
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", labelsize=8)
+
+
+def _title(name: str, data: Mapping[str, Any]) -> str:
+    counts = data["counts"]
+    return f"{TITLES.get(name, name)}: {counts['objects']} objects, {counts['images']} images"
+
+
+def _distances(results: Results, _group: str) -> Any:
+    """Measures side by side, each with its own unit: a row a data set."""
+    datasets = results["datasets"]
+    cases = max(len(data["cases"]) for data in datasets.values())
+    figure = _figure(2.5 * cases + 0.4, 3.3 * len(datasets))
+    parts = figure.subfigures(len(datasets), 1, squeeze=False)[:, 0]
+    for part, (name, data) in zip(parts, datasets.items(), strict=True):
+        part.suptitle(_title(name, data), fontsize=10)
+        for axes, case in zip(part.subplots(1, cases, squeeze=False)[0], data["cases"], strict=False):
+            sets = [key for key in ("scsi", "scdi", "dcsi", "dcdi") if key in case["sets"]]
+            _boxes(axes, [(k, key, case["sets"][key]) for k, key in enumerate(sets)], 0.6)
+            ticks = [f"{key}\nn={_short(case['sets'][key]['count'])}" for key in sets]
+            axes.set_xticks(range(len(sets)), ticks, fontsize=7)
+            axes.set_ylabel(UNITS[case["metric"]], fontsize=8)
+            axes.set_xlim(-0.6, len(sets) - 0.4)
+            _plain(axes)
+    return figure
+
+
+def _short(count: int) -> str:
+    if count < 10_000:
+        return str(count)
+    return f"{count / 1e3:.3g}k" if count < 1_000_000 else f"{count / 1e6:.3g}M"
+
+
+def _grouped(results: Results, group: str) -> Any:
+    """Cases side by side, the sets' boxes within each: a row a data set."""
+    datasets = results["datasets"]
+    cases = {name: [one for one in data["cases"] if one["group"] == group] for name, data in datasets.items()}
+    most = max(len(rows) for rows in cases.values())
+    figure = _figure(min(12.0, max(5.5, 1.25 * most + 1.2)), 3.4 * len(datasets))
+    order = ("sidi", "scsi", "scdi", "dcsi", "dcdi")
+    grid = figure.subplots(len(datasets), 1, squeeze=False)[:, 0]
+    for axes, (name, rows) in zip(grid, cases.items(), strict=True):
+        sets = [key for key in order if any(row["sets"].get(key, {}).get("count") for row in rows)]
+        width = 0.8 / max(1, len(sets))
+        places = []
+        for g, row in enumerate(rows):
+            for k, key in enumerate(sets):
+                places.append((g + (k - (len(sets) - 1) / 2) * width, key, row["sets"][key]))
+        _boxes(axes, places, 0.85 * width)
+        axes.set_xticks(range(len(rows)), [_wrapped(row["label"]) for row in rows], fontsize=8)
+        axes.set_xlim(-0.5, len(rows) - 0.5)
+        for g in range(1, len(rows)):
+            axes.axvline(g - 0.5, color="#cccccc", linewidth=0.6)
+        axes.set_ylabel(UNITS[rows[0]["metric"]], fontsize=9)
+        axes.set_xlabel(_AXES[group], fontsize=9)
+        counts = ", ".join(f"{key} {_numbers(rows, key)}" for key in sets)
+        axes.set_title(f"{_title(name, datasets[name])}\nn: {counts}", fontsize=9)
+        _plain(axes)
+        patches = require("matplotlib.patches", "bench", "drawing figures")
+        handles = [patches.Patch(facecolor=COLOURS[key], edgecolor="black", label=key) for key in sets]
+        axes.legend(handles=handles, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+_AXES = {
+    "resolution": "grid of the joined attention layers, cells a side",
+    "side": "half of the UNet, and its grid in cells a side",
+    "layer": "encoder layer",
+    "steps": "timestep t",
+    "transforms": "transform",
+}
+
+
+def _wrapped(label: str) -> str:
+    return (
+        label.replace(", ", ",\n")
+        .replace("crop-shift ", "crop-shift\n")
+        .replace("flip ", "flip\n")
+        .replace("rotate ", "rotate\n")
+        .replace("encoder ", "encoder\n")
+        .replace("decoder ", "decoder\n")
+    )
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    counts = sorted({row["sets"][key]["count"] for row in rows})
+    return _short(counts[0]) if len(counts) == 1 else f"{_short(counts[0])} to {_short(counts[-1])}"
+
+
+def _offsets(results: Results, _group: str) -> Any:
+    """Means over offsets with their intervals, and how often a person is nearest to itself."""
+    figure = _figure(7.5, 5.6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
+    for name, data in results["datasets"].items():
+        rows = data["offsets"]
+        for key, style in (("sidi", "-"), ("scdi", "--")):
+            known = [row for row in rows if row[key]["count"]]
+            xs, ys = [row["offset"] for row in known], [row[key]["box"]["mean"] for row in known]
+            label = f"{key}: {'the same person' if key == 'sidi' else 'another person'}, that many frames later"
+            upper.plot(xs, ys, style, marker="o", ms=4, color=COLOURS[key], label=label)
+            spans = [(row["offset"], *row[key]["interval"]) for row in known if None not in row[key]["interval"]]
+            if spans:
+                upper.fill_between(*zip(*spans, strict=True), color=COLOURS[key], alpha=0.18, linewidth=0)
+        scsi = data["scsi"]["box"]
+        if scsi["count"]:
+            label = f"scsi: two people in one frame (n={_short(scsi['count'])})"
+            upper.axhline(scsi["mean"], color=COLOURS["scsi"], linestyle=":", label=label)
+        upper.set_ylabel(f"mean {UNITS[data['metric']]}", fontsize=9)
+        shares = [(row["offset"], 100 * row["nearest"]["share"], row["nearest"]["count"]) for row in rows
+                  if row["nearest"]["share"] is not None]  # fmt: skip
+        lower.plot([x for x, _, _ in shares], [y for _, y, _ in shares], marker="o", ms=4, color="#2e4057")
+        for x, y, n in shares:
+            lower.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(0, -11), ha="center", fontsize=6.5)
+        counts, people = data["counts"], sum(len(clip["people"]) for clip in data["clips"].values())
+        upper.set_title(
+            f"{TITLES.get(name, name)}: {people} people, seen {counts['objects']} times in {counts['images']} frames of"
+            f" {len(data['clips'])} clip{'s' if len(data['clips']) > 1 else ''}; bands: 95 % intervals from resampled "
+            "frames\nbelow, how often a person's nearest in the later frame is itself, and in how many cases",
+            fontsize=9,
+        )
+    offsets = sorted({row["offset"] for data in results["datasets"].values() for row in data["offsets"]})
+    lower.set(ylim=(0, 108), xlabel="offset, frames", xscale="log", xlim=(0.9 * offsets[0], 1.1 * offsets[-1]))
+    lower.set_xticks(offsets, [str(offset) for offset in offsets], fontsize=8)
+    lower.set_xticks([], minor=True)
+    lower.set_ylabel("nearest is\nitself, %", fontsize=9)
+    upper.set_ylim(0, None)
+    upper.legend(fontsize=8, frameon=False)
+    for axes in (upper, lower):
+        _plain(axes)
+    return figure
+
+
+_FIGURES: dict[str, tuple[tuple[str, str, Callable[[Results, str], Any], str], ...]] = {
+    "distances": (("fig3-distances", "", _distances, "Distance measures (as Fig. 3)"),),
+    "layers": (
+        ("fig4-resolution", "resolution", _grouped, "Spatial resolution (as Fig. 4)"),
+        ("fig5-encoder-decoder", "side", _grouped, "Encoder and decoder (as Fig. 5)"),
+        ("fig6-layers", "layer", _grouped, "Layers of the coarsest encoder block (as Fig. 6)"),
+    ),
+    "steps": (("fig7-steps", "steps", _grouped, "Inference steps (as Fig. 7)"),),
+    "transforms": (("fig8-transforms", "transforms", _grouped, "Transforms (as Fig. 8)"),),
+    "video": (("fig9-offsets", "", _offsets, "Offsets between frames (as Fig. 9)"),),
+}
+"""By axis: file name, group of cases, what draws it, title. Which of Figs. 4 to 8 is which is our reading."""
+
+
+def draw_axis(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    """Draw an axis' figures.
+
+    Returns:
+        per figure its title and its SVG file; a PNG lies beside it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: a file cannot be written.
+    """
+    drawn = []
+    for name, group, draw, title in _FIGURES[results["axis"]]:
+        if group and not any(one["group"] == group for d in results["datasets"].values() for one in d["cases"]):
+            continue
+        drawn.append((title, save_figure(draw(results, group), folder, name)[1]))
+    return drawn

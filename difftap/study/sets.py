@@ -1,0 +1,142 @@
+"""The study's sets of distances: which pairs of objects share a class, an image, an identity.
+
+Axis letters: N objects; P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.prototypes import PrototypeTable
+from difftap.retrieval.distances import blocks, pairwise
+from difftap.study.bootstrap import DistanceSet
+
+__all__ = ["MOST_PAIRS", "SETS", "PairSet", "aligned_distances", "codes", "pair_sets"]
+
+SETS = ("scsi", "scdi", "dcsi", "dcdi", "sidi")
+"""Same class same image; same class different image; different class same image; different class different image; and
+the same instance in a different image, which is in no other set."""
+
+MOST_PAIRS = 2_000_000
+"""Pairs of a set that are kept one by one; of more, a seeded sample is. Means and deviations are always of all."""
+
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """One set of distances.
+
+    Attributes:
+        kept: the distances, with each one's two images; a seeded sample if there are more than `MOST_PAIRS`.
+        count: number of pairs in all.
+        mean: of all pairs; NaN if there are none.
+        std: standard deviation of all pairs, with n - 1; NaN below two.
+    """
+
+    kept: DistanceSet
+    count: int
+    mean: float
+    std: float
+
+
+def codes(table: PrototypeTable) -> NDArray[np.int64]:
+    """Class, image and instance of each row as numbers, ``(3, N)``."""
+    columns = (table.classes, table.images, table.instances)
+    return np.stack([np.unique(column, return_inverse=True)[1].ravel() for column in columns]).astype(np.int64)
+
+
+def _which(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int8]:
+    """The set of each pair, ``(n, m)``, by its place in `SETS`; -1 for the same instance seen twice in one image."""
+    same = left[:, :, None] == right[:, None, :]  # (3, n, m)
+    which = np.where(same[0], np.where(same[1], 0, 1), np.where(same[1], 2, 3)).astype(np.int8)
+    which[same[2]] = np.where(same[1], -1, 4)[same[2]]
+    return which
+
+
+def _counts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many pairs each set has."""
+    counts = np.zeros(len(SETS), np.int64)
+    count = numbers.shape[1]
+    for start in range(0, count, 1024):
+        rows = slice(start, min(start + 1024, count))
+        which = _which(numbers[:, rows], numbers[:, rows.start :])
+        which[np.tril_indices(which.shape[0], 0, which.shape[1])] = -1
+        counts += np.bincount(which[which >= 0], minlength=len(SETS))
+    return counts
+
+
+def _upper(
+    table: PrototypeTable, numbers: NDArray[np.int64], metric: str, device: str
+) -> Iterator[tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]]:
+    """Every pair once, in pieces: its set, its distance, its two rows."""
+    for rows, columns, block in blocks(table.vectors, metric=metric, device=device):
+        if columns.start < rows.start:
+            continue  # the mirror image of a tile seen before
+        which = _which(numbers[:, rows], numbers[:, columns])
+        if columns.start == rows.start:
+            which[np.tril_indices(which.shape[0], 0, which.shape[1])] = -1
+        i, j = np.nonzero(which >= 0)
+        yield which[i, j], block[i, j], i + rows.start, j + columns.start
+
+
+def pair_sets(
+    table: PrototypeTable, metric: str, *, device: str = "cpu", most: int = MOST_PAIRS, seed: int = 0
+) -> Mapping[str, PairSet]:
+    """The distances of all pairs of objects, set by set.
+
+    Args:
+        table: the prototypes.
+        metric: one of `difftap.retrieval.distances.METRICS`.
+        device: ``cpu`` or ``cuda``.
+        most: pairs of a set that are kept one by one.
+        seed: of the sample, where there are more.
+    """
+    numbers = codes(table)
+    counts = _counts(numbers)
+    share = np.minimum(1.0, most / np.maximum(counts, 1))
+    rng = np.random.default_rng(seed)
+    sums = np.zeros((2, len(SETS)))
+    pieces: list[list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]]] = [[] for _ in SETS]
+    shift: float | None = None
+    for which, values, i, j in _upper(table, numbers, metric, device):
+        if shift is None and len(values):
+            shift = float(values[0])  # sums of squares around it lose nothing
+        moved = values.astype(np.float64) - (shift or 0.0)
+        sums += np.stack([np.bincount(which, moved**power, len(SETS)) for power in (1, 2)])
+        drawn = rng.random(len(which)) < share[which] if (share < 1).any() else np.ones(len(which), np.bool_)
+        for k in range(len(SETS)):
+            mine = drawn & (which == k)
+            if mine.any():
+                pieces[k].append((values[mine], numbers[1, i[mine]], numbers[1, j[mine]]))
+    return {name: _pair_set(pieces[k], int(counts[k]), sums[:, k], shift or 0.0) for k, name in enumerate(SETS)}
+
+
+def _pair_set(
+    pieces: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]],
+    count: int,
+    sums: NDArray[np.float64],
+    shift: float,
+) -> PairSet:
+    values, left, right = (
+        (np.concatenate([piece[k] for piece in pieces]) if pieces else np.zeros(0, np.int64)) for k in range(3)
+    )
+    mean = float(sums[0]) / count if count else float("nan")
+    spread = float(sums[1]) - count * mean**2 if count else 0.0
+    std = max(spread / (count - 1), 0.0) ** 0.5 if count > 1 else float("nan")
+    return PairSet(DistanceSet(values.astype(np.float64), left, right), count, mean + shift, std)
+
+
+def aligned_distances(
+    x: NDArray[np.float32], y: NDArray[np.float32], metric: str, device: str = "cpu"
+) -> NDArray[np.float32]:
+    """Distance of each row of ``x`` to the same row of ``y``, ``(N,)``."""
+    parts = [
+        np.diagonal(pairwise(x[k : k + _ROWS], y[k : k + _ROWS], metric=metric, device=device))
+        for k in range(0, len(x), _ROWS)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)

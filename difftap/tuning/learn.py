@@ -1,0 +1,403 @@
+"""From a model, a recipe and pairs to a folder of learned prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.artifacts.files import only_writer, output_errors
+from difftap.backbones.checkpoint import Model
+from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
+from difftap.errors import ModelError, RecipeError, require
+from difftap.features.shelf import View
+from difftap.images import Image
+from difftap.pipeline.pipeline import available_cores, check_fits
+from difftap.prompts import encode_prompt
+from difftap.prompts.learned import PROMPT_FILE, LearnedPrompts, fits_of, save_learned
+from difftap.prompts.tokens import TokenSource, dino_input, own_grid, own_tokens
+from difftap.recipe import Recipe
+from difftap.tuning.crew import Crew, open_crew
+from difftap.tuning.settings import OWN_TOKENS, Settings
+from difftap.tuning.training_pairs import TrainingPairs
+
+if TYPE_CHECKING:
+    from difftap.tuning.learner import Learner
+    from difftap.tuning.loop import Loop, Watcher
+    from difftap.tuning.posteriors import ImageStore, Known
+    from difftap.tuning.state import Progress
+
+__all__ = ["Tuned", "tune"]
+
+_LOG = logging.getLogger("difftap")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a training gave.
+
+    Attributes:
+        prompts: the prompt file.
+        scores: one a group of branches that was learned together.
+        images: images that went through the VAE in this run; those of an earlier one are read again.
+    """
+
+    prompts: LearnedPrompts
+    scores: Sequence[dict[str, Any]]
+    images: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One training's parts, made ready."""
+
+    model: Model
+    recipe: Recipe
+    settings: Settings
+    pairs: TrainingPairs
+    cache: Cache
+    folder: Path
+    device: str
+    threads: int
+    crew: Crew
+    timesteps: tuple[int, ...]
+
+
+def tune(
+    model: Model,
+    recipe: Recipe,
+    pairs: TrainingPairs,
+    settings: Settings,
+    folder: Path,
+    *,
+    cache: Cache | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+) -> Tuned:
+    """Learn a recipe's prompts into ``folder``; goes on with a run that was stopped there.
+
+    Raises:
+        MissingExtraError: torch, diffusers or transformers is not installed.
+        InputError: model, recipe, pairs and settings do not fit together.
+        OutputError: the folder holds another training, is in use, or cannot be written.
+    """
+    for module in ("torch", "diffusers", "transformers"):
+        require(module, "tune", "learning a prompt")
+    import torch
+
+    crew = open_crew(device)
+    device = crew.device or (("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    check_fits(recipe, model)
+    if model.pooled_width:
+        raise ModelError(f"model '{model.name}' reads two text encoders (SDXL); allowed for learning: one, or none")
+    settings.check(recipe)
+    recipe = dataclasses.replace(recipe, learned=None)
+    timesteps = _timesteps(recipe, settings, model)
+    count = threads or available_cores()
+    job = _Job(
+        model, recipe, settings, pairs, cache or Cache(default_cache_folder()), folder, device, count, crew, timesteps
+    )
+    with _own_folder(folder, overwrite, crew), _threads(count):
+        return _Run(job, watcher).run()
+
+
+def _timesteps(recipe: Recipe, settings: Settings, model: Model) -> tuple[int, ...]:
+    """At which timestep each branch's prompt is learned.
+
+    Raises:
+        RecipeError: not one a branch, or not of the schedule.
+    """
+    own = tuple(b.timestep if b.tuned_at is None else b.tuned_at for b in recipe.branches)
+    chosen = settings.timesteps or own
+    if len(chosen) != len(own):
+        raise RecipeError(f"{len(chosen)} timesteps for a recipe of {len(own)} branches; give one for each, or none")
+    for timestep in chosen:
+        if timestep < 0:
+            raise RecipeError(f"timestep is {timestep}; allowed: 0 or more")
+        latent_scales(model, timestep, recipe.noise)
+    return chosen
+
+
+@contextlib.contextmanager
+def _own_folder(folder: Path, overwrite: bool, crew: Crew) -> Iterator[None]:
+    """The folder, made, and locked by the first of the processes.
+
+    Raises:
+        OutputError: it cannot be made, or another training is using it.
+    """
+    if crew.rank:
+        crew.wait()
+        yield
+        return
+    with output_errors(folder):
+        (folder / "training").mkdir(parents=True, exist_ok=True)
+    with only_writer(folder, folder / "training" / ".lock"):
+        if overwrite:
+            for path in [*folder.glob("cpm.*"), folder / PROMPT_FILE, *(folder / "training").iterdir()]:
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        crew.wait()
+        yield
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """The steps from parts to files."""
+
+    def __init__(self, job: _Job, watcher: Watcher | None) -> None:
+        self.job = job
+        self.watcher = watcher
+
+    def run(self) -> Tuned:
+        from difftap.tuning.learner import Learner
+        from difftap.tuning.loop import Loop
+        from difftap.tuning.passes import Passes
+        from difftap.tuning.space import open_space
+
+        job = self.job
+        source = self._token_source()
+        space = open_space(job.model, job.cache, job.device, job.settings.tokens)
+        store = self._store(source)
+        empty = encode_prompt(job.model, "", job.cache)
+        branches = range(len(job.recipe.branches))
+        groups = [list(branches)] if job.settings.joint == "joint" else [[k] for k in branches]
+        learners: dict[int, Learner] = {}
+        scores: list[dict[str, Any]] = []
+        courses: list[dict[str, Any]] = []
+        unet = None
+        for number, group in enumerate(groups):
+            recipe = dataclasses.replace(job.recipe, branches=tuple(job.recipe.branches[k] for k in group))
+            steps = [job.timesteps[k] for k in group]
+            made = [
+                Learner(
+                    job.settings, space, job.pairs.classes, (source.count, source.channels) if source else (0, 0), k,
+                    job.device,
+                )
+                for k in group
+            ]  # fmt: skip
+            passes = Passes(
+                job.model, recipe, steps, job.device, precision=job.settings.precision,
+                checkpointing=job.settings.checkpointing, unet=unet,
+            )  # fmt: skip
+            unet = passes.unet
+            loop = Loop(recipe, job.settings, job.pairs, made, passes, store, empty, job.crew, job.device)
+            watcher = self._watching(loop, group, courses)
+            loop.run(job.folder / "training" / f"state.{number}.safetensors", self._identity(source, group), watcher)
+            loop.take_best()
+            courses.append(_course(loop, group))
+            self._save_course(courses)
+            learners |= dict(zip(group, made, strict=True))
+            scores.append(self._scores(loop, group))
+        prompts = None
+        if job.crew.rank == 0:
+            prompts = self._write([learners[k] for k in branches], store, source, scores)
+        job.crew.wait()
+        if prompts is None:
+            from difftap.prompts.learned import load_learned
+
+            prompts = load_learned(job.folder)
+        return Tuned(prompts, scores, store.made)
+
+    def _watching(self, loop: Loop, group: Sequence[int], before: Sequence[dict[str, Any]]) -> Watcher:
+        """The caller's watcher, and the course saved after each epoch."""
+        from difftap.tuning.loop import Watcher
+
+        watcher = self.watcher or Watcher()
+
+        def epoch(progress: Progress, row: dict[str, float]) -> None:
+            self._save_course([*before, _course(loop, group)])
+            watcher.epoch(progress, row)
+
+        return Watcher(watcher.step, epoch)
+
+    def _save_course(self, courses: Sequence[dict[str, Any]]) -> None:
+        from difftap.tuning.written import save_course, save_plot
+
+        if self.job.crew.rank == 0:
+            save_course(self.job.folder / "training.json", courses)
+            save_plot(self.job.folder / "training.png", courses)
+
+    def _identity(self, source: TokenSource | None, group: Sequence[int]) -> dict[str, Any]:
+        """What must be the same for a state to be gone on from; how long to learn may change."""
+        import torch
+
+        job = self.job
+        settings = job.settings.to_dict()
+        del settings["epochs"], settings["steps"]
+        return {
+            "model": job.cache.model_key(job.model),
+            "recipe": {**fits_of(job.recipe), "seed": job.recipe.seed, "joining": self._joining()},
+            "data": dict(job.pairs.about),
+            **settings,
+            "timesteps": list(job.timesteps),
+            "tokens_from": source and source.to_dict(),
+            "branches": list(group),
+            "threads": job.threads,
+            "device": job.device.split(":")[0],
+            "processes": job.crew.size,
+            "torch": str(torch.__version__),
+            "machine": platform.machine(),
+        }
+
+    def _joining(self) -> dict[str, Any]:
+        recipe = self.job.recipe
+        weights = [branch.weight for branch in recipe.branches]
+        return {"combine": recipe.combine, "upsample": recipe.upsample, "weights": weights}
+
+    def _token_source(self) -> TokenSource | None:
+        """Where image tokens come from; None where no prompt depends on an image."""
+        job = self.job
+        if job.settings.kind != "cpm":
+            return None
+        if job.settings.image_tokens != OWN_TOKENS:
+            from difftap.export.conditional import dino_facts
+
+            name = job.settings.image_tokens
+            digest, side, channels = dino_facts(name, job.cache)
+            return TokenSource("dinov2", 256, channels, network=name, weights=digest, side=side)
+        tap = job.model.tap(job.settings.image_tap)
+        if not tap.channels:
+            raise RecipeError(f"image tap '{tap.name}' is a module path; allowed: a block's or a layer's short name")
+        grid = own_grid(job.recipe.size, tap.stride)
+        return TokenSource("own", grid[0] * grid[1], tap.channels, tap.name, job.timesteps[0], grid)
+
+    def _store(self, source: TokenSource | None) -> ImageStore:
+        from difftap.tuning.posteriors import ImageStore
+
+        job, torch_backend = self.job, get_backend("torch")
+
+        def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
+            return torch_backend.open(Graph(job.model, component, taps), profile, job.device, job.threads)
+
+        vae = engine("vae", (), Profile(job.recipe.size))
+        tokens: Callable[[Image, Known], NDArray[np.float32]] | None = None
+        if source is not None and source.kind == "own":
+            empty = encode_prompt(job.model, "", job.cache)
+            unet = engine("unet", (source.tap,), Profile(job.recipe.size, 1, len(empty)))
+            scales = latent_scales(job.model, source.timestep, job.recipe.noise)
+
+            def tokens(_image: Image, known: Known) -> NDArray[np.float32]:
+                return own_tokens(_own_map(unet, source, scales, known, empty), source.grid)
+
+        elif source is not None:
+            from difftap.export.conditional import dino_folder, image_network, numpy_tokens
+
+            network = numpy_tokens(image_network(dino_folder(source.network)), job.device)
+
+            def tokens(image: Image, _known: Known) -> NDArray[np.float32]:
+                return network(dino_input(image, source.side))
+
+        name = f"images.{job.crew.rank}" if job.crew.size > 1 else "images"
+        return ImageStore(job.recipe, vae, tokens, job.folder / "training" / name, job.pairs.makers)
+
+    def _scores(self, loop: Loop, group: Sequence[int]) -> dict[str, Any]:
+        at = loop.progress
+        best = next((row for row in at.history if row["epoch"] == at.best), {})
+        return {
+            "branches": list(group),
+            "measure": "validation PCK, SD4Match's frame and basis, nearest cell, mean over images",
+            "empty": at.empty,
+            "best": {name: value for name, value in best.items() if name not in ("epoch", "loss")},
+            "epoch": at.best,
+            "epochs": len(at.history),
+            "steps": at.done,
+            "history": at.history,
+        }
+
+    def _write(
+        self, learners: Sequence[Learner], store: ImageStore, source: TokenSource | None, scores: list[dict[str, Any]]
+    ) -> LearnedPrompts:
+        from difftap.tuning.written import class_keys, tensors_of
+        from difftap.version import __version__
+
+        job = self.job
+        classes = () if job.settings.kind == "single" else job.pairs.classes
+        chosen = class_keys(job.pairs.train, job.settings.kind, classes)
+        about = {
+            "kind": job.settings.kind,
+            "classes": list(classes),
+            "model": {"name": job.model.name, "key": job.cache.model_key(job.model)},
+            "fits": fits_of(job.recipe),
+            "recipe": job.recipe.to_dict(),
+            "timesteps": list(job.timesteps),
+            "data": dict(job.pairs.about),
+            "settings": job.settings.to_dict(),
+            "image_tokens": source and source.to_dict(),
+            "width": learners[0].space.width,
+            "steps": sum(one["steps"] for one in scores),
+            "scores": scores,
+            "made_with": {"difftap": __version__, **self._identity(source, ()), "branches": len(learners)},
+        }
+        sizes = {
+            path: size
+            for sample in job.pairs.train
+            for path, size in ((sample.source, sample.source_size), (sample.target, sample.target_size))
+        }
+
+        def tokens(view: View) -> NDArray[np.float32]:
+            return store.get(view, sizes[view.path]).tokens
+
+        branches = [tensors_of(learner, chosen, tokens) for learner in learners]
+        prompts = save_learned(job.folder, about, branches)
+        if job.settings.kind == "cpm":
+            from difftap.export.conditional import export_heads, text_graph
+
+            heads = [learner.head for learner in learners if learner.head is not None]
+            export_heads(job.model, prompts.path, prompts.sha256, heads)
+            if learners[0].space.encoder is not None:
+                length = branches[0]["embedding"].shape[1]
+                text_graph(job.model, job.cache, length, learners[0].space.width)
+        return prompts
+
+
+def _course(loop: Loop, group: Sequence[int]) -> dict[str, Any]:
+    at = loop.progress
+    return {
+        "branches": list(group),
+        "losses": list(at.losses),
+        "history": list(at.history),
+        "empty": at.empty,
+        "best": at.best,
+        "seconds": round(at.seconds, 1),
+    }
+
+
+def _own_map(
+    unet: Engine, source: TokenSource, scales: tuple[float, float], known: Known, empty: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The map ``(C, h, w)`` that an image's own tokens are made of."""
+    feeds: dict[str, NDArray[Any]] = {
+        "mean": known.mean[None],
+        "std": known.std[None],
+        "posterior_noise": known.posterior_noise[None],
+        "noise": known.noise[None],
+        "signal": np.full(1, scales[0], np.float32),
+        "sigma": np.full(1, scales[1], np.float32),
+        "timestep": np.full(1, source.timestep, np.int64),
+        "prompt": empty[None],
+    }
+    found: NDArray[np.float32] = unet.run(feeds)[source.tap][0]
+    return found

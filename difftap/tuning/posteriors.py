@@ -1,0 +1,154 @@
+"""What learning needs of each image, computed once: the posterior of its latent, its noise, its tokens.
+
+Kept in files beside the training's state, so that a resumed run finds them, and in bounded memory.
+Axis letters: C channels; h w latent cells; N K image tokens and their channels; H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.artifacts.files import atomic_path, output_errors
+from difftap.coords import Geometry, Size
+from difftap.engine import Engine
+from difftap.engine.noise import draw
+from difftap.errors import ImageError
+from difftap.features.shelf import View, load_view
+from difftap.images import Image, to_input
+from difftap.recipe import Recipe
+
+__all__ = ["ImageStore", "Known"]
+
+_LOG = logging.getLogger("difftap")
+_NAMES = ("mean", "std", "posterior_noise", "noise", "tokens", "size")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one image.
+
+    Attributes:
+        mean: ``(C, h, w)`` of the latent's posterior.
+        std: ``(C, h, w)``.
+        posterior_noise: ``(1, C, h, w)``.
+        noise: ``(1, C, h, w)``.
+        tokens: ``(N, K)``; empty where no prompt depends on the image.
+        geometry: takes the image's pixels to the input.
+    """
+
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+    posterior_noise: NDArray[np.float32]
+    noise: NDArray[np.float32]
+    tokens: NDArray[np.float32]
+    geometry: Geometry
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its arrays."""
+        return sum(one.nbytes for one in (self.mean, self.std, self.posterior_noise, self.noise, self.tokens))
+
+
+class ImageStore:
+    """Images by view; each goes through the VAE and the token network once.
+
+    Args:
+        recipe: input size, fit, noise and seed.
+        vae: the VAE encoder's engine.
+        tokens: from an image and what is known of it so far to its tokens; None where none are needed.
+        folder: where files are kept; made if it is not there.
+        makers: images that have to be written first.
+        budget: bytes kept in memory.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        vae: Engine,
+        tokens: Callable[[Image, Known], NDArray[np.float32]] | None,
+        folder: Path,
+        makers: Mapping[Path, Callable[[], None]],
+        budget: int = 1 << 30,
+    ) -> None:
+        self._recipe = recipe
+        self._vae = vae
+        self._tokens = tokens
+        self._folder = folder
+        self._makers = makers
+        self._budget = budget
+        self._kept: OrderedDict[View, Known] = OrderedDict()
+        self.made = 0
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, view: View, size: Size) -> Known:
+        """What is known of a view.
+
+        Args:
+            view: the image.
+            size: ``(W, H)`` that its annotation states.
+
+        Raises:
+            ImageError: it cannot be read, or has another size than annotated.
+        """
+        known = self._kept.get(view)
+        if known is None:
+            path = self._folder / f"{hashlib.sha256(f'{view.mirrored}:{view.path}'.encode()).hexdigest()[:32]}.npz"
+            known = self._read(path) or self._make(view, path)
+            self._kept[view] = known
+            while len(self._kept) > 2 and sum(one.nbytes for one in self._kept.values()) > self._budget:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(view)
+        if known.geometry.image != tuple(size):
+            width, height = known.geometry.image
+            raise ImageError(
+                f"'{view.path}' has {width} x {height} pixels, its annotation says {size[0]} x {size[1]}; "
+                "get the data set's own images"
+            )
+        return known
+
+    def _read(self, path: Path) -> Known | None:
+        if not path.is_file():
+            return None
+        try:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
+                mean, std, first, second, tokens, size = (data[name] for name in _NAMES)
+            return Known(mean, std, first, second, tokens, self._geometry((int(size[0]), int(size[1]))))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            _LOG.warning("'%s' is damaged (%s) and is made again", path, error)
+            return None
+
+    def _geometry(self, size: Size) -> Geometry:
+        lay = Geometry.stretch if self._recipe.fit == "stretch" else Geometry.letterbox
+        return lay(size, self._recipe.size)
+
+    def _make(self, view: View, path: Path) -> Known:
+        if view.path in self._makers and not view.path.exists():
+            self._makers[view.path]()
+        image = load_view(view)
+        pixels, geometry = to_input(image, self._recipe.size, self._recipe.fit)
+        posterior = self._vae.run({"image": pixels[None]})
+        mean, std = posterior["mean"][0], posterior["std"][0]
+        if self._recipe.noise == "none":
+            draws = (np.zeros((1, *mean.shape), np.float32), np.zeros((1, *mean.shape), np.float32))
+        else:
+            draws = draw(self._recipe.seed, image.digest, 1, mean.shape)
+        known = Known(mean, std, *draws, np.zeros((0, 0), np.float32), geometry)
+        if self._tokens is not None:
+            known = Known(mean, std, *draws, self._tokens(image, known), geometry)
+        self.made += 1
+        arrays = (known.mean, known.std, known.posterior_noise, known.noise, known.tokens, np.array(image.size))
+        with atomic_path(path) as scratch, open(scratch, "wb") as handle:
+            named: Mapping[str, Any] = dict(zip(_NAMES, arrays, strict=True))
+            np.savez(handle, **named)
+        return known

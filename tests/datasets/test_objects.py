@@ -1,0 +1,341 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image as PIL
+
+from difftap.commands.data import data as data_command
+from difftap.datasets import coco, davis, objects, voc
+from difftap.datasets.check_objects import check_objects
+from difftap.datasets.layout import DatasetError
+from difftap.datasets.masks import read_labels, read_listing
+from difftap.errors import InputError
+from difftap.prototypes import Selection
+from tests.datasets.builders import write_picture
+from tests.datasets.object_builders import block, write_coco, write_davis, write_folder, write_labels, write_voc
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
+WRITERS = {"coco": write_coco, "davis": write_davis, "folder": write_folder, "voc": write_voc}
+ALL = Selection(min_area=0.0)
+
+
+def load(name, root, **options):
+    if name == "coco":
+        pytest.importorskip("pycocotools")
+    return objects.load(name, root, **options)
+
+
+def described(source):
+    scenes = [source.read(key) for key in source.keys]
+    return {scene.key: [(one.instance, one.category) for one in scene.objects] for scene in scenes}
+
+
+def test_an_unknown_data_set_lists_those_there_are(tmp_path):
+    with pytest.raises(InputError, match="no data set of objects 'ade'; allowed: coco, davis, folder, voc"):
+        objects.load("ade", tmp_path)
+    with pytest.raises(InputError, match="data set 'voc' has no option --crowds"):
+        objects.load("voc", tmp_path, crowds="include")
+
+
+@pytest.mark.parametrize("name", objects.NAMES)
+def test_a_missing_root_draws_the_expected_tree(name, tmp_path):
+    with pytest.raises(DatasetError) as caught:
+        objects.load(name, tmp_path / "gone")
+    assert caught.value.detail.startswith(f"expected:\n{tmp_path / 'gone'}/")
+    assert caught.value.detail.count("[not found]") == len(objects.loader(name).TREE)
+    (tmp_path / "some").mkdir()
+    with pytest.raises(DatasetError, match="lacks"):
+        objects.load(name, tmp_path / "some")
+
+
+@pytest.mark.parametrize("name", objects.NAMES)
+def test_every_loader_gives_masks_as_large_as_the_image(name, tmp_path):
+    source = load(name, WRITERS[name](tmp_path), wanted=ALL)
+    assert len(source) >= 2
+    for key in source.keys:
+        scene = source.read(key)
+        assert scene.masks.shape == (len(scene.objects), 30, 40)
+        for one, mask in zip(scene.objects, scene.masks, strict=True):
+            assert one.area == pytest.approx(mask.sum() / 1200)
+    instances = [one.instance for key in source.keys for one in source.read(key).objects]
+    assert name == "davis" or len(set(instances)) == len(instances)
+
+
+@pytest.mark.parametrize("name", objects.NAMES)
+def test_objects_must_cover_more_than_the_area(name, tmp_path):
+    source = load(name, WRITERS[name](tmp_path), wanted=ALL)
+    areas = sorted({one.area for key in source.keys for one in source.read(key).objects})
+    some = load(name, tmp_path, wanted=Selection(min_area=areas[0]))
+    kept = [one.area for key in some.keys for one in some.read(key).objects]
+    assert kept
+    assert min(kept) > areas[0]  # "over", not "from"
+    assert sum(some.read(key).left_out.get("too small an area", 0) for key in some.keys) >= 1
+
+
+def test_voc_objects_have_classes_and_no_void(tmp_path):
+    source = load("voc", write_voc(tmp_path))
+    assert described(source) == {
+        "a": [("a/1", "cat"), ("a/2", "cat"), ("a/3", "person")],
+        "b": [("b/1", "cat"), ("b/2", "dog")],
+    }
+    labels = read_labels(tmp_path / "SegmentationObject/a.png")
+    scene = source.read("a")
+    assert (labels == 255).any()
+    assert not scene.masks[:, labels == 255].any()
+    assert [int((labels == k).sum()) for k in (1, 2, 3)] == scene.masks.sum(axis=(1, 2)).tolist()
+
+
+@pytest.mark.parametrize("inside", ["VOC2012", "VOCdevkit/VOC2012"])
+def test_voc_may_lie_below_the_root(tmp_path, inside):
+    write_voc(tmp_path / inside)
+    assert list(load("voc", tmp_path).keys) == ["a", "b"]
+
+
+def test_voc_splits_and_lists(tmp_path):
+    write_voc(tmp_path, split="val")
+    assert load("voc", tmp_path).about["split"] == "val"
+    assert list(load("voc", tmp_path, listing=["b.jpg"]).keys) == ["b"]
+    with pytest.raises(DatasetError, match=r"lacks 'ImageSets/Segmentation/train.txt'"):
+        load("voc", tmp_path, split="train")
+    with pytest.raises(InputError, match="split 'nope' does not exist; allowed: trainval, train, val"):
+        load("voc", tmp_path, split="nope")
+    with pytest.raises(InputError, match="VOC has no class 'unicorn'; allowed: aeroplane"):
+        load("voc", tmp_path, wanted=Selection(classes=("unicorn",)))
+    source = load("voc", tmp_path, wanted=Selection(classes=("dog",)))
+    assert described(source) == {"a": [], "b": [("b/2", "dog")]}
+    assert source.read("a").left_out == {"class not wanted": 3}
+
+
+def test_voc_files_that_are_missing_or_wrong(tmp_path):
+    write_voc(tmp_path)
+    with pytest.raises(DatasetError, match="1 of 2 images of 'voc'") as caught:
+        load("voc", tmp_path, listing=["a", "z"])
+    assert caught.value.problems[0].kind == "missing-image"
+    source = load("voc", tmp_path, listing=["a", "z"], allow_missing=True)
+    assert (list(source.keys), source.about["missing"]) == (["a"], 1)
+    write_labels(tmp_path / "SegmentationObject/a.png", block((40, 20), _1=(0, 0, 9, 9)))
+    with pytest.raises(InputError, match="masks of 'a' are"):
+        source.read("a")
+    PIL.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "SegmentationObject/a.png")
+    with pytest.raises(InputError, match="holds colours"):
+        source.read("a")
+    write_labels(tmp_path / "SegmentationObject/a.png", block(_9=(25, 16, 30, 19)))  # background in SegmentationClass
+    with pytest.raises(InputError, match="object 9 of 'a' has no class"):
+        source.read("a")
+
+
+def test_coco_polygons_run_lengths_and_crowds(tmp_path):
+    source = load("coco", write_coco(tmp_path))
+    assert described(source) == {
+        "val2017/000000000001": [("val2017/000000000001/100", "person"), ("val2017/000000000001/101", "potted plant")],
+        "val2017/000000000002": [("val2017/000000000002/103", "car")],
+    }
+    first = source.read("val2017/000000000001")
+    assert first.left_out == {"crowd": 1}
+    assert first.masks.sum(axis=(1, 2)).tolist() == [200, 400]  # both parts of the person
+    second = source.read("val2017/000000000002")
+    assert second.left_out == {"too small an area": 1}
+    assert second.masks[0, :, :10].all()
+    assert second.masks[0].sum() == 300  # run lengths go down the columns
+    crowded = load("coco", tmp_path, crowds="include").read("val2017/000000000001")
+    assert [one.category for one in crowded.objects] == ["person", "potted plant", "person"]
+    assert crowded.masks[2, :, 20:30].all()
+    with pytest.raises(InputError, match="crowds 'count' does not exist; allowed: exclude, include"):
+        load("coco", tmp_path, crowds="count")
+
+
+def test_coco_compressed_run_lengths(tmp_path):
+    pytest.importorskip("pycocotools")
+    from pycocotools import mask as encoder
+
+    drawn = np.zeros((30, 40), np.uint8, order="F")
+    drawn[5:20, 3:33] = 1
+    packed = encoder.encode(drawn)
+    segmentation = {"counts": packed["counts"].decode(), "size": [30, 40]}
+    write_coco(tmp_path, [{"image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": segmentation}])
+    assert np.array_equal(load("coco", tmp_path).read("val2017/000000000001").masks[0], drawn.astype(bool))
+
+
+def test_coco_says_nothing_on_stdout(tmp_path, capsys):
+    load("coco", write_coco(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_coco_lists_look_in_both_splits(tmp_path):
+    write_coco(tmp_path)
+    write_coco(tmp_path, split="train2017")
+    source = load("coco", tmp_path, listing=["000000000002.jpg"])
+    assert list(source.keys) == ["val2017/000000000002"]
+    assert list(load("coco", tmp_path, listing=["train2017/000000000002"]).keys) == ["train2017/000000000002"]
+    with pytest.raises(DatasetError, match="1 of 2 images of 'coco'"):
+        load("coco", tmp_path, listing=["000000000002.jpg", "000000000099.jpg"])
+
+
+def test_a_part_of_coco_need_not_have_all_of_vocs_classes(tmp_path):
+    from difftap.commands.prototypes import classes_of
+
+    write_coco(tmp_path)
+    source = load("coco", tmp_path, wanted=Selection(classes=classes_of("voc", "coco")))
+    found = [one.category for key in source.keys for one in source.read(key).objects]
+    assert sorted(found) == ["car", "person", "potted plant"]
+    with pytest.raises(InputError, match="COCO has no class 'airplane'; allowed: car, person"):
+        load("coco", tmp_path, wanted=Selection(classes=("airplane",)))
+
+
+def test_coco_annotations_that_cannot_be_used(tmp_path):
+    write_coco(tmp_path, [{"image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 1]]}])
+    with pytest.raises(InputError, match="has no usable mask"):
+        load("coco", tmp_path).read("val2017/000000000001")
+    write_picture(tmp_path / "val2017/000000000002.jpg", (20, 30))
+    with pytest.raises(InputError, match="is 20x30, but annotated as 40x30"):
+        load("coco", tmp_path).read("val2017/000000000002")
+    with pytest.raises(InputError, match="COCO has no class 'unicorn'"):
+        load("coco", tmp_path, wanted=Selection(classes=("unicorn",)))
+    (tmp_path / "annotations/instances_val2017.json").write_text("{")
+    with pytest.raises(DatasetError, match="cannot be read as COCO annotations"):
+        load("coco", tmp_path)
+
+
+def test_davis_objects_are_the_same_in_every_frame(tmp_path):
+    source = load("davis", write_davis(tmp_path))
+    assert described(source) == {
+        "bear/00000": [("bear/1", "object")],
+        **{f"walking/0000{k}": [("walking/1", "person"), ("walking/2", "person")] for k in range(3)},
+    }
+    assert source.about["semantics"] == "built in"
+    (tmp_path / "davis_semantics.json").write_text(json.dumps({"bear": {"1": "bear"}, "walking": {"1": "person"}}))
+    named = described(load("davis", tmp_path, split="val"))
+    assert named["bear/00000"] == [("bear/1", "bear")]
+    assert named["walking/00001"] == [("walking/1", "person"), ("walking/2", "object")]
+    (tmp_path / "davis_semantics.json").write_text("[1]")
+    with pytest.raises(DatasetError, match="cannot be read as classes"):
+        load("davis", tmp_path)
+
+
+def test_davis_frames_without_masks_are_no_scenes(tmp_path):
+    write_davis(tmp_path)
+    (tmp_path / "Annotations/480p/walking/00001.png").unlink()
+    assert [key for key in load("davis", tmp_path).keys if "walking" in key] == ["walking/00000", "walking/00002"]
+    (tmp_path / "JPEGImages/480p/walking/00002.jpg").unlink()
+    with pytest.raises(DatasetError, match="1 of 3 images of 'davis'"):
+        load("davis", tmp_path)
+    with pytest.raises(DatasetError, match="none is left to use"):
+        load("davis", tmp_path, listing=["judo"], allow_missing=True)
+
+
+def test_davis_people_of_the_study():
+    assert len(davis.STUDY_CLIPS) == 8
+    assert all(len(davis.PEOPLE[clip]) >= 2 for clip in davis.STUDY_CLIPS)
+
+
+def test_a_folder_takes_classes_from_folders_or_a_list(tmp_path):
+    write_folder(tmp_path)
+    source = load("folder", tmp_path)
+    assert described(source) == {"b": [("b/1", "object")], "cup/a": [("cup/a/1", "cup"), ("cup/a/2", "cup")]}
+    assert not source.read("b").masks[0, :, 30:].any()
+    (tmp_path / "objects.csv").write_text("image,object,class,instance\ncup/a.png,2,mug,blue mug\nb.jpg,1,hat,\n")
+    assert described(load("folder", tmp_path)) == {
+        "b": [("b/1", "hat")],
+        "cup/a": [("cup/a/1", "cup"), ("blue mug", "mug")],
+    }
+    assert list(load("folder", tmp_path, listing=["cup/a.png"]).keys) == ["cup/a"]
+    (tmp_path / "objects.csv").write_text("image,number\n")
+    assert described(load("folder", tmp_path))  # no rows, nothing named
+    (tmp_path / "objects.csv").write_text("image,number\na,1\n")
+    with pytest.raises(DatasetError, match=r"objects\.csv' cannot be read"):
+        load("folder", tmp_path)
+
+
+def test_a_folder_with_sixteen_bits_knows_no_void(tmp_path):
+    write_folder(tmp_path)
+    labels = np.zeros((30, 40), np.uint16)
+    labels[:10], labels[10:20], labels[20:] = 255, 300, 1000
+    PIL.fromarray(labels).save(tmp_path / "masks/b.png")
+    assert [one.instance for one in load("folder", tmp_path).read("b").objects] == ["b/255", "b/300", "b/1000"]
+
+
+def test_pictures_without_a_mask(tmp_path):
+    write_folder(tmp_path)
+    write_picture(tmp_path / "images/lonely.png")
+    with pytest.raises(DatasetError, match="1 of 3 images of 'folder'"):
+        load("folder", tmp_path)
+    assert len(load("folder", tmp_path, allow_missing=True)) == 2
+
+
+def test_lists(tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_text("src,dataset\na.jpg,pascal\n1.jpg,coco\njudo,davis\na.jpg,pascal\n")
+    assert read_listing(file, "voc") == ("a.jpg",)
+    assert read_listing(file, "davis") == ("judo",)
+    with pytest.raises(InputError, match="names nothing of the data set 'folder'"):
+        read_listing(file, "folder")
+    file.write_text("a\nb\n")
+    assert read_listing(file, "folder") == ("a", "b")
+    file.write_text("src,dataset\na.jpg\n")
+    with pytest.raises(InputError, match=r"line 2 of .* has 1 cells; allowed: 2"):
+        read_listing(file, "voc")
+    with pytest.raises(InputError, match="cannot be read as a list"):
+        read_listing(tmp_path, "voc")
+
+
+def test_voc_names_are_cocos():
+    assert set(coco.VOC_NAMES) <= set(voc.CLASSES)
+    assert len(voc.CLASSES) == 20
+
+
+@pytest.mark.parametrize("area", [-0.1, 1.0, float("nan")])
+def test_areas_that_are_no_fraction(area):
+    with pytest.raises(InputError, match="min-area is"):
+        Selection(min_area=area)
+
+
+def run_check(*arguments):
+    return CliRunner().invoke(data_command, ["check", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("name", objects.NAMES)
+def test_data_check_covers_objects(name, tmp_path):
+    if name == "coco":
+        pytest.importorskip("pycocotools")
+    root = WRITERS[name](tmp_path)
+    result = run_check(name, root)
+    assert result.exit_code == 0, result.output
+    assert f"{name} in {root}: all is well" in result.output
+    report = json.loads(run_check(name, root, "--json").output)
+    assert report["ok"]
+    assert report["parts"][0]["objects"] == sum(c["objects"] for c in report["parts"][0]["classes"].values())
+
+
+def test_data_check_says_what_is_broken(tmp_path):
+    root = write_voc(tmp_path)
+    (root / "SegmentationClass/a.png").write_bytes(b"no picture")
+    (root / "SegmentationObject/b.png").unlink()
+    result = run_check("voc", root)
+    assert result.exit_code == 1
+    assert "trainval: 2 images, 0 usable, 0 objects" in result.output
+    assert "broken: 1 images, missing-annotation" in result.output
+    assert "broken: 1 images, unreadable" in result.output
+    assert run_check("voc", root, "--json").exit_code == 1
+    (root / "SegmentationObject/a.png").unlink()
+    (part,) = check_objects("voc", root).parts
+    assert (part.images, part.usable, len(part.problems)) == (2, 0, 2)
+    assert isinstance(run_check("sofa", root).exception, InputError)
+
+
+@pytest.mark.dataset
+@pytest.mark.parametrize(
+    ("name", "folder", "counts"),
+    [
+        ("voc", "voc-mini", [("val", 3, 10)]),
+        ("coco", "coco-mini", [("val2017", 6, 50), ("train2017", 32, 96)]),
+        ("davis", "davis-mini", [("val", 60, 87)]),
+    ],
+)
+def test_the_real_data_is_sound(name, folder, counts):
+    if not (REAL / folder).is_dir():
+        pytest.skip(f"the data set '{folder}' is not in ../shared/data")
+    report = check_objects(name, REAL / folder)
+    assert report.ok
+    assert [(part.split, part.usable, part.objects) for part in report.parts] == counts
