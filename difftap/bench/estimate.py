@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from difftap.artifacts.run import read_journal
+from difftap.artifacts.run import read_run
 from difftap.bench.poster import Row
+from difftap.bench.predictions import SCHEMA
 from difftap.bench.runner import Opener, finished, plan
 from difftap.bench.session import Pairs
 from difftap.bench.units import passes, units
@@ -91,7 +92,7 @@ class Estimator:
         name = str(pairs.about["name"])
         file = folder / "predictions.jsonl"
         there = file.is_file() and file.stat().st_size > 0 and not self._afresh
-        done = finished(read_journal(file)[1]) if there else set()
+        done = finished(read_run(file, SCHEMA, "difftap bench pck")[1]) if there else set()
         key = f"{row.recipe.key()}:{row.reading}"
         try:
             rest = [pairs.samples[k] for k in plan(pairs.samples, row.recipe).order if k not in done]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from difftap.artifacts.files import output_errors
-from difftap.artifacts.run import Journal, open_journal
+from difftap.artifacts.run import Run, open_run
 from difftap.bench.contenders import Contender, parse_backends
 from difftap.bench.host import cores, cpu, gpu, gpu_memory
 from difftap.bench.pictures import write_pictures
@@ -205,14 +205,14 @@ def run(
     pictures = write_pictures(folder)
     conditions = _conditions(case, threads)
     path = folder / "gpu-check.jsonl"
-    with open_journal(path, {"type": "run", "schema": SCHEMA, **conditions}, overwrite=overwrite) as journal:
-        done = {record["key"]: CellResult(**record) for record in journal.earlier}
+    with open_run(path, {"schema": SCHEMA, **conditions}, overwrite=overwrite) as run:
+        done = {record["key"]: CellResult(**record) for record in run.earlier}
         listed = list(dict.fromkeys(cells_of(case)))
         for count, cell in enumerate(listed, 1):
             if cell.key in done:
                 continue
             say(f"{count} of {len(listed)}: {cell.key}")
-            done[cell.key] = _finish(case, cell, threads, pictures, folder, journal)
+            done[cell.key] = _finish(case, cell, threads, pictures, folder, run)
             say("  " + (done[cell.key].failed or f"{done[cell.key].rate:.3g} images/s"))
     return GpuCheck(case, tuple((cell, done[cell.key]) for cell in listed), absent, conditions)
 
@@ -237,7 +237,7 @@ def _conditions(case: GpuCheckCase, threads: int) -> dict[str, Any]:
 
 
 def _finish(
-    case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Path], folder: Path, journal: Journal
+    case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Path], folder: Path, run: Run
 ) -> CellResult:
     """Run one cell and write it down; whatever happens to it is its result."""
     try:
@@ -245,7 +245,7 @@ def _finish(
     except DifftapError as error:
         result = CellResult(cell.key, failed=str(error))
     record = json.loads(json.dumps(asdict(result), allow_nan=False))
-    journal.write(record)
+    run.write(record)
     return CellResult(**record)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.run import read_journal
+from difftap.artifacts.run import read_run
 from difftap.coords import Size
 from difftap.datasets.samples import Box, Sample
 from difftap.errors import InputError
@@ -170,9 +170,7 @@ def load_predictions(path: Path) -> Predictions:
     Raises:
         InputError: the file is no such run, or of another schema.
     """
-    header, records = read_journal(path)
-    if header.get("schema") != SCHEMA:
-        raise InputError(f"'{path}' has schema {header.get('schema')!r}; this difftap reads {SCHEMA!r}")
+    header, records = read_run(path, SCHEMA, "difftap bench pck")
     last = {pair.index: pair for pair in map(Prediction.from_dict, records)}
     pairs = [last[index] for index in sorted(last)]
     conditions = {key: value for key, value in header.items() if key not in ("type", "schema")}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftap.artifacts.run import open_journal
+from difftap.artifacts.run import open_run
 from difftap.bench.featurefiles import FeatureFiles
 from difftap.bench.predictions import SCHEMA, Prediction
 from difftap.bench.units import Maker, Unit, passes, units
@@ -159,8 +159,7 @@ def predict(
         # These may refuse, so they come before anything is written.
         files = FeatureFiles(features, pipeline) if features else None
         planned = plan(samples, recipe).order
-        header = {
-            "type": "run",
+        conditions = {
             "schema": SCHEMA,
             **pipeline.conditions,
             "recipe": recipe.to_dict(),
@@ -170,8 +169,8 @@ def predict(
             "pairs": len(samples),
             "pairs_sha256": digest(samples),
         }
-        journal = stack.enter_context(open_journal(output, header, overwrite=overwrite))
-        done = finished(journal.earlier)
+        run = stack.enter_context(open_run(output, conditions, overwrite=overwrite))
+        done = finished(run.earlier)
         rest = [index for index in planned if index not in done]
         order = [unit for index in rest for unit in units(samples[index], recipe)]
         maker = Maker(pipeline, joining, order, scratch, files, makers)
@@ -180,7 +179,7 @@ def predict(
         failed = 0
         for index in rest:
             prediction = _predict(index, samples[index], units(samples[index], recipe), shelf, confidence)
-            journal.write(prediction.to_dict())
+            run.write(prediction.to_dict())
             failed += prediction.error is not None
             progress(1)
         seconds = time.perf_counter() - began

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.run import open_journal
+from difftap.artifacts.run import open_run
 from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError, PairsError
 from difftap.featuremap import FeatureMap
 from difftap.features.shelf import Made, MapShelf
@@ -135,18 +135,18 @@ def run_pairs(
     """
     listing = [[str(p.source), str(p.target), [list(xy) for xy in p.points]] for p in pairs]
     conditions = {
+        "schema": SCHEMA,
         **pipeline.conditions,
         "settings": settings,
         "pairs": len(pairs),
         "pairs_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
     }
-    header = {"type": "run", "schema": SCHEMA, **conditions}
     with (
         tempfile.TemporaryDirectory(prefix="difftap-") as scratch,
-        open_journal(output, header, overwrite=overwrite) as journal,
+        open_run(output, conditions, overwrite=overwrite) as run,
     ):
         reasons: list[str] = []
-        done, failed = len(journal.earlier), sum("error" in record for record in journal.earlier)
+        done, failed = len(run.earlier), sum("error" in record for record in run.earlier)
         rest = pairs[done:]
         apart = pipeline.prompts.depends_on == "pair"
         order = [use for pair in rest for use in _uses(pair, apart)]
@@ -160,7 +160,7 @@ def run_pairs(
                 failed += 1
                 reasons.append(f"pair {index}: {line['error']}")
             shown = {"source": str(pair.source), "target": str(pair.target)}
-            journal.write({"type": "pair", "index": index, **shown, **line})
+            run.write({"type": "pair", "index": index, **shown, **line})
             shelf.done(*_uses(pair, apart))
             progress(1)
     return PairsRun(len(rest), failed, done, tuple(reasons[:_REASONS]))

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import write_atomic
 from difftap.artifacts.manifest import file_digest
+from difftap.artifacts.run import differences
 from difftap.errors import InputError, ModelError
 from difftap.prompts.tokens import TokenSource
 from difftap.recipe import KINDS, Learned, Recipe
@@ -131,12 +132,11 @@ class LearnedPrompts:
                 f"{self.about['model']['key']}), not for '{model}' (key {key}); learn one with 'difftap tune'"
             )
         wanted, made = fits_of(recipe), self.about["fits"]
-        differing = [name for name in wanted if wanted[name] != made.get(name)]
-        if differing:
-            name = differing[0]
+        # What was learned for more than this recipe asks is no fault: only the fields that it asks count.
+        for name, theirs, ours in differences({name: made.get(name) for name in wanted}, wanted):
             raise InputError(
-                f"'{self.path}' was learned for {name} = {json.dumps(made.get(name))}, and this recipe has "
-                f"{json.dumps(wanted[name])}; use the recipe it was learned for, or learn one with 'difftap tune'"
+                f"'{self.path}' was learned for {name} = {json.dumps(theirs)}, and this recipe has "
+                f"{json.dumps(ours)}; use the recipe it was learned for, or learn one with 'difftap tune'"
             )
 
     def check_content(self, asked: Learned) -> None:

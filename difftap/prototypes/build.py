@@ -1,8 +1,8 @@
 """Building tables of prototypes: scenes in, Parquet out, streaming and resumable.
 
-Work is done in steps of a few images. A step's rows are written as one file a column, then a mark; a run that was
-stopped, by whatever means, goes on after the last mark, and what a stopped step left behind is written again. When all
-steps are there they are joined, and the tables are the same, byte for byte, as those of an unbroken run.
+Work is done in steps of a few images. A step's rows are written as one file a column, then a record of the run; a run
+that was stopped, by whatever means, goes on after the last record, and what a stopped step left is written again. When
+all steps are there they are joined, and the tables are the same, byte for byte, as those of an unbroken run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from difftap.artifacts.files import no_folder, only_writer, output_errors, write_atomic
+from difftap.artifacts.files import no_folder, only_writer, output_errors
+from difftap.artifacts.run import check_conditions, open_run
 from difftap.datasets.scenes import Scene, Source, mask_boxes
 from difftap.engine import Features
 from difftap.errors import InputError, NonFiniteError, OutputError
@@ -118,12 +119,8 @@ def is_built(source: Source, column: Column, rule: str, conditions: Mapping[str,
         raise OutputError(f"cannot write '{column.path}': {error}; choose another file, or --overwrite") from error
     wanted = {**_identity(source, column, rule), "model_key": conditions["model"]["key"], **_made_by(conditions)}
     have = {**known, **_made_by(known.get("conditions", {}))}
-    differing = [name for name, value in json.loads(json.dumps(wanted)).items() if have.get(name) != value]
-    if differing:
-        raise OutputError(
-            f"'{column.path}' was built under other conditions ({', '.join(differing)} differ); choose another file, "
-            "or --overwrite"
-        )
+    plain = json.loads(json.dumps(wanted))
+    check_conditions(column.path, {name: have.get(name) for name in plain}, plain, begun="built")
     return True
 
 
@@ -168,18 +165,20 @@ def build(
     with only_writer(path):
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
-        _begin(folder, header, columns[0].path)
-        step = int(header["step"])
-        resumed = 0
-        for start in range(0, len(source), step):
-            keys = source.keys[start : start + step]
-            mark = folder / f"{start:09d}.json"
-            if mark.exists():
-                resumed += len(keys)
-            else:
-                _step(source, pipeline, columns, rule, keys, mark)
-            progress(len(keys))
-        built = _finish(folder, columns, source, header, resumed)
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with open_run(folder / "run.jsonl", header, place=path) as run:
+            records = {int(record["start"]): record for record in run.earlier}
+            resumed = 0
+            for start in range(0, len(source), int(header["step"])):
+                keys = source.keys[start : start + int(header["step"])]
+                if start in records:
+                    resumed += len(keys)
+                else:
+                    records[start] = _step(source, pipeline, columns, rule, keys, folder, start)
+                    run.write(records[start])
+                progress(len(keys))
+        built = _finish(folder, columns, source, header, records, resumed)
         shutil.rmtree(folder, ignore_errors=True)
     return built
 
@@ -188,6 +187,7 @@ def _header(source: Source, pipeline: Pipeline, columns: Sequence[Column], rule:
     step = -(-_STEP // pipeline.batch) * pipeline.batch  # whole batches
     conditions = {k: v for k, v in pipeline.conditions.items() if k not in ("recipe", "recipe_key")}
     return {
+        "schema": "difftap.prototypes.build/1",
         "step": step,
         "keys": list(source.keys),
         "conditions": conditions,
@@ -195,36 +195,21 @@ def _header(source: Source, pipeline: Pipeline, columns: Sequence[Column], rule:
     }
 
 
-def _begin(folder: Path, header: Mapping[str, Any], path: Path) -> None:
-    """Make the scratch folder, or take up the one that an earlier run with the same conditions left."""
-    file = folder / "run.json"
-    with output_errors(file):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        write_atomic(file, json.dumps(header, sort_keys=True) + "\n")
-        return
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"'{file}' cannot be read ({error}); --overwrite starts afresh") from error
-    wanted = json.loads(json.dumps(header))
-    differing = [name for name in wanted if earlier.get(name) != wanted[name]]
-    if differing:
-        raise OutputError(
-            f"'{path}' was begun under other conditions ({', '.join(differing)} differ); choose another file, or "
-            "--overwrite"
-        )
-
-
-def _part(folder: Path, mark: Path, index: int) -> Path:
-    return folder / f"{mark.stem}-{index:03d}.parquet"
+def _part(folder: Path, start: int, index: int) -> Path:
+    return folder / f"{start:09d}-{index:03d}.parquet"
 
 
 def _step(
-    source: Source, pipeline: Pipeline, columns: Sequence[Column], rule: str, keys: Sequence[str], mark: Path
-) -> None:
-    """Do some images: a file a column, then the mark that makes them count."""
-    record: dict[str, Any] = {"images": 0, "empty": 0, "failures": [], "left_out": Counter()}
+    source: Source,
+    pipeline: Pipeline,
+    columns: Sequence[Column],
+    rule: str,
+    keys: Sequence[str],
+    folder: Path,
+    start: int,
+) -> dict[str, Any]:
+    """Do some images: write a file a column, and give the record that makes them count once it is written."""
+    record: dict[str, Any] = {"start": start, "images": 0, "empty": 0, "failures": [], "left_out": Counter()}
     tables: list[list[PrototypeTable]] = [[] for _ in columns]
     for scene, features in _features(source, pipeline, keys, record):
         for made, table in zip(tables, _tables(scene, features, columns, rule), strict=True):
@@ -234,8 +219,8 @@ def _step(
     record["small"] = [int(sum(table.small.sum() for table in made)) for made in tables]
     if record["rows"]:
         for k, made in enumerate(tables):
-            PrototypeTable.concat(made).save(_part(mark.parent, mark, k))
-    write_atomic(mark, json.dumps(record, sort_keys=True) + "\n")
+            PrototypeTable.concat(made).save(_part(folder, start, k))
+    return record
 
 
 def _features(
@@ -307,12 +292,16 @@ def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: s
         )
 
 
-def _finish(folder: Path, columns: Sequence[Column], source: Source, header: Mapping[str, Any], resumed: int) -> Built:
+def _finish(
+    folder: Path,
+    columns: Sequence[Column],
+    source: Source,
+    header: Mapping[str, Any],
+    steps: Mapping[int, Mapping[str, Any]],
+    resumed: int,
+) -> Built:
     """Join the steps' files into the tables."""
-    records = []
-    for start in range(0, len(source), int(header["step"])):
-        mark = folder / f"{start:09d}.json"
-        records.append((mark, json.loads(mark.read_text(encoding="utf-8"))))
+    records = sorted(steps.items())
     left_out: Counter[str] = Counter()
     for _, record in records:
         left_out.update(record["left_out"])
@@ -332,9 +321,9 @@ def _finish(folder: Path, columns: Sequence[Column], source: Source, header: Map
             f"no object of '{source.name}' gives a prototype: {len(built.failures)} images failed{why}, {built.empty} "
             f"have no object that is wanted ({_reasons(built.left_out)}); widen --min-area or the classes"
         )
-    filled = [mark for mark, record in records if record["rows"]]
+    filled = [start for start, record in records if record["rows"]]
     for k in reversed(range(len(columns))):  # the first one last: its lock and its scratch folder stand for all
-        files = [_part(folder, mark, k) for mark in filled]
+        files = [_part(folder, start, k) for start in filled]
         width = PrototypeTable.load(files[0]).width
         provenance = _provenance(columns[k], header, k, built)
         save_stream(columns[k].path, map(PrototypeTable.load, files), width, provenance)

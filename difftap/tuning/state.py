@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftap.artifacts.files import write_atomic
+from difftap.artifacts.run import check_conditions
 from difftap.errors import OutputError
 
 if TYPE_CHECKING:
@@ -94,13 +95,7 @@ def load_state(
         earlier, progress = about["identity"], Progress(**about["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OutputError(f"'{path}' cannot be read ({error}); start afresh with --overwrite") from error
-    wanted = json.loads(json.dumps(identity))
-    differing = sorted(key for key in {*wanted, *earlier} if wanted.get(key) != earlier.get(key))
-    if differing:
-        raise OutputError(
-            f"'{path.parent.parent}' was begun under other conditions ({', '.join(differing)} differ); choose another "
-            "folder, or --overwrite"
-        )
+    check_conditions(path.parent.parent, earlier, json.loads(json.dumps(identity)), kind="folder")
     with torch.no_grad():
         for k, value in enumerate(parameters):
             value.copy_(tensors[f"now.{k}"])

@@ -188,7 +188,7 @@ def test_nothing_made_under_older_prompts_passes_for_the_new(call, photos, tmp_p
     _single(tmp_path / "p", 1)
     for command, words in (
         (match, "were made with learned.sha256"),
-        (extract, "was begun with recipe.learned.sha256"),
+        (extract, "other conditions (recipe.learned.sha256 is"),
         (many, "prompts differ"),
         (search, "was learned anew"),
         (pck, "prompts differ"),

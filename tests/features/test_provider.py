@@ -107,7 +107,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
         FeatureSource.open(learned, tmp_path / "l.zarr", runtime)
     with (
         Pipeline.open(learned, runtime) as pipeline,
-        pytest.raises(OutputError, match=r"was begun with recipe\.learned"),
+        pytest.raises(OutputError, match=r"other conditions \(recipe\.learned"),
     ):
         extract_to_store(pipeline, source, tmp_path / "l.zarr", Settings(Encoding("float32")))
 

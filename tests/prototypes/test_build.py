@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from difftap.artifacts.run import Run
 from difftap.cli import cli
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
@@ -125,7 +126,7 @@ class Stopped(BaseException):
     """As final as a kill, within one process."""
 
 
-@pytest.mark.parametrize("stop", ["read", "part", "mark", "table"])
+@pytest.mark.parametrize("stop", ["read", "part", "record", "table"])
 @pytest.mark.parametrize("nth", [1, 2], ids=["first", "second"])
 def test_a_stopped_run_goes_on_and_nothing_is_lost_or_doubled(tmp_path, pipeline, monkeypatch, stop, nth, whole):
     source = scenes(40)
@@ -158,8 +159,8 @@ def test_a_stopped_run_goes_on_and_nothing_is_lost_or_doubled(tmp_path, pipeline
             broken = replace(source, read=read)
         elif stop == "part":
             patch.setattr(PrototypeTable, "save", stopping(PrototypeTable.save, after=True))
-        elif stop == "mark":
-            patch.setattr(module, "write_atomic", stopping(module.write_atomic, after=True))
+        elif stop == "record":
+            patch.setattr(Run, "write", stopping(Run.write, after=True))
         else:
             seen.extend([1] * (nth - 1))
             patch.setattr(module, "save_stream", stopping(module.save_stream))
@@ -218,7 +219,7 @@ def test_other_conditions_are_refused(tmp_path, pipeline):
         is_built(source, own, "area", here)
     begun = tmp_path / ".u.parts"
     begun.mkdir()
-    (begun / "run.json").write_text(json.dumps({"step": 1}))
+    (begun / "run.jsonl").write_text(json.dumps({"type": "run", "step": 1}) + "\n")
     with pytest.raises(OutputError, match="was begun under other conditions"):
         build(source, pipeline, [column(tmp_path / "u", pipeline)])
     build(source, pipeline, [column(tmp_path / "u", pipeline)], overwrite=True)
@@ -269,7 +270,7 @@ def test_features_come_from_a_store_where_it_has_them(tmp_path, monkeypatch):
     assert np.array_equal(a.vectors, b.vectors)
     assert a.provenance["conditions"]["store"]["encoding"]["dtype"] == "float32"
     refused = run("prototypes", "build", "voc", root, "-o", fresh, "--features", store, "--size", 128)
-    assert "(store differ)" in str(refused.exception)
+    assert "store" in str(refused.exception)
     other = run("prototypes", "build", "voc", root, "-o", tmp_path / "x", "--features", store, "--size", 64)
     assert "were made with size = [128, 128]" in str(other.exception)
     precise = run(
@@ -370,10 +371,10 @@ def test_kill_9_and_resume_through_the_command(tmp_path):
     kills = 0
     while not (tmp_path / "t").exists() and kills < 20:
         process = subprocess.Popen([*command, str(tmp_path / "t")], env=environment, stderr=subprocess.DEVNULL)
-        before = set(tmp_path.glob(".t.parts/*.json"))
+        before = set(tmp_path.glob(".t.parts/*.parquet"))
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if len(set(tmp_path.glob(".t.parts/*.json")) - before) >= 3:
+            if len(set(tmp_path.glob(".t.parts/*.parquet")) - before) >= 3:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break

@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.run import differences
 from difftap.coords import Size
 from difftap.errors import ArtefactError, DifftapError, InputError, RecipeError, first_line
 from difftap.features.store.encoding import Basis, Encoding
 from difftap.features.store.log import Page
 from difftap.features.store.place import Place
 
-__all__ = ["SCHEMA", "Provenance", "TapArray", "differing", "load_bases", "pages", "read_provenance", "tap_arrays"]
+__all__ = ["SCHEMA", "Provenance", "TapArray", "load_bases", "pages", "read_provenance", "tap_arrays"]
 
 SCHEMA = "difftap.store/1"
 _PAGES = 32  # read at a time: of small maps, with 256 rows a page, some 3 MB of text
@@ -99,29 +100,6 @@ def read_provenance(group: Any, place: Place) -> Provenance:
         raise InputError(f"'{place}' has a damaged provenance ({error}); extract it again") from error
 
 
-def differing(have: Any, want: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two nested values differ, with both values; None if they are alike.
-
-    >>> differing({"size": [8, 8], "seed": 0}, {"size": (8, 8), "seed": 1})
-    ('seed', 0, 1)
-    """
-    if isinstance(have, Mapping) and isinstance(want, Mapping):
-        for field in dict.fromkeys([*want, *have]):
-            found = differing(have.get(field), want.get(field), f"{name}.{field}" if name else str(field))
-            if found:
-                return found
-        return None
-    if isinstance(have, list | tuple) and isinstance(want, list | tuple) and len(have) == len(want):
-        if not any(isinstance(one, Mapping) for one in (*have, *want)):
-            return None if list(have) == list(want) else (name, list(have), list(want))
-        for index, (one, other) in enumerate(zip(have, want, strict=True)):
-            found = differing(one, other, f"{name}[{index}]")
-            if found:
-                return found
-        return None
-    return None if have == want else (name, have, want)
-
-
 def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's fields as they are for images of no named category: a prompt that asks for one stays empty.
 
@@ -153,7 +131,7 @@ def check_features(
             f"the features in '{place}' are of model {names[0]!r} with key {provenance.model_key}, and {names[1]!r} "
             f"with key {model_key} is asked for; extract again, or use the store's model"
         )
-    found = differing(have, want)
+    found = next(differences(have, want), None)
     if found:
         name, got, asked = found
         raise RecipeError(
@@ -161,7 +139,7 @@ def check_features(
             "use the store's recipe ('difftap store info' shows it)"
         )
     had = provenance.conditions.get("prompts")
-    if differing(had, prompts):
+    if had != prompts:
         raise RecipeError(
             f"the features in '{place}' were made with {_said(had)}, and {_said(prompts)} are asked for: the prompt "
             "file was changed; extract again, or give the one it was made with"

@@ -15,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from difftap.artifacts.run import check_conditions
 from difftap.engine import Features
 from difftap.errors import InputError, OutputError
 from difftap.features.store.encoding import Basis, Encoding, Stored
@@ -26,7 +27,6 @@ from difftap.features.store.schema import (
     CONDITIONS,
     Provenance,
     TapArray,
-    differing,
     pages,
     read_provenance,
     tap_arrays,
@@ -104,21 +104,12 @@ def check_writable(
         group = _existing(place, overwrite=False)
         if group is not None and not overwrite:
             have = read_provenance(group, place)
-            _refuse(place, _asked(have.features, have.encoding), _asked(features, encoding))
+            check_conditions(place, _asked(have.features, have.encoding), _asked(features, encoding), kind="store")
 
 
 def _asked(features: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
     recipe = {name: value for name, value in features.items() if name != "model"}
     return {"recipe": recipe, "encoding": encoding.to_dict()}
-
-
-def _refuse(place: Place, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    found = differing(have, want)
-    if found:
-        raise OutputError(
-            f"'{place}' was begun with {found[0]} = {found[1]!r}, this run has {found[2]!r}; choose another store, or "
-            "--overwrite"
-        )
 
 
 def _existing(place: Place, *, overwrite: bool) -> Any:
@@ -158,7 +149,7 @@ def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
             **{f"backend {name}": backend.get(name) for name in CONDITIONS},
         }
 
-    _refuse(place, fields(have), fields(want))
+    check_conditions(place, fields(have), fields(want), kind="store")
     return have
 
 
