@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from difftap.backbones.checkpoint import Model, pocket_folder
+from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.engine import Cache
 from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
 
@@ -35,16 +35,16 @@ def mini_cache(mini, tmp_path_factory) -> Cache:
     from difftap.export import export_graph
 
     cache = Cache(tmp_path_factory.mktemp("mini-cache"))
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     export_graph(cache, model, "vae")
     export_graph(cache, model, "unet", MINI_TAPS)
     return cache
 
 
 @pytest.fixture(scope="session")
-def pocket() -> Model:
+def pocket() -> Checkpoint:
     """The embedded model."""
-    return Model.load(pocket_folder(), "pocket")
+    return Checkpoint.load(pocket_folder(), "pocket")
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30)) -> np.ndarray:

@@ -24,7 +24,7 @@ from difftap.coords import Size
 from difftap.errors import ModelError, RecipeError
 from difftap.taps import Tap, resolve
 
-__all__ = ["COMPONENTS", "RANDOM_MARK", "Model", "pocket_folder"]
+__all__ = ["COMPONENTS", "RANDOM_MARK", "Checkpoint", "pocket_folder"]
 
 COMPONENTS = ("unet", "vae")
 RANDOM_MARK = "_difftap_random_weights"
@@ -109,7 +109,7 @@ def _check_config(part: str, config: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def _check_kind(model: Model) -> None:
+def _check_kind(model: Checkpoint) -> None:
     """Refuse UNets that need inputs which difftap does not feed.
 
     Raises:
@@ -138,7 +138,7 @@ def _check_kind(model: Model) -> None:
 
 
 @dataclass(frozen=True)
-class Model:
+class Checkpoint:
     """A diffusers-format checkpoint on this disk.
 
     Attributes:
@@ -156,7 +156,7 @@ class Model:
     scheduler: Mapping[str, Any] = field(repr=False)
 
     @classmethod
-    def load(cls, folder: Path, name: str | None = None) -> Model:
+    def load(cls, folder: Path, name: str | None = None) -> Checkpoint:
         """Read a checkpoint folder's configuration and make sure that its weights are there and safe to load.
 
         Raises:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.artifacts.files import output_errors
-from difftap.backbones.checkpoint import RANDOM_MARK, Model, pocket_folder
+from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, pocket_folder
 from difftap.coords import Size
 from difftap.engine.cache import Cache
 from difftap.errors import ModelError, first_line, require
@@ -56,7 +56,7 @@ def open_model(
     revision: str | None = None,
     random_weights: int | None = None,
     size: Size | None = None,
-) -> Model:
+) -> Checkpoint:
     """Find, build or download a model.
 
     Args:
@@ -74,24 +74,26 @@ def open_model(
     base, plus, file = name.rpartition("+")
     if plus and base and file.endswith(".safetensors") and not _is_folder(name):
         under = open_model(base, cache, revision=revision, random_weights=random_weights, size=size)
-        return Model.load(_with_unet(under, Path(file), cache), name)
+        return Checkpoint.load(_with_unet(under, Path(file), cache), name)
     if random_weights is not None:
         if name not in PRESETS:
             raise ModelError(f"--random-weights builds {', '.join(PRESETS[:-1])} or {PRESETS[-1]}; got model '{name}'")
         if size is not None:
             config = _preset(name)
-            Model(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
-        return Model.load(_build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})")
+            Checkpoint(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
+        return Checkpoint.load(
+            _build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})"
+        )
     if revision is not None and (name not in PRESETS and not _HUB_ID.match(name)):
         raise ModelError(f"--revision goes with a hub id; got model '{name}'")
     if name == "pocket":
-        return Model.load(pocket_folder(), name)
+        return Checkpoint.load(pocket_folder(), name)
     if _is_folder(name):
-        return Model.load(Path(name), name)
+        return Checkpoint.load(Path(name), name)
     if name in PRESETS:
-        return Model.load(_download(_preset(name)["hub"], revision), name)
+        return Checkpoint.load(_download(_preset(name)["hub"], revision), name)
     if _HUB_ID.match(name) and not name.startswith("."):
-        return Model.load(_download(name, revision), name)
+        return Checkpoint.load(_download(name, revision), name)
     raise ModelError(
         f"no model '{name}'; allowed: pocket, {', '.join(PRESETS)}, the path of a folder, or a hub id owner/name"
     )
@@ -156,7 +158,7 @@ def _build_random(name: str, seed: int, cache: Cache) -> Path:
     return folder
 
 
-def _with_unet(base: Model, file: Path, cache: Cache) -> Path:
+def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
     """Put a checkpoint together from a base model and another UNet's weights; the parts are links, not copies.
 
     Raises:

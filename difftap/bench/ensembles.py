@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.find import open_model
 from difftap.engine import Cache, Engine, Profile, choose_device, default_cache_folder, get_backend
 from difftap.engine.noise import draw
@@ -172,7 +172,7 @@ class _Members:
     """One image at one timestep: noise in, a member's map out."""
 
     def __init__(
-        self, unet: Engine, model: Model, posterior: Mapping[str, Noise], prompt: Noise, timestep: int
+        self, unet: Engine, model: Checkpoint, posterior: Mapping[str, Noise], prompt: Noise, timestep: int
     ) -> None:
         alpha = float(model.alphas_cumprod[timestep])
         self._unet = unet

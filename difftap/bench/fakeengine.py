@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model, pocket_folder
+from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.coords import Size
-from difftap.engine import BranchEngine, Engine, Extractor, Graph, Profile
+from difftap.engine import BranchEngine, Engine, Featurizer, Graph, Profile
 from difftap.engine.backend import Array
 from difftap.features.sources import Item, Source
 from difftap.images import Image
@@ -83,7 +83,7 @@ class FakePipeline:
         size: Size = _INPUT,
         recipe: Recipe | None = None,
     ) -> None:
-        self.model = Model.load(pocket_folder(), "pocket")
+        self.model = Checkpoint.load(pocket_folder(), "pocket")
         self.recipe = recipe or Recipe((Branch(("up1",), 261),), size=size, ensemble=2)
         self.batch = batch
         self.conditions: dict[str, Any] = {
@@ -101,7 +101,7 @@ class FakePipeline:
             engine = FakeEngine(Graph(self.model, "unet", branch.taps), profile, share, shape)
             self.engines.append(engine)
             branches.append(BranchEngine(branch, engine, prompt))
-        self.stages = Extractor(self.model, self.recipe, vae, branches, batch)
+        self.stages = Featurizer(self.model, self.recipe, vae, branches, batch)
 
     def close(self) -> None:
         """There is nothing to release."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.bench.host import available_memory
 from difftap.coords import Size
 from difftap.errors import BackendError, first_line, require
@@ -33,7 +33,7 @@ _SHARE = 0.8
 """Of the memory that is free, what one batch may be expected to take."""
 
 
-def vae_bytes(model: Model, size: Size, images: int, width: int = 4) -> int:
+def vae_bytes(model: Checkpoint, size: Size, images: int, width: int = 4) -> int:
     """Roughly what encoding a batch takes beside the weights: a few maps of the first level's channels."""
     return _LIVE * images * size[0] * size[1] * int(model.vae["block_out_channels"][0]) * width
 
@@ -57,7 +57,7 @@ class Rival:
 
     def __init__(
         self,
-        model: Model,
+        model: Checkpoint,
         recipe: Recipe,
         prompts: Sequence[NDArray[np.float32]],
         device: str,

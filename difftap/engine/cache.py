@@ -24,7 +24,7 @@ from platformdirs import user_cache_path
 from difftap.artifacts.digests import DigestMemo
 from difftap.artifacts.files import atomic_path, output_errors
 from difftap.artifacts.manifest import FileRecord, Manifest
-from difftap.backbones.checkpoint import COMPONENTS, Model
+from difftap.backbones.checkpoint import COMPONENTS, Checkpoint
 from difftap.engine.backend import Graph
 from difftap.errors import ArtefactError
 
@@ -62,12 +62,12 @@ class Cache:
         """The memory of large files' hashes."""
         return DigestMemo(self.folder / "digests.json")
 
-    def model_key(self, model: Model) -> str:
+    def model_key(self, model: Checkpoint) -> str:
         """16 hex digits for a model's weights and configuration."""
         hashes = "\n".join(model.weights_hash(component, self.memo) for component in COMPONENTS)
         return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
-    def model_folder(self, model: Model) -> Path:
+    def model_folder(self, model: Checkpoint) -> Path:
         """Where a model's artefacts are kept."""
         return self.folder / self.model_key(model)
 
@@ -97,7 +97,7 @@ class Cache:
             "weights": graph.model.weights_hash(graph.component, self.memo),
         }
 
-    def shipped_graph(self, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph | None:
+    def shipped_graph(self, model: Checkpoint, component: str, taps: tuple[str, ...] = ()) -> Graph | None:
         """The trusted graph that lies beside a checkpoint's own files, if it brought one.
 
         Raises:
@@ -109,7 +109,7 @@ class Cache:
             raise ArtefactError(f"{error}; this file came with the model: install or download it again") from error
 
     def cached_graph(
-        self, model: Model, component: str, taps: tuple[str, ...] = (), precision: str = "fp32"
+        self, model: Checkpoint, component: str, taps: tuple[str, ...] = (), precision: str = "fp32"
     ) -> Graph | None:
         """The trusted graph, or half-precision variant of it, in the cache; None if it was never made.
 
@@ -126,7 +126,7 @@ class Cache:
         Manifest.load(manifest).check(folder, self.graph_identity(graph), self.memo.digest)
         return replace(graph, path=folder / f"{stem}.onnx")
 
-    def place_weights(self, model: Model, component: str, folder: Path) -> tuple[Path, ...]:
+    def place_weights(self, model: Checkpoint, component: str, folder: Path) -> tuple[Path, ...]:
         """Put a component's weight files under ``folder``, by hard link where the file system allows it, else a copy.
 
         Runtimes refuse symbolic links that leave the graph's folder, so a link has to be a hard one.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image as PIL
 from PIL import ImageDraw
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.backend import Calibration, Engine, Graph, Profile
 from difftap.engine.featurizer import branch_feeds, draw_noise
 from difftap.images import Image, load_image, to_input
@@ -76,7 +76,7 @@ class RecipeCalibration(Calibration):
         chosen: whether the user named the images; then an engine calibrated on others is built again.
     """
 
-    model: Model
+    model: Checkpoint
     recipe: Recipe
     find: Callable[[], Sequence[Image]]
     prompts: Callable[[], Sequence[NDArray[np.float32]]]

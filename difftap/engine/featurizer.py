@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Geometry, Size
 from difftap.engine.backend import Engine, Value
 from difftap.engine.latents import Latents
@@ -28,8 +28,8 @@ from difftap.recipe import Branch, Recipe
 __all__ = [
     "BranchEngine",
     "Encoded",
-    "Extractor",
     "Features",
+    "Featurizer",
     "Laid",
     "branch_feeds",
     "draw_noise",
@@ -45,7 +45,7 @@ ATTENTION_BUDGET = 1 << 30
 """Bytes that the largest attention table of one UNet run may take; about three of that size live at once."""
 
 
-def members_per_run(model: Model, size: Size, ensemble: int) -> int:
+def members_per_run(model: Checkpoint, size: Size, ensemble: int) -> int:
     """How many ensemble members one UNet run takes: all, or as large a divisor of E as memory allows.
 
     Self-attention on the finest grid makes a table of (heads, cells, cells) per member: 1.7 GB at 768 px for Stable
@@ -105,7 +105,7 @@ class Encoded:
     noises: NDArray[np.float32]
 
 
-class Extractor:
+class Featurizer:
     """Streams images through a model's engines.
 
     Args:
@@ -119,7 +119,7 @@ class Extractor:
 
     def __init__(
         self,
-        model: Model,
+        model: Checkpoint,
         recipe: Recipe,
         vae: Engine,
         branches: Sequence[BranchEngine],
@@ -230,7 +230,7 @@ def draw_noise(recipe: Recipe, digests: Sequence[str], shape: tuple[int, ...], m
 
 
 def branch_feeds(
-    model: Model,
+    model: Checkpoint,
     recipe: Recipe,
     branch: Branch,
     prompt: NDArray[np.float32],
@@ -249,7 +249,7 @@ def branch_feeds(
     }
 
 
-def latent_scales(model: Model, timestep: int, noise: str) -> tuple[float, float]:
+def latent_scales(model: Checkpoint, timestep: int, noise: str) -> tuple[float, float]:
     """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4).
 
     Raises:

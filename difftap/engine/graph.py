@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Size
 from difftap.errors import InputError
 from difftap.taps import deepest
@@ -49,7 +49,7 @@ class Graph:
         precision: the types inside: ``fp32`` as exported, or the half type of a variant (`difftap.export.variants`).
     """
 
-    model: Model
+    model: Checkpoint
     component: str
     taps: tuple[str, ...] = ()
     path: Path | None = None
@@ -88,13 +88,13 @@ class Graph:
 VAE_INPUTS = (TensorSpec("image", "float32", ("B", 3, "H", "W")),)
 
 
-def vae_outputs(model: Model) -> tuple[TensorSpec, ...]:
+def vae_outputs(model: Checkpoint) -> tuple[TensorSpec, ...]:
     """The posterior's mean and standard deviation, before the scaling factor."""
     shape = ("B", model.latent_channels, "h", "w")
     return (TensorSpec("mean", "float32", shape), TensorSpec("std", "float32", shape))
 
 
-def unet_inputs(model: Model) -> tuple[TensorSpec, ...]:
+def unet_inputs(model: Checkpoint) -> tuple[TensorSpec, ...]:
     """What a tapped UNet is fed, per image; the graph forms every member's noisy latent itself.
 
     ``latent = signal * (mean + std * posterior_noise) + sigma * noise``, where ``signal`` is the square root of the
@@ -137,7 +137,7 @@ class Profile:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision is '{self.precision}'; allowed: {', '.join(PRECISIONS)}")
 
-    def axes(self, model: Model) -> dict[str, int]:
+    def axes(self, model: Checkpoint) -> dict[str, int]:
         """How long the lettered axes are that a profile fixes: all but B."""
         width, height = self.size
         stride = model.latent_stride

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import ModelError, RecipeError, first_line, require
 
 __all__ = ["TappedUNet", "VAEEncoder", "build"]
@@ -130,7 +130,7 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
         return prompt[:, :-1], {"text_embeds": prompt[:, -1, : self.pooled], "time_ids": sizes}
 
 
-def _load(model: Model, component: str) -> nn.Module:
+def _load(model: Checkpoint, component: str) -> nn.Module:
     """Load one component in fp32 with diffusers; safetensors only, nothing from the network."""
     diffusers = require("diffusers", "export", "loading a checkpoint with torch")
     kind = diffusers.UNet2DConditionModel if component == "unet" else diffusers.AutoencoderKL
@@ -152,7 +152,7 @@ def _load(model: Model, component: str) -> nn.Module:
     return module
 
 
-def build(model: Model, component: str, tap_names: Sequence[str] = (), *, stop_early: bool = False) -> nn.Module:
+def build(model: Checkpoint, component: str, tap_names: Sequence[str] = (), *, stop_early: bool = False) -> nn.Module:
     """Load one network of a model as the module whose inputs and outputs the graph has.
 
     Raises:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import atomic_path
 from difftap.artifacts.manifest import FileRecord, Manifest
 from difftap.artifacts.tensors import TensorLocation
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.backend import Graph, Profile, TensorSpec
 from difftap.engine.cache import GRAPH_VERSION, Cache
 from difftap.engine.registry import get_backend
@@ -184,7 +184,7 @@ def _plain_names(located: Mapping[str, TensorLocation], *prefixes: str) -> dict[
     return found
 
 
-def text_graph(model: Model, cache: Cache, length: int, width: int) -> PartGraph:
+def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> PartGraph:
     """The text encoder of a model as a graph: a sequence of vectors ``(B, L, W)`` to ``(B, L, D)``.
 
     Raises:
@@ -278,7 +278,7 @@ def image_network(folder: Path) -> torch.nn.Module:
 
 
 def dino_graph(
-    model: Model, cache: Cache, network: str, weights: str, side: int, count: int, channels: int
+    model: Checkpoint, cache: Cache, network: str, weights: str, side: int, count: int, channels: int
 ) -> PartGraph:
     """A DINOv2 network as a graph: images ``(B, 3, S, S)`` to tokens ``(B, N, C)``.
 
@@ -313,7 +313,7 @@ def dino_graph(
 
 
 def head_graph(
-    model: Model, prompt_file: Path, sha256: str, branch: int, count: int, channels: int, length: int, width: int
+    model: Checkpoint, prompt_file: Path, sha256: str, branch: int, count: int, channels: int, length: int, width: int
 ) -> PartGraph:
     """A branch's conditional head, which lies beside the prompt file.
 
@@ -328,7 +328,7 @@ def head_graph(
     return known
 
 
-def _head(model: Model, branch: int, count: int, channels: int, length: int, width: int) -> PartGraph:
+def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int, width: int) -> PartGraph:
     shape = ("B", count, channels)
     return PartGraph(
         model,
@@ -338,7 +338,9 @@ def _head(model: Model, branch: int, count: int, channels: int, length: int, wid
     )
 
 
-def export_heads(model: Model, prompt_file: Path, sha256: str, heads: Sequence[torch.nn.Module]) -> list[PartGraph]:
+def export_heads(
+    model: Checkpoint, prompt_file: Path, sha256: str, heads: Sequence[torch.nn.Module]
+) -> list[PartGraph]:
     """Export every branch's conditional head beside the prompt file that holds its weights."""
     from difftap.artifacts.tensors import locate_tensors
     from difftap.engine.torch_prompts import HeadPart

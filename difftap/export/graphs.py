@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.artifacts.files import atomic_path
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.backend import Graph, Profile
 from difftap.engine.cache import Cache, file_stem
 from difftap.errors import ArtefactError, BackendError, require
@@ -34,7 +34,7 @@ def check_parity(graph: Graph) -> dict[str, TensorParity]:
 
 
 def export_graph(
-    cache: Cache, model: Model, component: str, taps: tuple[str, ...] = (), folder: Path | None = None
+    cache: Cache, model: Checkpoint, component: str, taps: tuple[str, ...] = (), folder: Path | None = None
 ) -> tuple[Graph, dict[str, TensorParity]]:
     """Export one network of a model.
 
@@ -84,7 +84,7 @@ def export_graph(
     return graph, parity
 
 
-def ensure_graph(cache: Cache, model: Model, component: str, taps: tuple[str, ...] = ()) -> Graph:
+def ensure_graph(cache: Cache, model: Checkpoint, component: str, taps: tuple[str, ...] = ()) -> Graph:
     """A trusted graph: the one that is there, else a new export.
 
     A graph in the cache that is stale, cut short or tampered with is exported again, with a warning. One that was

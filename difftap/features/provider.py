@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from difftap.backbones.checkpoint import Model
-from difftap.engine import Cache, Extractor, Features, choose_device, default_cache_folder, get_backend
+from difftap.backbones.checkpoint import Checkpoint
+from difftap.engine import Cache, Features, Featurizer, choose_device, default_cache_folder, get_backend
 from difftap.errors import InputError
 from difftap.features.store import FeatureStore
 from difftap.images import Image
@@ -84,7 +84,7 @@ class FeatureSource(Pipeline):
         recipe: Recipe,
         runtime: Runtime,
         store: FeatureStore,
-        model: Model,
+        model: Checkpoint,
         conditions: dict[str, Any],
         opening: dict[str, Any],
         book: PromptBook,
@@ -211,7 +211,7 @@ class FeatureSource(Pipeline):
         return list(self.pipeline.features(images, prompts))
 
     @property
-    def stages(self) -> Extractor:
+    def stages(self) -> Featurizer:
         """The engines' own."""
         return self.pipeline.stages
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import (
     BranchEngine,
     Cache,
     Engine,
-    Extractor,
+    Featurizer,
     Graph,
     Latents,
     Profile,
@@ -51,7 +51,7 @@ class Opening:
     latents: Latents | None
 
 
-def checked(recipe: Recipe, model: Model, cache: Cache) -> LearnedPrompts | None:
+def checked(recipe: Recipe, model: Checkpoint, cache: Cache) -> LearnedPrompts | None:
     """The recipe's learned prompts, made sure to fit; None if it has none.
 
     Raises:
@@ -66,7 +66,7 @@ def checked(recipe: Recipe, model: Model, cache: Cache) -> LearnedPrompts | None
     return learned
 
 
-def open_book(model: Model, recipe: Recipe, cache: Cache, opening: Opening) -> PromptBook:
+def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: Opening) -> PromptBook:
     """A recipe's prompts.
 
     Raises:
@@ -87,7 +87,7 @@ def open_book(model: Model, recipe: Recipe, cache: Cache, opening: Opening) -> P
     return PromptBook(model, recipe, cache, learned, conditional)
 
 
-def _heads(model: Model, learned: LearnedPrompts, source: TokenSource, opening: Opening) -> list[Engine]:
+def _heads(model: Checkpoint, learned: LearnedPrompts, source: TokenSource, opening: Opening) -> list[Engine]:
     from difftap.export.conditional import head_graph
 
     heads = []
@@ -98,7 +98,7 @@ def _heads(model: Model, learned: LearnedPrompts, source: TokenSource, opening: 
     return heads
 
 
-def _text(model: Model, cache: Cache, learned: LearnedPrompts, opening: Opening) -> Engine | None:
+def _text(model: Checkpoint, cache: Cache, learned: LearnedPrompts, opening: Opening) -> Engine | None:
     if not (model.folder / "text_encoder").is_dir():
         return None
     from difftap.export.conditional import text_graph
@@ -107,7 +107,7 @@ def _text(model: Model, cache: Cache, learned: LearnedPrompts, opening: Opening)
 
 
 def _tokens(
-    model: Model, recipe: Recipe, cache: Cache, source: TokenSource, opening: Opening
+    model: Checkpoint, recipe: Recipe, cache: Cache, source: TokenSource, opening: Opening
 ) -> Callable[[Image], NDArray[np.float32]]:
     """From an image to its tokens ``(N, C)``."""
     if source.kind == "dinov2":
@@ -123,7 +123,7 @@ def _tokens(
     # Of pairs of opposite sign, the first member is that of independent draws.
     noise = "none" if recipe.noise == "none" else "independent"
     plain = dataclasses.replace(recipe, branches=(branch,), ensemble=1, learned=None, combine="concat", noise=noise)
-    own = Extractor(model, plain, opening.vae, [BranchEngine(branch, unet, empty)], latents=opening.latents)
+    own = Featurizer(model, plain, opening.vae, [BranchEngine(branch, unet, empty)], latents=opening.latents)
 
     def tokens(image: Image) -> NDArray[np.float32]:
         (features,) = own([image])

@@ -15,7 +15,7 @@ from typing import Any
 
 from difftap.artifacts.files import output_errors
 from difftap.artifacts.manifest import Manifest
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.find import open_model
 from difftap.coords import Size
 from difftap.engine import (
@@ -216,7 +216,7 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
     if not artefact.parity and not artefact.not_run:
         return "not measured: it is the reference"
     try:
-        model = Model.load(Path(report["model"]["folder"]), report["model"]["name"])
+        model = Checkpoint.load(Path(report["model"]["folder"]), report["model"]["name"])
     except InputError as error:
         return f"not measured: {error}"
     profile = Profile(

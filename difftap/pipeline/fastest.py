@@ -20,7 +20,7 @@ from importlib import metadata
 from typing import Any
 
 from difftap.artifacts.files import write_atomic
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.find import open_model
 from difftap.engine import (
     BACKENDS,
@@ -153,7 +153,7 @@ def forget_choices(cache: Cache) -> None:
     (cache.folder / _FILE).unlink(missing_ok=True)
 
 
-def _about(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache) -> dict[str, Any]:
+def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) -> dict[str, Any]:
     return {
         "model": model.name,
         "model_key": cache.model_key(model),
@@ -181,7 +181,12 @@ def _stamp() -> Mapping[str, Any]:
 
 
 def _measure(
-    recipe: Recipe, runtime: Runtime, model: Model, cache: Cache, about: Mapping[str, Any], stamp: Mapping[str, Any]
+    recipe: Recipe,
+    runtime: Runtime,
+    model: Checkpoint,
+    cache: Cache,
+    about: Mapping[str, Any],
+    stamp: Mapping[str, Any],
 ) -> Choice:
     """Try every backend that can run this."""
     trials: list[Trial] = []
@@ -243,7 +248,7 @@ def _no_graph(other: Backend, device: str) -> str:
     return f"runs the checkpoint itself; {other.name} runs its graph on {device}"
 
 
-def _try(recipe: Recipe, runtime: Runtime, model: Model, cache: Cache, backend: Backend, device: str) -> Trial:
+def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, backend: Backend, device: str) -> Trial:
     """Seconds an image takes; engines that must first be built are not, since that takes minutes."""
     threads = runtime.threads or available_cores()
     members = run_members(backend, device, model, recipe)

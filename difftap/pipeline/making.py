@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import output_errors
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Backend, Cache, Engine, Graph, Profile, get_backend, members_per_run
 from difftap.engine.backend import CALIBRATED, Array
 from difftap.engine.builds import ensure_built
@@ -55,7 +55,13 @@ def calibration_images(paths: tuple[Path, ...]) -> list[Image]:
 
 
 def prepare_graph(
-    cache: Cache, backend: Backend, model: Model, component: str, taps: tuple[str, ...], profile: Profile, device: str
+    cache: Cache,
+    backend: Backend,
+    model: Checkpoint,
+    component: str,
+    taps: tuple[str, ...],
+    profile: Profile,
+    device: str,
 ) -> Graph:
     """The graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
 
@@ -75,7 +81,7 @@ def prepare_graph(
     return ensure_variant(cache, graph, kind, attention or "softmax")
 
 
-def run_members(backend: Backend, device: str, model: Model, recipe: Recipe) -> int:
+def run_members(backend: Backend, device: str, model: Checkpoint, recipe: Recipe) -> int:
     """How many ensemble members one UNet run of a backend takes."""
     if backend.fused_attention(device):
         return recipe.ensemble
@@ -111,7 +117,7 @@ class Maker:
     backend: Backend
     device: str
     threads: int
-    model: Model
+    model: Checkpoint
     recipe: Recipe
     batch: int = 1
     precision: str = "fp32"

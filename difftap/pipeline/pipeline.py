@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import (
     Backend,
     BranchEngine,
     Cache,
     Engine,
-    Extractor,
     Features,
+    Featurizer,
     Graph,
     Latents,
     Profile,
@@ -102,8 +102,8 @@ class Pipeline:
     def __init__(
         self,
         recipe: Recipe,
-        model: Model,
-        extractor: Extractor,
+        model: Checkpoint,
+        featurizer: Featurizer,
         branches: Sequence[BranchEngine],
         engines: list[Engine],
         conditions: dict[str, Any],
@@ -114,7 +114,7 @@ class Pipeline:
         self.model = model
         self.conditions = conditions
         self.batch = batch
-        self._extractor = extractor
+        self._featurizer = featurizer
         self._branches = tuple(branches)
         self._engines = engines
         self.prompts = book
@@ -186,14 +186,14 @@ class Pipeline:
                 run = engine("unet", branch.taps, maker.unet_profile(len(tokens)))
                 branches.append(BranchEngine(branch, run, tokens))
             batch = 1 if device == "cpu" else runtime.batch
-            extractor = Extractor(model, recipe, vae, branches, batch, latents)
+            featurizer = Featurizer(model, recipe, vae, branches, batch, latents)
             said = describe(recipe, model, cache, backend, device, threads, runtime.precision)
             conditions = said | book.conditions
         except BaseException:
             for one in opened.values():
                 one.close()
             raise
-        return cls(recipe, model, extractor, branches, list(opened.values()), conditions, batch, book)
+        return cls(recipe, model, featurizer, branches, list(opened.values()), conditions, batch, book)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -214,14 +214,14 @@ class Pipeline:
                 return map(self._alone, images)
             self._tell_of_missing_category()
             if self.recipe.learned is None:
-                return self._extractor(images)
+                return self._featurizer(images)
             prompts = self.prompts.choose(Subject())
         wanted = [
             dataclasses.replace(branch, prompt=self.prompts.embedding(prompt))
             for branch, prompt in zip(self._branches, prompts, strict=True)
             if prompt is not None
         ]
-        return self._extractor(images, wanted)
+        return self._featurizer(images, wanted)
 
     def _tell_of_missing_category(self) -> None:
         if self.recipe.learned is None and wants_category(self.recipe.branches) and not self._told:
@@ -230,11 +230,11 @@ class Pipeline:
             _LOG.info("the recipe prompts with %s, but no category is given: the prompt stays empty", asked)
 
     @property
-    def stages(self) -> Extractor:
+    def stages(self) -> Featurizer:
         """The stages of `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
         self.prompts.check_one_map_an_image()
         self._tell_of_missing_category()
-        return self._extractor
+        return self._featurizer
 
     def join(self, features: Features) -> FeatureMap:
         """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
@@ -322,7 +322,7 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def check_fits(recipe: Recipe, model: Model) -> None:
+def check_fits(recipe: Recipe, model: Checkpoint) -> None:
     """Make sure, before anything slow starts, that a model can do what a recipe asks.
 
     Raises:
@@ -340,13 +340,19 @@ def check_fits(recipe: Recipe, model: Model) -> None:
             model.tap(name)
 
 
-def embed_prompts(recipe: Recipe, model: Model, cache: Cache) -> list[NDArray[np.float32]]:
+def embed_prompts(recipe: Recipe, model: Checkpoint, cache: Cache) -> list[NDArray[np.float32]]:
     """Every branch's prompt for images of no named category, ``(T, D)`` each; one of them where it depends on more."""
     return PromptBook(model, recipe, cache, checked(recipe, model, cache)).any()
 
 
 def describe(
-    recipe: Recipe, model: Model, cache: Cache, backend: Backend, device: str, threads: int, precision: str = "fp32"
+    recipe: Recipe,
+    model: Checkpoint,
+    cache: Cache,
+    backend: Backend,
+    device: str,
+    threads: int,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """The conditions that go with every number: recipe, model, backend, precision, versions, machine."""
     from difftap.version import __version__

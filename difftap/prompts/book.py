@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Engine
 from difftap.errors import InputError
 from difftap.images import Image
@@ -92,7 +92,7 @@ class PromptBook:
 
     def __init__(
         self,
-        model: Model,
+        model: Checkpoint,
         recipe: Recipe,
         cache: Cache,
         learned: LearnedPrompts | None = None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.cache import Cache
 from difftap.errors import InputError
 from difftap.prompts.encode import encode_prompt
@@ -117,7 +117,7 @@ def made_of_images(recipe: Recipe) -> bool:
     return recipe.learned is not None and remembered(recipe.learned.path).mode(recipe.learned) in ("pair", "image")
 
 
-def embed(model: Model, prompt: Prompt, cache: Cache) -> NDArray[np.float32]:
+def embed(model: Checkpoint, prompt: Prompt, cache: Cache) -> NDArray[np.float32]:
     """The embedding ``(T, D)`` that a branch's cross-attention reads.
 
     Raises:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import atomic_path
 from difftap.artifacts.manifest import FileRecord, Manifest
-from difftap.backbones.checkpoint import RANDOM_MARK, Model
+from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint
 from difftap.engine.cache import Cache
 from difftap.errors import ArtefactError, ModelError, OutputError, first_line, require
 
@@ -31,7 +31,7 @@ _LOG = logging.getLogger("difftap")
 _RANDOM_TOKENS = 77  # CLIP's sequence length
 
 
-def encode_prompt(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
+def encode_prompt(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.float32]:
     """The embedding of a prompt, float32 ``(T, D)``.
 
     Raises:
@@ -79,7 +79,7 @@ def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
     return np.asarray(table[rows + [1] * (length - len(rows))], np.float32)
 
 
-def _random(model: Model, prompt: str) -> NDArray[np.float32]:
+def _random(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
     """Seeded noise with a layer norm's unit variance, for models built with random weights."""
     try:
         seed = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))[RANDOM_MARK]
@@ -103,7 +103,7 @@ def _add_pooled(embedding: NDArray[np.float32], pooled: NDArray[np.float32]) -> 
     return np.concatenate([embedding, row])
 
 
-def _remembered(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
+def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.float32]:
     """CLIP's embedding, from the cache if this text encoder has seen this prompt."""
     files = []
     for encoder in ("text_encoder", "text_encoder_2") if model.pooled_width else ("text_encoder",):
@@ -138,7 +138,7 @@ def _remembered(model: Model, prompt: str, cache: Cache) -> NDArray[np.float32]:
     return embedding
 
 
-def _clip(model: Model, prompt: str) -> NDArray[np.float32]:
+def _clip(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
     """Run the checkpoint's text encoders on the padded sentence, as diffusers' pipelines use them.
 
     Stable Diffusion reads CLIP's last hidden state; SDXL the last but one of each of its two encoders.
@@ -160,7 +160,7 @@ def _plain(value: Any) -> NDArray[np.float32]:
     return plain
 
 
-def _encode(model: Model, prompt: str, suffix: str, kind: Any) -> Any:
+def _encode(model: Checkpoint, prompt: str, suffix: str, kind: Any) -> Any:
     """Tokenise a prompt and run one text encoder: transformers' output with all hidden states."""
     import torch
     from safetensors import SafetensorError

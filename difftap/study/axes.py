@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import RecipeError
 from difftap.prototypes import Column, narrowed
 from difftap.recipe import Branch, Recipe
@@ -55,7 +55,7 @@ class Case:
     group: str = ""
 
 
-def _levels(model: Model, size: tuple[int, int]) -> Mapping[int, Sequence[Tap]]:
+def _levels(model: Checkpoint, size: tuple[int, int]) -> Mapping[int, Sequence[Tap]]:
     """Attention layers by cells along the input's shorter side, the three finest grids, finest first."""
     levels: dict[int, list[Tap]] = {}
     for tap in named_taps(model.unet, model.latent_stride):
@@ -64,7 +64,7 @@ def _levels(model: Model, size: tuple[int, int]) -> Mapping[int, Sequence[Tap]]:
     return {cells: levels[cells] for cells in sorted(levels, reverse=True)[:3]}
 
 
-def layer_cases(model: Model, size: tuple[int, int], timestep: int) -> tuple[Case, ...]:
+def layer_cases(model: Checkpoint, size: tuple[int, int], timestep: int) -> tuple[Case, ...]:
     """The cases of Figs. 4 to 6: grids, encoder and decoder on each, the layers of the coarsest encoder block.
 
     A grid stands for all attention layers on it, joined. Where the coarsest block has one attention layer alone (the
@@ -111,7 +111,7 @@ def table_name(taps: tuple[str, ...], timestep: int) -> str:
     return f"{short}.t{timestep:03d}.parquet"
 
 
-def _by_timestep(model: Model, cases: Sequence[Case]) -> dict[int, tuple[str, ...]]:
+def _by_timestep(model: Checkpoint, cases: Sequence[Case]) -> dict[int, tuple[str, ...]]:
     """The taps of each timestep's pass, in the order in which the network runs them."""
     order = {tap.name: k for k, tap in enumerate(named_taps(model.unet, model.latent_stride))}
     wanted: dict[int, set[str]] = {}
@@ -123,14 +123,14 @@ def _by_timestep(model: Model, cases: Sequence[Case]) -> dict[int, tuple[str, ..
     }
 
 
-def union_recipe(recipe: Recipe, model: Model, cases: Sequence[Case]) -> Recipe:
+def union_recipe(recipe: Recipe, model: Checkpoint, cases: Sequence[Case]) -> Recipe:
     """A recipe that gives the maps of all cases: a branch a timestep, each with all its taps; encoded once an image."""
     prompt = recipe.branches[0].prompt
     branches = tuple(Branch(taps, t, prompt) for t, taps in _by_timestep(model, cases).items())
     return replace(recipe, branches=branches)
 
 
-def columns(recipe: Recipe, model: Model, cases: Sequence[Case], folder: Path) -> tuple[Column, ...]:
+def columns(recipe: Recipe, model: Checkpoint, cases: Sequence[Case], folder: Path) -> tuple[Column, ...]:
     """The tables that cases need, each once, read from the branches of `union_recipe`."""
     times = list(_by_timestep(model, cases))
     made: dict[Path, Column] = {}

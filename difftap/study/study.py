@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from difftap.artifacts.files import output_errors
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError
 from difftap.pipeline.pipeline import Pipeline
 from difftap.prototypes import PrototypeTable, Source, build, is_built
@@ -69,7 +69,7 @@ class Study:
     """
 
     recipe: Recipe
-    model: Model
+    model: Checkpoint
     model_key: str
     backend: str
     precision: str

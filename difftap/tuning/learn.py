@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import only_writer, output_errors
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
 from difftap.errors import ModelError, RecipeError, require
 from difftap.features.shelf import View
@@ -60,7 +60,7 @@ class Tuned:
 class _Job:
     """One training's parts, made ready."""
 
-    model: Model
+    model: Checkpoint
     recipe: Recipe
     settings: Settings
     pairs: TrainingPairs
@@ -73,7 +73,7 @@ class _Job:
 
 
 def tune(
-    model: Model,
+    model: Checkpoint,
     recipe: Recipe,
     pairs: TrainingPairs,
     settings: Settings,
@@ -112,7 +112,7 @@ def tune(
         return _Run(job, watcher).run()
 
 
-def _timesteps(recipe: Recipe, settings: Settings, model: Model) -> tuple[int, ...]:
+def _timesteps(recipe: Recipe, settings: Settings, model: Checkpoint) -> tuple[int, ...]:
     """At which timestep each branch's prompt is learned.
 
     Raises:

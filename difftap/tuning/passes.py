@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import latent_scales
 from difftap.recipe import Recipe
 from difftap.tuning.posteriors import Known
@@ -41,7 +41,7 @@ class Passes:
 
     def __init__(
         self,
-        model: Model,
+        model: Checkpoint,
         recipe: Recipe,
         timesteps: Sequence[int],
         device: str,

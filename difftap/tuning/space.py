@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache
 from difftap.errors import InputError, ModelError, first_line, require
 from difftap.prompts import encode_prompt
@@ -71,7 +71,7 @@ class Space:
         return sequence if self.encoder is None else self.encoder(sequence)
 
 
-def load_text_encoder(model: Model) -> torch.nn.Module:
+def load_text_encoder(model: Checkpoint) -> torch.nn.Module:
     """The checkpoint's CLIP text encoder, frozen, in fp32.
 
     Raises:
@@ -94,7 +94,7 @@ def load_text_encoder(model: Model) -> torch.nn.Module:
     return frozen
 
 
-def open_space(model: Model, cache: Cache, device: str, asked: int = 0) -> Space:
+def open_space(model: Checkpoint, cache: Cache, device: str, asked: int = 0) -> Space:
     """The space of a model's learned prompts.
 
     Args:
@@ -121,7 +121,7 @@ def open_space(model: Model, cache: Cache, device: str, asked: int = 0) -> Space
     return Space(none, none, rows[:1] * 0, 1.0, count, None)
 
 
-def _clip_space(model: Model, device: str, asked: int) -> Space:
+def _clip_space(model: Checkpoint, device: str, asked: int) -> Space:
     from difftap.engine.torch_prompts import TextEncoder
 
     text = load_text_encoder(model).to(device)
@@ -136,7 +136,7 @@ def _clip_space(model: Model, device: str, asked: int) -> Space:
     return Space(start[None], end[None], words[last][None], float(words.std()), count, TextEncoder(text))
 
 
-def _ends(model: Model) -> tuple[int, int]:
+def _ends(model: Checkpoint) -> tuple[int, int]:
     """Numbers of the start and the end token; a text encoder's own configuration may name wrong ones."""
     transformers = require("transformers", "tune", f"the tokenizer of model '{model.name}'")
     try:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from difftap.artifacts.digests import DigestMemo
-from difftap.backbones.checkpoint import Model, pocket_folder
+from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.errors import DifftapError, ModelError, RecipeError
 
 
@@ -22,7 +22,7 @@ def copy(tmp_path):
 
 def _refused(folder, words):
     with pytest.raises(ModelError, match=words) as caught:
-        Model.load(folder)
+        Checkpoint.load(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -57,7 +57,7 @@ def test_pickled_weights_are_refused(copy, name):
 
 def test_pickled_weights_beside_safe_ones_are_not_looked_at(copy):
     (copy / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"cposix\nsystem\n")
-    assert Model.load(copy).weight_files("unet")[0].suffix == ".safetensors"
+    assert Checkpoint.load(copy).weight_files("unet")[0].suffix == ".safetensors"
 
 
 def test_no_weights_at_all(copy):
@@ -108,7 +108,7 @@ def _shard(folder):
 
 def test_a_sharded_index(copy):
     _shard(copy / "unet")
-    assert [path.name for path in Model.load(copy).weight_files("unet")] == ["one.safetensors", "two.safetensors"]
+    assert [path.name for path in Checkpoint.load(copy).weight_files("unet")] == ["one.safetensors", "two.safetensors"]
     (copy / "unet" / "two.safetensors").unlink()
     _refused(copy, "two.safetensors")
 
@@ -126,24 +126,26 @@ def test_half_precision_weights_are_found(copy):
         (copy / part / "diffusion_pytorch_model.safetensors").rename(
             copy / part / "diffusion_pytorch_model.fp16.safetensors"
         )
-    assert Model.load(copy).weight_files("vae")[0].name.endswith("fp16.safetensors")
+    assert Checkpoint.load(copy).weight_files("vae")[0].name.endswith("fp16.safetensors")
 
 
 def test_the_weights_hash_is_of_weights_and_configuration(copy, tmp_path):
     memo = DigestMemo(tmp_path / "memo.json")
-    before = Model.load(copy).weights_hash("unet", memo)
+    before = Checkpoint.load(copy).weights_hash("unet", memo)
     path = copy / "unet" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**dict(reversed(config.items())), "_diffusers_version": "0.1"}))
-    assert Model.load(copy).weights_hash("unet", memo) == before  # neither order nor the writer's version is a number
+    assert (
+        Checkpoint.load(copy).weights_hash("unet", memo) == before
+    )  # neither order nor the writer's version is a number
     path.write_text(json.dumps({**config, "norm_eps": 1e-3}))
-    assert Model.load(copy).weights_hash("unet", memo) != before
+    assert Checkpoint.load(copy).weights_hash("unet", memo) != before
     path.write_text(json.dumps(config))
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert Model.load(copy).weights_hash("unet", memo) != before
+    assert Checkpoint.load(copy).weights_hash("unet", memo) != before
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_the_schedule_is_diffusers(copy, config):
     diffusers = pytest.importorskip("diffusers")
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler", **config}))
     want = diffusers.DDIMScheduler(**config).alphas_cumprod.double().numpy()
-    assert np.allclose(Model.load(copy).alphas_cumprod, want, rtol=1e-5, atol=1e-7)
+    assert np.allclose(Checkpoint.load(copy).alphas_cumprod, want, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_the_schedule_is_diffusers(copy, config):
 def test_an_unknown_schedule_is_a_model_error(copy, config):
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError):
-        _ = Model.load(copy).alphas_cumprod
+        _ = Checkpoint.load(copy).alphas_cumprod
 
 
 def test_sizes_that_the_blocks_cannot_halve_are_refused(pocket):

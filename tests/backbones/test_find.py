@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import difftap.backbones.find as checkpoints
-from difftap.backbones.checkpoint import Model, pocket_folder
+from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.engine import Cache
 from difftap.errors import MissingExtraError, ModelError
 from difftap.export import open_model
@@ -158,9 +158,9 @@ def test_another_unets_weights_in_a_base_model(cache, mini, tmp_path):
     file = tmp_path / "clean_unet.safetensors"
     shutil.copy(other / "unet" / "diffusion_pytorch_model.safetensors", file)
     model = open_model(f"{mini}+{file}", cache)
-    base = Model.load(mini)
+    base = Checkpoint.load(mini)
     assert model.weights_hash("vae", cache.memo) == base.weights_hash("vae", cache.memo)
-    assert model.weights_hash("unet", cache.memo) == Model.load(other).weights_hash("unet", cache.memo)
+    assert model.weights_hash("unet", cache.memo) == Checkpoint.load(other).weights_hash("unet", cache.memo)
     assert open_model(f"{mini}+{file}", cache).folder == model.folder
     assert not list(cache.folder.rglob("*.part"))
 
@@ -168,7 +168,7 @@ def test_another_unets_weights_in_a_base_model(cache, mini, tmp_path):
 def test_a_base_model_may_be_built_with_random_weights(cache, tiny_presets, mini):
     file = mini / "unet" / "diffusion_pytorch_model.safetensors"
     model = open_model(f"sd21+{file}", cache, random_weights=1)
-    assert model.weights_hash("unet", cache.memo) == Model.load(mini).weights_hash("unet", cache.memo)
+    assert model.weights_hash("unet", cache.memo) == Checkpoint.load(mini).weights_hash("unet", cache.memo)
 
 
 def test_weights_that_do_not_fit_the_base_are_refused(cache, mini, tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.bench.flops import axes_of, count_graph, count_macs
 from difftap.engine import Graph, Profile
 from difftap.errors import ArtefactError, MissingExtraError
@@ -51,7 +51,7 @@ def test_the_graph_s_count_is_that_of_torch_s_layers(mini, mini_cache, component
     from difftap.engine.torch_model import build
     from difftap.export.parity import example_feeds
 
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     taps = () if component == "vae" else MINI_TAPS
     graph = mini_cache.cached_graph(model, component, taps)
     profile = Profile(size, ensemble=1 if component == "vae" else 3, tokens=5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from difftap import Image, Pipeline, Recipe, Runtime
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.bench import rivals
 from difftap.bench.rivals import Rival, vae_bytes
 from difftap.engine.noise import draw
@@ -35,7 +35,7 @@ def inputs(recipe, images, model):
 @pytest.mark.parametrize("tuned", [False, True])
 def test_features_are_ours(recipe, mini, mini_cache, tuned):
     recipe = dataclasses.replace(recipe, branches=(*recipe.branches, Branch(("up1",), 40, "a dog")))
-    model, images = Model.load(mini), [Image(picture(1)), Image(picture(2, (50, 36)))]
+    model, images = Checkpoint.load(mini), [Image(picture(1)), Image(picture(2, (50, 36)))]
     with Pipeline.open(recipe, Runtime(backend="torch", cache=mini_cache.folder)) as pipeline:
         wanted = list(pipeline.features(images))
     rival = Rival(model, recipe, embed_prompts(recipe, model, mini_cache), "cpu", tuned=tuned, compiled=False)
@@ -51,7 +51,7 @@ def test_features_are_ours(recipe, mini, mini_cache, tuned):
 
 
 def test_the_vae_runs_for_every_member_and_once_when_tuned(recipe, mini, mini_cache):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     prompts = embed_prompts(recipe, model, mini_cache)
     for tuned, encoded in ((False, recipe.ensemble), (True, 1)):
         rival = Rival(model, recipe, prompts, "cpu", tuned=tuned, compiled=False)
@@ -63,7 +63,7 @@ def test_the_vae_runs_for_every_member_and_once_when_tuned(recipe, mini, mini_ca
 
 
 def test_members_that_do_not_fit_run_in_parts_and_it_is_said(recipe, mini, mini_cache, monkeypatch):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     prompts = embed_prompts(recipe, model, mini_cache)
     whole = Rival(model, recipe, prompts, "cpu")
     assert (whole.together, whole.notes) == (4, [])
@@ -79,7 +79,7 @@ def test_members_that_do_not_fit_run_in_parts_and_it_is_said(recipe, mini, mini_
 
 
 def test_tuned_needs_a_decoder_block(recipe, mini, mini_cache):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     for taps in (("down1.attn0",), ("up1", "up2")):
         other = dataclasses.replace(recipe, branches=(Branch(taps, 261),))
         with pytest.raises(BackendError, match=f"got taps {', '.join(taps)}; allowed: one of up0"):
@@ -89,12 +89,12 @@ def test_tuned_needs_a_decoder_block(recipe, mini, mini_cache):
 def test_without_torch_the_pip_line_is_given(recipe, mini, mini_cache, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"difftap\[bench\]"):
-        Rival(Model.load(mini), recipe, [], "cpu")
+        Rival(Checkpoint.load(mini), recipe, [], "cpu")
 
 
 @pytest.mark.slow
 def test_compiled_gives_the_same(recipe, mini, mini_cache):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     prompts = embed_prompts(recipe, model, mini_cache)
     given = inputs(recipe, [Image(picture(1))], model)
     plain = Rival(model, recipe, prompts, "cpu").extract(*given)[0][0]["up1"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from difftap.artifacts.manifest import Manifest
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Backend, Cache, Engine, Graph, Profile
 from difftap.engine.builds import engine_manifest_path, ensure_built
 from difftap.errors import BackendError, NonFiniteError, OutputError
@@ -64,14 +64,14 @@ class Compiler(Backend):
         raise NotImplementedError
 
 
-def _ensure(cache: Cache, model: Model, backend: Backend) -> Path:
+def _ensure(cache: Cache, model: Checkpoint, backend: Backend) -> Path:
     folder = ensure_built(cache, Graph(model, "vae"), backend, PROFILE, "cpu")
     assert folder is not None
     return folder
 
 
 def test_built_once_and_again_when_a_file_or_the_version_changed(tmp_path: Path, mini: Path) -> None:
-    cache, model, backend = Cache(tmp_path), Model.load(mini), Compiler()
+    cache, model, backend = Cache(tmp_path), Checkpoint.load(mini), Compiler()
     folder = _ensure(cache, model, backend)
     assert (folder / "plan").read_bytes() == b"whole"
     assert _ensure(cache, model, backend) == folder and backend.built == 1
@@ -83,7 +83,7 @@ def test_built_once_and_again_when_a_file_or_the_version_changed(tmp_path: Path,
 
 
 def test_a_failed_build_leaves_nothing_that_looks_like_an_engine(tmp_path: Path, mini: Path) -> None:
-    cache, model, backend = Cache(tmp_path), Model.load(mini), Compiler()
+    cache, model, backend = Cache(tmp_path), Checkpoint.load(mini), Compiler()
     backend.fails = True
     with pytest.raises(BackendError, match="gave up"):
         _ensure(cache, model, backend)
@@ -94,7 +94,7 @@ def test_a_failed_build_leaves_nothing_that_looks_like_an_engine(tmp_path: Path,
 
 
 def test_leftovers_of_a_killed_build_are_swept(tmp_path: Path, mini: Path) -> None:
-    cache, model, backend = Cache(tmp_path), Model.load(mini), Compiler()
+    cache, model, backend = Cache(tmp_path), Checkpoint.load(mini), Compiler()
     folder = _ensure(cache, model, backend)
     killed = folder.with_name(f".{folder.name}.1.abcd.part")
     killed.mkdir()
@@ -105,7 +105,7 @@ def test_leftovers_of_a_killed_build_are_swept(tmp_path: Path, mini: Path) -> No
 
 
 def test_two_at_once_build_one(tmp_path: Path, mini: Path) -> None:
-    cache, model, backend = Cache(tmp_path), Model.load(mini), Compiler()
+    cache, model, backend = Cache(tmp_path), Checkpoint.load(mini), Compiler()
     threads = [Thread(target=_ensure, args=(cache, model, backend)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -119,7 +119,7 @@ def _chosen(key: str) -> Any:
 
 
 def test_an_engine_calibrated_on_other_images_is_built_again_if_the_user_chose_them(tmp_path: Path, mini: Path) -> None:
-    cache, graph, backend = Cache(tmp_path), Graph(Model.load(mini), "vae"), Compiler()
+    cache, graph, backend = Cache(tmp_path), Graph(Checkpoint.load(mini), "vae"), Compiler()
     backend.details = {"calibration": "a"}
     for calibration, builds in ((_chosen("a"), 1), (_chosen("a"), 1), (None, 1), (_chosen("b"), 2)):
         backend.details = {"calibration": calibration.key} if calibration else {}
@@ -135,7 +135,7 @@ def test_an_engine_calibrated_on_other_images_is_built_again_if_the_user_chose_t
     ],
 )
 def test_a_build_that_runs_out_says_so_in_one_line(tmp_path: Path, mini: Path, trouble, kind, words) -> None:
-    cache, model, backend = Cache(tmp_path), Model.load(mini), Compiler()
+    cache, model, backend = Cache(tmp_path), Checkpoint.load(mini), Compiler()
     backend.trouble = trouble
     with pytest.raises(kind, match=words) as caught:
         _ensure(cache, model, backend)
@@ -144,7 +144,7 @@ def test_a_build_that_runs_out_says_so_in_one_line(tmp_path: Path, mini: Path, t
 
 
 def test_a_build_that_fails_its_check_is_not_kept(tmp_path: Path, mini: Path) -> None:
-    cache, graph, backend = Cache(tmp_path), Graph(Model.load(mini), "vae"), Compiler()
+    cache, graph, backend = Cache(tmp_path), Graph(Checkpoint.load(mini), "vae"), Compiler()
 
     def check(folder: Path) -> Mapping[str, Any]:
         assert (folder / "plan").read_bytes() == b"whole"
@@ -164,17 +164,17 @@ import os, signal
 from pathlib import Path
 from tests.engine.test_builds import Compiler, _ensure
 from difftap.engine import Cache
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 
 class Killed(Compiler):
     def build(self, graph, profile, device, folder, calibration=None):
         (folder / "plan").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-_ensure(Cache(Path({str(tmp_path)!r})), Model.load(Path({str(mini)!r})), Killed())
+_ensure(Cache(Path({str(tmp_path)!r})), Checkpoint.load(Path({str(mini)!r})), Killed())
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert len(list(tmp_path.rglob("plan"))) == 1 and not list(tmp_path.rglob("*.engine.json"))
-    folder = _ensure(Cache(tmp_path), Model.load(mini), Compiler())
+    folder = _ensure(Cache(tmp_path), Checkpoint.load(mini), Compiler())
     assert [p.read_bytes() for p in tmp_path.rglob("plan")] == [b"whole"] and (folder / "plan").is_file()

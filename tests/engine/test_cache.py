@@ -12,7 +12,7 @@ import pytest
 
 import difftap.export.graphs as graphs
 from difftap.artifacts.manifest import file_digest
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Graph, default_cache_folder
 from difftap.engine.cache import file_stem
 from difftap.errors import ArtefactError, OutputError
@@ -48,7 +48,7 @@ def flip(path):
 
 
 def test_what_is_there_is_used(cache, mini, exports):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     for component, taps in (("vae", ()), ("unet", MINI_TAPS)):
         graph = ensure_graph(cache, model, component, taps)
         assert graph.path.parent == cache.model_folder(model)
@@ -77,7 +77,7 @@ def edit(path, **changes):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_graphs_in_the_cache_are_made_again(cache, mini, exports, damage):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     DAMAGE[damage](cache.model_folder(model))
     with pytest.raises(ArtefactError):
         cache.cached_graph(model, "vae")
@@ -89,23 +89,23 @@ def test_damaged_graphs_in_the_cache_are_made_again(cache, mini, exports, damage
 def test_damaged_graphs_beside_the_checkpoint_are_refused(mini, cache, exports, tmp_path, damage):
     folder = tmp_path / "shipped"
     shutil.copytree(mini, folder)
-    for path in cache.model_folder(Model.load(mini)).iterdir():
+    for path in cache.model_folder(Checkpoint.load(mini)).iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, folder)
     empty = Cache(tmp_path / "empty")
-    assert ensure_graph(empty, Model.load(folder), "vae").path == folder / "vae.onnx"
+    assert ensure_graph(empty, Checkpoint.load(folder), "vae").path == folder / "vae.onnx"
     if damage == "weights missing":
         return  # then it is no checkpoint at all (test_model.py)
     DAMAGE[damage](folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ArtefactError, match="came with the model: install or download it again"):
-        ensure_graph(empty, Model.load(folder), "vae")
+        ensure_graph(empty, Checkpoint.load(folder), "vae")
     assert not exports
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_graph_without_a_manifest_was_never_finished(cache, mini, exports):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     folder = cache.model_folder(model)
     (folder / "vae.json").unlink()
     (folder / ".vae.json.123.abc.part").write_text("{")
@@ -117,13 +117,13 @@ def test_a_graph_without_a_manifest_was_never_finished(cache, mini, exports):
 def test_other_weights_have_another_folder(mini, mini_cache, tmp_path, exports):
     shutil.copytree(mini, tmp_path / "other")
     flip(tmp_path / "other" / "vae" / "diffusion_pytorch_model.safetensors")
-    model, other = Model.load(mini), Model.load(tmp_path / "other")
+    model, other = Checkpoint.load(mini), Checkpoint.load(tmp_path / "other")
     assert mini_cache.model_key(model) != mini_cache.model_key(other)
     assert mini_cache.cached_graph(other, "vae") is None
 
 
 def test_weights_are_hard_links_where_that_works_and_copies_elsewhere(mini, tmp_path, monkeypatch):
-    model, cache = Model.load(mini), Cache(tmp_path / "cache")
+    model, cache = Checkpoint.load(mini), Cache(tmp_path / "cache")
     (source,) = model.weight_files("unet")
     (linked,) = cache.place_weights(model, "unet", tmp_path / "linked")
     assert source.samefile(linked)
@@ -146,7 +146,7 @@ def test_weights_are_hard_links_where_that_works_and_copies_elsewhere(mini, tmp_
 
 
 def test_two_graphs_of_one_model_share_one_copy_of_the_weights(mini_cache, mini):
-    folder = mini_cache.model_folder(Model.load(mini))
+    folder = mini_cache.model_folder(Checkpoint.load(mini))
     weights = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
     assert weights == ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
 
@@ -159,7 +159,7 @@ def test_the_folder_is_the_environments(monkeypatch, tmp_path):
 
 
 def test_an_unwritable_cache_is_one_clear_line(mini):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     with (
         pytest.raises(OutputError, match="cannot write"),
         Cache(Path("/dev/null/cache")).lock(Path("/dev/null/cache"), "x"),
@@ -182,9 +182,9 @@ import logging, sys
 from pathlib import Path
 from difftap.engine import Cache
 from difftap.export import ensure_graph
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-print(ensure_graph(Cache(Path(sys.argv[2])), Model.load(Path(sys.argv[1])), "vae").path)
+print(ensure_graph(Cache(Path(sys.argv[2])), Checkpoint.load(Path(sys.argv[1])), "vae").path)
 """
 
 
@@ -195,7 +195,7 @@ def test_two_processes_that_export_the_same_graph_both_end_well(mini, tmp_path):
     assert [process.returncode for process in running] == [0, 0], done
     assert done[0][0] == done[1][0]
     assert sum(err.count("exporting the vae") for _, err in done) == 1, "both exported it"
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     graph = Cache(tmp_path / "shared").cached_graph(model, "vae")
     assert graph is not None
     assert not list((tmp_path / "shared").rglob("*.part"))
@@ -210,7 +210,7 @@ def test_weights_behind_symbolic_links_are_placed_as_files(mini, cache, tmp_path
             link = tmp_path / "snapshot" / path.relative_to(blobs)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(path, link.parent))
-    (placed,) = cache.place_weights(Model.load(tmp_path / "snapshot"), "unet", tmp_path / "home")
+    (placed,) = cache.place_weights(Checkpoint.load(tmp_path / "snapshot"), "unet", tmp_path / "home")
     assert placed.is_file()
     assert not placed.is_symlink()
     assert placed.read_bytes() == (mini / "unet" / placed.name).read_bytes()

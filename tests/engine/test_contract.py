@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import BACKENDS, Backend, Engine, Graph, Profile, choose_device, get_backend
 from difftap.engine.backend import PRECISIONS, Calibration
 from difftap.errors import BackendError, InputError, NonFiniteError
@@ -41,7 +41,7 @@ def backend(request) -> Backend:
 
 @pytest.fixture(scope="module")
 def graphs(mini, mini_cache) -> dict[str, Graph]:
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     found = {"vae": mini_cache.cached_graph(model, "vae"), "unet": mini_cache.cached_graph(model, "unet", MINI_TAPS)}
     assert all(found.values())
     return found

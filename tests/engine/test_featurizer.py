@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from difftap.backbones.checkpoint import Model
-from difftap.engine import BranchEngine, Extractor, Profile, get_backend, members_per_run
+from difftap.backbones.checkpoint import Checkpoint
+from difftap.engine import BranchEngine, Featurizer, Profile, get_backend, members_per_run
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.images import Image
@@ -67,12 +67,12 @@ def test_the_same_picture_from_another_file_has_the_same_bits(recipe, mini_cache
 
 def test_an_engine_batch_of_several_images_agrees(recipe, mini, mini_cache, alone):
     """As on a GPU: all images in one run; the kernels may differ in the last bits."""
-    model, ort = Model.load(mini), get_backend("ort")
+    model, ort = Checkpoint.load(mini), get_backend("ort")
     prompt = encode_prompt(model, "a cat", mini_cache)
     vae = ort.open(mini_cache.cached_graph(model, "vae"), Profile(SIZE, batch=4), "cpu", 1)
     unet = ort.open(mini_cache.cached_graph(model, "unet", MINI_TAPS), Profile(SIZE, 3, len(prompt), 4), "cpu", 1)
     with vae, unet:
-        got = list(Extractor(model, recipe, vae, [BranchEngine(recipe.branches[0], unet, prompt)], 4)(IMAGES))
+        got = list(Featurizer(model, recipe, vae, [BranchEngine(recipe.branches[0], unet, prompt)], 4)(IMAGES))
     assert [features.digest for features in got] == [image.digest for image in IMAGES]
     for features, want in zip(got, alone, strict=True):
         for value, other in zip(flat(features), want, strict=True):
@@ -138,7 +138,7 @@ def test_features_are_those_of_plain_diffusers(recipe, mini, mini_cache, backend
         recipe = dataclasses.replace(recipe, noise="none", ensemble=1)
     if kind == "pairs":
         recipe = dataclasses.replace(recipe, noise="antithetic", ensemble=4)
-    prompts = [encode_prompt(Model.load(mini), branch.prompt, mini_cache) for branch in recipe.branches]
+    prompts = [encode_prompt(Checkpoint.load(mini), branch.prompt, mini_cache) for branch in recipe.branches]
     got = run(recipe, IMAGES[1:2], mini_cache, backend=backend, threads=2)[0]
     want = reference(recipe, IMAGES[1], mini, prompts)
     assert len(got) == len(want) == 2 * len(recipe.branches)
@@ -160,7 +160,7 @@ def test_two_branches_are_joined_by_their_shares(recipe, mini_cache):
 
 def test_a_batch_below_one_and_a_timestep_beyond_the_schedule(recipe, mini, mini_cache, pocket):
     with pytest.raises(InputError, match="batch is 0"):
-        Extractor(pocket, recipe, None, [], 0)
+        Featurizer(pocket, recipe, None, [], 0)
 
 
 def test_no_images_no_features(recipe, mini_cache):
@@ -171,7 +171,7 @@ def test_members_run_in_equal_parts_when_memory_asks_for_it(recipe, mini_cache, 
     recipe = dataclasses.replace(recipe, ensemble=6)
     [whole] = run(recipe, IMAGES[:1], mini_cache)
     sizes = []
-    model = Model.load(Path(recipe.model))
+    model = Checkpoint.load(Path(recipe.model))
     stride = 2 * model.latent_stride  # attention begins in the second block
     table = 4 * model.unet["attention_head_dim"] * (SIZE[0] // stride * (SIZE[1] // stride)) ** 2  # bytes
     for budget in (1, 2 * table):
@@ -186,6 +186,6 @@ def test_members_run_in_equal_parts_when_memory_asks_for_it(recipe, mini_cache, 
 def test_full_size_networks_stay_within_memory():
     blocks = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     heads = {"attention_head_dim": [5, 10, 20, 20], "down_block_types": blocks}
-    sd21 = Model("sd21", Path(), heads, {"block_out_channels": [128, 256, 512, 512]}, {})
+    sd21 = Checkpoint("sd21", Path(), heads, {"block_out_channels": [128, 256, 512, 512]}, {})
     assert members_per_run(sd21, (768, 768), 8) == 1
     assert members_per_run(sd21, (256, 256), 8) == 8

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Graph, Profile, get_backend
 from difftap.errors import BackendError
 from difftap.export.parity import TensorParity, example_feeds
@@ -19,7 +19,7 @@ PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=3)
 
 @pytest.fixture(scope="module", params=["vae", "unet"])
 def graph(request, mini) -> Graph:
-    return Graph(Model.load(mini), request.param, MINI_TAPS if request.param == "unet" else ())
+    return Graph(Checkpoint.load(mini), request.param, MINI_TAPS if request.param == "unet" else ())
 
 
 def run(name, graph, precision, batches=(3,)):
@@ -49,14 +49,14 @@ def test_logits_beyond_fp16_do_not_overflow(mini, tmp_path):
         if "attn1.to_q" in name or "attn1.to_k" in name:
             weights[name] = weights[name] * 1000.0
     save_file(weights, path)
-    graph = Graph(Model.load(folder), "unet", ("up1",))
+    graph = Graph(Checkpoint.load(folder), "unet", ("up1",))
     ((want,), (got,)) = run("torch", graph, "fp32"), run("torch", graph, "fp16")
     assert TensorParity.of(got["up1"], want["up1"]).cosine_mean > 0.99
 
 
 @pytest.mark.slow
 def test_compiled_is_eager_for_every_batch_size(mini):
-    graph = Graph(Model.load(mini), "vae")
+    graph = Graph(Checkpoint.load(mini), "vae")
     backend = get_backend("torch-compile")
     if backend.missing():
         pytest.skip(backend.missing())
@@ -78,4 +78,4 @@ def test_compiling_needs_a_compiler(monkeypatch, mini):
 
     monkeypatch.setattr("torch.export.export", fail)
     with pytest.raises(BackendError, match=r"torch cannot compile vae: cannot trace$"):
-        run("torch-compile", Graph(Model.load(mini), "vae"), "fp32")
+        run("torch-compile", Graph(Checkpoint.load(mini), "vae"), "fp32")

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Graph, Profile, get_backend
 from difftap.errors import ModelError, RecipeError
 from difftap.export.parity import example_feeds
@@ -24,14 +24,14 @@ def test_damaged_weights_are_a_model_error(copy, size):
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ModelError, match=r"unet in .* cannot be loaded") as caught:
-        get_backend("torch").open(Graph(Model.load(copy), "unet", ("up1",)), Profile((16, 16)), "cpu", 1)
+        get_backend("torch").open(Graph(Checkpoint.load(copy), "unet", ("up1",)), Profile((16, 16)), "cpu", 1)
     assert "\n" not in str(caught.value)
 
 
 def test_stopping_early_changes_no_number_and_leaves_no_hook(mini):
     from difftap.engine.torch_model import build
 
-    model, taps = Model.load(mini), ("down1.attn0", "up0", "mid")
+    model, taps = Checkpoint.load(mini), ("down1.attn0", "up0", "mid")
     feeds = example_feeds(Graph(model, "unet", taps), Profile((16, 24), 2, 3, 2))
     results = []
     for early in (True, False):
@@ -52,7 +52,7 @@ def test_stopping_early_changes_no_number_and_leaves_no_hook(mini):
 
 
 def test_a_module_path_gives_what_the_short_name_gives(mini):
-    model, profile = Model.load(mini), Profile((16, 16), 2, 3, 1)
+    model, profile = Checkpoint.load(mini), Profile((16, 16), 2, 3, 1)
     results = {}
     for name in ("up1.attn0", "up_blocks.1.attentions.0"):
         with get_backend("torch").open(Graph(model, "unet", (name,)), profile, "cpu", 1) as engine:
@@ -63,14 +63,14 @@ def test_a_module_path_gives_what_the_short_name_gives(mini):
 def test_the_number_of_threads_is_put_back(mini):
     before = torch.get_num_threads()
     profile = Profile((16, 16))
-    with get_backend("torch").open(Graph(Model.load(mini), "vae"), profile, "cpu", before + 1) as engine:
+    with get_backend("torch").open(Graph(Checkpoint.load(mini), "vae"), profile, "cpu", before + 1) as engine:
         engine.run(example_feeds(engine.graph, profile))
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("path", ["up_blocks.1.resnets", "up_blocks.1.attentions.0.transformer_blocks.0.attn1"])
 def test_a_module_that_gives_no_map_is_no_tap(mini, path):
-    graph = Graph(Model.load(mini), "unet", (path,))
+    graph = Graph(Checkpoint.load(mini), "unet", (path,))
     profile = Profile((24, 16), tokens=3)
     with (
         get_backend("torch").open(graph, profile, "cpu", None) as engine,
@@ -80,7 +80,7 @@ def test_a_module_that_gives_no_map_is_no_tap(mini, path):
 
 
 def test_a_layer_and_its_part_are_both_read(mini):
-    graph = Graph(Model.load(mini), "unet", ("up_blocks.1.resnets.0.conv1", "up1.res0"))
+    graph = Graph(Checkpoint.load(mini), "unet", ("up_blocks.1.resnets.0.conv1", "up1.res0"))
     profile = Profile((24, 16), tokens=3)
     with get_backend("torch").open(graph, profile, "cpu", None) as engine:
         assert set(engine.run(example_feeds(graph, profile))) == set(graph.taps)

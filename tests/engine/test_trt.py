@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Graph, Profile, choose_device, get_backend
 from difftap.engine.backend import DeviceArray
 from difftap.engine.backends.tensorrt import TensorRTBackend
@@ -57,7 +57,7 @@ def stand_in(name, monkeypatch):
 
 @pytest.fixture(scope="module")
 def graphs(mini, mini_cache) -> dict[str, Graph]:
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     return {"vae": mini_cache.cached_graph(model, "vae"), "unet": mini_cache.cached_graph(model, "unet", MINI_TAPS)}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import difftap.export.trace as tracing
 from difftap.artifacts.tensors import locate_tensors
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.errors import BackendError, ModelError
 from difftap.export import export_graph
@@ -23,19 +23,19 @@ onnx = pytest.importorskip("onnx")
 
 @pytest.fixture(scope="module")
 def vae(mini, mini_cache) -> Graph:
-    return mini_cache.cached_graph(Model.load(mini), "vae")
+    return mini_cache.cached_graph(Checkpoint.load(mini), "vae")
 
 
 @pytest.fixture(scope="module")
 def up1(mini, mini_cache) -> Graph:
-    return mini_cache.cached_graph(Model.load(mini), "unet", MINI_TAPS)
+    return mini_cache.cached_graph(Checkpoint.load(mini), "unet", MINI_TAPS)
 
 
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory) -> Graph:
     """A graph cut after one attention layer, of a half-precision checkpoint whose weights lie in several files."""
     folder = write_tiny(tmp_path_factory.mktemp("half"), 1, half=True, unet=MINI_UNET, vae=MINI_VAE, shard="80KB")
-    model = Model.load(folder)
+    model = Checkpoint.load(folder)
     assert len(model.weight_files("unet")) > 1
     graph, parity = export_graph(Cache(tmp_path_factory.mktemp("half-cache")), model, "unet", ("down1.attn0",))
     assert max(one.relative for one in parity.values()) <= 1e-4
@@ -251,7 +251,7 @@ def test_an_honest_graph_passes_the_same_way(vae, tmp_path, monkeypatch):
 
 
 def test_damaged_safetensors_headers_are_model_errors(mini, tmp_path):
-    whole = Model.load(mini).weight_files("vae")[0].read_bytes()
+    whole = Checkpoint.load(mini).weight_files("vae")[0].read_bytes()
     path = tmp_path / "a.safetensors"
     for content in (b"", b"abc", whole[:50], whole[:-10], b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]):
         path.write_bytes(content)
@@ -261,4 +261,4 @@ def test_damaged_safetensors_headers_are_model_errors(mini, tmp_path):
 
 def test_an_unknown_module_path_is_a_model_error(mini, tmp_path):
     with pytest.raises(ModelError, match=r"no module 'up_blocks.1.nonsense' for tap"):
-        export_graph(Cache(tmp_path / "new"), Model.load(mini), "unet", ("up_blocks.1.nonsense",))
+        export_graph(Cache(tmp_path / "new"), Checkpoint.load(mini), "unet", ("up_blocks.1.nonsense",))

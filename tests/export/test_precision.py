@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difftap.artifacts.tensors import locate_tensors
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.export.parity import TensorParity, example_feeds
@@ -37,7 +37,7 @@ def outputs(graph: Graph):
 
 @pytest.fixture(params=["vae", "unet"])
 def exported(request, mini, mini_cache) -> Graph:
-    graph = mini_cache.cached_graph(Model.load(mini), request.param, MINI_TAPS if request.param == "unet" else ())
+    graph = mini_cache.cached_graph(Checkpoint.load(mini), request.param, MINI_TAPS if request.param == "unet" else ())
     assert graph is not None
     return graph
 
@@ -108,7 +108,7 @@ def _has(model, name: str) -> bool:
 
 
 def test_variants_share_one_narrower_copy_of_the_weights(mini, mini_cache, tmp_path, caplog):
-    cache, model = Cache(tmp_path), Model.load(mini)
+    cache, model = Cache(tmp_path), Checkpoint.load(mini)
     graph = mini_cache.cached_graph(model, "unet", MINI_TAPS)
     variant = ensure_variant(cache, graph, "fp16")
     home = cache.model_folder(model)
@@ -140,7 +140,7 @@ def test_a_checkpoint_in_the_half_type_is_not_copied(pocket, tmp_path):
         assert TensorParity.of(outputs(variant)[name], want).relative < 3e-3
 
 
-def _scaled(source: Path, folder: Path, factors: dict[str, float]) -> Model:
+def _scaled(source: Path, folder: Path, factors: dict[str, float]) -> Checkpoint:
     """A copy of a checkpoint with some of its UNet's weights multiplied, each where it was in the file."""
     shutil.copytree(source, folder)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -153,10 +153,10 @@ def _scaled(source: Path, folder: Path, factors: dict[str, float]) -> Model:
             where = slice(place.offset, place.offset + place.length)
             data[where] = (np.frombuffer(data[where], np.float32) * np.float32(factor)).tobytes()
     path.write_bytes(data)
-    return Model.load(folder)
+    return Checkpoint.load(folder)
 
 
-def _with_weights(graph: Graph, model: Model, cache: Cache) -> Graph:
+def _with_weights(graph: Graph, model: Checkpoint, cache: Cache) -> Graph:
     """The same graph over another checkpoint's weights: their places in the file are the same."""
     home = cache.model_folder(model)
     cache.place_weights(model, graph.component, home)
@@ -165,7 +165,7 @@ def _with_weights(graph: Graph, model: Model, cache: Cache) -> Graph:
 
 
 def test_what_overflows_is_refused(mini, mini_cache, tmp_path):
-    graph = mini_cache.cached_graph(Model.load(mini), "unet", MINI_TAPS)
+    graph = mini_cache.cached_graph(Checkpoint.load(mini), "unet", MINI_TAPS)
     cache = Cache(tmp_path / "cache")
     # A normalisation follows the first convolution, so float32 does not mind how large its weights are.
     huge = _with_weights(graph, _scaled(mini, tmp_path / "huge", {"conv_in.weight": 1e6}), cache)

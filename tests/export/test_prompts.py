@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import difftap.prompts.encode as encode
-from difftap.backbones.checkpoint import Model, pocket_folder
+from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.engine import Cache
 from difftap.errors import MissingExtraError, ModelError
 from difftap.prompts import encode_prompt
@@ -70,7 +70,7 @@ def test_a_damaged_table(tmp_path, cache, damage):
     shutil.copytree(pocket_folder(), tmp_path / "model")
     damage(tmp_path / "model" / "prompt_table")
     with pytest.raises(ModelError, match="prompt table"):
-        encode_prompt(Model.load(tmp_path / "model"), "a", cache)
+        encode_prompt(Checkpoint.load(tmp_path / "model"), "a", cache)
 
 
 def test_parts_that_do_not_belong_together(tmp_path, cache):
@@ -78,11 +78,11 @@ def test_parts_that_do_not_belong_together(tmp_path, cache):
     path = tmp_path / "model" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 77}))
     with pytest.raises(ModelError, match="reads width 77; the checkpoint's parts do not belong together"):
-        encode_prompt(Model.load(tmp_path / "model"), "a", cache)
+        encode_prompt(Checkpoint.load(tmp_path / "model"), "a", cache)
 
 
 def test_random_checkpoints_have_seeded_prompts(mini, cache, tmp_path):
-    model = Model.load(mini)
+    model = Checkpoint.load(mini)
     got = encode_prompt(model, "a cat", cache)
     assert got.shape == (77, MINI_UNET["cross_attention_dim"])
     assert (encode_prompt(model, "a cat", cache) == got).all()
@@ -90,10 +90,10 @@ def test_random_checkpoints_have_seeded_prompts(mini, cache, tmp_path):
     assert abs(got.std() - 1) < 0.2
     shutil.copytree(mini, tmp_path / "other")
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_difftap_random_weights": 9}))
-    assert (encode_prompt(Model.load(tmp_path / "other"), "a cat", cache) != got).any()
+    assert (encode_prompt(Checkpoint.load(tmp_path / "other"), "a cat", cache) != got).any()
     (tmp_path / "other" / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match="neither text_encoder/ nor prompt_table/"):
-        encode_prompt(Model.load(tmp_path / "other"), "a cat", cache)
+        encode_prompt(Checkpoint.load(tmp_path / "other"), "a cat", cache)
 
 
 def write_clip(folder, width, suffix="", projection=None):
@@ -139,7 +139,7 @@ def test_clip_is_run_as_the_pipelines_run_it(clip, cache):
     import torch
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    got = encode_prompt(Model.load(clip), "a cat", cache)
+    got = encode_prompt(Checkpoint.load(clip), "a cat", cache)
     tokens = CLIPTokenizer.from_pretrained(clip / "tokenizer")(
         "a cat", padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     )
@@ -150,7 +150,7 @@ def test_clip_is_run_as_the_pipelines_run_it(clip, cache):
 
 
 def test_clip_runs_once_a_prompt(clip, cache, monkeypatch, caplog):
-    model, asked, run = Model.load(clip), [], encode._clip
+    model, asked, run = Checkpoint.load(clip), [], encode._clip
     monkeypatch.setattr(encode, "_clip", lambda model, prompt: asked.append(prompt) or run(model, prompt))
     first = encode_prompt(model, "a cat", cache)
     assert (encode_prompt(model, "a cat", cache) == first).all()
@@ -169,7 +169,7 @@ def test_an_unwritable_cache_only_warns(clip, caplog):
     from pathlib import Path
 
     with caplog.at_level(logging.WARNING, "difftap"):
-        assert encode_prompt(Model.load(clip), "a cat", Cache(Path("/dev/null/cache"))).shape == (77, 8)
+        assert encode_prompt(Checkpoint.load(clip), "a cat", Cache(Path("/dev/null/cache"))).shape == (77, 8)
     assert "could not be kept" in caplog.text
 
 
@@ -178,10 +178,10 @@ def test_pickled_and_damaged_text_encoders_are_refused(clip, cache, tmp_path):
     weights = tmp_path / "model" / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ModelError, match="cannot be loaded"):
-        encode_prompt(Model.load(tmp_path / "model"), "a cat", cache)
+        encode_prompt(Checkpoint.load(tmp_path / "model"), "a cat", cache)
     weights.rename(weights.with_name("pytorch_model.bin"))
     with pytest.raises(ModelError, match="pickled ones are refused"):
-        encode_prompt(Model.load(tmp_path / "model"), "a cat", cache)
+        encode_prompt(Checkpoint.load(tmp_path / "model"), "a cat", cache)
 
 
 def test_without_transformers_the_pip_line(clip, cache, monkeypatch):
@@ -189,4 +189,4 @@ def test_without_transformers_the_pip_line(clip, cache, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'difftap\[export\]'"):
-        encode_prompt(Model.load(clip), "never seen before", cache)
+        encode_prompt(Checkpoint.load(clip), "never seen before", cache)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from difftap import Pipeline, Recipe
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Profile, get_backend, members_per_run
 from difftap.errors import ModelError
 from difftap.export import export_graph
@@ -36,7 +36,7 @@ def test_the_tap_is_what_diffusers_gives(folder):
 
     from difftap.engine import Graph
 
-    model, profile = Model.load(folder), Profile((24, 16), 1, 6)
+    model, profile = Checkpoint.load(folder), Profile((24, 16), 1, 6)
     graph = Graph(model, "unet", ("up0",))
     feeds = example_feeds(graph, profile)
     with get_backend("torch").open(graph, profile, "cpu", 1) as engine:
@@ -61,7 +61,7 @@ def test_the_tap_is_what_diffusers_gives(folder):
 
 
 def test_the_graph_gives_torchs_numbers_at_any_size_and_listens_to_the_pooled_text(folder, cache):
-    model = Model.load(folder)
+    model = Checkpoint.load(folder)
     graph, _ = export_graph(cache, model, "unet", ("up0",))
     for seed, profile in enumerate([Profile((8, 8), tokens=2), Profile((40, 24), 2, 9, 2)]):
         feeds = example_feeds(graph, profile, seed)
@@ -89,7 +89,7 @@ def test_from_a_recipe_to_features(folder, cache, tmp_path):
 
 
 def test_members_per_run_counts_the_finest_grid_that_has_attention(folder):
-    model = Model.load(folder)
+    model = Checkpoint.load(folder)
     # (64 / 2 / 2)^2 cells, 4 heads, 4 bytes: 1 MB; 1 GB holds them all
     assert members_per_run(model, (64, 64), 8) == 8
     assert members_per_run(model, (1024, 1024), 8) == 1
@@ -107,7 +107,7 @@ def test_damaged_conditions_are_refused(folder, tmp_path):
     ):
         path.write_text(json.dumps({**MINI_XL_UNET, "_class_name": "UNet2DConditionModel", **change}))
         with pytest.raises(ModelError, match="addition_time_embed_dim"):
-            Model.load(tmp_path / "model")
+            Checkpoint.load(tmp_path / "model")
 
 
 def test_prompts_are_those_of_diffusers_pipeline(tmp_path):
@@ -119,7 +119,7 @@ def test_prompts_are_those_of_diffusers_pipeline(tmp_path):
     folder = write_tiny(tmp_path / "xl", unet=MINI_XL_UNET, vae=MINI_VAE)
     write_clip(folder, width=8)
     write_clip(folder, width=6, suffix="_2", projection=6)
-    got = encode_prompt(Model.load(folder), "a cat", Cache(tmp_path / "cache"))
+    got = encode_prompt(Checkpoint.load(folder), "a cat", Cache(tmp_path / "cache"))
     pipe = StableDiffusionXLPipeline(
         vae=None,
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
@@ -137,4 +137,4 @@ def test_prompts_are_those_of_diffusers_pipeline(tmp_path):
     assert (got[77, 6:] == 0).all()
     (folder / "text_encoder_2" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="text_encoder_2"):
-        encode_prompt(Model.load(folder), "a cat", Cache(tmp_path / "cache"))
+        encode_prompt(Checkpoint.load(folder), "a cat", Cache(tmp_path / "cache"))

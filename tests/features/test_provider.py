@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError, OutputError, RecipeError
 from difftap.features.extract import Settings, extract_to_store
 from difftap.features.provider import FeatureSource
@@ -79,7 +79,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
     learned = dataclasses.replace(recipe, learned=Learned(str(folder), "single"))
 
     def learn(value):
-        model = Model.load(Path(recipe.model))
+        model = Checkpoint.load(Path(recipe.model))
         key = mini_cache.model_key(model)
         shape = embed_prompts(recipe, model, mini_cache)[0].shape
         said = dict.fromkeys(("data", "settings", "scores", "steps"))

@@ -9,7 +9,7 @@ import pytest
 
 from difftap import Pipeline, Runtime, load_recipe
 from difftap.artifacts.manifest import Manifest
-from difftap.backbones.checkpoint import Model, pocket_folder
+from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.engine import BACKENDS, Cache, Engine, Profile, registry
 from difftap.engine.backends.ort import OrtBackend
 from difftap.engine.builds import engine_manifest_path
@@ -131,7 +131,7 @@ def test_the_fastest_is_chosen_and_remembered(backends, tmp_path, caplog):
 def test_what_would_have_to_be_built_or_runs_elsewhere_is_left_out(backends, tmp_path):
     backends(Stale, OrtBackend, FallsBack)
     cache, backend = Cache(tmp_path / "auto"), Stale()
-    model = Model.load(pocket_folder(), "pocket")
+    model = Checkpoint.load(pocket_folder(), "pocket")
     graph = prepare_graph(cache, backend, model, "vae", (), Profile((64, 64)), "cpu")
     path = engine_manifest_path(cache, graph, backend, Profile((64, 64)), "cpu")
     path.parent.mkdir(parents=True)

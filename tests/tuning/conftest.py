@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache
 from difftap.recipe import Branch, Matcher, Recipe
 from difftap.tuning.settings import Settings
@@ -85,6 +85,6 @@ def learn(model, pairs, folder, kind="single", *, cache, branches=1, recipe_more
     given = {name: more.pop(name) for name in ("overwrite", "watcher", "threads") if name in more}
     one = recipe(model, branches, **(recipe_more or {}))
     return tune(
-        Model.load(model), one, pairs, settings(kind, **more), folder, cache=cache, device="cpu",
+        Checkpoint.load(model), one, pairs, settings(kind, **more), folder, cache=cache, device="cpu",
         **{"threads": 1, **given},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Geometry
 from difftap.engine import Cache
 from difftap.tuning.posteriors import Known
@@ -38,7 +38,7 @@ def matching_loss(passes, images, prompts, branches=1):
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_a_prompts_gradient(mini, branches):
-    passes = Passes(Model.load(mini), recipe(mini, branches), (20, 40)[:branches], "cpu")
+    passes = Passes(Checkpoint.load(mini), recipe(mini, branches), (20, 40)[:branches], "cpu")
     passes.unet.double()
     images = [known(1), known(2)]
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def test_recomputing_layers_changes_no_gradient(mini, tap):
     one = dataclasses.replace(one, branches=(dataclasses.replace(one.branches[0], taps=(tap,)),))
     found = []
     for checkpointing in (False, True):
-        passes = Passes(Model.load(mini), one, (20,), "cpu", checkpointing=checkpointing)
+        passes = Passes(Checkpoint.load(mini), one, (20,), "cpu", checkpointing=checkpointing)
         prompts = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
         matching_loss(passes, [known(1), known(2)], prompts).backward()
         found.append(prompts.grad)
@@ -74,7 +74,7 @@ def test_recomputing_layers_changes_no_gradient(mini, tap):
 def test_half_precision_follows_full_precision(mini):
     found = []
     for precision in ("fp32", "bf16"):
-        passes = Passes(Model.load(mini), recipe(mini), (20,), "cpu", precision=precision)
+        passes = Passes(Checkpoint.load(mini), recipe(mini), (20,), "cpu", precision=precision)
         prompts = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
         loss = matching_loss(passes, [known(1), known(2)], prompts)
         loss.backward()
@@ -84,7 +84,7 @@ def test_half_precision_follows_full_precision(mini):
 
 
 def test_the_text_encoders_gradient(clip, tmp_path):
-    space = open_space(Model.load(clip), Cache(tmp_path), "cpu", 4)
+    space = open_space(Checkpoint.load(clip), Cache(tmp_path), "cpu", 4)
     space.encoder.double()
     weights = torch.randn(6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     learned = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
@@ -104,10 +104,10 @@ def test_start_and_end_are_the_tokenizers_with_their_positions(clip, tmp_path):
     text = CLIPTextModel.from_pretrained(clip / "text_encoder")
     parts = {name.split(".")[-1]: part.weight for name, part in text.named_modules() if name.endswith("_embedding")}
     words, places = parts["token_embedding"], parts["position_embedding"]
-    space = open_space(Model.load(clip), Cache(tmp_path), "cpu", 4)
+    space = open_space(Checkpoint.load(clip), Cache(tmp_path), "cpu", 4)
     assert torch.equal(space.start, words[4][None] + places[0])
     assert torch.equal(space.end, words[5][None] + places[5])
-    assert open_space(Model.load(clip), Cache(tmp_path), "cpu").count == 10
+    assert open_space(Checkpoint.load(clip), Cache(tmp_path), "cpu").count == 10
 
 
 def test_the_encoder_reads_vectors_as_it_reads_words(clip, tmp_path):
@@ -117,7 +117,7 @@ def test_the_encoder_reads_vectors_as_it_reads_words(clip, tmp_path):
     text = CLIPTextModel.from_pretrained(clip / "text_encoder").eval()
     sentence = torch.tensor([[4, 0, 2, 5, 5, 5]])
     part = next(part for name, part in text.named_modules() if name.endswith("embeddings"))
-    space = open_space(Model.load(clip), Cache(tmp_path), "cpu", 4)
+    space = open_space(Checkpoint.load(clip), Cache(tmp_path), "cpu", 4)
     with torch.no_grad():
         want = text(sentence).last_hidden_state
         assert torch.allclose(space.encode(part(sentence)), want, atol=1e-6)

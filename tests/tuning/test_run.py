@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError, MissingExtraError, ModelError, OutputError, RecipeError
 from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.prompts.learned import load_learned
@@ -228,7 +228,7 @@ def test_conditional_prompts_in_matching_are_those_of_learning(request, network,
     from difftap.engine.torch_prompts import ConditionalHead
     from difftap.tuning.space import open_space
 
-    space = open_space(Model.load(model), cache, "cpu", 5)
+    space = open_space(Checkpoint.load(model), cache, "cpu", 5)
     values = load_file(tmp_path / "out" / "prompt.safetensors")
     own = {name.removeprefix("0.head."): value for name, value in values.items() if name.startswith("0.head.")}
     source = load_learned(tmp_path / "out").image_tokens
@@ -296,7 +296,7 @@ def test_vae_and_tokens_once_an_image(mini, pairs, cache, tmp_path, images):
     with Pipeline.open(one, Runtime("torch", threads=1, cache=cache.folder)) as pipeline:
         first = pipeline.pair(*images)
         second = pipeline.pair(*images[::-1])
-        assert pipeline._extractor._latents.encoded == 2
+        assert pipeline._featurizer._latents.encoded == 2
         assert pipeline.prompts._conditional.made == 2
         again = pipeline.pair(*images)
     assert np.array_equal(first[0][0].data, again[0][0].data)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from difftap.backbones.checkpoint import Model
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Features
 from difftap.errors import InputError
 from difftap.features.extract.stream import Outcome, as_stored, stream
@@ -77,7 +77,7 @@ class Run:
     reasons: tuple[str, ...] = ()
 
 
-def rows_per_shard(recipe: Recipe, model: Model, encoding: Encoding) -> int:
+def rows_per_shard(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> int:
     """Rows a shard of a new store."""
     return shard_rows(row_bytes(recipe, model, encoding))
 
@@ -113,7 +113,7 @@ def stored_stream(
     return ahead(as_stored(stream(pipeline, items, settings.workers), encode), waiting, "encode")
 
 
-def check_components(recipe: Recipe, model: Model, encoding: Encoding) -> None:
+def check_components(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> None:
     """Make sure, before there is a store, that no tap has fewer channels than components are kept.
 
     Raises:
@@ -125,7 +125,7 @@ def check_components(recipe: Recipe, model: Model, encoding: Encoding) -> None:
             raise InputError(f"pca is {encoding.pca}; tap '{name}' has {channels} channels; allowed: 1 to {channels}")
 
 
-def row_bytes(recipe: Recipe, model: Model, encoding: Encoding) -> int:
+def row_bytes(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> int:
     """Bytes that one image takes in a store, as far as taps tell before the network has run."""
     total = 0
     for branch in recipe.branches:

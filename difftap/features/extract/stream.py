@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from difftap.engine import Encoded, Extractor, Features, Laid
+from difftap.engine import Encoded, Features, Featurizer, Laid
 from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError
 from difftap.features.extract.threads import ahead, in_order
 from difftap.features.sources import Item
@@ -39,7 +39,7 @@ class Opened(Protocol):
     def conditions(self) -> dict[str, Any]: ...  # noqa: D102
 
     @property
-    def stages(self) -> Extractor: ...  # noqa: D102
+    def stages(self) -> Featurizer: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,17 @@ def stream(
     Raises:
         BackendError: the runtime failed, which is no image's fault. What came before it has been yielded.
     """
-    extractor = pipeline.stages
+    featurizer = pipeline.stages
 
     def decode(item: Item) -> _Batch:
         try:
-            return _Batch((Outcome(item),), extractor.lay([item.at.load()]))
+            return _Batch((Outcome(item),), featurizer.lay([item.at.load()]))
         except ImageError as error:
             return _Batch((Outcome(item, fault=error),))
 
     decoded = in_order(decode, items, workers, workers + _DECODED * pipeline.batch)
-    encoded = ahead(_each(_encoder(extractor), _together(decoded, pipeline.batch)), depth, "vae")
-    done = ahead(_each(_tapper(extractor), encoded), ready or depth, "unet")
+    encoded = ahead(_each(_encoder(featurizer), _together(decoded, pipeline.batch)), depth, "vae")
+    done = ahead(_each(_tapper(featurizer), encoded), ready or depth, "unet")
     with closing(decoded), closing(encoded), closing(done):  # from the last stage to the first, each ended by itself
         for batch in done:
             yield from batch.outcomes
@@ -170,20 +170,20 @@ def _alone(stage: Callable[[_Batch], _Batch]) -> Callable[[_Batch], _Batch]:
     return run
 
 
-def _encoder(extractor: Extractor) -> Callable[[_Batch], _Batch]:
+def _encoder(featurizer: Featurizer) -> Callable[[_Batch], _Batch]:
     def encode(batch: _Batch) -> _Batch:
-        return batch if batch.laid is None else _Batch(batch.outcomes, None, extractor.encode(batch.laid))
+        return batch if batch.laid is None else _Batch(batch.outcomes, None, featurizer.encode(batch.laid))
 
     return encode
 
 
-def _tapper(extractor: Extractor) -> Callable[[_Batch], _Batch]:
+def _tapper(featurizer: Featurizer) -> Callable[[_Batch], _Batch]:
     def tap(batch: _Batch) -> _Batch:
         if batch.encoded is None and batch.laid is not None:  # alone, out of a batch that another one spoiled
-            batch = _encoder(extractor)(batch)
+            batch = _encoder(featurizer)(batch)
         if batch.encoded is None:
             return batch
-        made = iter(list(extractor.tap(batch.encoded)))
+        made = iter(list(featurizer.tap(batch.encoded)))
         return _Batch(tuple(one if one.fault else replace(one, features=next(made)) for one in batch.outcomes))
 
     return tap
