@@ -154,7 +154,7 @@ def clashes(names: Iterable[str] | None = None) -> list[str]:
     """
     if names is None:
         names = [str(one.metadata["Name"]) for one in metadata.distributions()]
-    from difftap.retrieval.clash import faiss_clash
+    from difftap.retrieval.kinds import faiss_clash
 
     flat = sorted({name.lower().replace("_", "-") for name in names if name})
     lines = []

@@ -23,9 +23,8 @@ from difftap.artifacts.files import output_errors
 from difftap.bench.host import cores, cpu, peak_memory
 from difftap.errors import InputError, OutputError
 from difftap.retrieval.builder import Filled, Options, fill, plan_for
-from difftap.retrieval.exact import exact_neighbours, prepared_blocks, recall
-from difftap.retrieval.kinds import load_faiss, set_effort
-from difftap.retrieval.spaces import Space
+from difftap.retrieval.kinds import IndexMetric, load_faiss, set_effort
+from difftap.retrieval.quality import exact_neighbours, prepared_blocks, recall
 
 __all__ = ["SCHEMA", "IndexBench", "IndexCase", "Measured", "format_table", "generate", "run", "to_json"]
 
@@ -191,7 +190,7 @@ def run(
     load = os.getloadavg()
     say(f"{case.vectors} vectors of {case.width} in {path}")
     vectors, generated = generate(case, path)
-    space = Space(options.metric)
+    space = IndexMetric(options.metric)
     queries = space.prepare(_draw(case)(math.ceil(case.vectors / _BLOCK) + 1, case.queries))
     say("the exact answer")
     start = time.perf_counter()

@@ -24,10 +24,9 @@ from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.pipeline import Pipeline, Runtime
-    from difftap.retrieval.index import Batch
-    from difftap.retrieval.origin import Origin
+    from difftap.retrieval.index import Origin, VectorBatch
     from difftap.retrieval.queries import Query
-    from difftap.retrieval.vectors import Known
+    from difftap.retrieval.vectors import AlreadyIndexed
 
 __all__ = ["index"]
 
@@ -146,7 +145,7 @@ def build(
             record = describe(made)
     else:
         from difftap.features.provider import open_features
-        from difftap.retrieval.origin import Origin
+        from difftap.retrieval.index import Origin
 
         paths = list_images(sources)
         which = Patches(per_image, labels, options["seed"] or 0)
@@ -190,13 +189,13 @@ def add(
     What is in already is left out and counted, so the same command may be given again.
     """
     from difftap.retrieval.retrieve import open_index
-    from difftap.retrieval.vectors import Known
+    from difftap.retrieval.vectors import AlreadyIndexed
 
     opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []
     with open_index(where, name=name) as opened:
         trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
-        known = Known(opened.rows())
+        known = AlreadyIndexed(opened.rows())
         with _vectors(
             sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures, known
         ) as (batches, _):
@@ -408,8 +407,8 @@ def _vectors(
     runtime: Runtime,
     opening: dict[str, Any],
     failures: list[tuple[str, str]],
-    known: Known | None = None,
-) -> Iterator[tuple[Iterable[Batch], dict[str, Any]]]:
+    known: AlreadyIndexed | None = None,
+) -> Iterator[tuple[Iterable[VectorBatch], dict[str, Any]]]:
     """The vectors of some sources, less those that are known, made as an index's were, and the conditions."""
     from difftap.retrieval.queries import open_pipeline
     from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches

@@ -15,13 +15,20 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import output_errors
 from difftap.errors import InputError, require
-from difftap.retrieval.exact import Nearest, prepared_blocks, recall, without_self
 from difftap.retrieval.faiss_folder import FolderIndex, check_new, held_folder, write_index
-from difftap.retrieval.index import About, Batch
-from difftap.retrieval.kinds import Plan, choose_kind, efforts, load_faiss, make, set_effort, to_gpu, tune
-from difftap.retrieval.origin import Origin
-from difftap.retrieval.rows import Rows
-from difftap.retrieval.spaces import Space
+from difftap.retrieval.index import About, Origin, Rows, VectorBatch
+from difftap.retrieval.kinds import (
+    IndexMetric,
+    IndexPlan,
+    choose_kind,
+    efforts,
+    load_faiss,
+    make,
+    set_effort,
+    to_gpu,
+    tune,
+)
+from difftap.retrieval.quality import Nearest, prepared_blocks, recall, without_self
 
 __all__ = ["Filled", "Options", "build_folder", "fill", "held_out", "plan_for", "spool"]
 
@@ -31,7 +38,7 @@ _HELD_OUT = 256
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say of an index to be built; see `Plan`. ``kind`` may be ``auto``: chosen by size."""
+    """What a user may say of an index to be built; see `IndexPlan`. ``kind`` may be ``auto``: chosen by size."""
 
     kind: str = "auto"
     metric: str = "correlation"
@@ -50,21 +57,21 @@ class Options:
         return asdict(self)
 
 
-def plan_for(options: Options, count: int, width: int) -> Plan:
+def plan_for(options: Options, count: int, width: int) -> IndexPlan:
     """The plan for N vectors of D dimensions.
 
     Raises:
         InputError: options exclude each other.
     """
     given = options.to_dict()
-    space = Space(given.pop("metric"))
+    space = IndexMetric(given.pop("metric"))
     kind = given.pop("kind")
     if kind == "auto":
         if options.lists is not None or options.codes is not None or options.refine:
             raise InputError("--lists, --codes and --refine shape an index of a given kind; give --kind too")
         kind = choose_kind(count, width, space)
         given["refine"] = kind == "ivf-pq" and not options.gpu  # a byte a number buys back what the codes lose
-    return Plan(kind, space, **given)
+    return IndexPlan(kind, space, **given)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Filled:
     """
 
     index: Any
-    plan: Plan
+    plan: IndexPlan
     effort: int | None
     recall: float
     queries: int
@@ -117,7 +124,7 @@ class Filled:
         }
 
 
-def fill(vectors: NDArray[Any], plan: Plan) -> Filled:
+def fill(vectors: NDArray[Any], plan: IndexPlan) -> Filled:
     """Train an index, fill it in blocks, and search as far as the wanted recall takes.
 
     Args:
@@ -175,7 +182,7 @@ def held_out(count: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(count, min(_HELD_OUT, count // 4), replace=False))
 
 
-def spool(batches: Iterable[Batch], path: Path) -> tuple[NDArray[np.float32], Rows]:
+def spool(batches: Iterable[VectorBatch], path: Path) -> tuple[NDArray[np.float32], Rows]:
     """Write a stream's vectors to a file; returns them memory-mapped, and the rows.
 
     Raises:
@@ -197,7 +204,7 @@ def spool(batches: Iterable[Batch], path: Path) -> tuple[NDArray[np.float32], Ro
 
 
 def build_folder(
-    folder: Path, origin: Origin, batches: Iterable[Batch], options: Options, *, overwrite: bool = False
+    folder: Path, origin: Origin, batches: Iterable[VectorBatch], options: Options, *, overwrite: bool = False
 ) -> FolderIndex:
     """Build an index in a folder and open it.
 

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import atomic_path, only_writer, output_errors
 from difftap.artifacts.manifest import FileRecord, Manifest
 from difftap.errors import ArtefactError, InputError, OutputError, first_line
-from difftap.retrieval.index import About, Batch, Index
+from difftap.retrieval.index import About, Index, Rows, VectorBatch
 from difftap.retrieval.kinds import load_faiss, set_effort, to_gpu
-from difftap.retrieval.rows import Rows
 
 __all__ = ["FolderIndex", "check_new", "held_folder", "write_index"]
 
@@ -82,7 +81,7 @@ class FolderIndex(Index):
         """See `Index.facts`."""
         return self.rows().take(rows)
 
-    def add(self, batches: Iterable[Batch]) -> int:
+    def add(self, batches: Iterable[VectorBatch]) -> int:
         """See `Index.add`: until all are there and saved, the folder holds the index as it was.
 
         After an error the open index is of no use; open it again.

@@ -16,22 +16,26 @@ Axis letters: N vectors; D dimensions; Q queries.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import BackendError, InputError, first_line, require
-from difftap.retrieval.spaces import Space
 
 __all__ = [
+    "INDEXED",
     "KINDS",
-    "Plan",
+    "IndexMetric",
+    "IndexPlan",
     "choose_kind",
     "code_bytes",
     "efforts",
+    "faiss_clash",
     "list_count",
     "load_faiss",
     "make",
@@ -41,19 +45,134 @@ __all__ = [
     "tune",
 ]
 
+
+INDEXED = ("correlation", "cosine", "euclidean", "manhattan")
+
+
+@dataclass(frozen=True)
+class IndexMetric:
+    """A metric as an index knows it: what is done to a vector before it is stored or sought, and what a score means.
+
+    Inner products of what `prepare` returns are cosines (``cosine``: scaled to length 1) or Pearson's correlations
+    (``correlation``: centred, then scaled), so an index of inner products ranks exactly as
+    `difftap.retrieval.distances` does. A vector without direction becomes zeros: its similarity to everything is 0.
+    ``dcor`` has no such vectors of a size that could be stored (there are D (D + 1) / 2 of them) and is refused;
+    ``manhattan`` is known to flat indexes alone.
+
+    Attributes:
+        metric: one of `INDEXED`.
+    """
+
+    metric: str = "correlation"
+
+    def __post_init__(self) -> None:
+        if self.metric == "dcor":
+            raise InputError(
+                "metric is 'dcor', which no index can hold: it is no product of short vectors; allowed: "
+                f"{', '.join(INDEXED)}; for all pairs of a table, difftap.retrieval.distances has it"
+            )
+        if self.metric not in INDEXED:
+            raise InputError(f"metric is '{self.metric}'; allowed: {', '.join(INDEXED)}")
+
+    @property
+    def product(self) -> str:
+        """What the index computes: ``ip`` (inner product), ``l2`` or ``l1``."""
+        return {"euclidean": "l2", "manhattan": "l1"}.get(self.metric, "ip")
+
+    @property
+    def higher_is_nearer(self) -> bool:
+        """Direction of the score: a similarity rises with nearness, a distance falls."""
+        return self.product == "ip"
+
+    @property
+    def meaning(self) -> str:
+        """The score in words, with its direction."""
+        words = {"cosine": "cosine", "correlation": "Pearson's correlation"}.get(self.metric, f"{self.metric} distance")
+        return f"{words}; {'higher' if self.higher_is_nearer else 'lower'} is nearer"
+
+    def prepare(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
+        """Vectors ``(N, D)`` as the index stores them, float32.
+
+        Raises:
+            InputError: they are not finite, or no such array.
+        """
+        part = np.asarray(vectors)
+        if part.ndim != 2 or not np.issubdtype(part.dtype, np.floating):
+            raise InputError(f"vectors are {part.dtype} {part.shape}; allowed: floating point, (N, D)")
+        if not np.isfinite(part).all():
+            bad = int(np.flatnonzero(~np.isfinite(part).all(axis=1))[0])
+            raise InputError(f"vector {bad} holds NaN or infinity; vectors must be finite, so make them again")
+        if self.product != "ip":
+            return np.ascontiguousarray(part, np.float32)
+        part = part.astype(np.float64 if part.dtype == np.float64 else np.float32)
+        if self.metric == "correlation":
+            flat = np.ptp(part, axis=1) == 0
+            part = part - part.mean(axis=1, keepdims=True, dtype=np.float64).astype(part.dtype)
+            part[flat] = 0.0  # the mean of equal numbers need not be that number
+        largest = np.abs(part).max(axis=1, keepdims=True, initial=0.0)
+        part = np.divide(part, largest, out=np.zeros_like(part), where=largest > 0)  # squares of tiny ones would vanish
+        length = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))[:, None].astype(part.dtype)
+        part = np.divide(part, length, out=part, where=length > 0)
+        return np.ascontiguousarray(part, np.float32)
+
+    def score(self, raw: NDArray[np.float32]) -> NDArray[np.float64]:
+        """What the index returned, as a score: a similarity of -1 to 1, or a distance."""
+        values = raw.astype(np.float64)
+        if self.product == "ip":
+            return np.clip(values, -1.0, 1.0)
+        return np.asarray(np.sqrt(np.maximum(values, 0.0)) if self.product == "l2" else values)
+
+
+_FAISS = re.compile(r"faiss-(cpu|gpu(-.*)?)$")
+
+
+def faiss_clash(names: Iterable[str] | None = None) -> str | None:
+    """What is wrong with the FAISS distributions installed; None if nothing is.
+
+    milvus-lite depends on faiss-cpu, so the extra ``milvus`` beside a GPU build overwrites that build's files.
+
+    Args:
+        names: names of the distributions installed; those of this environment by default.
+
+    >>> faiss_clash(["numpy", "faiss-cpu"]) is None
+    True
+    """
+    if names is None:
+        names = [str(one.metadata["Name"]) for one in metadata.distributions()]
+    flat = (name.lower().replace("_", "-") for name in names if name)
+    found = sorted({name for name in flat if _FAISS.match(name)})
+    if len(found) < 2:
+        return None
+    gpu = next((name for name in found if "gpu" in name), found[-1])
+    others = [name for name in found if name != gpu]
+    return (
+        f"{' and '.join(found)} are installed together and overwrite each other's module 'faiss'; keep one: pip "
+        f"uninstall {' '.join(found)}, then pip install {gpu} (or {others[0]}); milvus-lite needs faiss-cpu, so use it "
+        "in another environment than a GPU build"
+    )
+
+
 KINDS = ("flat", "ivf", "ivf-pq", "hnsw")
+
 FLAT_BYTES = 256 << 20
+
 """Up to this many bytes of vectors a flat index is chosen: a query then takes some hundredths of a second."""
+
 IVF_BYTES = 2 << 30
+
 """Up to this many bytes an index of whole vectors is chosen, and beyond it one of codes."""
+
 _SAMPLE_PER_LIST = 64
+
 _SAMPLE_LEAST = 256 * 64  # for the 256 centroids of a code
+
 _LINKS = 32  # of a vector in the graph
+
 _FURTHEST = 1024
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexPlan:
     """How an index is made.
 
     Attributes:
@@ -68,7 +187,7 @@ class Plan:
     """
 
     kind: str
-    space: Space
+    space: IndexMetric
     lists: int | None = None
     codes: int | None = None
     refine: bool = False
@@ -91,7 +210,7 @@ class Plan:
             raise InputError("on a GPU, allowed are flat, ivf, and ivf-pq without --refine; leave --gpu out")
 
 
-def choose_kind(count: int, width: int, space: Space) -> str:
+def choose_kind(count: int, width: int, space: IndexMetric) -> str:
     """The kind for N vectors of D dimensions: exact while that is fast, codes where vectors would fill the memory."""
     size = 4 * count * width
     if size <= FLAT_BYTES or space.product == "l1":
@@ -108,11 +227,11 @@ def load_faiss(why: str) -> Any:
     return require("faiss", "index", why)
 
 
-def _product(faiss: Any, space: Space) -> int:
+def _product(faiss: Any, space: IndexMetric) -> int:
     return int({"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1}[space.product])
 
 
-def sample_size(plan: Plan, count: int) -> int:
+def sample_size(plan: IndexPlan, count: int) -> int:
     """How many vectors the training reads; 0 where nothing is trained."""
     if plan.kind in ("flat", "hnsw"):
         return 0
@@ -120,12 +239,12 @@ def sample_size(plan: Plan, count: int) -> int:
     return min(count, max(least, _SAMPLE_PER_LIST * list_count(plan, count)))
 
 
-def list_count(plan: Plan, count: int) -> int:
+def list_count(plan: IndexPlan, count: int) -> int:
     """Lists of an ivf or ivf-pq index: as asked for, or the power of 2 nearest to the square root of N."""
     return plan.lists or max(1, 2 ** round(math.log2(max(1.0, math.sqrt(count)))))
 
 
-def code_bytes(plan: Plan, width: int) -> int:
+def code_bytes(plan: IndexPlan, width: int) -> int:
     """Bytes of a vector's code.
 
     Raises:
@@ -138,7 +257,7 @@ def code_bytes(plan: Plan, width: int) -> int:
     return max(d for d in range(1, max(1, width // 8) + 1) if width % d == 0)
 
 
-def make(plan: Plan, count: int, width: int, sample: Callable[[int], NDArray[np.float32]]) -> Any:
+def make(plan: IndexPlan, count: int, width: int, sample: Callable[[int], NDArray[np.float32]]) -> Any:
     """An empty FAISS index, trained.
 
     Args:

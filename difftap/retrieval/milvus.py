@@ -23,11 +23,9 @@ from numpy.typing import NDArray
 
 from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError, OutputError, first_line, require
 from difftap.retrieval.builder import NEIGHBOURS, Options, held_out, plan_for, spool
-from difftap.retrieval.exact import exact_neighbours, recall, without_self
-from difftap.retrieval.index import About, Batch, Index
-from difftap.retrieval.kinds import Plan, code_bytes, list_count, steps, tune
-from difftap.retrieval.origin import Origin
-from difftap.retrieval.rows import Rows
+from difftap.retrieval.index import About, Index, Origin, Rows, VectorBatch
+from difftap.retrieval.kinds import IndexPlan, code_bytes, list_count, steps, tune
+from difftap.retrieval.quality import exact_neighbours, recall, without_self
 
 __all__ = ["MilvusIndex", "build_milvus"]
 
@@ -156,7 +154,7 @@ class MilvusIndex(Index):
         x, y = (np.where(place == _NOWHERE, np.float32(np.nan), place) for place in places)
         return Rows(classes, images, instances, x, y, boxes)
 
-    def add(self, batches: Iterable[Batch]) -> int:
+    def add(self, batches: Iterable[VectorBatch]) -> int:
         """See `Index.add`: until all are there, nobody reads them.
 
         Milvus holds no lock, so one process at a time may add. Where another did meanwhile, that is seen and refused,
@@ -241,7 +239,7 @@ def _field(schema: Any, name: str, kind: Any, **options: Any) -> None:
     schema.add_field(name, kind, **options)
 
 
-def _make_collections(client: Any, name: str, vectors: str, plan: Plan, count: int, width: int) -> None:
+def _make_collections(client: Any, name: str, vectors: str, plan: IndexPlan, count: int, width: int) -> None:
     """The collection of the vectors; and that of the index's name, if it is not there."""
     types = require("pymilvus", "milvus", "an index in Milvus").DataType
     product = "IP" if plan.space.product == "ip" else "L2"
@@ -276,7 +274,7 @@ def _make_collections(client: Any, name: str, vectors: str, plan: Plan, count: i
 def build_milvus(
     where: str,
     origin: Origin,
-    batches: Iterable[Batch],
+    batches: Iterable[VectorBatch],
     options: Options,
     *,
     overwrite: bool = False,

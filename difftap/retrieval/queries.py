@@ -18,7 +18,7 @@ from difftap.images import Image
 from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.points import check_inside
 from difftap.recipe import Recipe
-from difftap.retrieval.origin import Origin
+from difftap.retrieval.index import Origin
 from difftap.retrieval.vectors import table_batches, table_origin
 
 __all__ = ["Query", "embed", "image_query", "load_mask", "mask_query", "open_pipeline", "point_query", "row_query"]

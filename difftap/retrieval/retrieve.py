@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from difftap.errors import InputError
 from difftap.retrieval.builder import Options, build_folder
 from difftap.retrieval.faiss_folder import FolderIndex, check_new
-from difftap.retrieval.index import Batch, Index, is_milvus
-from difftap.retrieval.origin import Origin
+from difftap.retrieval.index import Index, Origin, Rows, VectorBatch, is_milvus
 from difftap.retrieval.quality import Quality, judge, summarise, vote
-from difftap.retrieval.rows import Rows
 
 __all__ = ["SCHEMA", "build_index", "check_place", "describe", "evaluate", "open_index", "same_image", "search_record"]
 
@@ -55,7 +53,7 @@ def check_place(where: str, overwrite: bool) -> None:
 def build_index(
     where: str,
     origin: Origin,
-    batches: Iterable[Batch],
+    batches: Iterable[VectorBatch],
     options: Options,
     *,
     overwrite: bool = False,
@@ -146,7 +144,7 @@ def search_record(
 
 def evaluate(
     index: Index,
-    batches: Iterable[Batch],
+    batches: Iterable[VectorBatch],
     *,
     ks: Sequence[int] = (1, 5, 10),
     neighbours: int = 5,

@@ -16,11 +16,9 @@ from difftap.errors import ImageError, InputError, NonFiniteError, first_line, r
 from difftap.featuremap import FeatureMap
 from difftap.images import Image, load_image
 from difftap.pipeline.pipeline import Pipeline
-from difftap.retrieval.index import Batch
-from difftap.retrieval.origin import Origin
-from difftap.retrieval.rows import Rows
+from difftap.retrieval.index import Origin, Rows, VectorBatch
 
-__all__ = ["Known", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
+__all__ = ["AlreadyIndexed", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ROWS = 4096
@@ -43,7 +41,7 @@ def table_origin(path: Path) -> Origin:
     return Origin.of_table(provenance, *kinds[0], path)
 
 
-def open_tables(paths: Sequence[Path]) -> tuple[Origin, Iterator[Batch]]:
+def open_tables(paths: Sequence[Path]) -> tuple[Origin, Iterator[VectorBatch]]:
     """The origin that some tables share, and all their prototypes.
 
     Raises:
@@ -55,7 +53,7 @@ def open_tables(paths: Sequence[Path]) -> tuple[Origin, Iterator[Batch]]:
     return origin, (batch for path in paths for batch in table_batches(path))
 
 
-def table_batches(path: Path, rows: int = _ROWS) -> Iterator[Batch]:
+def table_batches(path: Path, rows: int = _ROWS) -> Iterator[VectorBatch]:
     """A table's prototypes, some thousands at a time.
 
     Raises:
@@ -75,7 +73,7 @@ def table_batches(path: Path, rows: int = _ROWS) -> Iterator[Batch]:
                     facts.append(
                         [" ".join(map(str, one)) if any(one) else "" for one in part.column("box").to_pylist()]
                     )
-                yield Batch(flat.reshape(-1, vectors.type.list_size), Rows.objects(*facts))
+                yield VectorBatch(flat.reshape(-1, vectors.type.list_size), Rows.objects(*facts))
     except (arrow.ArrowException, OSError, KeyError, AttributeError) as error:
         raise InputError(
             f"'{path}' is no whole table of prototypes ({first_line(error)}); build it again with 'difftap prototypes "
@@ -102,8 +100,8 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-class Known:
-    """What an index holds already: an object of an image, or an image's patches, is not added twice.
+class AlreadyIndexed:
+    """What an index holds: an object of an image, or an image's patches, is not added twice.
 
     Attributes:
         left_out: how many were.
@@ -116,7 +114,7 @@ class Known:
         self._images = set(rows.images.tolist())
         self._objects = set(zip(rows.images.tolist(), rows.instances.tolist(), strict=True))
 
-    def objects(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def objects(self, batches: Iterable[VectorBatch]) -> Iterator[VectorBatch]:
         """The objects that are not in, of tables; those that come twice come once."""
         for batch in batches:
             keep = np.ones(len(batch.rows), bool)
@@ -125,7 +123,7 @@ class Known:
                 self._objects.add(one)
             self.left_out += int(np.count_nonzero(~keep))
             if keep.any():
-                yield Batch(batch.vectors[keep], batch.rows.take(keep))
+                yield VectorBatch(batch.vectors[keep], batch.rows.take(keep))
 
     def images(self, paths: Sequence[Path]) -> list[Path]:
         """The images of which no patch is in."""
@@ -162,7 +160,7 @@ def patch_batches(
     which: Patches,
     progress: Callable[[int], None] = lambda count: None,
     failures: list[tuple[str, str]] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[VectorBatch]:
     """Cells of the joined maps of images, an image at a time, with their places in it.
 
     Args:
@@ -205,7 +203,7 @@ def _maps(
         yield from _maps(pipeline, [image], failures)
 
 
-def _cells(image: Image, features: FeatureMap, which: Patches, label: str) -> Batch:
+def _cells(image: Image, features: FeatureMap, which: Patches, label: str) -> VectorBatch:
     """The cells of one map that lie on the image, or some of them."""
     width, height = features.grid
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
@@ -219,4 +217,6 @@ def _cells(image: Image, features: FeatureMap, which: Patches, label: str) -> Ba
     # The whole path, so that an image is known again from wherever it is named.
     where = str(Path(image.path).resolve())
     classes, images, instances = (np.array([one] * count, np.str_) for one in (label, where, ""))
-    return Batch(np.ascontiguousarray(vectors), Rows(classes, images, instances, places[chosen, 0], places[chosen, 1]))
+    return VectorBatch(
+        np.ascontiguousarray(vectors), Rows(classes, images, instances, places[chosen, 0], places[chosen, 1])
+    )

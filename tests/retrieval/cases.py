@@ -4,9 +4,7 @@ import numpy as np
 
 from difftap.prototypes import PrototypeTable
 from difftap.recipe import load_recipe
-from difftap.retrieval.index import Batch
-from difftap.retrieval.origin import Origin
-from difftap.retrieval.rows import Rows
+from difftap.retrieval.index import Origin, Rows, VectorBatch
 
 RECIPE = load_recipe("pocket-semantics")
 
@@ -39,7 +37,7 @@ def objects(count, width=16, seed=0, classes=4, per_image=3):
 def batches(vectors, rows, size=37):
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        yield Batch(vectors[part], rows.take(part))
+        yield VectorBatch(vectors[part], rows.take(part))
 
 
 def write_table(path, count=30, seed=0, **provenance):

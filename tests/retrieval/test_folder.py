@@ -17,8 +17,7 @@ from difftap.retrieval import retrieve
 from difftap.retrieval.builder import Options, build_folder, plan_for
 from difftap.retrieval.distances import pairwise
 from difftap.retrieval.faiss_folder import FolderIndex
-from difftap.retrieval.kinds import choose_kind, efforts
-from difftap.retrieval.spaces import INDEXED, Space
+from difftap.retrieval.kinds import INDEXED, IndexMetric, choose_kind, efforts
 from tests.retrieval.cases import batches, objects, origin
 
 pytest.importorskip("faiss")
@@ -80,11 +79,11 @@ def test_stated_recall_is_what_a_search_finds(tmp_path, options):
 
 
 def test_the_kind_goes_by_size():
-    space = Space()
+    space = IndexMetric()
     assert choose_kind(50_000, 1280, space) == "flat"
     assert choose_kind(100_000, 1280, space) == "ivf"
     assert choose_kind(1_000_000, 1280, space) == "ivf-pq"
-    assert choose_kind(1_000_000, 1280, Space("manhattan")) == "flat"
+    assert choose_kind(1_000_000, 1280, IndexMetric("manhattan")) == "flat"
     plan = plan_for(Options(), 1_000_000, 1280)
     assert (plan.kind, plan.refine) == ("ivf-pq", True)
 

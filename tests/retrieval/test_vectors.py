@@ -11,10 +11,9 @@ from difftap.featuremap import FeatureMap
 from difftap.images import Image, load_image
 from difftap.prototypes import PrototypeTable, prototypes
 from difftap.recipe import Branch, Recipe
-from difftap.retrieval.clash import faiss_clash
-from difftap.retrieval.origin import Origin
+from difftap.retrieval.index import Origin, Rows
+from difftap.retrieval.kinds import faiss_clash
 from difftap.retrieval.queries import embed, image_query, load_mask, mask_query, point_query, row_query
-from difftap.retrieval.rows import Rows
 from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches, table_batches
 from tests.conftest import picture
 from tests.retrieval.cases import RECIPE, origin, write_table

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from difftap.errors import InputError
 from difftap.retrieval.distances import pairwise
-from difftap.retrieval.spaces import INDEXED, Space
+from difftap.retrieval.kinds import INDEXED, IndexMetric
 
 
 def raw(space, a, b):
@@ -26,7 +26,7 @@ def test_scores_are_distances(seed, metric, wide):
     a, b = (rng.standard_normal((4, 9)) * 10.0 ** rng.integers(-3, 4) + rng.integers(-3, 4) for _ in range(2))
     if not wide:
         a, b = a.astype(np.float32), b.astype(np.float32)
-    space = Space(metric)
+    space = IndexMetric(metric)
     scores = space.score(raw(space, a, b).astype(np.float32))
     distances = pairwise(a, b, metric=metric)
     close = 1 - scores if space.higher_is_nearer else scores
@@ -36,27 +36,27 @@ def test_scores_are_distances(seed, metric, wide):
 @pytest.mark.parametrize("metric", ["cosine", "correlation"])
 def test_a_vector_without_direction_is_like_nothing(metric):
     flat = np.full((1, 7), 0.0 if metric == "cosine" else 0.1)
-    assert not Space(metric).prepare(flat).any()
+    assert not IndexMetric(metric).prepare(flat).any()
 
 
 def test_tiny_and_huge_vectors_keep_their_direction():
     x = np.array([[1e-30, 2e-30, 3e-30], [1e30, 2e30, 3e30]], np.float32)
-    np.testing.assert_allclose(np.linalg.norm(Space("cosine").prepare(x), axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(IndexMetric("cosine").prepare(x), axis=1), 1, rtol=1e-6)
 
 
 def test_half_precision_is_read():
     x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float16)
-    assert Space("cosine").prepare(x).dtype == np.float32
+    assert IndexMetric("cosine").prepare(x).dtype == np.float32
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Space("dcor"), "which no index can hold"),
-        (lambda: Space("hamming"), "metric is 'hamming'; allowed: correlation"),
-        (lambda: Space().prepare(np.ones(3)), "allowed: floating point"),
-        (lambda: Space().prepare(np.ones((2, 3), int)), "allowed: floating point"),
-        (lambda: Space().prepare(np.array([[1.0, 2.0], [np.inf, 0.0]])), "vector 1 holds NaN"),
+        (lambda: IndexMetric("dcor"), "which no index can hold"),
+        (lambda: IndexMetric("hamming"), "metric is 'hamming'; allowed: correlation"),
+        (lambda: IndexMetric().prepare(np.ones(3)), "allowed: floating point"),
+        (lambda: IndexMetric().prepare(np.ones((2, 3), int)), "allowed: floating point"),
+        (lambda: IndexMetric().prepare(np.array([[1.0, 2.0], [np.inf, 0.0]])), "vector 1 holds NaN"),
     ],
 )
 def test_what_cannot_be(call, words):
