@@ -13,10 +13,9 @@ from typing import Any
 
 from difftap.engine import BACKENDS, Cache, get_backend
 from difftap.errors import DifftapError, first_line
-from difftap.machine import available_memory, cpu, gpu
+from difftap.machine import available_cores, available_memory, cpu, gpu
 from difftap.pipeline.engines import Artefact, list_artefacts
 from difftap.pipeline.fastest import stored_choices
-from difftap.pipeline.pipeline import available_cores
 from difftap.version import __version__
 
 __all__ = ["SCHEMA", "BackendState", "Health", "clashes", "examine", "extras", "format_health", "to_json"]

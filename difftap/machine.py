@@ -1,9 +1,8 @@
-"""What this machine is: processor, memory, GPU; read from the system, with no library."""
+"""What this machine is, and how much of it a process may use or has used: cores, memory, GPU. Sizes in bytes."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import shutil
 import subprocess
@@ -11,22 +10,58 @@ import sys
 from functools import cache
 from pathlib import Path
 
-__all__ = ["available_memory", "cpu", "cuda_driver", "gpu", "gpu_memory"]
+import psutil
+
+__all__ = [
+    "available_cores",
+    "available_memory",
+    "cpu",
+    "cuda_driver",
+    "gpu",
+    "gpu_memory",
+    "peak_memory",
+    "resident_memory",
+]
+
+
+def available_cores() -> int:
+    """Count the processors that this process may use, which may be fewer than the machine has."""
+    if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
+        return len(psutil.Process().cpu_affinity())
+    return psutil.cpu_count() or 1
 
 
 def available_memory() -> int:
-    """Bytes that a process can still take; all of the machine's memory where the system does not tell."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+    """Return the memory that processes can still take without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def resident_memory() -> int:
+    """Return this process's resident memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """Return the most resident memory that this process has had.
+
+    Linux's ``ru_maxrss`` outlives exec and so may show the parent's peak; ``VmHWM`` is the process's own.
+    """
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import resource  # not on Windows
+
+    scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 @cache
 def cuda_driver() -> bool:
-    """Whether NVIDIA's driver library can be loaded: without it no CUDA runtime works, whatever is installed."""
+    """Tell whether NVIDIA's driver library can be loaded: without it no CUDA runtime works, whatever is installed."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -35,7 +70,7 @@ def cuda_driver() -> bool:
 
 
 def _ask_nvidia(field: str) -> list[str]:
-    """One field of every NVIDIA GPU; nothing where there is none or no driver."""
+    """Ask for one field of every NVIDIA GPU; nothing where there is none or no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -48,19 +83,19 @@ def _ask_nvidia(field: str) -> list[str]:
 
 
 def gpu() -> str | None:
-    """Name and driver of the first NVIDIA GPU; None without one."""
+    """Return name and driver of the first NVIDIA GPU; None without one."""
     names, drivers = _ask_nvidia("name"), _ask_nvidia("driver_version")
     return f"{names[0]}, driver {drivers[0]}" if names and drivers else None
 
 
 def gpu_memory() -> int | None:
-    """Bytes in use on the first NVIDIA GPU, by everybody; None without one."""
+    """Return the memory in use on the first NVIDIA GPU, by everybody; None without one."""
     used = _ask_nvidia("memory.used")
     return int(used[0]) << 20 if used and used[0].isdigit() else None
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from difftap.bench.host import cores, cpu, peak_memory
 from difftap.coords import Geometry, Size
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.featuremap import FeatureMap
 from difftap.features.shelf import Made, MapShelf, View
+from difftap.machine import available_cores, cpu, peak_memory
 from difftap.matching.joining import Joining, find
 from difftap.recipe import Matcher
 
@@ -159,7 +159,7 @@ def measure(case: SpeedCase, folder: Path) -> dict[str, Any]:
         "reads": shelf.made,
         "conditions": {
             "cpu": cpu(),
-            "cores": cores(),
+            "cores": available_cores(),
             "versions": {"python": platform.python_version(), "numpy": np.__version__},
             "warm_up": f"{_WARM_UP} pairs",
             "inside": "reading maps from files, making images ready, matching to whole pixels of the original image",

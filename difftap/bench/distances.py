@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.host import blas, cores, cpu, hold_threads
+from difftap.bench.host import blas, hold_threads
 from difftap.bench.matching import Timing
 from difftap.errors import InputError, require
+from difftap.machine import available_cores, cpu
 from difftap.retrieval.distances import METRICS, pairwise
 
 __all__ = ["SCHEMA", "DistanceBench", "Rival", "format_table", "run", "to_json"]
@@ -115,7 +116,7 @@ def run(
             "versions": {"python": platform.python_version(), **versions},
             "blas": blas(),
             "cpu": cpu(),
-            "cores": cores(),
+            "cores": available_cores(),
             "threads": threads,
             "device": device,
             "load_before": load[0],

@@ -18,9 +18,9 @@ from statistics import median
 from typing import Any
 
 from difftap.bench.fakeengine import FakePipeline, made_source
-from difftap.bench.host import cores, cpu, resident_memory
 from difftap.features.extract import Settings, extract_to_store
 from difftap.features.store.shard import shard_rows
+from difftap.machine import available_cores, cpu, resident_memory
 
 __all__ = ["SHAPE", "Pace", "format_course", "format_paces", "measure", "run", "to_json"]
 
@@ -168,6 +168,6 @@ def to_json(rounds: list[list[Pace]]) -> dict[str, Any]:
     """Plain data, with the machine."""
     return {
         "type": "bench extract",
-        "machine": {"cpu": cpu(), "cores": cores()},
+        "machine": {"cpu": cpu(), "cores": available_cores()},
         "rounds": [[asdict(pace) for pace in paces] for paces in rounds],
     }

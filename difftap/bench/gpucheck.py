@@ -20,13 +20,13 @@ import numpy as np
 from difftap.artifacts.files import output_errors
 from difftap.artifacts.run import Run, open_run
 from difftap.bench.contenders import Contender, parse_backends
-from difftap.bench.host import cores, cpu, gpu, gpu_memory
 from difftap.bench.pictures import write_pictures
 from difftap.bench.workers import call_timing, make_order, open_contender, stage_medians
 from difftap.coords import Size
 from difftap.engine import BACKENDS
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.export.parity import TensorParity
+from difftap.machine import available_cores, cpu, gpu, gpu_memory
 from difftap.recipe import Recipe
 
 __all__ = ["SCHEMA", "Cell", "CellResult", "GpuCheck", "GpuCheckCase", "present", "run"]
@@ -199,7 +199,7 @@ def run(
     Raises:
         OutputError: the folder cannot be written, or holds another run's cells.
     """
-    threads = case.threads or cores()
+    threads = case.threads or available_cores()
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     pictures = write_pictures(folder)

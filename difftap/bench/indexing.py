@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import output_errors
-from difftap.bench.host import cores, cpu, peak_memory
 from difftap.errors import InputError, OutputError
+from difftap.machine import available_cores, cpu, peak_memory
 from difftap.retrieval.builder import Filled, Options, fill, plan_for
 from difftap.retrieval.kinds import IndexMetric, load_faiss, set_effort
 from difftap.retrieval.quality import exact_neighbours, prepared_blocks, recall
@@ -222,7 +222,7 @@ def run(
                 "faiss": faiss.__version__,
             },
             "cpu": cpu(),
-            "cores": cores(),
+            "cores": available_cores(),
             "threads": int(faiss.omp_get_max_threads()),
             "load_before": load[0],
             "load_after": os.getloadavg()[0],

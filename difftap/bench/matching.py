@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.host import blas, cores, cpu, hold_threads
+from difftap.bench.host import blas, hold_threads
 from difftap.bench.matching_ways import Case, peak_in_child, require_torch, slow_way
 from difftap.coords import Size
 from difftap.errors import InputError
 from difftap.featuremap import FeatureMap
+from difftap.machine import available_cores, cpu
 from difftap.matching import DenseTarget, heat_map, match_points
 from difftap.recipe import Matcher
 
@@ -152,7 +153,7 @@ def run(
             "versions": versions,
             "blas": blas(),
             "cpu": cpu(),
-            "cores": cores(),
+            "cores": available_cores(),
             "threads": threads,
             "load_before": load[0],
             "load_after": os.getloadavg()[0],

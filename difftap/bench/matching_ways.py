@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.bench.host import hold_threads, peak_memory, resident_memory
+from difftap.bench.host import hold_threads
 from difftap.coords import Geometry, Size
 from difftap.errors import BackendError, InputError, require
 from difftap.featuremap import FeatureMap
+from difftap.machine import peak_memory, resident_memory
 from difftap.matching import match_points
 from difftap.recipe import Matcher
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.bench.host import available_memory
 from difftap.coords import Size
 from difftap.errors import BackendError, first_line, require
+from difftap.machine import available_memory
 from difftap.recipe import Branch, Recipe
 
 __all__ = ["Rival", "vae_bytes"]

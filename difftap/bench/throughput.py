@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from difftap.bench.contenders import Contender
-from difftap.bench.host import available_memory, cores, cpu, gpu, gpu_memory
 from difftap.bench.matching import Timing
 from difftap.bench.pictures import write_pictures
 from difftap.bench.workers import Worker, call_timing, make_order, open_contender, stage_medians
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.export.parity import TensorParity
 from difftap.images import load_image
+from difftap.machine import available_cores, available_memory, cpu, gpu, gpu_memory
 from difftap.recipe import Recipe
 
 __all__ = ["OWN_STAGES", "Row", "Throughput", "ThroughputCase", "run"]
@@ -196,7 +196,7 @@ def run(case: ThroughputCase, say: Callable[[str], None] = lambda text: None) ->
     """
     for path in case.images:
         load_image(path)
-    threads = case.threads or cores()
+    threads = case.threads or available_cores()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="difftap-throughput-") as scratch:
         folder = Path(scratch)
@@ -362,7 +362,7 @@ def _machine(case: ThroughputCase, threads: int, load: float) -> dict[str, Any]:
     conditions: dict[str, Any] = {
         "difftap": __version__,
         "cpu": cpu(),
-        "cores": cores(),
+        "cores": available_cores(),
         "threads": threads,
         "memory": available_memory(),
         "load_before": load,

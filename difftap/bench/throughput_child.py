@@ -21,11 +21,12 @@ from typing import Any, TextIO
 import numpy as np
 
 from difftap.bench.contenders import Contender
-from difftap.bench.host import hold_threads, peak_memory
+from difftap.bench.host import hold_threads
 from difftap.engine import Cache, default_cache_folder, get_backend
 from difftap.errors import DifftapError, first_line
 from difftap.featuremap import FeatureMap
 from difftap.images import load_image, to_input
+from difftap.machine import peak_memory
 from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.recipe import Recipe
 

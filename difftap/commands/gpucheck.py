@@ -106,8 +106,8 @@ def gpu_check(
     from difftap.bench.faisscheck import check_faiss
     from difftap.bench.gpucheck import GpuCheckCase, present, run
     from difftap.bench.gpucheck_report import format_gpu_check, to_json
-    from difftap.bench.host import gpu
     from difftap.errors import InputError, require
+    from difftap.machine import gpu
 
     if device == "cuda" and gpu() is None:
         raise InputError(

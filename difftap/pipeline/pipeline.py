@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from difftap.engine.backend import CALIBRATED
 from difftap.errors import BackendError, RecipeError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image
+from difftap.machine import available_cores
 from difftap.matching import combine
 from difftap.pipeline.conditioning import LATENTS_KEPT, Opening, checked, open_book, small_engine
 from difftap.pipeline.making import Maker, prepare_graph, run_members
@@ -314,12 +314,6 @@ class Pipeline:
 
 def _flat(features: Features) -> tuple[FeatureMap, ...]:
     return tuple(one for taps in features.branches for one in taps.values())
-
-
-def available_cores() -> int:
-    """The processors this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def check_fits(recipe: Recipe, model: Checkpoint) -> None:

@@ -21,7 +21,8 @@ from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, 
 from difftap.errors import ModelError, RecipeError, require
 from difftap.features.shelf import View
 from difftap.images import Image
-from difftap.pipeline.pipeline import available_cores, check_fits
+from difftap.machine import available_cores
+from difftap.pipeline.pipeline import check_fits
 from difftap.prompts import encode_prompt
 from difftap.prompts.learned import PROMPT_FILE, LearnedPrompts, fits_of, save_learned
 from difftap.prompts.tokens import TokenSource, dino_input, own_grid, own_tokens

@@ -164,7 +164,7 @@ def test_faiss_finds_what_numpy_finds_or_says_what_lacks():
 
 
 def test_without_a_gpu_the_command_says_so_and_offers_a_dry_run(monkeypatch):
-    monkeypatch.setattr("difftap.bench.host.gpu", lambda: None)
+    monkeypatch.setattr("difftap.machine.gpu", lambda: None)
     done = CliRunner().invoke(cli, ["bench", "gpu-check"])
     assert isinstance(done.exception, InputError)
     assert "no NVIDIA GPU here" in str(done.exception) and "--device cpu --model pocket" in str(done.exception)

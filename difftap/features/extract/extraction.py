@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from difftap.features.store.image import StoredImage, shapes_of, store_image
 from difftap.features.store.schema import Provenance
 from difftap.features.store.shard import shard_rows
 from difftap.features.store.writer import StoreWriter, open_writer
+from difftap.machine import available_cores
 from difftap.recipe import Recipe
 
 __all__ = ["Run", "Settings", "check_components", "extract_to_store", "fit_bases", "rows_per_shard", "stored_stream"]
@@ -251,4 +251,4 @@ def fit_bases(
 
 def default_workers() -> int:
     """Threads that decode: half the cores, at most 8; decoding must not take cores from an engine on a CPU."""
-    return max(1, min(8, (os.cpu_count() or 2) // 2))
+    return max(1, min(8, available_cores() // 2))
