@@ -1,15 +1,19 @@
-"""Images: decode, turn upright, make 8-bit RGB, lay on the network's input; and remember the geometry.
+"""Pictures: find them, decode, turn upright, make 8-bit RGB, lay on the network's input; read masks.
 
 What is done to unusual files, so that every format gives one well-defined picture: EXIF orientation is applied; an
 animation gives its first frame; 16-bit grey is scaled to 8 bits; CMYK and palettes are converted; transparency is laid
-over white. Axis letters: B batch, H W image pixels.
+over white. A mask keeps its numbers instead: they say which object a pixel belongs to.
+
+Axis letters: B batch, H W image pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +26,28 @@ from PIL import ImageOps, UnidentifiedImageError
 from difftap.coords import Geometry, Size
 from difftap.errors import ImageError
 
-__all__ = ["MAX_PIXELS", "Image", "decode_image", "load_image", "to_input"]
+__all__ = [
+    "MAX_PIXELS",
+    "PICTURE_ENDINGS",
+    "Image",
+    "decode_image",
+    "find_pictures",
+    "is_picture",
+    "load_image",
+    "read_labels",
+    "read_mask",
+    "read_size",
+    "to_input",
+    "walk_folder",
+]
+
+# What users have and the Pillow of the base install decodes. A picture that this machine's Pillow cannot decode (AVIF
+# before Pillow 11.3) is found all the same, and refused by name: nothing is left out of a folder in silence.
+PICTURE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""What is taken for a picture in a folder, list or archive, by the end of its name, in any case."""
 
 MAX_PIXELS = 150_000_000
 """Largest image that is decoded, in pixels: above it, a small file could take all memory."""
@@ -55,6 +80,38 @@ class Image:
         """SHA-256 of size and pixels: the image's identity, wherever the file lies and however it was packed."""
         header = f"{self.pixels.shape[0]}x{self.pixels.shape[1]}:".encode()
         return hashlib.sha256(header + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+
+
+def is_picture(name: str | Path) -> bool:
+    """Tell by its ending whether a file, or an archive's member, is taken for a picture.
+
+    >>> is_picture("cats/1.JPG"), is_picture("notes.txt")
+    (True, False)
+    """
+    return os.fspath(name).lower().endswith(PICTURE_ENDINGS)
+
+
+def walk_folder(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder, folder by folder in the order of names.
+
+    Hidden files and folders (thumbnails and the like) are left out. Links to folders are followed, loops are not.
+    """
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(root) / name
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """List the pictures below a folder, at any depth, in the order of their paths."""
+    return sorted(path for path in walk_folder(folder) if is_picture(path) and path.is_file())
 
 
 def _eight_bit(picture: PIL.Image, path: Path) -> PIL.Image:
@@ -137,6 +194,63 @@ def _decode(source: Path | io.BytesIO, path: Path) -> Image:
         raise ImageError(f"'{path}' does not fit into memory; shrink it first") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise ImageError(f"'{path}' cannot be decoded ({error}); it is damaged or cut short") from error
+
+
+def read_size(path: Path) -> Size:
+    """Read ``(W, H)`` of a picture, upright as `load_image` gives it, from the file's header alone.
+
+    Raises:
+        OSError, SyntaxError, ValueError: what Pillow raises where the file is missing or damaged.
+    """
+    with PIL.open(path) as picture:
+        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that exchange the sides
+        width, height = picture.size
+    return (height, width) if turned else (width, height)
+
+
+def _read_numbers(path: Path) -> tuple[NDArray[np.int64], bool]:
+    """Read a mask's numbers ``(H, W)``, and whether they are a palette's."""
+    try:
+        with PIL.open(path) as picture:
+            if picture.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
+                raise ImageError(
+                    f"mask '{path}' holds colours (mode {picture.mode}), not numbers; allowed: a palette, grey or "
+                    "black and white picture whose values are the objects' numbers"
+                )
+            return np.asarray(picture).astype(np.int64), picture.mode == "P"
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no mask '{path}'") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise ImageError(f"mask '{path}' cannot be decoded ({error}); it is damaged or cut short") from error
+
+
+def read_labels(path: Path) -> NDArray[np.int64]:
+    """Read the labels ``(H, W)`` of a palette, 8-bit or 16-bit PNG: numbers, not colours.
+
+    Raises:
+        ImageError: the file is missing, damaged, or holds colours.
+    """
+    return _read_numbers(path)[0]
+
+
+def read_mask(path: Path, value: int | None = None) -> NDArray[np.bool_]:
+    """Read one object's mask, bool ``(H, W)``: where the picture is not 0, or where it has one value.
+
+    255 alone marks nothing in a palette that holds other objects too: there it is VOC's border.
+
+    Raises:
+        ImageError: the file cannot be read, holds colours, or has no pixel of that value.
+    """
+    values, palette = _read_numbers(path)
+    if value is not None:
+        if not (values == value).any():
+            present = ", ".join(str(v) for v in np.unique(values)[:20])
+            raise ImageError(f"mask '{path}' has no pixel of value {value}; it has {present}")
+        return np.asarray(values == value)
+    border = palette and bool(((values != 0) & (values != 255)).any())
+    return np.asarray((values != 0) & ~(border & (values == 255)))
 
 
 def to_input(image: Image, size: Size, fit: str = "stretch") -> tuple[NDArray[np.float32], Geometry]:

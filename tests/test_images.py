@@ -13,7 +13,16 @@ from PIL import features
 
 import difftap.images as images
 from difftap.errors import ImageError
-from difftap.images import Image, load_image, to_input
+from difftap.images import (
+    PICTURE_ENDINGS,
+    Image,
+    find_pictures,
+    is_picture,
+    load_image,
+    read_mask,
+    read_size,
+    to_input,
+)
 from tests.conftest import picture
 
 
@@ -303,3 +312,91 @@ def test_whatever_a_decoder_raises_is_one_clear_line(tmp_path, monkeypatch, faul
     monkeypatch.setattr("difftap.images._eight_bit", fail)
     with pytest.raises(ImageError, match=r"a\.png' (cannot be decoded|does not fit into memory)"):
         load_image(path)
+
+
+def test_masks(tmp_path):
+    values = np.array([[0, 1, 2], [255, 2, 0]], np.uint8)
+    palette = PIL.fromarray(values, "L").convert("P")
+    palette.putdata(values.ravel().tolist())
+    palette.save(tmp_path / "p.png")
+    assert read_mask(tmp_path / "p.png").tolist() == [[False, True, True], [False, True, False]]
+    assert read_mask(tmp_path / "p.png", 2).tolist() == [[False, False, True], [False, True, False]]
+    PIL.fromarray(np.where(values == 255, 255, 0).astype(np.uint8)).save(tmp_path / "l.png")
+    assert read_mask(tmp_path / "l.png").sum() == 1
+    with pytest.raises(ImageError, match="no pixel of value 7; it has 0, 1, 2, 255"):
+        read_mask(tmp_path / "p.png", 7)
+    PIL.new("RGB", (3, 2)).save(tmp_path / "rgb.png")
+    with pytest.raises(ImageError, match="holds colours"):
+        read_mask(tmp_path / "rgb.png")
+    (tmp_path / "no.png").write_bytes(b"x")
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        read_mask(tmp_path / "no.png")
+
+
+# ---- what is a picture, in every room that takes folders
+
+# Endings that Pillow does not derive the format of, or not in every build.
+FORMATS = {".jfif": "JPEG", ".avif": "AVIF", ".pnm": "PPM", ".pgm": "PPM", ".pbm": "PPM"}
+
+
+def write_every_kind(folder):
+    """One picture of each ending that this machine's Pillow can write; their names."""
+    rng = np.random.default_rng(1)
+    for number, ending in enumerate(PICTURE_ENDINGS):
+        if ending == ".avif" and not features.check("avif"):
+            continue
+        mode = {".pgm": "L", ".pbm": "1"}.get(ending, "RGB")
+        made = PIL.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).convert(mode)
+        # an odd ending in capitals: cameras write them
+        name = f"p{number:02}{ending.upper() if number % 2 else ending}"
+        made.save(folder / name, format=FORMATS.get(ending) or PIL.registered_extensions()[ending])
+    (folder / "notes.txt").write_text("no picture")
+    return sorted(path.name for path in folder.iterdir() if path.name != "notes.txt")
+
+
+def test_every_ending_is_found_decoded_and_measured(tmp_path):
+    names = write_every_kind(tmp_path)
+    assert {".gif", ".tiff", ".jfif", ".ppm"} <= {name[3:].lower() for name in names}
+    assert [path.name for path in find_pictures(tmp_path)] == names
+    for path in find_pictures(tmp_path):
+        assert load_image(path).size == read_size(path) == (32, 24)
+
+
+def test_every_room_that_takes_a_folder_finds_the_same_pictures(tmp_path):
+    from difftap.bench.pictures import choose_pictures
+    from difftap.datasets import keypoints, objects
+    from difftap.features.sources import open_source
+    from difftap.pipeline.making import calibration_images
+    from difftap.retrieval.retrieve import same_image
+    from difftap.retrieval.sheet import find_image
+    from difftap.retrieval.vectors import list_images
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = write_every_kind(folder)
+    (tmp_path / "masks").mkdir()
+    for name in names:
+        PIL.fromarray(np.ones((24, 32), np.uint8)).save(tmp_path / "masks" / f"{name.split('.')[0]}.png")
+    assert [item.key for item in open_source(folder)] == names
+    assert sorted(item.key for item in open_source(f"{folder}/*")) == names
+    assert [path.name for path in list_images([folder])] == names
+    assert [path.name for path in choose_pictures([folder], 100)] == names
+    assert len(calibration_images((folder,))) == len(names)
+    assert len({sample.source for sample in keypoints.load("synthetic", folder, cache=tmp_path / "c").samples}) == len(
+        names
+    )
+    assert len(objects.load("folder", tmp_path).keys) == len(names)
+    for name in names:
+        stem = name.split(".")[0]
+        assert same_image(name, np.array([stem])).all()
+        if name.islower():
+            assert find_image(stem, [folder]) == folder / name
+
+
+def test_the_walk_skips_what_is_hidden_and_follows_links_once(tmp_path):
+    (tmp_path / "b" / ".thumbnails").mkdir(parents=True)
+    for name in ("z.png", "b/a.png", "b/.hidden.png", "b/.thumbnails/t.png"):
+        PIL.new("RGB", (4, 3)).save(tmp_path / name)
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in find_pictures(tmp_path)] == ["b/a.png", "z.png"]
+    assert not is_picture("a.tar") and not is_picture("jpg")

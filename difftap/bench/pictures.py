@@ -9,13 +9,12 @@ import numpy as np
 from PIL import Image as PIL
 
 from difftap.errors import InputError
+from difftap.images import PICTURE_ENDINGS, find_pictures
 
-__all__ = ["find_pictures", "write_pictures"]
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+__all__ = ["choose_pictures", "write_pictures"]
 
 
-def find_pictures(paths: Sequence[Path], most: int = 8) -> tuple[Path, ...]:
+def choose_pictures(paths: Sequence[Path], most: int = 8) -> tuple[Path, ...]:
     """Files as they are given; of a folder, up to ``most`` of the pictures below it, evenly spaced in path order.
 
     Raises:
@@ -26,9 +25,9 @@ def find_pictures(paths: Sequence[Path], most: int = 8) -> tuple[Path, ...]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        inside = find_pictures(path)
         if not inside:
-            raise InputError(f"no pictures in '{path}'; allowed: files ending in {', '.join(_SUFFIXES)}")
+            raise InputError(f"no pictures in '{path}'; allowed: files ending in {', '.join(PICTURE_ENDINGS)}")
         count = min(most, len(inside))
         found += [inside[k * len(inside) // count] for k in range(count)]
     return tuple(found)

@@ -443,9 +443,9 @@ def _query(
     image: Path | None, mask: Path | None, mask_value: int | None, point: str | None, row: str | None
 ) -> Callable[[Origin], Query]:
     """What is searched for, read and checked as far as it can be before the index is open."""
-    from difftap.images import load_image
+    from difftap.images import load_image, read_mask
     from difftap.points import parse_point
-    from difftap.retrieval.queries import image_query, load_mask, mask_query, point_query, row_query
+    from difftap.retrieval.queries import image_query, mask_query, point_query, row_query
 
     if row is not None:
         if image is not None or mask is not None or point is not None:
@@ -462,7 +462,7 @@ def _query(
         raise InputError("--mask-value goes with --mask")
     loaded = load_image(image)
     if mask is not None:
-        made = mask_query(loaded, load_mask(mask, mask_value), mask)
+        made = mask_query(loaded, read_mask(mask, mask_value), mask)
     elif point is not None:
         made = point_query(loaded, *parse_point(point))
     else:

@@ -124,7 +124,7 @@ def throughput(
     """
     from difftap.artifacts.files import output_errors
     from difftap.bench.contenders import parse_backends, parse_rivals
-    from difftap.bench.pictures import find_pictures
+    from difftap.bench.pictures import choose_pictures
     from difftap.bench.throughput import ThroughputCase, run
     from difftap.bench.throughput_report import format_throughput, save_throughput
     from difftap.errors import require
@@ -140,7 +140,7 @@ def throughput(
     if output:  # now, not when all is measured
         with output_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-    recipe, files = build_recipe(**options), find_pictures(images)
+    recipe, files = build_recipe(**options), choose_pictures(images)
     if ensemble_curve:
         runtime = _first(ours, device, threads, cache)
         from difftap.bench.ensembles import CurveCase as Made

@@ -14,6 +14,7 @@ from difftap.coords import Size
 from difftap.datasets.layout import BadPairError, DatasetError, Problem
 from difftap.datasets.samples import Sample
 from difftap.errors import InputError
+from difftap.images import read_size
 
 __all__ = ["Collector", "Dataset"]
 
@@ -64,16 +65,6 @@ class Dataset(Sequence[Sample]):
     def problem_counts(self) -> dict[str, int]:
         """Number of pairs left out, by kind of problem."""
         return dict(Counter(problem.kind for problem in self.problems))
-
-
-def _upright_size(path: Path) -> Size:
-    """``(W, H)`` that `difftap.images.load_image` will give, from the file's header alone."""
-    from PIL import Image as PIL
-
-    with PIL.open(path) as picture:
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that exchange the sides
-        width, height = picture.size
-    return (height, width) if turned else (width, height)
 
 
 class Collector:
@@ -130,7 +121,7 @@ class Collector:
             try:
                 if not path.is_file():
                     raise BadPairError("missing-image", f"there is no image '{path}'", path)
-                self._sizes[path] = _upright_size(path)
+                self._sizes[path] = read_size(path)
             except BadPairError as error:
                 self._sizes[path] = error
             except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.masks import VOID, open_source, read_labels, read_names
+from difftap.datasets.masks import VOID, open_source, read_names
 from difftap.datasets.scenes import Scene, Selection, Source, make_scene
 from difftap.errors import InputError
-from difftap.images import load_image
+from difftap.images import load_image, read_labels
 
 __all__ = ["PEOPLE", "STUDY_CLIPS", "TREE", "load", "variants"]
 

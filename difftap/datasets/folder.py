@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.masks import VOID, open_source, read_labels
+from difftap.datasets.masks import VOID, open_source
 from difftap.datasets.scenes import Scene, Selection, Source, make_scene
 from difftap.errors import InputError
-from difftap.images import load_image
+from difftap.images import find_pictures, load_image, read_labels
 
 __all__ = ["TREE", "load", "variants"]
 
@@ -21,7 +21,6 @@ TREE: Tree = (
     ("masks/**/*.png", "palette, 8-bit or 16-bit PNGs of the same names: 0 background, a number an object, 255 void"),
     ("objects.csv", "optional: image,object,class[,instance], where folders do not say the class"),
 )
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def variants(root: Path) -> list[str]:
@@ -53,11 +52,7 @@ def load(
         one_of("split", split, ("all",))
     require_files("folder", root, TREE, root / "images", root / "masks")
     home = root / "images"
-    pictures = {
-        path.relative_to(home).with_suffix("").as_posix(): path
-        for path in sorted(home.rglob("*"))
-        if path.suffix.lower() in _PICTURES and path.is_file()
-    }
+    pictures = {path.relative_to(home).with_suffix("").as_posix(): path for path in find_pictures(home)}
     named = _named(root)
     names = list(pictures)
     if listing is not None:

@@ -7,44 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from difftap.datasets.layout import DatasetError, Problem
 from difftap.datasets.scenes import Scene, Source
 from difftap.errors import InputError
 
-__all__ = ["VOID", "open_source", "read_labels", "read_listing", "read_names"]
+__all__ = ["VOID", "open_source", "read_listing", "read_names"]
 
 VOID = 255
 """The label of pixels that belong to nothing: VOC's object borders and what was too hard to label."""
 
 _SHOWN = 10
 _ALIASES = {"pascal": "voc"}
-
-
-def read_labels(path: Path) -> NDArray[np.int64]:
-    """The labels ``(H, W)`` of a palette, 8-bit or 16-bit PNG: numbers, not colours.
-
-    Raises:
-        InputError: the file is missing, damaged, or holds colours.
-    """
-    from PIL import Image as PIL
-
-    try:
-        with PIL.open(path) as picture:
-            if picture.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-                raise InputError(
-                    f"'{path}' holds colours (mode {picture.mode}), not labels; allowed: a palette or grey PNG whose "
-                    "values are the objects' numbers"
-                )
-            return np.asarray(picture).astype(np.int64)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"there is no mask '{path}'") from error
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise InputError(f"'{path}' cannot be decoded ({error}); it is damaged or cut short") from error
 
 
 def read_names(path: Path) -> list[str]:

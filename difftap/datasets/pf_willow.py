@@ -14,6 +14,7 @@ from difftap.datasets.collect import Collector, Dataset
 from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, locate, one_of, require_files
 from difftap.datasets.mat import read_mat
 from difftap.datasets.parse import Side, joined, read_list, to_number
+from difftap.images import is_picture
 
 __all__ = ["SPLITS", "TREE", "load", "variants"]
 
@@ -27,7 +28,6 @@ TREE: Tree = (
 _COUNT = 10
 _IDS = tuple(str(k) for k in range(1, _COUNT + 1))
 _COLUMNS = tuple(f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in _IDS)
-_IMAGES = (".png", ".jpg", ".jpeg")
 
 
 def variants(root: Path) -> Iterator[dict[str, Any]]:
@@ -97,7 +97,7 @@ def _add_all(collector: Collector, root: Path) -> None:
             draw_tree(root, TREE),
         )
     for folder in folders:
-        found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _IMAGES}
+        found = {path.stem: path for path in sorted(folder.iterdir()) if is_picture(path)}
         stems = sorted({*found, *(path.stem for path in folder.glob("*.mat"))})
         for ends in permutations(stems, 2):
             with collector.pair(f"{folder.name}/{ends[0]}-{ends[1]}"):

@@ -16,12 +16,12 @@ from difftap.datasets.distort import Distortion, Making, keypoints
 from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, one_of, require_files
 from difftap.datasets.samples import Sample
 from difftap.errors import InputError
+from difftap.images import find_pictures
 
 __all__ = ["SPLITS", "TREE", "Distortion", "load", "variants"]
 
 SPLITS = ("all",)
-TREE: Tree = (("**/*.*", "JPEG, PNG, WebP, BMP or TIFF images, at any depth; an image's folder is its class"),)
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+TREE: Tree = (("**/*.*", "JPEG, PNG and other pictures, at any depth; an image's folder is its class"),)
 _SMALLEST = 16  # pixels a side
 
 
@@ -60,11 +60,9 @@ def load(
         raise DatasetError("the synthetic data set writes images; give cache, a folder for them")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; allowed: 1 or more images")
-    found = sorted(root.rglob("*"))
     # What runs wrote under the root (targets, plots, galleries) is no part of it: each has a file of predictions.
-    runs = {path.parent for path in found if path.name == "predictions.jsonl"} - {root}
-    files = [path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file()]
-    files = [path for path in files if runs.isdisjoint(path.parents)]
+    runs = {path.parent for path in root.rglob("predictions.jsonl")} - {root}
+    files = [path for path in find_pictures(root) if runs.isdisjoint(path.parents)]
     if cache.resolve() == root.resolve():
         raise InputError(f"cache is '{cache}', the folder of the images itself; give another one for what is made")
     if cache.resolve().is_relative_to(root.resolve()):

@@ -24,7 +24,7 @@ from difftap.engine.builds import ensure_built
 from difftap.engine.calibration import RecipeCalibration, bundled_images
 from difftap.errors import InputError
 from difftap.export.parity import TensorParity, example_feeds, measure
-from difftap.images import Image, load_image
+from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
 from difftap.pipeline.conditioning import checked
 from difftap.prompts import PromptBook
 from difftap.recipe import Recipe
@@ -32,7 +32,6 @@ from difftap.recipe import Recipe
 __all__ = ["Maker", "calibration_images", "fidelity_feeds", "prepare_graph", "report_of", "run_members"]
 
 _LOG = logging.getLogger("difftap")
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _PROBE = "probe.npz"
 
 
@@ -47,9 +46,9 @@ def calibration_images(paths: tuple[Path, ...]) -> list[Image]:
         return bundled_images()
     files: list[Path] = []
     for path in paths:
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _PICTURES) if path.is_dir() else [path]
+        found = find_pictures(path) if path.is_dir() else [path]
         if not found:
-            raise InputError(f"no pictures in '{path}' to calibrate on; allowed: {', '.join(_PICTURES)}")
+            raise InputError(f"no pictures in '{path}' to calibrate on; allowed: {', '.join(PICTURE_ENDINGS)}")
         files += found
     return [load_image(path) for path in files]
 

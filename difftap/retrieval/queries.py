@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PIL
 
-from difftap.errors import ImageError, InputError
+from difftap.errors import InputError
 from difftap.features.provider import open_features, precision_of, precisions_agree
 from difftap.images import Image
 from difftap.pipeline.pipeline import Pipeline, Runtime
@@ -21,7 +20,7 @@ from difftap.recipe import Recipe
 from difftap.retrieval.index import Origin
 from difftap.retrieval.vectors import table_batches, table_origin
 
-__all__ = ["Query", "embed", "image_query", "load_mask", "mask_query", "open_pipeline", "point_query", "row_query"]
+__all__ = ["Query", "embed", "image_query", "mask_query", "open_pipeline", "point_query", "row_query"]
 
 Mask = NDArray[np.bool_]
 
@@ -81,36 +80,6 @@ def mask_query(image: Image, mask: Mask, path: Path) -> Query:
     if not mask.any():
         raise InputError(f"mask '{path}' is empty; allowed: at least one pixel of the object")
     return Query(image, mask, {"kind": "mask", "image": image.path, "mask": str(path)}, _name(image))
-
-
-def load_mask(path: Path, value: int | None = None) -> Mask:
-    """Read a mask picture, bool ``(H, W)``: where it is not 0, or where it has one value.
-
-    A palette's numbers are read as they are, not its colours, so that VOC's and DAVIS' files give their objects; 255
-    alone marks nothing in a palette that holds other objects too (VOC's border).
-
-    Raises:
-        ImageError: the file cannot be read, or is a colour picture.
-    """
-    try:
-        with PIL.open(path) as picture:
-            if picture.mode not in ("1", "L", "P", "I", "I;16"):
-                raise ImageError(
-                    f"mask '{path}' is a {picture.mode} picture; allowed: grey, palette or black and white"
-                )
-            palette = picture.mode == "P"
-            values = np.asarray(picture).astype(np.int64)
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise ImageError(f"mask '{path}' cannot be read ({error}); give a PNG") from error
-    if value is not None:
-        if not (values == value).any():
-            present = ", ".join(str(v) for v in np.unique(values)[:20])
-            raise ImageError(f"mask '{path}' has no pixel of value {value}; it has {present}")
-        return np.asarray(values == value)
-    border = palette and len(np.unique(values[(values != 0) & (values != 255)])) > 0
-    return np.asarray((values != 0) & ~(border & (values == 255)))
 
 
 def row_query(path: Path, number: int, origin: Origin) -> Query:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import InputError
+from difftap.images import is_picture
 from difftap.retrieval.builder import Options, build_folder
 from difftap.retrieval.faiss_folder import FolderIndex, check_new
 from difftap.retrieval.index import Index, Origin, Rows, VectorBatch, is_milvus
@@ -101,8 +102,7 @@ def same_image(key: str, images: NDArray[np.str_]) -> NDArray[np.bool_]:
 
 def _stem(key: str) -> str:
     path = Path(key)
-    known = path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-    return (path.with_suffix("") if known else path).as_posix()
+    return (path.with_suffix("") if is_picture(path) else path).as_posix()
 
 
 def search_record(

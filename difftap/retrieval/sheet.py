@@ -11,7 +11,7 @@ from PIL import Image as PIL
 from PIL import ImageDraw, ImageFont
 
 from difftap.errors import ImageError
-from difftap.images import load_image
+from difftap.images import PICTURE_ENDINGS, load_image
 from difftap.retrieval.queries import Query
 
 __all__ = ["draw_sheet", "find_image"]
@@ -22,13 +22,12 @@ _TEXT = 38  # pixels under a thumbnail
 _COLUMNS = 5
 _PAPER, _INK, _FAINT = (245, 245, 245), (30, 30, 30), (130, 130, 130)
 _MARK, _SAME, _OTHER = (255, 90, 0), (30, 140, 60), (200, 60, 50)
-_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_image(key: str, roots: Sequence[Path]) -> Path | None:
     """The file of an image that an index knows by a key: a path, or a name under one of some folders."""
     for root in (Path(), *roots):
-        for ending in _ENDINGS:
+        for ending in ("", *PICTURE_ENDINGS):
             path = root / f"{key}{ending}"
             if path.is_file():
                 return path

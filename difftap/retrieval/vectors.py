@@ -14,13 +14,12 @@ import numpy as np
 
 from difftap.errors import ImageError, InputError, NonFiniteError, first_line, require
 from difftap.featuremap import FeatureMap
-from difftap.images import Image, load_image
+from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
 from difftap.pipeline.pipeline import Pipeline
 from difftap.retrieval.index import Origin, Rows, VectorBatch
 
 __all__ = ["AlreadyIndexed", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ROWS = 4096
 
 
@@ -90,13 +89,13 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
     given, found = list(paths), []
     for path in given:
         if path.is_dir():
-            found += sorted(one for one in path.rglob("*") if one.suffix.lower() in _ENDINGS and one.is_file())
+            found += find_pictures(path)
         elif path.is_file():
             found.append(path)
         else:
             raise InputError(f"no image or folder at '{path}'; give image files, or folders of them")
     if not found:
-        raise InputError(f"no image in {', '.join(map(str, given))}; allowed endings: {', '.join(_ENDINGS)}")
+        raise InputError(f"no image in {', '.join(map(str, given))}; allowed endings: {', '.join(PICTURE_ENDINGS)}")
     return list(dict.fromkeys(found))
 
 

@@ -13,7 +13,7 @@ from difftap import Pipeline, Runtime, load_recipe
 from difftap.bench import throughput as bench
 from difftap.bench.contenders import Contender, parse_backends, parse_rivals
 from difftap.bench.ours import Ours
-from difftap.bench.pictures import find_pictures, write_pictures
+from difftap.bench.pictures import choose_pictures, write_pictures
 from difftap.bench.throughput import OWN_STAGES, Throughput, ThroughputCase, run
 from difftap.bench.throughput_report import SCHEMA, format_throughput, save_throughput, to_json
 from difftap.bench.workers import Worker, call_timing, stage_medians
@@ -239,12 +239,12 @@ def test_generated_pictures_are_seeded_pictures(tmp_path):
 
 def test_a_folder_stands_for_some_of_its_pictures(tmp_path):
     with pytest.raises(InputError, match="no pictures in"):
-        find_pictures([tmp_path])
+        choose_pictures([tmp_path])
     for k in range(20):
         (tmp_path / f"{k:02}.jpg").touch()
     (tmp_path / "notes.txt").touch()
-    assert [int(path.stem) for path in find_pictures([tmp_path], 4)] == [0, 5, 10, 15]
-    assert find_pictures([tmp_path / "03.jpg", tmp_path / "none.jpg"]) == (tmp_path / "03.jpg", tmp_path / "none.jpg")
+    assert [int(path.stem) for path in choose_pictures([tmp_path], 4)] == [0, 5, 10, 15]
+    assert choose_pictures([tmp_path / "03.jpg", tmp_path / "none.jpg"]) == (tmp_path / "03.jpg", tmp_path / "none.jpg")
 
 
 def test_bad_input_is_refused_before_anything_is_measured(tmp_path):

@@ -10,8 +10,9 @@ from difftap.commands.data import data as data_command
 from difftap.datasets import coco, davis, objects, voc
 from difftap.datasets.check_objects import check_objects
 from difftap.datasets.layout import DatasetError
-from difftap.datasets.masks import read_labels, read_listing
+from difftap.datasets.masks import read_listing
 from difftap.errors import InputError
+from difftap.images import read_labels
 from difftap.prototypes import Selection
 from tests.datasets.builders import write_picture
 from tests.datasets.object_builders import block, write_coco, write_davis, write_folder, write_labels, write_voc

@@ -178,7 +178,7 @@ def test_bad_input(scene, tmp_path):
     difftap(*search, image, "--point", "200,1", fails="lies outside the image")
     difftap(*search, image, "--images", tmp_path, fails="give --sheet too")
     difftap(*search, image, "--sheet", tmp_path / "x.gif", fails="its ending is '.gif'")
-    difftap(*search, image, "--mask", image, fails="is a RGB picture")
+    difftap(*search, image, "--mask", image, fails="holds colours")
     difftap("index", "search", image, "--index", tmp_path / "no", fails="no index at")
     difftap("index", "build", image, "--index", index, fails="holds an index already")
     difftap("index", "build", image, tmp_path / "a.parquet", "--index", tmp_path / "y", fails="together")

@@ -13,7 +13,7 @@ from difftap.prototypes import PrototypeTable, prototypes
 from difftap.recipe import Branch, Recipe
 from difftap.retrieval.index import Origin, Rows
 from difftap.retrieval.kinds import faiss_clash
-from difftap.retrieval.queries import embed, image_query, load_mask, mask_query, point_query, row_query
+from difftap.retrieval.queries import embed, image_query, mask_query, point_query, row_query
 from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches, table_batches
 from tests.conftest import picture
 from tests.retrieval.cases import RECIPE, origin, write_table
@@ -157,25 +157,6 @@ def test_a_point_is_its_cell_and_an_image_the_mean_of_all(photos):
     np.testing.assert_allclose(embed(image_query(image), origin(), Pipe()), one.data.mean(axis=(1, 2)), rtol=1e-6)
     with pytest.raises(PointError, match="lies outside the image"):
         point_query(image, 40.0, 3.0)
-
-
-def test_masks(tmp_path):
-    values = np.array([[0, 1, 2], [255, 2, 0]], np.uint8)
-    palette = PIL.fromarray(values, "L").convert("P")
-    palette.putdata(values.ravel().tolist())
-    palette.save(tmp_path / "p.png")
-    assert load_mask(tmp_path / "p.png").tolist() == [[False, True, True], [False, True, False]]
-    assert load_mask(tmp_path / "p.png", 2).tolist() == [[False, False, True], [False, True, False]]
-    PIL.fromarray(np.where(values == 255, 255, 0).astype(np.uint8)).save(tmp_path / "l.png")
-    assert load_mask(tmp_path / "l.png").sum() == 1
-    with pytest.raises(ImageError, match="no pixel of value 7; it has 0, 1, 2, 255"):
-        load_mask(tmp_path / "p.png", 7)
-    PIL.fromarray(picture(1)).save(tmp_path / "rgb.png")
-    with pytest.raises(ImageError, match="is a RGB picture"):
-        load_mask(tmp_path / "rgb.png")
-    (tmp_path / "no.png").write_bytes(b"x")
-    with pytest.raises(ImageError, match="cannot be read"):
-        load_mask(tmp_path / "no.png")
 
 
 def test_masks_that_do_not_fit(photos):

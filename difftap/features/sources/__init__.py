@@ -4,7 +4,7 @@ A source lists its items once, in an order that does not change; an item is smal
 itself, in any thread, process or machine that sees the files.
 """
 
-from difftap.features.sources.items import SUFFIXES, Item, Source
+from difftap.features.sources.items import Item, Source
 from difftap.features.sources.opening import open_source
 
-__all__ = ["SUFFIXES", "Item", "Source", "open_source"]
+__all__ = ["Item", "Source", "open_source"]

@@ -10,10 +10,7 @@ from typing import Protocol
 from difftap.errors import ImageError
 from difftap.images import Image, decode_image, load_image
 
-__all__ = ["SUFFIXES", "FileAt", "Item", "Locator", "MemberAt", "Source"]
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""What is taken for an image in a folder or an archive, by the end of its name, in any case."""
+__all__ = ["FileAt", "Item", "Locator", "MemberAt", "Source"]
 
 
 class Locator(Protocol):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from difftap.errors import InputError
-from difftap.features.sources.items import SUFFIXES, FileAt, Item, Source
+from difftap.features.sources.items import FileAt, Item, Source
+from difftap.images import PICTURE_ENDINGS, is_picture, walk_folder
 
 __all__ = ["open_source"]
 
@@ -51,23 +51,10 @@ def open_source(text: str | Path, column: str | None = None) -> Source:
     if column is not None and "table" not in source.kind:
         raise InputError(f"--column goes with a table of images; '{text}' is {source.kind}")
     if not source.items:
-        raise InputError(f"no image in '{text}' ({source.kind}); allowed: {', '.join(SUFFIXES)}; or give {_KINDS}")
+        raise InputError(
+            f"no image in '{text}' ({source.kind}); allowed: {', '.join(PICTURE_ENDINGS)}; or give {_KINDS}"
+        )
     return source
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, in the order of their paths; links to folders are followed, loops are not."""
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # thumbnails and the like
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(root) / name
 
 
 def _folder(path: Path, column: str | None) -> Source:
@@ -75,8 +62,8 @@ def _folder(path: Path, column: str | None) -> Source:
         from difftap.features.sources.tables import saved_dataset
 
         return saved_dataset(path, column)
-    files = list(_walk(path))
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    files = list(walk_folder(path))
+    images = [file for file in files if is_picture(file)]
     if images:
         items = [Item(file.relative_to(path).as_posix(), FileAt(str(file))) for file in sorted(images)]
         return Source.unique("a folder of images", items)
@@ -107,7 +94,7 @@ def _file(path: Path, column: str | None) -> Source:
         return found
     if name.endswith(_LISTS):
         return _list(path)
-    if name.endswith(SUFFIXES):
+    if is_picture(name):
         return Source("one image", [Item(path.name, FileAt(str(path)))])
     raise InputError(f"'{path}' is no kind of source that is known; give {_KINDS}")
 
@@ -132,5 +119,5 @@ def _glob(pattern: str, column: str | None) -> Source | None:
     if found is not None or not files:
         return found
     items = [Item(file.relative_to(root).as_posix(), FileAt(str(file))) for file in files]
-    images = [item for item in items if item.key.lower().endswith(SUFFIXES)]
+    images = [item for item in items if is_picture(item.key)]
     return Source.unique("a glob of images", images)

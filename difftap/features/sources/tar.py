@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from difftap.errors import InputError
-from difftap.features.sources.items import SUFFIXES, Item, MemberAt, Source
+from difftap.features.sources.items import Item, MemberAt, Source
+from difftap.images import is_picture
 
 __all__ = ["tar_source"]
 
@@ -24,7 +25,7 @@ def tar_source(paths: Sequence[Path]) -> Source:
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
-                    if member.isreg() and member.name.lower().endswith(SUFFIXES):
+                    if member.isreg() and is_picture(member.name):
                         at = MemberAt(str(path), member.name, member.offset_data, member.size)
                         items.append(Item(prefix + member.name, at))
                     archive.members = []  # type: ignore[attr-defined]  # or it would remember every header
