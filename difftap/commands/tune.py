@@ -13,7 +13,7 @@ from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from difftap.tuning.learn import Tuned
-    from difftap.tuning.state import Progress
+    from difftap.tuning.loop import Progress
 
 _DIR = click.Path(path_type=Path)
 
@@ -93,12 +93,12 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
     from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
     from difftap.errors import require
-    from difftap.tuning.settings import Settings
+    from difftap.tuning.settings import TuneSettings
     from difftap.tuning.training_pairs import load_training_pairs
 
-    given = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
+    given = {name: value for name, value in options.items() if name in TuneSettings.__dataclass_fields__}
     given = {name: value for name, value in given.items() if value is not None}
-    settings = Settings(kind, **{**given, "joint": "joint" if options["joint"] else "separate"})
+    settings = TuneSettings(kind, **{**given, "joint": "joint" if options["joint"] else "separate"})
     fixed = dict.fromkeys(("ensemble", "timestep", "prompt", "matcher", "interpolation", "seed", "noise"))
     recipe = build_recipe(
         recipe_name=options["recipe_name"], model=options["model"], size=options["size"], taps=(), **fixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import platform
 import shutil
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import only_writer, output_errors
+from difftap.artifacts.files import atomic_path, only_writer, output_errors, write_atomic
 from difftap.backbones.checkpoint import Checkpoint
+from difftap.datasets.samples import Sample
 from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
 from difftap.errors import ModelError, RecipeError, require
 from difftap.features.shelf import View
@@ -27,17 +29,107 @@ from difftap.prompts import encode_prompt
 from difftap.prompts.learned import PROMPT_FILE, LearnedPrompts, fits_of, save_learned
 from difftap.prompts.tokens import TokenSource, dino_input, own_grid, own_tokens
 from difftap.recipe import Recipe
-from difftap.tuning.crew import Crew, open_crew
-from difftap.tuning.settings import OWN_TOKENS, Settings
+from difftap.tuning.learner import Key, Learner, key_of
+from difftap.tuning.loop import ProcessGroup, open_processes
+from difftap.tuning.settings import OWN_TOKENS, TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 
 if TYPE_CHECKING:
     from difftap.tuning.learner import Learner
-    from difftap.tuning.loop import Loop, Watcher
+    from difftap.tuning.loop import Loop, Progress, Watcher
     from difftap.tuning.posteriors import ImageStore, Known
-    from difftap.tuning.state import Progress
 
-__all__ = ["Tuned", "tune"]
+__all__ = ["Tuned", "class_keys", "save_course", "save_plot", "tensors_of", "tune"]
+
+
+CLASS_PAIRS = 200
+
+"""Training pairs of a class whose conditional prompts are averaged for the ``class`` mode."""
+
+
+def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> list[list[Key]]:
+    """The keys whose prompts a file's rows are the mean of: one row, or one a class."""
+    if kind == "single":
+        return [[Key()]]
+    if kind == "class":
+        return [[Key(name)] for name in classes]
+    rows = []
+    for name in classes:
+        own = [key_of(sample, kind) for sample in samples if sample.category == name]
+        count = min(CLASS_PAIRS, len(own))
+        rows.append([own[k * len(own) // count] for k in range(count)])
+    return rows
+
+
+def tensors_of(
+    learner: Learner, rows: Sequence[Sequence[Key]], tokens: Callable[[View], NDArray[np.float32]]
+) -> dict[str, NDArray[np.float32]]:
+    """A branch's tensors as a prompt file holds them; means are taken before the text encoder."""
+    import torch
+
+    device = learner.space.empty.device
+    with torch.no_grad():
+        embeddings = []
+        for keys in rows:
+            total = torch.zeros(1, device=device)
+            for key in keys:
+                total = total + learner.sequences([key], lambda view: torch.from_numpy(tokens(view)).to(device))
+            embeddings.append(learner.space.encode(total / len(keys))[0].float().cpu().numpy())
+    found = {"embedding": np.stack(embeddings)}
+    if learner.head is not None:
+        found |= {f"head.{name}": value.cpu().numpy() for name, value in learner.head.state_dict().items()}
+    elif learner.rows is not None:
+        found["tokens"] = learner.rows.detach().cpu().numpy()
+    return found
+
+
+def save_course(path: Path, groups: Sequence[dict[str, Any]]) -> None:
+    """Each training's losses and epochs as JSON."""
+    write_atomic(path, json.dumps({"schema": 1, "groups": list(groups)}, indent=1) + "\n")
+
+
+def save_plot(path: Path, groups: Sequence[dict[str, Any]]) -> None:
+    """Loss and validation PCK of each training, side by side.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: it cannot be written.
+    """
+    require("matplotlib", "tune", "drawing a training's course")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for number, group in enumerate(groups):
+        name = "" if len(groups) == 1 else f"branch {group['branches'][0]} "
+        losses, rows = np.asarray(group["losses"]), group["history"]
+        colour = f"C{number}"
+        left.plot(np.arange(1, len(losses) + 1), losses, color=colour, alpha=0.3, linewidth=0.8)
+        if rows:
+            steps = len(losses) / len(rows)
+            left.plot(
+                [steps * (row["epoch"] - 0.5) for row in rows],
+                [row["loss"] for row in rows],
+                color=colour,
+                label=f"{name}mean of the epoch",
+            )
+            epochs = [row["epoch"] for row in rows]
+            right.plot(epochs, [100 * row["0.1"] for row in rows], color=colour, marker=".", label=f"{name}learned")
+        right.axhline(100 * group["empty"]["0.1"], color=colour, linestyle=":", label=f"{name}empty prompt")
+        if group["best"]:
+            best = rows[group["best"] - 1]
+            right.plot([best["epoch"]], [100 * best["0.1"]], "o", color=colour, markerfacecolor="none", markersize=10)
+    left.set(xlabel="step", ylabel="loss", title="Training loss")
+    right.set(xlabel="epoch", ylabel="PCK@0.10, per cent", title="Validation (nearest cell; ring: kept)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    with atomic_path(path) as scratch, open(scratch, "wb") as handle:
+        figure.savefig(handle, format="png", dpi=110)
+
 
 _LOG = logging.getLogger("difftap")
 
@@ -63,13 +155,13 @@ class _Job:
 
     model: Checkpoint
     recipe: Recipe
-    settings: Settings
+    settings: TuneSettings
     pairs: TrainingPairs
     cache: Cache
     folder: Path
     device: str
     threads: int
-    crew: Crew
+    processes: ProcessGroup
     timesteps: tuple[int, ...]
 
 
@@ -77,7 +169,7 @@ def tune(
     model: Checkpoint,
     recipe: Recipe,
     pairs: TrainingPairs,
-    settings: Settings,
+    settings: TuneSettings,
     folder: Path,
     *,
     cache: Cache | None = None,
@@ -97,8 +189,8 @@ def tune(
         require(module, "tune", "learning a prompt")
     import torch
 
-    crew = open_crew(device)
-    device = crew.device or (("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    processes = open_processes(device)
+    device = processes.device or (("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     check_fits(recipe, model)
     if model.pooled_width:
         raise ModelError(f"model '{model.name}' reads two text encoders (SDXL); allowed for learning: one, or none")
@@ -107,13 +199,22 @@ def tune(
     timesteps = _timesteps(recipe, settings, model)
     count = threads or available_cores()
     job = _Job(
-        model, recipe, settings, pairs, cache or Cache(default_cache_folder()), folder, device, count, crew, timesteps
+        model,
+        recipe,
+        settings,
+        pairs,
+        cache or Cache(default_cache_folder()),
+        folder,
+        device,
+        count,
+        processes,
+        timesteps,
     )
-    with _own_folder(folder, overwrite, crew), _threads(count):
+    with _own_folder(folder, overwrite, processes), _threads(count):
         return _Run(job, watcher).run()
 
 
-def _timesteps(recipe: Recipe, settings: Settings, model: Checkpoint) -> tuple[int, ...]:
+def _timesteps(recipe: Recipe, settings: TuneSettings, model: Checkpoint) -> tuple[int, ...]:
     """At which timestep each branch's prompt is learned.
 
     Raises:
@@ -131,14 +232,14 @@ def _timesteps(recipe: Recipe, settings: Settings, model: Checkpoint) -> tuple[i
 
 
 @contextlib.contextmanager
-def _own_folder(folder: Path, overwrite: bool, crew: Crew) -> Iterator[None]:
+def _own_folder(folder: Path, overwrite: bool, processes: ProcessGroup) -> Iterator[None]:
     """The folder, made, and locked by the first of the processes.
 
     Raises:
         OutputError: it cannot be made, or another training is using it.
     """
-    if crew.rank:
-        crew.wait()
+    if processes.rank:
+        processes.wait()
         yield
         return
     with output_errors(folder):
@@ -148,7 +249,7 @@ def _own_folder(folder: Path, overwrite: bool, crew: Crew) -> Iterator[None]:
             for path in [*folder.glob("cpm.*"), folder / PROMPT_FILE, *(folder / "training").iterdir()]:
                 if path.name != ".lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        crew.wait()
+        processes.wait()
         yield
 
 
@@ -173,10 +274,9 @@ class _Run:
         self.watcher = watcher
 
     def run(self) -> Tuned:
-        from difftap.tuning.learner import Learner
+        from difftap.tuning.learner import Learner, open_space
         from difftap.tuning.loop import Loop
         from difftap.tuning.passes import Passes
-        from difftap.tuning.space import open_space
 
         job = self.job
         source = self._token_source()
@@ -204,7 +304,7 @@ class _Run:
                 checkpointing=job.settings.checkpointing, unet=unet,
             )  # fmt: skip
             unet = passes.unet
-            loop = Loop(recipe, job.settings, job.pairs, made, passes, store, empty, job.crew, job.device)
+            loop = Loop(recipe, job.settings, job.pairs, made, passes, store, empty, job.processes, job.device)
             watcher = self._watching(loop, group, courses)
             loop.run(job.folder / "training" / f"state.{number}.safetensors", self._identity(source, group), watcher)
             loop.take_best()
@@ -213,9 +313,9 @@ class _Run:
             learners |= dict(zip(group, made, strict=True))
             scores.append(self._scores(loop, group))
         prompts = None
-        if job.crew.rank == 0:
+        if job.processes.rank == 0:
             prompts = self._write([learners[k] for k in branches], store, source, scores)
-        job.crew.wait()
+        job.processes.wait()
         if prompts is None:
             from difftap.prompts.learned import load_learned
 
@@ -235,9 +335,9 @@ class _Run:
         return Watcher(watcher.step, epoch)
 
     def _save_course(self, courses: Sequence[dict[str, Any]]) -> None:
-        from difftap.tuning.written import save_course, save_plot
+        from difftap.tuning.learn import save_course, save_plot
 
-        if self.job.crew.rank == 0:
+        if self.job.processes.rank == 0:
             save_course(self.job.folder / "training.json", courses)
             save_plot(self.job.folder / "training.png", courses)
 
@@ -258,7 +358,7 @@ class _Run:
             "branches": list(group),
             "threads": job.threads,
             "device": job.device.split(":")[0],
-            "processes": job.crew.size,
+            "processes": job.processes.size,
             "torch": str(torch.__version__),
             "machine": platform.machine(),
         }
@@ -311,7 +411,7 @@ class _Run:
             def tokens(image: Image, _known: Known) -> NDArray[np.float32]:
                 return network(dino_input(image, source.side))
 
-        name = f"images.{job.crew.rank}" if job.crew.size > 1 else "images"
+        name = f"images.{job.processes.rank}" if job.processes.size > 1 else "images"
         return ImageStore(job.recipe, vae, tokens, job.folder / "training" / name, job.pairs.makers)
 
     def _scores(self, loop: Loop, group: Sequence[int]) -> dict[str, Any]:
@@ -331,7 +431,7 @@ class _Run:
     def _write(
         self, learners: Sequence[Learner], store: ImageStore, source: TokenSource | None, scores: list[dict[str, Any]]
     ) -> LearnedPrompts:
-        from difftap.tuning.written import class_keys, tensors_of
+        from difftap.tuning.learn import class_keys, tensors_of
         from difftap.version import __version__
 
         job = self.job

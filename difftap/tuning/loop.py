@@ -6,44 +6,199 @@ Axis letters: B images; N keypoints; C channels; h w cells.
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import write_atomic
+from difftap.artifacts.run import check_conditions
 from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS
 from difftap.bench.scoring import measure
 from difftap.coords import Geometry
 from difftap.datasets.samples import Sample
-from difftap.errors import InputError, NonFiniteError
+from difftap.errors import InputError, NonFiniteError, OutputError, require
 from difftap.features.shelf import View
 from difftap.matching import Matches
 from difftap.matching.joining import CornerGeometry
 from difftap.recipe import Recipe
-from difftap.tuning.crew import Crew
 from difftap.tuning.learner import Key, Learner, key_of, views_of
 from difftap.tuning.loss import fused_cosines, gaussian_cross_entropy
 from difftap.tuning.passes import Passes
 from difftap.tuning.posteriors import ImageStore
-from difftap.tuning.settings import Settings
-from difftap.tuning.state import Progress, load_state, save_state
+from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALPHAS", "CELLS_AT_ONCE", "Loop", "Watcher"]
+__all__ = [
+    "ALPHAS",
+    "CELLS_AT_ONCE",
+    "Loop",
+    "ProcessGroup",
+    "Progress",
+    "Watcher",
+    "load_state",
+    "open_processes",
+    "save_state",
+]
+
+
+_T = TypeVar("_T")
+
+
+class ProcessGroup:
+    """This process among those that learn one prompt together: accelerate's, or this one alone.
+
+    Each takes its share of a step's pairs, and the gradients are added up, so the learned prompt is that of one process
+    but for rounding. Started as ``accelerate launch -m difftap.cli tune ...``.
+
+    Attributes:
+        rank: this process's number; 0 writes files.
+        size: how many there are.
+    """
+
+    def __init__(self, accelerator: Any = None) -> None:
+        self._accelerator = accelerator
+        self.rank = 0 if accelerator is None else int(accelerator.process_index)
+        self.size = 1 if accelerator is None else int(accelerator.num_processes)
+
+    @property
+    def device(self) -> str | None:
+        """The device accelerate gave this process; None without it."""
+        return None if self._accelerator is None else str(self._accelerator.device)
+
+    def share(self, items: Sequence[_T]) -> Sequence[_T]:
+        """This process's part of a list."""
+        return items[self.rank :: self.size]
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's tensor."""
+        return values if self._accelerator is None else self._accelerator.reduce(values, reduction="sum")
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()
+
+
+def open_processes(device: str) -> ProcessGroup:
+    """The processes that were started together: one, unless a launcher says otherwise."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return ProcessGroup()
+    accelerate = require("accelerate", "tune", "learning in several processes")
+    return ProcessGroup(accelerate.Accelerator(cpu=device == "cpu"))
+
+
+_KEY = "difftap"
+
+
+@dataclass
+class Progress:
+    """Where a training is.
+
+    Attributes:
+        epoch: the one it is in, from 0.
+        step: steps of it that are done.
+        done: steps in all.
+        total: sum of the loss over this epoch's pairs so far.
+        pairs: this epoch's pairs so far.
+        losses: mean loss of every step.
+        history: one row an epoch: ``epoch``, ``loss``, and validation PCK at each alpha.
+        empty: validation PCK of the empty prompt.
+        best: the best epoch's number, from 1; 0 before the first.
+        seconds: spent so far, for people.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    done: int = 0
+    total: float = 0.0
+    pairs: int = 0
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    empty: dict[str, float] = field(default_factory=dict)
+    best: int = 0
+    seconds: float = 0.0
+
+
+def save_state(
+    path: Path,
+    identity: Mapping[str, Any],
+    progress: Progress,
+    parameters: Sequence[torch.Tensor],
+    best: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write everything needed to go on.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, group in (("now", parameters), ("best", best)):
+        tensors |= {f"{name}.{k}": value.detach().cpu().contiguous().clone() for k, value in enumerate(group)}
+    for k, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{k}.{name}": value.detach().cpu().contiguous().clone() for name, value in moments.items()}
+    about = {"identity": identity, "progress": asdict(progress)}
+    write_atomic(path, save(tensors, metadata={_KEY: json.dumps(about)}))
+
+
+def load_state(
+    path: Path,
+    identity: Mapping[str, Any],
+    parameters: Sequence[torch.Tensor],
+    best: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    """Go on from a state: fills parameters, best ones and the optimizer.
+
+    Raises:
+        OutputError: the state is another training's, or is damaged.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads(file.metadata()[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        earlier, progress = about["identity"], Progress(**about["progress"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise OutputError(f"'{path}' cannot be read ({error}); start afresh with --overwrite") from error
+    check_conditions(path.parent.parent, earlier, json.loads(json.dumps(identity)), kind="folder")
+    with torch.no_grad():
+        for k, value in enumerate(parameters):
+            value.copy_(tensors[f"now.{k}"])
+        best[:] = [tensors[f"best.{k}"].to(value.device) for k, value in enumerate(parameters)]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("adam."):
+            _, k, moment = name.split(".")
+            state.setdefault(int(k), {})[moment] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return progress
+
 
 ALPHAS = (0.05, 0.1)
+
 CELLS_AT_ONCE = 16384
-"""Latent cells whose passes' intermediate values are held at once, unless `Settings.passes` says otherwise."""
+
+"""Latent cells whose passes' intermediate values are held at once, unless `TuneSettings.passes` says otherwise."""
+
 _EVERY = 30.0  # seconds between states
+
 _MAPS = 1 << 30  # bytes of maps kept while validating
 
 
@@ -66,20 +221,20 @@ class Loop:
         passes: the UNet, one pass a branch.
         store: what is known of each image.
         empty: ``(T, D)`` the empty prompt, to compare with.
-        crew: the processes that share the work.
+        processes: the processes that share the work.
         device: where tensors lie.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        settings: Settings,
+        settings: TuneSettings,
         pairs: TrainingPairs,
         learners: Sequence[Learner],
         passes: Passes,
         store: ImageStore,
         empty: NDArray[np.float32],
-        crew: Crew,
+        processes: ProcessGroup,
         device: str,
     ) -> None:
         import torch
@@ -90,7 +245,7 @@ class Loop:
         self._learners = tuple(learners)
         self._passes = passes
         self._store = store
-        self._crew = crew
+        self._processes = processes
         self._device = device
         self._empty = torch.from_numpy(empty).to(device)
         groups = [group for learner in learners for group in learner.groups(settings)]
@@ -127,7 +282,7 @@ class Loop:
         def save() -> None:  # without waiting for the others: each has a clock of its own
             nonlocal saved
             saved = time.monotonic()
-            if self._crew.rank == 0:
+            if self._processes.rank == 0:
                 save_state(state, identity, self.progress, self._parameters, self.best, self._optimizer)
 
         if not self.progress.empty:
@@ -190,7 +345,7 @@ class Loop:
         for value in self._parameters:
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
-        mine = self._crew.share(batch)
+        mine = self._processes.share(batch)
         width, height = self._recipe.size
         cells = (width // self._passes.stride) * (height // self._passes.stride)
         together = self._settings.passes or max(1, CELLS_AT_ONCE // (2 * cells))
@@ -199,11 +354,11 @@ class Loop:
             losses = self.losses(mine[start : start + together])
             (losses.sum() / len(batch)).backward()
             total += losses.detach().sum()
-        loss = float(self._crew.add(total)) / len(batch)
+        loss = float(self._processes.add(total)) / len(batch)
         if not np.isfinite(loss):
             raise NonFiniteError(f"the loss of step {self.progress.done + 1} is not finite; use precision fp32")
         for value in self._parameters:
-            value.grad = self._crew.add(value.grad)
+            value.grad = self._processes.add(value.grad)
         self._optimizer.step()
         return loss
 
@@ -231,7 +386,7 @@ class Loop:
         kept: OrderedDict[tuple[View, Key], list[torch.Tensor]] = OrderedDict()
         sums = torch.zeros(len(ALPHAS) + 1, dtype=torch.float64)
         with torch.no_grad():
-            for sample in self._crew.share(self._pairs.val):
+            for sample in self._processes.share(self._pairs.val):
                 maps = self._maps([sample], learners, kept)
                 scores, _, geometry = self._scores(sample, maps, learners is None)
                 flat = scores.flatten(1).argmax(1).cpu().numpy()
@@ -241,7 +396,7 @@ class Loop:
                 matches = Matches(sample.source_points, found, np.zeros(len(found)), nothing, nothing)
                 hits = measure(Prediction.of(0, sample, matches), protocol, dataset).hits(ALPHAS, protocol.strict)
                 sums += torch.tensor([*hits.mean(0), 1.0], dtype=torch.float64)
-        sums = self._crew.add(sums.to(self._device)).cpu()
+        sums = self._processes.add(sums.to(self._device)).cpu()
         return {f"{alpha:g}": float(sums[k] / sums[-1]) for k, alpha in enumerate(ALPHAS)}
 
     def _maps(

@@ -10,18 +10,18 @@ from typing import Any
 from difftap.errors import InputError, RecipeError
 from difftap.recipe import KINDS, Recipe
 
-__all__ = ["INITIALS", "JOINTS", "OWN_TOKENS", "PRECISIONS", "READINGS", "Settings"]
+__all__ = ["INITIALS", "JOINTS", "OWN_TOKENS", "PRECISIONS", "READINGS", "TuneSettings"]
 
 INITIALS = ("empty", "random")
 JOINTS = ("joint", "separate")
 READINGS = ("centres", "corners")
 PRECISIONS = ("fp32", "bf16")
 OWN_TOKENS = "own"
-"""`Settings.image_tokens` for the model's own features."""
+"""`TuneSettings.image_tokens` for the model's own features."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class TuneSettings:
     """How a prompt is learned; the defaults are SD4Match's where it has one.
 
     Attributes:

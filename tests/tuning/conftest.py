@@ -9,7 +9,7 @@ import pytest
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache
 from difftap.recipe import Branch, Matcher, Recipe
-from difftap.tuning.settings import Settings
+from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 from tests.bench.pck_cases import samples
 from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
@@ -75,7 +75,7 @@ def recipe(model, branches=1, **more):
 
 
 def settings(kind, **more):
-    return Settings(kind, **{"epochs": 2, "batch": 2, "tokens": 6, "image_tap": "up1", **more})
+    return TuneSettings(kind, **{"epochs": 2, "batch": 2, "tokens": 6, "image_tap": "up1", **more})
 
 
 def learn(model, pairs, folder, kind="single", *, cache, branches=1, recipe_more=None, **more):

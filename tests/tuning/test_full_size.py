@@ -10,7 +10,7 @@ from difftap.coords import Geometry
 from difftap.engine import Cache
 from difftap.recipe import load_recipe
 from difftap.tuning.posteriors import Known
-from difftap.tuning.settings import Settings
+from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 from tests.bench.pck_cases import samples
 
@@ -36,23 +36,21 @@ def test_one_step_at_full_size_fits_into_24_gigabytes(tmp_path):
 
     from difftap.backbones.find import open_model
     from difftap.prompts import encode_prompt
-    from difftap.tuning.crew import Crew
-    from difftap.tuning.learner import Learner
-    from difftap.tuning.loop import Loop
+    from difftap.tuning.learner import Learner, open_space
+    from difftap.tuning.loop import Loop, ProcessGroup
     from difftap.tuning.passes import Passes
-    from difftap.tuning.space import open_space
 
     torch.set_num_threads(2)
     cache = Cache(tmp_path) if "DIFFTAP_FULL_SIZE_CACHE" not in os.environ else Cache(_path("DIFFTAP_FULL_SIZE_CACHE"))
     model = open_model("sd21", cache, random_weights=0)
-    recipe, settings = load_recipe("sd4match-single"), Settings("single", epochs=1, batch=1, checkpointing=True)
+    recipe, settings = load_recipe("sd4match-single"), TuneSettings("single", epochs=1, batch=1, checkpointing=True)
     (pair, *_) = samples(tmp_path / "pictures")
     pairs = TrainingPairs([pair], [pair], {"name": "spair"})
     space = open_space(model, cache, "cpu")
     learner = Learner(settings, space, (), (0, 0), 0, "cpu")
     passes = Passes(model, recipe, (261,), "cpu", checkpointing=True)
     empty = encode_prompt(model, "", cache)
-    loop = Loop(recipe, settings, pairs, [learner], passes, Given(96), empty, Crew(), "cpu")
+    loop = Loop(recipe, settings, pairs, [learner], passes, Given(96), empty, ProcessGroup(), "cpu")
     before = learner.rows.detach().clone()
     loss = loop._step([pair])
     assert np.isfinite(loss)

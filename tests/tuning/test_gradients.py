@@ -12,9 +12,9 @@ from tests.tuning.conftest import SIZE, recipe
 torch = pytest.importorskip("torch")
 
 from difftap.engine.torch_prompts import ConditionalHead, pool_table  # noqa: E402
+from difftap.tuning.learner import open_space  # noqa: E402
 from difftap.tuning.loss import cosines, fused_cosines, gaussian_cross_entropy  # noqa: E402
 from difftap.tuning.passes import Passes  # noqa: E402
-from difftap.tuning.space import open_space  # noqa: E402
 
 
 def known(seed):

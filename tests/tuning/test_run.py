@@ -161,7 +161,7 @@ def test_a_full_disk_ends_the_run_with_one_line(mini, pairs, cache, tmp_path, mo
         raise OutputError(f"cannot write '{path}': the disk is full") from OSError(errno.ENOSPC, "No space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("difftap.tuning.state.write_atomic", full)
+        patch.setattr("difftap.tuning.loop.write_atomic", full)
         with pytest.raises(OutputError, match="disk is full"):
             learn(mini, pairs, tmp_path / "out", cache=cache)
     assert not list((tmp_path / "out").rglob("*.part"))
@@ -226,7 +226,7 @@ def test_conditional_prompts_in_matching_are_those_of_learning(request, network,
     from safetensors.torch import load_file
 
     from difftap.engine.torch_prompts import ConditionalHead
-    from difftap.tuning.space import open_space
+    from difftap.tuning.learner import open_space
 
     space = open_space(Checkpoint.load(model), cache, "cpu", 5)
     values = load_file(tmp_path / "out" / "prompt.safetensors")
