@@ -13,7 +13,7 @@ BLOCK = """
 import sys
 BLOCKED = {"torch", "torchvision", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "openvino", "tensorrt",
            "tensorrt_rtx", "nncf", "faiss", "huggingface_hub", "accelerate", "scipy", "matplotlib", "threadpoolctl",
-           "psutil", "zarr", "fsspec", "pyarrow", "ray", "pymilvus", "milvus_lite", "pycocotools", "polygraphy"}
+           "zarr", "fsspec", "pyarrow", "ray", "pymilvus", "milvus_lite", "pycocotools", "polygraphy"}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:
