@@ -191,7 +191,7 @@ def test_nothing_made_under_older_prompts_passes_for_the_new(call, photos, tmp_p
         (extract, "other conditions (recipe.learned.sha256 is"),
         (many, "under other conditions (recipe"),
         (search, "was learned anew"),
-        (pck, "under other conditions (recipe"),
+        (pck, "under other conditions (prompts.sha256 is"),
         ((*pck, "--score-only"), "learned prompts of sha256"),
     ):
         code, out, err = call(*command)
