@@ -58,7 +58,7 @@ class Options:
 
 
 def plan_for(options: Options, count: int, width: int) -> IndexPlan:
-    """The plan for N vectors of D dimensions.
+    """Plan an index of N vectors of D dimensions.
 
     Raises:
         InputError: options exclude each other.
@@ -98,7 +98,7 @@ class Filled:
     seconds: dict[str, float]
 
     def report(self) -> dict[str, Any]:
-        """What is stored with the index."""
+        """Say what is stored with the index."""
         faiss = load_faiss("an index")
         ivf = faiss.try_extract_index_ivf(self.index)
         parameters = {

@@ -101,7 +101,7 @@ def _correlations(
 def _products(
     x: Centred, y: Centred | None, block_bytes: int, dtype: type, xp: Any, where: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """``<A, B>`` of every pair ``(N, M)``, and the squared lengths ``(N,)`` and ``(M,)``."""
+    """Compute ``<A, B>`` of every pair ``(N, M)``, and the squared lengths ``(N,)`` and ``(M,)``."""
     count, channels = x.values.shape
     sides = [_Side(x, dtype, xp, where)] if y is None else [_Side(one, dtype, xp, where) for one in (x, y)]
     total = np.zeros((count, count if y is None else len(y.values)))
@@ -229,7 +229,7 @@ def blocks(
     block_bytes: int = _DEFAULT_BYTES,
     device: str = "cpu",
 ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
-    """The table of `pairwise`, tile by tile, so that a large one need never exist.
+    """Yield the table of `pairwise` tile by tile, so that a large one need never exist.
 
     Yields:
         Rows of ``x``, rows of ``y``, and their float32 distances; the tiles cover the table, each place once. Without
@@ -273,7 +273,7 @@ def _check(x: NDArray[Any], y: NDArray[Any] | None, metric: str, block_bytes: in
 
 
 def _arrays(device: str) -> tuple[Any, str]:
-    """The array library of a device, and the device's name in it."""
+    """Find the array library of a device, and the device's name in it."""
     if device == "cpu":
         return np, device
     if device.partition(":")[0] != "cuda":
@@ -300,7 +300,7 @@ def _tile_side(dimensions: int, block_bytes: int, metric: str) -> int:
 
 
 def _load(vectors: NDArray[Any], rows: slice, metric: str) -> NDArray[Any]:
-    """Some vectors as a product needs them: centred and scaled to length 1 where the metric asks for it."""
+    """Prepare some vectors as a product needs them: centred and scaled to length 1 where the metric asks for it."""
     part = np.asarray(vectors[rows])
     if metric != "manhattan" or part.dtype not in (np.float32, np.float64):
         part = part.astype(np.float64 if metric != "manhattan" else np.float32)

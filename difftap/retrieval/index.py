@@ -65,7 +65,7 @@ class Rows:
         return cls(names[0], names[1], names[2], x, y, names[3])
 
     def take(self, rows: NDArray[Any] | slice) -> Rows:
-        """Some of the rows."""
+        """Take some of the rows."""
         return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
@@ -188,7 +188,7 @@ class Origin:
 
     @classmethod
     def of_table(cls, provenance: Mapping[str, Any], taps: str, timestep: int, path: Path) -> Origin:
-        """The origin of a table of prototypes.
+        """Read the origin of a table of prototypes.
 
         Raises:
             InputError: its provenance is incomplete.
@@ -214,7 +214,7 @@ class Origin:
 
     @classmethod
     def of_patches(cls, recipe: Recipe, conditions: Mapping[str, Any]) -> Origin:
-        """The origin of cells of a recipe's joined map, made under a pipeline's conditions."""
+        """Say the origin of cells of a recipe's joined map, made under a pipeline's conditions."""
         times = {branch.timestep for branch in recipe.branches}
         taps = [(tap, branch) for branch in recipe.branches for tap in branch.taps]
         label = "+".join(tap if len(times) == 1 else f"{tap}@{branch.timestep}" for tap, branch in taps)
@@ -310,11 +310,11 @@ class Index(ABC):
 
     @abstractmethod
     def rows(self) -> Rows:
-        """What is known of every row."""
+        """Read what is known of every row."""
 
     @abstractmethod
     def facts(self, rows: NDArray[np.int64]) -> Rows:
-        """What is known of some rows, in the order given."""
+        """Read what is known of some rows, in the order given."""
 
     @abstractmethod
     def add(self, batches: Iterable[VectorBatch]) -> int:

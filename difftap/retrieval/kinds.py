@@ -116,7 +116,7 @@ class IndexMetric:
         return np.ascontiguousarray(part, np.float32)
 
     def score(self, raw: NDArray[np.float32]) -> NDArray[np.float64]:
-        """What the index returned, as a score: a similarity of -1 to 1, or a distance."""
+        """Turn what the index returned into a score: a similarity of -1 to 1, or a distance."""
         values = raw.astype(np.float64)
         if self.product == "ip":
             return np.clip(values, -1.0, 1.0)
@@ -127,7 +127,7 @@ _FAISS = re.compile(r"faiss-(cpu|gpu(-.*)?)$")
 
 
 def faiss_clash(names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with the FAISS distributions installed; None if nothing is.
+    """Say what is wrong with the FAISS distributions installed; None if nothing is.
 
     milvus-lite depends on faiss-cpu, so the extra ``milvus`` beside a GPU build overwrites that build's files.
 
@@ -211,7 +211,7 @@ class IndexPlan:
 
 
 def choose_kind(count: int, width: int, space: IndexMetric) -> str:
-    """The kind for N vectors of D dimensions: exact while that is fast, codes where vectors would fill the memory."""
+    """Choose the kind for N vectors of D dimensions: exact while that is fast, codes where they would fill the memory."""
     size = 4 * count * width
     if size <= FLAT_BYTES or space.product == "l1":
         return "flat"
@@ -240,7 +240,7 @@ def sample_size(plan: IndexPlan, count: int) -> int:
 
 
 def list_count(plan: IndexPlan, count: int) -> int:
-    """Lists of an ivf or ivf-pq index: as asked for, or the power of 2 nearest to the square root of N."""
+    """Count the lists of an ivf or ivf-pq index: as asked for, or the power of 2 nearest to the square root of N."""
     return plan.lists or max(1, 2 ** round(math.log2(max(1.0, math.sqrt(count)))))
 
 
@@ -258,7 +258,7 @@ def code_bytes(plan: IndexPlan, width: int) -> int:
 
 
 def make(plan: IndexPlan, count: int, width: int, sample: Callable[[int], NDArray[np.float32]]) -> Any:
-    """An empty FAISS index, trained.
+    """Make an empty FAISS index, trained.
 
     Args:
         plan: how.
@@ -315,7 +315,7 @@ def make(plan: IndexPlan, count: int, width: int, sample: Callable[[int], NDArra
 
 
 def to_gpu(index: Any) -> Any:
-    """A copy of an index on the first GPU.
+    """Copy an index to the first GPU.
 
     Raises:
         BackendError: this FAISS knows no GPU, sees none, or has no such index there.
@@ -371,7 +371,7 @@ def set_effort(index: Any, effort: int | None) -> None:
 def tune(
     steps: Iterable[int], use: Callable[[int], None], measure: Callable[[], float], target: float
 ) -> tuple[int | None, float]:
-    """The least effort that reaches a recall, and the recall measured there; None if there are no steps.
+    """Find the least effort that reaches a recall, and the recall measured there; None if there are no steps.
 
     Where no effort reaches it, the least that comes within 0.005 of the best.
     """

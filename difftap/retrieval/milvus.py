@@ -240,7 +240,7 @@ def _field(schema: Any, name: str, kind: Any, **options: Any) -> None:
 
 
 def _make_collections(client: Any, name: str, vectors: str, plan: IndexPlan, count: int, width: int) -> None:
-    """The collection of the vectors; and that of the index's name, if it is not there."""
+    """Find the collection of the vectors, and that of the index's name, if it is not there."""
     types = require("pymilvus", "milvus", "an index in Milvus").DataType
     product = "IP" if plan.space.product == "ip" else "L2"
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -319,7 +319,7 @@ def build_milvus(
 
 
 def _old_vectors(client: Any, name: str, where: str) -> str | None:
-    """The vectors' collection of the index that is there; None where a build was interrupted before it had any."""
+    """Find the vectors' collection of the index that is there; None where a build was interrupted before it had any."""
     client.load_collection(name)
     if not client.query(name, ids=[0], output_fields=["id"]):
         return None

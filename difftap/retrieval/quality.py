@@ -95,7 +95,7 @@ def exact_neighbours(
 
 
 def without_self(found: NDArray[np.int64], own: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """The first K of each row of ``found`` ``(Q, K + 1)`` that are not the query's own ``(Q,)``; -1 at the end."""
+    """Keep the first K of each row of ``found`` ``(Q, K + 1)`` that are not the query's own ``(Q,)``; -1 at the end."""
     others = found != own[:, None]
     order = np.argsort(~others, axis=1, kind="stable")[:, :k]
     kept = np.take_along_axis(found, order, axis=1)
@@ -217,7 +217,7 @@ def judge(
 
 
 def vote(classes: NDArray[np.str_]) -> str | None:
-    """The class most of the hits have; of several, the one whose nearest hit comes first. None without hits.
+    """Find the class that most of the hits have; of several, the one whose nearest hit comes first. None without hits.
 
     >>> vote(np.array(["cat", "dog", "dog", "cat", "cow"]))
     'cat'

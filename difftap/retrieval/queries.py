@@ -49,12 +49,12 @@ def _name(image: Image) -> str:
 
 
 def image_query(image: Image) -> Query:
-    """The whole image."""
+    """Ask with the whole image."""
     return Query(image, np.ones(image.pixels.shape[:2], bool), {"kind": "image", "image": image.path}, _name(image))
 
 
 def point_query(image: Image, x: float, y: float) -> Query:
-    """The cell at a point, in pixels of the image.
+    """Ask with the cell at a point, in pixels of the image.
 
     Raises:
         PointError: it lies outside.
@@ -67,7 +67,7 @@ def point_query(image: Image, x: float, y: float) -> Query:
 
 
 def mask_query(image: Image, mask: Mask, path: Path) -> Query:
-    """The object under a mask.
+    """Ask with the object under a mask.
 
     Raises:
         InputError: the mask is empty or of another size than the image.
@@ -83,7 +83,7 @@ def mask_query(image: Image, mask: Mask, path: Path) -> Query:
 
 
 def row_query(path: Path, number: int, origin: Origin) -> Query:
-    """A row of a table of prototypes, counted from 0.
+    """Ask with a row of a table of prototypes, counted from 0.
 
     Raises:
         InputError: the table is of another origin than the index, or has no such row.
@@ -107,7 +107,7 @@ def open_pipeline(
     revision: str | None = None,
     random_weights: int | None = None,
 ) -> Pipeline:
-    """The pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
+    """Open the pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
 
     Raises:
         InputError: the model that is found, or the precision asked for, is not the one the index was made with.
@@ -138,7 +138,7 @@ def _check_precision(precision: str, origin: Origin) -> None:
 
 
 def embed(query: Query, origin: Origin, pipeline: Pipeline) -> NDArray[np.float32]:
-    """The query's vector ``(D,)``: for prototypes as their builder makes them, for patches from the joined map."""
+    """Make the query's vector ``(D,)``: for prototypes as their builder makes them, for patches from the joined map."""
     from difftap.prototypes import prototypes
 
     if query.vector is not None:

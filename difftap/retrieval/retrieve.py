@@ -69,7 +69,7 @@ def build_index(
 
 
 def describe(index: Index) -> dict[str, Any]:
-    """What an answer says of the index it comes from."""
+    """Say in an answer what is known of the index it comes from."""
     about = index.about
     return {
         "where": index.where,
@@ -108,7 +108,7 @@ def _stem(key: str) -> str:
 def search_record(
     index: Index, vector: NDArray[np.float32], k: int, *, key: str = "", other_images: bool = False
 ) -> dict[str, Any]:
-    """What is nearest to a vector ``(D,)``, as plain data: the score's meaning, the hits, and the class they vote for.
+    """Find what is nearest to a vector ``(D,)``, as plain data: what a score means, the hits, the class they vote for.
 
     Args:
         index: searched.

@@ -25,7 +25,7 @@ _MARK, _SAME, _OTHER = (255, 90, 0), (30, 140, 60), (200, 60, 50)
 
 
 def find_image(key: str, roots: Sequence[Path]) -> Path | None:
-    """The file of an image that an index knows by a key: a path, or a name under one of some folders."""
+    """Find the file of an image that an index knows by a key: a path, or a name under one of some folders."""
     for root in (Path(), *roots):
         for ending in ("", *PICTURE_ENDINGS):
             path = root / f"{key}{ending}"
@@ -78,7 +78,7 @@ def draw_sheet(
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    """What tells one object, or one image, from the others, briefly."""
+    """Name what tells one object, or one image, from the others, briefly."""
     return str(record.get("instance") or Path(record.get("image") or "").name)
 
 
@@ -87,7 +87,7 @@ def _font(size: int) -> Any:
 
 
 def _fitted(text: str, width: float, size: int) -> str:
-    """The text, with its end cut off where it is too wide."""
+    """Give the text, with its end cut off where it is too wide."""
     font = _font(size)
     if font.getlength(text) <= width:
         return text
@@ -116,7 +116,7 @@ def _tile(path: Path, position: dict[str, float] | None, box: Sequence[int] | No
 
 
 def _shrunk(picture: PIL.Image, position: Any, box: Sequence[int] | None = None) -> PIL.Image:
-    """A thumbnail, with a ring at the position, or a frame around the box."""
+    """Draw a thumbnail, with a ring at the position, or a frame around the box."""
     scale = _TILE / max(picture.size)
     tile = picture.resize(
         (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), PIL.Resampling.LANCZOS

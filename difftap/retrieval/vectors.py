@@ -41,7 +41,7 @@ def table_origin(path: Path) -> Origin:
 
 
 def open_tables(paths: Sequence[Path]) -> tuple[Origin, Iterator[VectorBatch]]:
-    """The origin that some tables share, and all their prototypes.
+    """Read the origin that some tables share, and all their prototypes.
 
     Raises:
         InputError: one is no table, or they are of different origin.
@@ -53,7 +53,7 @@ def open_tables(paths: Sequence[Path]) -> tuple[Origin, Iterator[VectorBatch]]:
 
 
 def table_batches(path: Path, rows: int = _ROWS) -> Iterator[VectorBatch]:
-    """A table's prototypes, some thousands at a time.
+    """Yield a table's prototypes, some thousands at a time.
 
     Raises:
         InputError: the file is damaged.
@@ -114,7 +114,7 @@ class AlreadyIndexed:
         self._objects = set(zip(rows.images.tolist(), rows.instances.tolist(), strict=True))
 
     def objects(self, batches: Iterable[VectorBatch]) -> Iterator[VectorBatch]:
-        """The objects that are not in, of tables; those that come twice come once."""
+        """Yield the objects of tables that are not in; those that come twice come once."""
         for batch in batches:
             keep = np.ones(len(batch.rows), bool)
             for i, one in enumerate(zip(batch.rows.images.tolist(), batch.rows.instances.tolist(), strict=True)):
@@ -125,7 +125,7 @@ class AlreadyIndexed:
                 yield VectorBatch(batch.vectors[keep], batch.rows.take(keep))
 
     def images(self, paths: Sequence[Path]) -> list[Path]:
-        """The images of which no patch is in."""
+        """Yield the images of which no patch is in."""
         self.what = "images"
         new = [path for path in paths if str(path.resolve()) not in self._images]
         self.left_out = len(paths) - len(new)
@@ -203,7 +203,7 @@ def _maps(
 
 
 def _cells(image: Image, features: FeatureMap, which: Patches, label: str) -> VectorBatch:
-    """The cells of one map that lie on the image, or some of them."""
+    """Take the cells of one map that lie on the image, or some of them."""
     width, height = features.grid
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
     places: Any = features.to_pixels(np.stack([columns.ravel(), rows.ravel()], axis=1))  # (h w, 2)

@@ -48,7 +48,7 @@ CLASS_PAIRS = 200
 
 
 def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> list[list[Key]]:
-    """The keys whose prompts a file's rows are the mean of: one row, or one a class."""
+    """Find the keys whose prompts a file's rows are the mean of: one row, or one a class."""
     if kind == "single":
         return [[Key()]]
     if kind == "class":
@@ -64,7 +64,7 @@ def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> 
 def tensors_of(
     learner: Learner, rows: Sequence[Sequence[Key]], tokens: Callable[[View], NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
-    """A branch's tensors as a prompt file holds them; means are taken before the text encoder."""
+    """Give a branch's tensors as a prompt file holds them; means are taken before the text encoder."""
     import torch
 
     device = learner.space.empty.device
@@ -233,7 +233,7 @@ def _timesteps(recipe: Recipe, settings: TuneSettings, model: Checkpoint) -> tup
 
 @contextlib.contextmanager
 def _own_folder(folder: Path, overwrite: bool, processes: ProcessGroup) -> Iterator[None]:
-    """The folder, made, and locked by the first of the processes.
+    """Make the folder; the first of the processes holds it alone.
 
     Raises:
         OutputError: it cannot be made, or another training is using it.
@@ -323,7 +323,7 @@ class _Run:
         return Tuned(prompts, scores, store.made)
 
     def _watching(self, loop: Loop, group: Sequence[int], before: Sequence[dict[str, Any]]) -> Watcher:
-        """The caller's watcher, and the course saved after each epoch."""
+        """Call the caller's watcher, and keep the course saved after each epoch."""
         from difftap.tuning.loop import Watcher
 
         watcher = self.watcher or Watcher()
@@ -342,7 +342,7 @@ class _Run:
             save_plot(self.job.folder / "training.png", courses)
 
     def _identity(self, source: TokenSource | None, group: Sequence[int]) -> dict[str, Any]:
-        """What must be the same for a state to be gone on from; how long to learn may change."""
+        """Say what must be the same for a state to be taken up; how long to learn may change."""
         import torch
 
         job = self.job
@@ -489,7 +489,7 @@ def _course(loop: Loop, group: Sequence[int]) -> dict[str, Any]:
 def _own_map(
     unet: Engine, source: TokenSource, scales: tuple[float, float], known: Known, empty: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The map ``(C, h, w)`` that an image's own tokens are made of."""
+    """Compute the map ``(C, h, w)`` that an image's own tokens are made of."""
     feeds: dict[str, NDArray[Any]] = {
         "mean": known.mean[None],
         "std": known.std[None],

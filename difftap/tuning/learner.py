@@ -73,12 +73,12 @@ class PromptSpace:
         return torch.cat([self.start.expand(count, -1, -1), learned, self.end.expand(count, -1, -1)], dim=1)
 
     def encode(self, sequence: torch.Tensor) -> torch.Tensor:
-        """What the UNet reads, ``(B, L, D)``."""
+        """Compute what the UNet reads, ``(B, L, D)``."""
         return sequence if self.encoder is None else self.encoder(sequence)
 
 
 def load_text_encoder(model: Checkpoint) -> torch.nn.Module:
-    """The checkpoint's CLIP text encoder, frozen, in fp32.
+    """Load the checkpoint's CLIP text encoder, frozen, in fp32.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -101,7 +101,7 @@ def load_text_encoder(model: Checkpoint) -> torch.nn.Module:
 
 
 def open_space(model: Checkpoint, cache: Cache, device: str, asked: int = 0) -> PromptSpace:
-    """The space of a model's learned prompts.
+    """Open the space of a model's learned prompts.
 
     Args:
         model: the checkpoint.
@@ -161,7 +161,7 @@ class Key:
 
 
 def views_of(sample: Sample) -> tuple[View, View]:
-    """A pair's images."""
+    """Name a pair's images."""
     return View(sample.source), View(sample.target, sample.mirrored)
 
 
@@ -228,7 +228,7 @@ class Learner:
         ]
 
     def sequences(self, keys: Sequence[Key], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
-        """The sequences of these keys, ``(B, L, W)``; ``tokens`` gives an image's, ``(N, C)``."""
+        """Build the sequences of these keys, ``(B, L, W)``; ``tokens`` gives an image's, ``(N, C)``."""
         import torch
 
         if self.head is None:
@@ -241,5 +241,5 @@ class Learner:
         return found
 
     def prompts(self, keys: Sequence[Key], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
-        """What the UNet reads for these keys, ``(B, L, D)``."""
+        """Compute what the UNet reads for these keys, ``(B, L, D)``."""
         return self.space.encode(self.sequences(keys, tokens))

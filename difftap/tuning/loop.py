@@ -78,11 +78,11 @@ class ProcessGroup:
         return None if self._accelerator is None else str(self._accelerator.device)
 
     def share(self, items: Sequence[_T]) -> Sequence[_T]:
-        """This process's part of a list."""
+        """Take this process's part of a list."""
         return items[self.rank :: self.size]
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of every process's tensor."""
+        """Sum the tensors of all processes."""
         return values if self._accelerator is None else self._accelerator.reduce(values, reduction="sum")
 
     def wait(self) -> None:
@@ -92,7 +92,7 @@ class ProcessGroup:
 
 
 def open_processes(device: str) -> ProcessGroup:
-    """The processes that were started together: one, unless a launcher says otherwise."""
+    """Join the processes that were started together: one, unless a launcher says otherwise."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return ProcessGroup()
     accelerate = require("accelerate", "tune", "learning in several processes")
@@ -363,7 +363,7 @@ class Loop:
         return loss
 
     def losses(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """The loss of each pair, the mean over its keypoints, ``(pairs,)``."""
+        """Compute the loss of each pair, the mean over its keypoints, ``(pairs,)``."""
         import torch
 
         maps = self._maps(samples, self._learners)
@@ -405,7 +405,7 @@ class Loop:
         learners: Sequence[Learner] | None,
         kept: OrderedDict[tuple[View, Key], list[torch.Tensor]] | None = None,
     ) -> dict[tuple[View, Key], list[torch.Tensor]]:
-        """Maps of all the images of these pairs under their prompts, branch by branch; equal ones made once."""
+        """Compute the maps of all images of these pairs under their prompts, branch by branch; equal ones once."""
         kind = self._settings.kind if learners is not None else "single"
         wanted: dict[tuple[View, Key], None] = {}
         for sample in samples:

@@ -24,7 +24,7 @@ _FLOOR = 1e-6  # of a cosine whose logarithm is taken
 
 
 def read(maps: Tensor, cells: Tensor) -> Tensor:
-    """A map ``(C, h, w)`` read bilinearly at fractional cells ``(N, 2)``, as ``(N, C)``; the border repeats."""
+    """Read a map ``(C, h, w)`` bilinearly at fractional cells ``(N, 2)``, as ``(N, C)``; the border repeats."""
     height, width = maps.shape[1:]
     flat = maps.flatten(1)  # (C, h w)
     low = cells.floor()
@@ -42,7 +42,7 @@ def read(maps: Tensor, cells: Tensor) -> Tensor:
 
 
 def join(maps: Sequence[Tensor], shares: Sequence[float], upsample: str) -> Tensor:
-    """Maps ``(C_i, h_i, w_i)`` as one whose cosines are the weighted mean of theirs: `difftap.matching.combine`."""
+    """Join ``(C_i, h_i, w_i)`` into one whose cosines are the weighted mean of theirs: `difftap.matching.combine`."""
     if len(maps) == 1:
         return maps[0]
     whole = sum(shares)
@@ -89,7 +89,7 @@ def fused_cosines(
 
 
 def gaussian_cross_entropy(scores: Tensor, cells: Tensor) -> Tensor:
-    """The loss of each keypoint, ``(N,)``.
+    """Compute the loss of each keypoint, ``(N,)``.
 
     Args:
         scores: ``(N, h, w)`` cosines of the source keypoints with every target cell.
