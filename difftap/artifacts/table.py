@@ -66,7 +66,7 @@ class Table:
     none        -
     >>> print(table.markdown())
     | method | PCK % |
-    |:---|---:|
+    |---|---:|
     | dift | 51.7 |
     | none | - |
     <BLANKLINE>
@@ -119,7 +119,7 @@ class Table:
         cells = self._marked(_markdown_text, lambda text: f"**{text}**", lambda text: text)
         lines = [f"### {self.title}", ""] if self.title else []
         lines.append("| " + " | ".join(_markdown_text(column.title) for column in self.columns) + " |")
-        lines.append("|" + "|".join(":---" if column.left else "---:" for column in self.columns) + "|")
+        lines.append("|" + "|".join("---" if column.left else "---:" for column in self.columns) + "|")
         lines += ["| " + " | ".join(row) + " |" for row in cells]
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 

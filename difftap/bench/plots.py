@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 from difftap.artifacts.files import output_errors, write_atomic
 from difftap.bench.protocols import alpha_key
 from difftap.bench.published import SPAIR_CLASSES
-from difftap.errors import InputError, require
+from difftap.errors import InputError
+from difftap.pages.figure import LINE_COLOURS, figure_bytes, new_figure, plain_axes
 
 __all__ = ["clear_plots", "save_plots"]
 
 Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
 _NAMES = ("pck-over-alpha", "pck-per-class", "pck-by-flag", "reliability")
-_COLOURS = ("#1f6f8b", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#5c5c5c", "#2e4057", "#b5651d")
 
 
 def save_plots(runs: Runs, folder: Path, *, protocol: str | None = None, alpha: float | None = None) -> list[Path]:
@@ -38,8 +37,6 @@ def save_plots(runs: Runs, folder: Path, *, protocol: str | None = None, alpha: 
     """
     if not runs:
         raise InputError("no results to plot; give at least one")
-    matplotlib = require("matplotlib", "bench", "drawing plots")
-    matplotlib.use("Agg")
     chosen = protocol or next(iter(runs[0][1]["protocols"]), "")
     if any(chosen not in results["protocols"] for _, results in runs):
         raise InputError(f"not all results hold protocol '{chosen}'; score them again with --protocol {chosen}")
@@ -53,12 +50,10 @@ def save_plots(runs: Runs, folder: Path, *, protocol: str | None = None, alpha: 
     clear_plots(folder)
     files = []
     for name, draw in zip(_NAMES, ways, strict=True):
-        figure = require("matplotlib.figure", "bench", "drawing plots").Figure(figsize=(8, 4.5), layout="constrained")
+        figure = new_figure(8, 4.5)
         if draw(figure, runs, chosen, key):
             path = folder / f"{name}.png"
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
-            write_atomic(path, picture.getvalue())
+            write_atomic(path, figure_bytes(figure))
             files.append(path)
     return files
 
@@ -77,13 +72,12 @@ def _axes(figure: Any, runs: Runs, protocol: str, title: str) -> Any:
     axes = figure.add_subplot()
     where = f"{data['name']} {data.get('split', '')}, {counts['pairs_scored']} pairs, {counts['points']} points"
     axes.set_title(f"{title}\n{where}; {protocol}: {at['comparison']} alpha x {at['basis']}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
+    plain_axes(axes)
     return axes
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return LINE_COLOURS[index % len(LINE_COLOURS)]
 
 
 def _curve(figure: Any, runs: Runs, protocol: str, _key: str) -> bool:

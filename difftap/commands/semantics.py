@@ -189,8 +189,8 @@ def _limited(source: Source, limit: int | None) -> Source:
 def _run(name: str, output: Path, **options: Any) -> None:
     """Run one axis, or all of them."""
     from difftap.study.axes import AXES
-    from difftap.study.output import finish_axis, study_folder, write_report
     from difftap.study.study import prepare, run_axis
+    from difftap.study.summary import finish_axis, study_folder, write_report
 
     if name == "layers" and options["taps"]:
         raise InputError("the layers axis compares the UNet's own layers; leave --tap out")

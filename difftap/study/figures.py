@@ -1,19 +1,23 @@
-"""The study's figures from its results: box plots, the curve over offsets. Needs matplotlib.
+"""The study's figures: box plots, the curve over offsets, annotated frames. Needs matplotlib.
 
-Everything is drawn from the figures in the JSON, so that results can be drawn again without their distances.
+All but the frames is drawn from the figures in the JSON, so that results can be drawn again without their distances.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from difftap.artifacts.files import output_errors, write_atomic
 from difftap.errors import require
+from difftap.pages.figure import figure_bytes, new_figure, plain_axes
+from difftap.prototypes import Scene, Source
+from difftap.study.video import Clip
 
-__all__ = ["NAMES", "UNITS", "draw_axis", "save_figure"]
+__all__ = ["NAMES", "TITLES", "UNITS", "draw_axis", "draw_frames"]
 
 COLOURS = {"sidi": "#8d6a9f", "scsi": "#1f6f8b", "scdi": "#66a182", "dcsi": "#edae49", "dcdi": "#d1495b"}
 NAMES = {
@@ -35,26 +39,13 @@ TITLES = {"voc": "VOC 2012", "coco": "COCO 2017", "davis": "DAVIS 2017", "folder
 Results = Mapping[str, Any]
 
 
-def _figure(width: float, height: float) -> Any:
-    require("matplotlib", "bench", "drawing figures").use("Agg")
-    return require("matplotlib.figure", "bench", "drawing figures").Figure(
-        figsize=(width, height), layout="constrained"
-    )
-
-
-def save_figure(figure: Any, folder: Path, name: str) -> list[Path]:
+def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG and as SVG; the same results give the same bytes."""
-    matplotlib = require("matplotlib", "bench", "drawing figures")
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        picture = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": name}):
-            figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
-        path = folder / f"{name}.{kind}"
-        write_atomic(path, picture.getvalue())
-        files.append(path)
+    files = [folder / f"{name}.png", folder / f"{name}.svg"]
+    for path in files:
+        write_atomic(path, figure_bytes(figure, path.suffix[1:], dpi=150, salt=name))
     return files
 
 
@@ -82,13 +73,6 @@ def _boxes(axes: Any, boxes: Sequence[tuple[float, str, Mapping[str, Any]]], wid
         drawn["boxes"][0].set(facecolor=COLOURS[name], linewidth=0.8)
 
 
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="y", labelsize=8)
-
-
 def _title(name: str, data: Mapping[str, Any]) -> str:
     counts = data["counts"]
     return f"{TITLES.get(name, name)}: {counts['objects']} objects, {counts['images']} images"
@@ -98,7 +82,7 @@ def _distances(results: Results, _group: str) -> Any:
     """Measures side by side, each with its own unit: a row a data set."""
     datasets = results["datasets"]
     cases = max(len(data["cases"]) for data in datasets.values())
-    figure = _figure(2.5 * cases + 0.4, 3.3 * len(datasets))
+    figure = new_figure(2.5 * cases + 0.4, 3.3 * len(datasets))
     parts = figure.subfigures(len(datasets), 1, squeeze=False)[:, 0]
     for part, (name, data) in zip(parts, datasets.items(), strict=True):
         part.suptitle(_title(name, data), fontsize=10)
@@ -109,7 +93,8 @@ def _distances(results: Results, _group: str) -> Any:
             axes.set_xticks(range(len(sets)), ticks, fontsize=7)
             axes.set_ylabel(UNITS[case["metric"]], fontsize=8)
             axes.set_xlim(-0.6, len(sets) - 0.4)
-            _plain(axes)
+            plain_axes(axes)
+            axes.tick_params(axis="y", labelsize=8)
     return figure
 
 
@@ -124,7 +109,7 @@ def _grouped(results: Results, group: str) -> Any:
     datasets = results["datasets"]
     cases = {name: [one for one in data["cases"] if one["group"] == group] for name, data in datasets.items()}
     most = max(len(rows) for rows in cases.values())
-    figure = _figure(min(12.0, max(5.5, 1.25 * most + 1.2)), 3.4 * len(datasets))
+    figure = new_figure(min(12.0, max(5.5, 1.25 * most + 1.2)), 3.4 * len(datasets))
     order = ("sidi", "scsi", "scdi", "dcsi", "dcdi")
     grid = figure.subplots(len(datasets), 1, squeeze=False)[:, 0]
     for axes, (name, rows) in zip(grid, cases.items(), strict=True):
@@ -143,7 +128,8 @@ def _grouped(results: Results, group: str) -> Any:
         axes.set_xlabel(_AXES[group], fontsize=9)
         counts = ", ".join(f"{key} {_numbers(rows, key)}" for key in sets)
         axes.set_title(f"{_title(name, datasets[name])}\nn: {counts}", fontsize=9)
-        _plain(axes)
+        plain_axes(axes)
+        axes.tick_params(axis="y", labelsize=8)
         patches = require("matplotlib.patches", "bench", "drawing figures")
         handles = [patches.Patch(facecolor=COLOURS[key], edgecolor="black", label=key) for key in sets]
         axes.legend(handles=handles, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -177,7 +163,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def _offsets(results: Results, _group: str) -> Any:
     """Means over offsets with their intervals, and how often a person is nearest to itself."""
-    figure = _figure(7.5, 5.6)
+    figure = new_figure(7.5, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     for name, data in results["datasets"].items():
         rows = data["offsets"]
@@ -214,7 +200,8 @@ def _offsets(results: Results, _group: str) -> Any:
     upper.set_ylim(0, None)
     upper.legend(fontsize=8, frameon=False)
     for axes in (upper, lower):
-        _plain(axes)
+        plain_axes(axes)
+        axes.tick_params(axis="y", labelsize=8)
     return figure
 
 
@@ -246,5 +233,112 @@ def draw_axis(results: Results, folder: Path) -> list[tuple[str, Path]]:
     for name, group, draw, title in _FIGURES[results["axis"]]:
         if group and not any(one["group"] == group for d in results["datasets"].values() for one in d["cases"]):
             continue
-        drawn.append((title, save_figure(draw(results, group), folder, name)[1]))
+        drawn.append((title, _save(draw(results, group), folder, name)[1]))
     return drawn
+
+
+_PEOPLE = ("#ff3b30", "#34c759", "#0a84ff", "#ffd60a", "#bf5af2", "#ff9f0a", "#64d2ff", "#ff375f")
+_COLUMNS = 3
+
+
+def _choose(found: Sequence[Clip], offsets: Sequence[int]) -> tuple[Clip, int, list[int]] | None:
+    """A clip, its first frame to show and the later ones: as many people and as many offsets as there are."""
+    best: tuple[tuple[int, int, int], Clip, int, list[int]] | None = None
+    for clip in found:
+        for frame in np.unique(clip.frames):
+            people = int(np.count_nonzero(clip.frames == frame))
+            later = [d for d in offsets if np.any(clip.frames == frame + d)]
+            shown = sum(int(np.count_nonzero(clip.frames == frame + d)) for d in later)
+            rank = (min(people, 2), len(later), shown)
+            if later and (best is None or rank > best[0]):
+                best = (rank, clip, int(frame), later)
+    return None if best is None else best[1:]
+
+
+def _thinned(offsets: Sequence[int], most: int) -> list[int]:
+    places = np.unique(np.linspace(0, len(offsets) - 1, min(most, len(offsets))).round().astype(int))
+    return [offsets[k] for k in places]
+
+
+def draw_frames(
+    source: Source, found: Sequence[Clip], offsets: Sequence[int], metric: str, folder: Path
+) -> tuple[str, Path] | None:
+    """Draw a clip's frame and later ones, every person outlined with its distance to the marked person.
+
+    Args:
+        source: the scenes that the clips were built from.
+        found: the clips with their distances.
+        offsets: which later frames to show, of those that are there.
+        metric: which distance it is.
+        folder: where the picture goes.
+
+    Returns:
+        the figure's title and its PNG; None if no clip has two frames that far apart.
+    """
+    chosen = _choose(found, offsets)
+    if chosen is None:
+        return None
+    clip, first, later = chosen
+    shown = [0, *_thinned(later, 2 * _COLUMNS - 1)]
+    keys = {int(key.rpartition("/")[2]): key for key in source.keys if key.rpartition("/")[0] == clip.name}
+    scenes = [source.read(keys[first + d]) for d in shown]
+    marked = _marked(clip, first, scenes[0], [first + d for d in shown])
+    aspect = scenes[0].image.size[1] / scenes[0].image.size[0]
+    rows = -(-len(shown) // _COLUMNS)
+    figure = new_figure(3.9 * _COLUMNS, rows * (3.9 * aspect + 0.35) + 0.4)
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+    people = {name: k for k, name in enumerate(sorted(set(clip.instances.tolist())))}
+    for axes, scene, d in zip(grid, scenes, shown, strict=False):
+        _frame(axes, scene, clip, marked, first + d, people)
+        axes.set_title(f"frame {first}, marked person *" if d == 0 else f"frame {first + d} (offset {d})", fontsize=8)
+    for axes in grid:
+        axes.set_axis_off()
+    figure.suptitle(
+        f"{clip.name}: {UNITS[metric]} to person {str(clip.instances[marked]).rpartition('/')[2]} of frame {first}; "
+        "the nearest in each later frame is framed",
+        fontsize=9,
+    )
+    png, _ = _save(figure, folder, "fig10-frames")
+    return "Annotated frames (as Fig. 10)", png
+
+
+def _marked(clip: Clip, first: int, scene: Scene, frames: Sequence[int]) -> int:
+    """The person of the first frame that is seen most often later; of several, the largest."""
+    rows = np.flatnonzero(clip.frames == first)
+    areas: Mapping[str, float] = {one.instance: one.area for one in scene.objects}
+
+    def seen(row: int) -> tuple[int, float]:
+        mine = clip.instances == clip.instances[row]
+        return int(np.isin(clip.frames[mine], frames).sum()), areas.get(str(clip.instances[row]), 0.0)
+
+    return int(max(rows.tolist(), key=seen))
+
+
+def _frame(axes: Any, scene: Scene, clip: Clip, marked: int, frame: int, people: Mapping[str, int]) -> None:
+    """One frame: outlines, and a label on each person."""
+    effects = require("matplotlib.patheffects", "bench", "drawing frames")
+    axes.imshow(scene.image.pixels, interpolation="bilinear")
+    rows = {str(clip.instances[k]): k for k in np.flatnonzero(clip.frames == frame)}
+    nearest = min(rows, key=lambda name: clip.distances[marked, rows[name]]) if rows else None
+    placed: list[tuple[float, float]] = []
+    for one, mask in zip(scene.objects, scene.masks, strict=True):
+        if one.instance not in rows:
+            continue
+        colour = _PEOPLE[people[one.instance] % len(_PEOPLE)]
+        axes.contour(np.pad(mask, 1).astype(np.float32)[1:-1, 1:-1], levels=[0.5], colors=[colour], linewidths=1.4)
+        ys, xs = np.nonzero(mask)
+        row = rows[one.instance]
+        distance = float(clip.distances[marked, row])
+        number = one.instance.rpartition("/")[2]
+        text = f"{number}*" if row == marked else f"{number}: {distance:.3f}"
+        frame_box: dict[str, Any] = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.55), "edgecolor": colour}
+        frame_box["linewidth"] = 1.6 if one.instance == nearest and row != marked else 0.0
+        x, y = float(xs.mean()), max(float(ys.min()) - 6.0, 0.1 * mask.shape[0])
+        while any(abs(x - a) < 0.14 * mask.shape[1] and abs(y - b) < 0.07 * mask.shape[0] for a, b in placed):
+            y += 0.075 * mask.shape[0]  # below the label that stands there
+        placed.append((x, y))
+        axes.text(
+            x, y, text, color="white", fontsize=7.5,
+            ha="center", va="bottom", bbox=frame_box, clip_on=True,
+            path_effects=[effects.withStroke(linewidth=1.2, foreground="black")],
+        )  # fmt: skip

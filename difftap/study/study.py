@@ -13,25 +13,26 @@ from typing import Any
 import numpy as np
 
 from difftap.artifacts.files import output_errors
+from difftap.artifacts.table import plain
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError
 from difftap.pipeline.pipeline import Pipeline
 from difftap.prototypes import PrototypeTable, Source, build, is_built
 from difftap.recipe import Recipe
-from difftap.study.analysis import EQ17, analyse, plain
 from difftap.study.axes import (
     OFFSETS,
+    SOURCE,
     STUDY_METRICS,
     TIMESTEPS,
     Case,
     columns,
     layer_cases,
+    published_dunn,
     step_cases,
     union_recipe,
 )
-from difftap.study.bootstrap import DistanceSet
-from difftap.study.paper import SOURCE, published_dunn
-from difftap.study.sets import PairSet, aligned_distances, pair_sets
+from difftap.study.sets import EQ17, PairSet, aligned_distances, analyse, pair_sets
+from difftap.study.statistics import DistanceSet
 from difftap.study.transforms import TRANSFORMS, transform_of, transformed
 from difftap.study.video import clips, offset_results
 

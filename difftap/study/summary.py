@@ -1,53 +1,28 @@
-"""The study's tables: rows of text, for the terminal, Markdown and HTML alike."""
+"""What the study writes and prints: tables and figures of each axis, and one HTML page of all that a folder holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import dataclasses
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from difftap.study.figures import TITLES, UNITS
+from difftap.artifacts.files import only_writer, output_errors, write_atomic
+from difftap.artifacts.table import Table, json_text
+from difftap.errors import InputError
+from difftap.pages.page import html_page, html_picture
+from difftap.prototypes import Source
+from difftap.study.axes import AXES
+from difftap.study.figures import NAMES, TITLES, UNITS, draw_axis, draw_frames
+from difftap.study.study import VIDEO, Study, base_case, tables
+from difftap.study.video import clips
 
-__all__ = ["TextTable", "axis_tables", "conditions_line", "trend_lines"]
+__all__ = ["axis_tables", "finish_axis", "load_axes", "study_folder", "trend_lines", "write_report"]
 
 Results = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table ready for print.
-
-    Attributes:
-        title: what it shows.
-        heads: the columns.
-        rows: the cells.
-        note: the conditions and conventions a reader needs.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    def markdown(self) -> str:
-        """A Markdown table under a heading."""
-
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-        lines = [f"### {self.title}", "", line(self.heads), "|---|" + "---:|" * (len(self.heads) - 1)]
-        lines += [line(row) for row in self.rows]
-        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
-
-    def text(self) -> list[str]:
-        """Lines for a terminal."""
-        widths = [max(len(row[k]) for row in (self.heads, *self.rows)) for k in range(len(self.heads))]
-
-        def line(cells: Sequence[str]) -> str:
-            first, *rest = zip(cells, widths, strict=True)
-            return "  ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]).rstrip()
-
-        return [self.title, line(self.heads), *map(line, self.rows)]
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -99,7 +74,7 @@ def trend_lines(results: Results) -> list[str]:
     return lines
 
 
-def _means(name: str, data: Results, axis: str) -> TextTable:
+def _means(name: str, data: Results, axis: str) -> Table:
     sets = ["sidi", "scsi", "dcsi"] if axis == "transforms" else ["scsi", "scdi", "dcsi", "dcdi"]
     rows = []
     for case in data["cases"]:
@@ -119,13 +94,14 @@ def _means(name: str, data: Results, axis: str) -> TextTable:
         f"draws over images in which it holds. {conditions_line(data)}."
     )
     head = "measure" if axis == "distances" else "case"
-    return TextTable(f"{TITLES.get(name, name)}: distances by set", (head, *sets, "trend"), tuple(rows), note)
+    return Table.of((head, *sets, "trend"), rows, f"{TITLES.get(name, name)}: distances by set", note)
 
 
-def _dunn(name: str, data: Results, axis: str) -> TextTable:
+def _dunn(name: str, data: Results, axis: str) -> Table:
     """Dunn's index of every pair of sets; for measures with what the paper prints."""
     pairs = list(dict.fromkeys(pair for case in data["cases"] for pair in case["pairs"]))
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    published = set()
     for case in data["cases"]:
         label = case["metric"] if axis == "distances" else case["label"]
         for form in ("dunn_minmax", "dunn_mean"):
@@ -133,6 +109,7 @@ def _dunn(name: str, data: Results, axis: str) -> TextTable:
             rows.append((f"{label}, {form}", *cells))
         paper = case.get("published_dunn") or {}
         if paper:
+            published.add(len(rows))
             rows.append((f"{label}, published", *(f"{paper[p]:.5f}" if p in paper else "-" for p in pairs)))
     note = (
         "dunn_minmax: least distance between members of two sets over the largest within one. dunn_mean: distance of "
@@ -140,10 +117,11 @@ def _dunn(name: str, data: Results, axis: str) -> TextTable:
     )
     if any(case.get("published_dunn") for case in data["cases"]):
         note += " Published rows are the paper's Table 1 (its images and model; which form is not said), not ours."
-    return TextTable(f"{TITLES.get(name, name)}: Dunn index by pair of sets", ("", *pairs), tuple(rows), note)
+    table = Table.of(("", *pairs), rows, f"{TITLES.get(name, name)}: Dunn index by pair of sets", note)
+    return dataclasses.replace(table, quoted=frozenset(published))
 
 
-def _tests(name: str, data: Results, axis: str) -> TextTable:
+def _tests(name: str, data: Results, axis: str) -> Table:
     rows = []
     for case in data["cases"]:
         label = case["metric"] if axis == "distances" else case["label"]
@@ -171,7 +149,7 @@ def _tests(name: str, data: Results, axis: str) -> TextTable:
         "sets. Pairs that share an object are not independent: read the effect size and its interval, not p."
     )
     heads = ("sets", "H", "p", "epsilon squared", "interval")
-    return TextTable(f"{TITLES.get(name, name)}: tests", heads, tuple(rows), note)
+    return Table.of(heads, rows, f"{TITLES.get(name, name)}: tests", note)
 
 
 def _p(value: float | None) -> str:
@@ -180,7 +158,7 @@ def _p(value: float | None) -> str:
     return "< 1e-300" if value == 0 else f"{value:.2g}"
 
 
-def _video(name: str, data: Results) -> TextTable:
+def _video(name: str, data: Results) -> Table:
     rows = []
     for row in data["offsets"]:
         cells = [str(row["offset"])]
@@ -199,10 +177,10 @@ def _video(name: str, data: Results) -> TextTable:
         f"{conditions_line(data)}."
     )
     heads = ("offset", "sidi", "n", "scdi", "n", "sidi < scdi", "nearest is itself", "n")
-    return TextTable(f"{TITLES.get(name, name)}: offsets between frames", heads, tuple(rows), note)
+    return Table.of(heads, rows, f"{TITLES.get(name, name)}: offsets between frames", note)
 
 
-def axis_tables(results: Results) -> list[TextTable]:
+def axis_tables(results: Results) -> list[Table]:
     """All tables of an axis, data set by data set."""
     axis, made = results["axis"], []
     for name, data in results["datasets"].items():
@@ -211,3 +189,118 @@ def axis_tables(results: Results) -> list[TextTable]:
         else:
             made += [_means(name, data, axis), _dunn(name, data, axis), _tests(name, data, axis)]
     return made
+
+
+_HEADINGS = {
+    "distances": "Distance measures",
+    "layers": "Layers and grids",
+    "steps": "Inference steps",
+    "transforms": "Transforms",
+    "video": "Video",
+}
+
+
+def load_axes(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of every axis that a study's folder holds.
+
+    Raises:
+        InputError: a file is there that cannot be read.
+    """
+    found = {}
+    for axis in AXES:
+        path = folder / f"{axis}.json"
+        if not path.is_file():
+            continue
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["axis"] != axis or not data["datasets"]:
+                raise ValueError("it is another axis'")
+            found[axis] = data
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"'{path}' is no result of the study ({error}); run its axis again") from error
+    return found
+
+
+def _report(axes: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Sequence[tuple[str, Path]]]) -> str:
+    """The report as one HTML document.
+
+    Args:
+        axes: results by axis.
+        figures: by axis, each figure's title and file.
+    """
+    recipe = next(iter(axes.values()))["settings"]["recipe"]
+    taps = "+".join(recipe["branches"][0]["taps"])
+    about = (
+        f"{recipe['model']}, {taps} at t = {recipe['branches'][0]['timestep']}, {recipe['size'][0]} x "
+        f"{recipe['size'][1]} pixels"
+    )
+    parts = [
+        f"<h1>Semantic study</h1><p>{html.escape(about)}</p>",
+        "<p>Distances between object prototypes, each the mean of a feature map over an object's mask. A box spans the "
+        "quartiles with the median as a line and the mean as a white dot; whiskers reach the last value within 1.5 "
+        "interquartile ranges; values beyond are not drawn.</p><dl>",
+        *(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in NAMES.items()),
+        "</dl><h2>Does the paper's trend hold?</h2>",
+        '<p class="note">In brackets, the share of bootstrap draws over images in which the whole order holds.</p>',
+    ]
+    for axis, results in axes.items():
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in trend_lines(results))
+        parts.append(f"<h3>{_HEADINGS[axis]}</h3><ul>{lines}</ul>")
+    for axis, results in axes.items():
+        parts.append(f"<h2>{_HEADINGS[axis]}</h2>")
+        parts += [html_picture(title, path) for title, path in figures.get(axis, ())]
+        parts += [table.html() for table in axis_tables(results)]
+        if results.get("published"):
+            parts.append(f'<p class="note">Published values: {html.escape(results["published"])}.</p>')
+    return html_page(f"Semantic study: {about}", parts)
+
+
+@contextlib.contextmanager
+def study_folder(path: Path) -> Iterator[Path]:
+    """A study's folder, made if need be, held for this process alone.
+
+    Raises:
+        OutputError: it cannot be made, or another run is writing it.
+    """
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with only_writer(path, path / ".study.lock"):
+        yield path
+
+
+def finish_axis(study: Study, results: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
+    """Write an axis' results, tables and figures.
+
+    Returns:
+        lines for a terminal.
+    """
+    axis = results["axis"]
+    made = axis_tables(results)
+    figures = draw_axis(results, study.folder / "figures")
+    if axis == "video":
+        # The frames need images and masks again, which no result holds.
+        [table] = tables(study, sources[VIDEO], [base_case(study)], VIDEO)
+        found = clips(table, study.metric, study.device)
+        drawn = draw_frames(sources[VIDEO], found, study.offsets, study.metric, study.folder / "figures")
+        figures += [drawn] if drawn else []
+    listed = [[title, path.name] for title, path in figures]
+    trends = trend_lines(results)
+    lines = "\n".join(f"- {line}" for line in trends)
+    write_atomic(study.folder / f"{axis}.md", f"## {axis}\n\n{lines}\n\n" + "\n".join(one.markdown() for one in made))
+    write_atomic(study.folder / f"{axis}.json", json_text({**results, "figures": listed}))
+    shown = [one for one in made if not one.title.endswith(": tests")]
+    return [*trends, "", *(line for one in shown for line in (*one.text(), ""))]
+
+
+def write_report(folder: Path) -> Path:
+    """Gather everything a study's folder holds into ``report.html``."""
+    axes = load_axes(folder)
+    figures = {
+        axis: [(title, folder / "figures" / name) for title, name in axes[axis].get("figures", ())]
+        for axis in AXES
+        if axis in axes
+    }
+    there = {axis: [one for one in listed if one[1].is_file()] for axis, listed in figures.items()}
+    path = folder / "report.html"
+    write_atomic(path, _report(axes, there))
+    return path

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.table import plain
 from difftap.errors import InputError
 from difftap.prototypes import PrototypeTable
 from difftap.retrieval.distances import pairwise
-from difftap.study.analysis import plain
-from difftap.study.bootstrap import DistanceSet, bootstrap_means
-from difftap.study.statistics import box_figures
+from difftap.study.statistics import DistanceSet, bootstrap_means, box_figures
 
 __all__ = ["Clip", "clips", "offset_results"]
 

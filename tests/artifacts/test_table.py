@@ -37,7 +37,7 @@ def test_a_terminal_gets_aligned_lines_without_markup_and_without_wrapping():
 def test_markdown_escapes_and_marks_the_best():
     table = Table(COLUMNS[:1] + COLUMNS[2:3], (("a|b", 0.25), ("c", 0.5), ("d", 0.9)), quoted=frozenset({2}))
     assert table.with_best([1]).markdown() == (
-        "| way | share % |\n|:---|---:|\n| a\\|b | 25.00 |\n| c | **50.00** |\n| d | 90.00 |\n"
+        "| way | share % |\n|---|---:|\n| a\\|b | 25.00 |\n| c | **50.00** |\n| d | 90.00 |\n"
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from difftap.errors import InputError
-from difftap.study.bootstrap import DistanceSet, bootstrap_effect, bootstrap_means
+from difftap.study.statistics import DistanceSet, bootstrap_effect, bootstrap_means
 
 pytest.importorskip("scipy")
 

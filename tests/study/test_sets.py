@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from difftap.artifacts.table import plain
 from difftap.errors import InputError
 from difftap.prototypes import PrototypeTable
 from difftap.retrieval.distances import METRICS, pairwise
-from difftap.study.analysis import analyse, plain
-from difftap.study.bootstrap import DistanceSet, bootstrap_means
-from difftap.study.paper import published_dunn
-from difftap.study.sets import SETS, aligned_distances, pair_sets
+from difftap.study.axes import published_dunn
+from difftap.study.sets import SETS, aligned_distances, analyse, pair_sets
+from difftap.study.statistics import DistanceSet, bootstrap_means
 from difftap.study.video import clips, offset_results
 
 
@@ -181,6 +181,6 @@ def test_looking_pairs_of_images_up_and_multiplying_matrices_agree(monkeypatch):
     left, right = rng.integers(0, 12, (2, 400))
     one = DistanceSet(rng.random(400), left, right)
     fast = bootstrap_means({"a": one}, draws=30)
-    monkeypatch.setattr("difftap.study.bootstrap._DENSE", 0)
+    monkeypatch.setattr("difftap.study.statistics._DENSE", 0)
     slow = bootstrap_means({"a": one}, draws=30)
     assert (fast.means["a"].low, fast.means["a"].high) == pytest.approx((slow.means["a"].low, slow.means["a"].high))
