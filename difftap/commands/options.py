@@ -22,6 +22,7 @@ __all__ = [
     "cache_option",
     "category_option",
     "feature_options",
+    "json_option",
     "model_options",
     "parse_numbers",
     "parse_size",
@@ -186,6 +187,10 @@ recipe_options = stack(
             "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
         ),
     ]
+)
+
+json_option = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON too."
 )
 
 store_option = click.option(

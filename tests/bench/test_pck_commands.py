@@ -10,7 +10,10 @@ from PIL import Image as PIL
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
 from difftap.bench.scoring import score
-from difftap.commands.pck import compare, dense_speed, pck, table
+from difftap.commands.bench.compare import compare
+from difftap.commands.bench.dense_speed import dense_speed
+from difftap.commands.bench.pck import pck
+from difftap.commands.bench.table import table
 from difftap.errors import InputError
 from tests.bench.pck_cases import FakePipeline, predictions, random_pairs
 

@@ -10,7 +10,7 @@ from difftap.bench.poster import LEARNED, PROMPT, learned_rows, poster_rows, sta
 from difftap.bench.reproduce import reproduce
 from difftap.bench.runner import count_passes
 from difftap.bench.session import Pairs
-from difftap.commands.reproduce import reproduce as command
+from difftap.commands.bench.reproduce import reproduce as command
 from difftap.errors import InputError, MissingExtraError
 from difftap.recipe import load_recipe
 from tests.bench.pck_cases import FakePipeline, prompt_file, samples

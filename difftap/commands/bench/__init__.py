@@ -7,13 +7,16 @@ from pathlib import Path
 
 import click
 
-from difftap.commands.gpucheck import gpu_check
-from difftap.commands.pck import compare, dense_speed, pck, table
-from difftap.commands.reproduce import reproduce
-from difftap.commands.retrieval_bench import distances
-from difftap.commands.retrieval_bench import index as index_bench
-from difftap.commands.semantics import semantics
-from difftap.commands.throughput import throughput
+from difftap.commands.bench.compare import compare
+from difftap.commands.bench.dense_speed import dense_speed
+from difftap.commands.bench.distances import distances
+from difftap.commands.bench.gpu_check import gpu_check
+from difftap.commands.bench.index import index as index_bench
+from difftap.commands.bench.pck import pck
+from difftap.commands.bench.reproduce import reproduce
+from difftap.commands.bench.semantics import semantics
+from difftap.commands.bench.table import table
+from difftap.commands.bench.throughput import throughput
 
 
 @click.group()

@@ -1,4 +1,4 @@
-"""``difftap bench pck`` and its kin: point-matching benchmarks scored as their authors defined them."""
+"""``difftap bench pck``: point-matching benchmarks scored as their authors defined them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from difftap.pipeline.pipeline import Pipeline
     from difftap.recipe import Recipe
 
-__all__ = ["compare", "dense_speed", "pck", "table"]
+__all__ = ["pck"]
 
 _FILE = click.Path(path_type=Path)
-_JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the result as JSON too.")
 
 
 @click.command(
@@ -221,93 +220,3 @@ def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str
             f"features of {source.served} images from '{features}', of {source.extracted} extracted, not being in it",
             err=True,
         )
-
-
-@click.command()
-@click.argument("first", metavar="A.json", type=_FILE)
-@click.argument("second", metavar="B.json", type=_FILE)
-@click.option(
-    "--by", multiple=True, metavar="MEAN", help="image, point, class-image, class-point.  [default: headline]"
-)
-@click.option("--draws", type=click.IntRange(1), default=10000, show_default=True, help="Bootstrap resamplings.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resampling.")
-@_JSON
-def compare(first: Path, second: Path, by: tuple[str, ...], draws: int, seed: int, json_file: Path | None) -> None:
-    """Two results over the same pairs: is the difference real? A paired bootstrap over pairs."""
-    import json
-
-    from difftap.artifacts.files import write_atomic
-    from difftap.bench.compare import compare as run
-    from difftap.bench.compare import format_comparison, load_results, to_json
-
-    comparison = run(load_results(first), load_results(second), by=by, count=draws, seed=seed)
-    for line in format_comparison(comparison):
-        click.echo(line)
-    if json_file is not None:
-        write_atomic(json_file, json.dumps(to_json(comparison), indent=1) + "\n")
-
-
-@click.command()
-@click.argument("files", metavar="RESULTS.json...", type=_FILE, nargs=-1, required=True)
-@click.option("--name", "names", multiple=True, help="A row's name, in the files' order.  [default: the file's folder]")
-@click.option("--protocol", default="dift", show_default=True, metavar="P", help="Whose figures.")
-@click.option("--alpha", type=float, default=0.05, show_default=True, metavar="A", help="At which threshold.")
-@click.option("--by", type=click.Choice(["image", "point"]), default="image", show_default=True, help="Which mean.")
-@click.option("--format", "kind", type=click.Choice(["markdown", "latex"]), default="markdown", show_default=True)
-@click.option("--published/--no-published", default=True, show_default=True, help="Add published rows, labelled.")
-@click.option("--plots", type=_FILE, metavar="DIR", help="Draw all results into the same plots.")
-def table(
-    files: tuple[Path, ...],
-    names: tuple[str, ...],
-    protocol: str,
-    alpha: float,
-    by: str,
-    kind: str,
-    published: bool,
-    plots: Path | None,
-) -> None:
-    """Several results in one table, in the poster's layout, best of each column in bold."""
-    from difftap.bench.compare import load_results
-    from difftap.bench.report import result_table
-    from difftap.errors import InputError
-
-    if names and len(names) != len(files):
-        raise InputError(f"{len(names)} names for {len(files)} results; give one --name for each, or none")
-    labels = names or tuple(file.resolve().parent.name for file in files)
-    runs = [(label, load_results(file)) for label, file in zip(labels, files, strict=True)]
-    made = result_table(runs, protocol, alpha, by, show_published=published)
-    click.echo(made.markdown() if kind == "markdown" else made.latex(), nl=False)
-    if plots is not None:
-        from difftap.bench.plots import save_plots
-
-        save_plots(runs, plots, protocol=protocol)
-
-
-@click.command()
-@click.option("--pairs", type=click.IntRange(1), default=200, show_default=True, help="Pairs to match.")
-@click.option("--images", type=click.IntRange(2), default=27, show_default=True, help="Images they are drawn from.")
-@click.option("--keypoints", type=click.IntRange(1), default=7, show_default=True, help="Per pair.")
-@click.option("--channels", type=click.IntRange(1), default=1280, show_default=True)
-@click.option("--grid", type=click.IntRange(1), default=48, show_default=True, help="Side of the maps, in cells.")
-@click.option("--image", "size", type=click.IntRange(1), nargs=2, default=(500, 375), show_default=True, metavar="W H")
-@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic"]), default="bilinear", show_default=True)
-@click.option(
-    "--confidence/--no-confidence",
-    default=True,
-    show_default=True,
-    help="Also margin and cycle error, as bench pck does.",
-)
-@click.option("--memory", type=click.IntRange(1), default=512, show_default=True, metavar="MB", help="For maps.")
-@_JSON
-def dense_speed(json_file: Path | None, **case: Any) -> None:
-    """Dense matching from cached maps: pairs a second and peak memory, on generated maps of a benchmark's size."""
-    import json
-
-    from difftap.artifacts.files import write_atomic
-    from difftap.bench.densespeed import SpeedCase, format_speed, run, to_json
-
-    result = run(SpeedCase(**case))
-    for line in format_speed(result):
-        click.echo(line)
-    if json_file is not None:
-        write_atomic(json_file, json.dumps(to_json(result), indent=1) + "\n")
