@@ -26,7 +26,7 @@ EXTRAS := $(EXTRAS),tensorrt-rtx
 endif
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: setup base dev match test slow-test lint format engines bench reproduce gpu-check pocket-graphs clean
+.PHONY: setup base dev match test quick slow-test lint format engines bench reproduce gpu-check pocket-graphs clean
 .DELETE_ON_ERROR:
 
 setup: dev
@@ -65,6 +65,10 @@ match: base
 
 test: dev
 	$(BIN)/python -m pytest -n auto
+
+# What one runs while working: no network is traced, built or trained, nothing is killed.
+quick: dev
+	$(BIN)/python -m pytest -n auto -m "not heavy and not slow and not gpu and not weights"
 
 # Full-size Stable Diffusion networks with seeded random weights: about 10 GB of disk, 16 GB of memory.
 slow-test: dev

@@ -16,6 +16,22 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the rep
 MINI_TAPS = ("up1", "down1.attn0")
 
 
+HEAVY_FIXTURES = {"mini", "mini_cache", "tiny", "exported"}
+HEAVY_FILES = (
+    *("tests/tuning/", "tests/export/", "tests/bench/test_throughput", "tests/bench/test_gpucheck", "training/"),
+    *("tests/engine/test_rtx_build", "tests/retrieval/test_milvus", "tests/features/extract/test_kills"),
+    *("tests/features/extract/test_ray", "tests/commands/test_tune", "tests/pipeline/", "tests/study/test_study"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what takes seconds by what it needs, so that nobody has to think of it."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & HEAVY_FIXTURES or item.nodeid.startswith(HEAVY_FILES):
+            item.add_marker("heavy")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     """No test sees or touches the user's cache."""

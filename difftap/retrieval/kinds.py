@@ -211,7 +211,7 @@ class IndexPlan:
 
 
 def choose_kind(count: int, width: int, space: IndexMetric) -> str:
-    """Choose the kind for N vectors of D dimensions: exact while that is fast, codes where they would fill the memory."""
+    """Choose the kind for N vectors of D dimensions: exact while that is fast, codes where memory would fill."""
     size = 4 * count * width
     if size <= FLAT_BYTES or space.product == "l1":
         return "flat"

@@ -186,7 +186,7 @@ def test_pck_refuses_before_anything_slow(tmp_path, willow):
         (("pf-willow", willow, "--alpha", "-1"), "--alpha is -1"),
         (("pf-willow", willow, "--combine", "sum"), "combine is 'sum'"),
         (("pf-wilow", willow), "no data set 'pf-wilow'"),
-        (("pf-willow", willow, "--score-only"), "cannot be read as predictions"),
+        (("pf-willow", willow, "--score-only"), "cannot be read"),
     ):
         done = invoke(pck, *arguments, "-o", tmp_path / "out")
         assert isinstance(done.exception, InputError)

@@ -144,7 +144,7 @@ def test_rows_with_prompts_run_and_the_others_are_named(tmp_path, pairs):
     prompt_file(tmp_path / "prompts" / "pocket-single", "single", recipe, 5.0)
     said = []
     assert reproduce(rows[:1], [pairs], folder, opener, say=said.append)["spair"] == {}
-    assert any("prompts differ" in line for line in said)
+    assert any("prompts.sha256 is" in line for line in said)
     reproduce(rows[:1], [pairs], folder, opener, overwrite=True)
     assert (folder / "spair" / "pocket-single" / "predictions.jsonl").read_bytes() != before
     assert Estimator(opener)(rows[0], pairs, folder / "spair" / "pocket-single").pairs == 0

@@ -357,7 +357,7 @@ def test_the_command(photos, tmp_path):
     assert command("store", "verify", "s.zarr", cwd=tmp_path).returncode == 0
     other = command("extract", "photos", "-o", "s.zarr", *SMALL, "--seed", "1", cwd=tmp_path)
     assert other.returncode == 2
-    assert "recipe.seed = 0, this run has 1" in other.stderr
+    assert "recipe.seed is 0 there and 1 here" in other.stderr
     strict = command("extract", "photos", "-o", "t.zarr", *SMALL, "--strict", cwd=tmp_path)
     assert strict.returncode == 2
     assert strict.stderr.splitlines()[-1].startswith("error: 'photos/bad.png' is not a picture")
