@@ -13,7 +13,7 @@ from difftap.bench.predictions import SCHEMA
 from difftap.bench.runner import Opener, finished, plan
 from difftap.bench.session import Pairs
 from difftap.bench.units import passes, units
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.errors import DifftapError, ImageError
 from difftap.features.shelf import load_view
 from difftap.images import Image

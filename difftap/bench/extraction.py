@@ -18,8 +18,8 @@ from statistics import median
 from typing import Any
 
 from difftap.bench.fakeengine import FakePipeline, made_source
-from difftap.features.extract import Settings, extract_to_store
-from difftap.features.store.shard import shard_rows
+from difftap.features.extract import ExtractSettings, extract_to_store
+from difftap.features.store.writer import shard_rows
 from difftap.machine import available_cores, cpu, resident_memory
 
 __all__ = ["SHAPE", "Pace", "format_course", "format_paces", "measure", "run", "to_json"]
@@ -77,7 +77,7 @@ def measure(
         progress: as `extract_to_store` takes it.
     """
     pipeline, source = FakePipeline(seconds, shape), made_source(images)
-    settings = Settings(shard=shard_rows(prod(shape) * 2))  # as a real recipe with such maps has it, in float16
+    settings = ExtractSettings(shard=shard_rows(prod(shape) * 2))  # as a real recipe with such maps has it, in float16
     course: list[tuple[int, int]] = []
     done = 0
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.run import read_run
 from difftap.coords import Size
-from difftap.datasets.samples import Box, Sample
+from difftap.datasets.keypoints import Box, Sample
 from difftap.errors import InputError
 from difftap.matching import Matches
 

@@ -22,7 +22,7 @@ from difftap.artifacts.run import open_run
 from difftap.bench.featurefiles import FeatureFiles
 from difftap.bench.predictions import SCHEMA, Prediction
 from difftap.bench.units import Maker, Unit, passes, units
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.errors import ImageError, InputError, NonFiniteError
 from difftap.features.shelf import Makers, MapShelf
 from difftap.matching import Joining

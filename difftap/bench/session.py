@@ -14,9 +14,8 @@ from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
 from difftap.bench.runner import Opener, PredictRun, count_passes, digest, predict, subset
 from difftap.bench.scoring import Settings, score
-from difftap.datasets.keypoints import load, loader
+from difftap.datasets.keypoints import Sample, load, loader
 from difftap.datasets.parts import take_part
-from difftap.datasets.samples import Sample
 from difftap.errors import InputError
 from difftap.features.shelf import Makers
 from difftap.matching import Joining

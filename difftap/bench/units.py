@@ -16,7 +16,7 @@ import numpy as np
 from difftap.artifacts.files import output_errors
 from difftap.bench.featurefiles import FeatureFiles
 from difftap.coords import Geometry
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.errors import DifftapError, ImageError
 from difftap.featuremap import FeatureMap
 from difftap.features.shelf import Made, Makers, View, load_view

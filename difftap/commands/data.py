@@ -14,8 +14,7 @@ import click
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.datasets.check import Part, Report
-    from difftap.datasets.check_objects import ObjectPart, ObjectReport
+    from difftap.datasets.check import ObjectPart, Part
     from difftap.datasets.layout import Problem
 
 
@@ -40,14 +39,12 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
     difftap data check spair SPair-71k
     difftap data check voc VOCdevkit
     """
-    from difftap.datasets import keypoints as datasets
-    from difftap.datasets import objects
+    from difftap.datasets import keypoints, objects
     from difftap.datasets.check import check as check_dataset
-    from difftap.datasets.check_objects import check_objects
+    from difftap.datasets.check import check_objects
 
-    if name not in datasets.NAMES and name not in objects.NAMES:
-        raise InputError(f"no data set '{name}'; allowed: {', '.join((*datasets.NAMES, *objects.NAMES))}")
-    report: Report | ObjectReport
+    if name not in keypoints.NAMES and name not in objects.NAMES:
+        raise InputError(f"no data set '{name}'; allowed: {', '.join((*keypoints.NAMES, *objects.NAMES))}")
     report = check_objects(name, root) if name in objects.NAMES else check_dataset(name, root, decode=decode)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
@@ -61,7 +58,7 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
 
 def _show(part: Part | ObjectPart, most: int | None) -> None:
     """Print one list: a line for all, one for each class, the notes, what is broken."""
-    from difftap.datasets.check_objects import ObjectPart
+    from difftap.datasets.check import ObjectPart
 
     if isinstance(part, ObjectPart):
         _show_objects(part)

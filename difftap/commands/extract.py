@@ -22,7 +22,7 @@ from difftap.commands.progress import progress_bar
 from difftap.errors import InputError, require
 
 if TYPE_CHECKING:
-    from difftap.features.extract.extraction import Run
+    from difftap.features.extract.extraction import ExtractionSummary
 
 
 @click.command(
@@ -89,7 +89,7 @@ def extract(
     difftap extract 'shards/*.tar' -o s3://bucket/features.zarr --recipe dift --model sd21/
     difftap extract photos/ -o small.zarr --dtype int8 --pca 64
     """
-    from difftap.features.extract import Settings, default_workers
+    from difftap.features.extract import ExtractSettings, default_workers
     from difftap.features.sources import Source, open_source
     from difftap.features.store import Encoding, check_writable
     from difftap.prompts.learned import pinned
@@ -100,7 +100,7 @@ def extract(
         raise InputError("--pca-sample is of a PCA alone; add --pca K, or leave it out")
     runtime = take_runtime(options)
     encoding = Encoding(**{name: options.pop(name) for name in ("dtype", "scale", "pca")})
-    settings = Settings(
+    settings = ExtractSettings(
         encoding,
         decoders or default_workers(),
         options.pop("commit_every"),
@@ -146,7 +146,7 @@ def extract(
     _report(run, output)
 
 
-def _report(run: Run, output: str) -> None:
+def _report(run: ExtractionSummary, output: str) -> None:
     earlier = f", {run.skipped:,} already there" if run.skipped else ""
     pace = f" in {run.seconds:.1f} s ({run.written / run.seconds:.2f} images/s)" if run.written and run.seconds else ""
     click.echo(f"{run.written:,} images written to {output}{pace}{earlier}; {run.failed:,} failed in all", err=True)

@@ -22,7 +22,7 @@ from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.prototypes import PrototypeTable, Source
+    from difftap.prototypes import PrototypeTable, SceneSource
 
 __all__ = ["classes_of", "object_options", "open_objects", "prototypes"]
 
@@ -74,13 +74,12 @@ def open_objects(
     min_area: float = 0.01,
     crowds: str = "exclude",
     allow_missing: bool = False,
-) -> Source:
+) -> SceneSource:
     """The scenes that the options ask for."""
-    from difftap.datasets.masks import read_listing
-    from difftap.datasets.objects import load
-    from difftap.prototypes import Selection
+    from difftap.datasets.objects import load, read_listing
+    from difftap.prototypes import ObjectFilter
 
-    wanted = Selection(min_area, classes_of(classes, dataset))
+    wanted = ObjectFilter(min_area, classes_of(classes, dataset))
     options: dict[str, Any] = {"split": split, "wanted": wanted, "allow_missing": allow_missing}
     if listing is not None:
         if split is not None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from difftap.datasets.collect import Dataset
-from difftap.datasets.keypoints import loader
-from difftap.datasets.layout import DatasetError, Problem, require_files
-from difftap.errors import DifftapError
+from difftap.datasets import keypoints, objects
+from difftap.datasets.keypoints import Dataset
+from difftap.datasets.layout import DatasetError, Problem, draw_tree, require_files
+from difftap.datasets.objects import ObjectFilter
+from difftap.errors import DifftapError, InputError
 from difftap.images import load_image
 
-__all__ = ["SCHEMA", "Part", "Report", "check"]
+__all__ = ["SCHEMA", "ObjectPart", "Part", "Report", "check", "check_objects"]
 
 SCHEMA = 1
+"""Of `Report.to_dict`."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,43 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ObjectPart:
+    """One split.
+
+    Attributes:
+        split: its name.
+        images: images listed.
+        usable: images that can be used; the others have a problem each.
+        objects: objects that cover enough of their image, in usable images.
+        classes: ``objects`` and ``images`` of each class.
+        left_out: annotated objects that are not counted, by reason.
+        problems: what is broken.
+    """
+
+    split: str
+    images: int
+    usable: int
+    objects: int
+    classes: dict[str, dict[str, int]]
+    left_out: dict[str, int]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
 class Report:
-    """All lists of a data set."""
+    """All lists of pairs, or all splits of objects, of a data set.
+
+    Attributes:
+        name: of the data set.
+        root: its folder.
+        parts: one a list, or one a split.
+        min_area: of objects: they count from more than this fraction of their image; None of pairs.
+    """
 
     name: str
     root: Path
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] | tuple[ObjectPart, ...]
+    min_area: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -59,13 +92,15 @@ class Report:
         return not any(part.problems for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data (docs/datasets.md)."""
+        """Give the report as plain data (docs/datasets.md)."""
         parts = [asdict(part) for part in self.parts]
         for part in parts:
             part["problem_counts"] = dict(Counter(problem["kind"] for problem in part["problems"]))
             for problem in part["problems"]:
                 problem["path"] = None if problem["path"] is None else str(problem["path"])
-        return {"schema": SCHEMA, "name": self.name, "root": str(self.root), "ok": self.ok, "parts": parts}
+        top = {"schema": SCHEMA, "name": self.name, "root": str(self.root), "ok": self.ok}
+        area = {} if self.min_area is None else {"min_area": self.min_area}
+        return {**top, **area, "parts": parts}
 
 
 def check(name: str, root: str | Path, *, decode: bool = True) -> Report:
@@ -80,7 +115,7 @@ def check(name: str, root: str | Path, *, decode: bool = True) -> Report:
         DatasetError: the folder does not exist, or holds no list of pairs.
         InputError: there is no data set of that name.
     """
-    module, root = loader(name), Path(root)
+    module, root = keypoints.loader(name), Path(root)
     require_files(name, root, module.TREE)
     parts, faults = [], dict[Path, DifftapError | None]()
     with tempfile.TemporaryDirectory() as cache:  # stays empty: nothing is taken from the data sets
@@ -144,3 +179,60 @@ def _part(found: Dataset, options: dict[str, Any]) -> Part:
         problems=found.problems,
         notes=found.notes,
     )
+
+
+def check_objects(name: str, root: str | Path, *, min_area: float = 0.01) -> Report:
+    """Read every image and mask of every split that a folder holds.
+
+    Args:
+        name: one of `difftap.datasets.objects.NAMES`.
+        root: the folder.
+        min_area: objects count from more than this fraction of their image.
+
+    Raises:
+        DatasetError: the folder does not exist, or holds no split.
+        InputError: there is no data set of that name.
+    """
+    module, root = objects.loader(name), Path(root)
+    require_files(name, root, module.TREE)
+    splits: Sequence[str | None] = module.variants(root) or [None]
+    wanted = ObjectFilter(min_area=min_area)
+    parts = []
+    for split in splits:
+        try:
+            source = module.load(root, split=split, wanted=wanted, allow_missing=True)
+        except DatasetError as error:
+            if not error.problems:
+                raise
+            parts.append(ObjectPart(split or "all", len(error.problems), 0, 0, {}, {}, error.problems))
+            continue
+        problems = [Problem(kind, key, message) for key, kind, message in source.missing]
+        counted: Counter[str] = Counter()
+        images: Counter[str] = Counter()
+        left_out: Counter[str] = Counter()
+        listed = len(source) + len(problems)
+        for key in source.keys:
+            try:
+                scene = source.read(key)
+            except InputError as error:
+                problems.append(Problem("unreadable", key, " ".join(str(error).split())))
+                continue
+            names = [one.category for one in scene.objects]
+            counted.update(names)
+            images.update(set(names))
+            left_out.update(scene.left_out)
+        classes = {one: {"objects": counted[one], "images": images[one]} for one in sorted(counted)}
+        parts.append(
+            ObjectPart(
+                split or str(source.about.get("split", "all")),
+                listed,
+                listed - len(problems),
+                counted.total(),
+                classes,
+                dict(sorted(left_out.items())),
+                tuple(problems),
+            )
+        )
+    if not any(part.images for part in parts):
+        raise DatasetError(f"'{name}' in '{root}' lists no images; restore its list", draw_tree(root, module.TREE))
+    return Report(name, root, tuple(parts), min_area)

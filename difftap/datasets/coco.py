@@ -13,8 +13,7 @@ import numpy as np
 
 from difftap.datasets import voc
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.masks import open_source
-from difftap.datasets.scenes import Scene, Selection, Source, make_scene
+from difftap.datasets.objects import ObjectFilter, Scene, SceneSource, make_scene, make_source
 from difftap.errors import InputError, require
 from difftap.images import load_image
 
@@ -58,10 +57,10 @@ def load(
     *,
     split: str | None = None,
     listing: Sequence[str] | None = None,
-    wanted: Selection = Selection(),  # noqa: B008 - frozen
+    wanted: ObjectFilter = ObjectFilter(),  # noqa: B008 - frozen
     allow_missing: bool = False,
     crowds: str = "exclude",
-) -> Source:
+) -> SceneSource:
     """Open COCO 2017.
 
     Args:
@@ -114,14 +113,14 @@ def load(
         "wanted": wanted.to_dict(),
         "crowds": crowds,
     }
-    return open_source("coco", root, keys, read, about, missing, allow_missing=allow_missing)
+    return make_source("coco", root, keys, read, about, missing, allow_missing=allow_missing)
 
 
 def _infos(index: Any) -> list[dict[str, Any]]:
     return sorted(index.loadImgs(index.getImgIds()), key=lambda info: str(info["file_name"]))
 
 
-def _check_classes(wanted: Selection, indices: dict[str, Any], root: Path) -> None:
+def _check_classes(wanted: ObjectFilter, indices: dict[str, Any], root: Path) -> None:
     """Refuse a class that no split knows; of VOC's, a part of COCO need not hold every one."""
     known = {c["name"] for index in indices.values() for c in index.loadCats(index.getCatIds())}
     asked = set(wanted.classes or ())
@@ -134,7 +133,7 @@ def _check_classes(wanted: Selection, indices: dict[str, Any], root: Path) -> No
         )
 
 
-def _scene(path: Path, key: str, info: dict[str, Any], index: Any, wanted: Selection, crowds: str) -> Scene:
+def _scene(path: Path, key: str, info: dict[str, Any], index: Any, wanted: ObjectFilter, crowds: str) -> Scene:
     """One image and its objects: polygons and run lengths become masks."""
     image = load_image(path)
     if image.size != (info["width"], info["height"]):

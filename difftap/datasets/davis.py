@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.masks import VOID, open_source, read_names
-from difftap.datasets.scenes import Scene, Selection, Source, make_scene
+from difftap.datasets.objects import VOID, ObjectFilter, Scene, SceneSource, make_scene, make_source, read_names
 from difftap.errors import InputError
 from difftap.images import load_image, read_labels
 
@@ -51,10 +50,10 @@ def load(
     *,
     split: str | None = None,
     listing: Sequence[str] | None = None,
-    wanted: Selection = Selection(),  # noqa: B008 - frozen
+    wanted: ObjectFilter = ObjectFilter(),  # noqa: B008 - frozen
     allow_missing: bool = False,
     resolution: str | None = None,
-) -> Source:
+) -> SceneSource:
     """Open DAVIS 2017.
 
     A scene is a frame that has a mask, named ``clip/00000``; an object is named ``clip/number`` in all of them. Its
@@ -111,7 +110,7 @@ def load(
         "resolution": size,
         "semantics": "davis_semantics.json" if semantics is not None else "built in",
     }
-    return open_source("davis", root, keys, read, about, missing, allow_missing=allow_missing)
+    return make_source("davis", root, keys, read, about, missing, allow_missing=allow_missing)
 
 
 def _semantics(root: Path) -> dict[str, dict[str, str]] | None:
@@ -135,7 +134,7 @@ def _category(clip: str, number: int, semantics: Mapping[str, Mapping[str, str]]
 
 
 def _scene(
-    frames: Path, masks: Path, key: str, semantics: Mapping[str, Mapping[str, str]] | None, wanted: Selection
+    frames: Path, masks: Path, key: str, semantics: Mapping[str, Mapping[str, str]] | None, wanted: ObjectFilter
 ) -> Scene:
     """One frame and its objects."""
     clip = key.split("/", 1)[0]

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.masks import VOID, open_source
-from difftap.datasets.scenes import Scene, Selection, Source, make_scene
+from difftap.datasets.objects import VOID, ObjectFilter, Scene, SceneSource, make_scene, make_source
 from difftap.errors import InputError
 from difftap.images import find_pictures, load_image, read_labels
 
@@ -33,9 +32,9 @@ def load(
     *,
     split: str | None = None,
     listing: Sequence[str] | None = None,
-    wanted: Selection = Selection(),  # noqa: B008 - frozen
+    wanted: ObjectFilter = ObjectFilter(),  # noqa: B008 - frozen
     allow_missing: bool = False,
-) -> Source:
+) -> SceneSource:
     """Open a folder of pictures with masks.
 
     Args:
@@ -71,7 +70,7 @@ def load(
         return _scene(root, pictures[key], key, named, wanted)
 
     about = {"split": "list" if listing is not None else "all", "wanted": wanted.to_dict()}
-    return open_source("folder", root, keys, read, about, missing, allow_missing=allow_missing)
+    return make_source("folder", root, keys, read, about, missing, allow_missing=allow_missing)
 
 
 def _named(root: Path) -> Mapping[tuple[str, int], tuple[str, str]]:
@@ -97,7 +96,7 @@ def _named(root: Path) -> Mapping[tuple[str, int], tuple[str, str]]:
 
 
 def _scene(
-    root: Path, path: Path, key: str, named: Mapping[tuple[str, int], tuple[str, str]], wanted: Selection
+    root: Path, path: Path, key: str, named: Mapping[tuple[str, int], tuple[str, str]], wanted: ObjectFilter
 ) -> Scene:
     """One picture and its objects."""
     image = load_image(path)

@@ -1,23 +1,405 @@
-"""Point-matching data sets: a name, a folder, and out come `difftap.datasets.samples.Sample`s.
+"""Point-matching data sets: a name, a folder, and out come pairs of images with keypoints (`Sample`).
 
 Every loader is one module with ``load(root, *, split, allow_missing, cache, ...)``, the ``TREE`` of files it expects
-and ``variants(root)``, the sets of options for which the folder holds a list of pairs. They are imported on use.
+and ``variants(root)``, the sets of options for which the folder holds a list of pairs. They are imported on use. What
+they share is here: the pair, the reading of lists, and the `Collector`, which makes a `Problem` of every broken pair.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import importlib
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.artifacts.files import atomic_path, output_errors
+from difftap.coords import Size
+from difftap.datasets.layout import BadPairError, DatasetError, Problem, Tree, draw_tree
 from difftap.errors import InputError
+from difftap.images import read_size
 
-if TYPE_CHECKING:
-    from difftap.datasets.collect import Dataset
-    from difftap.datasets.layout import Tree
+__all__ = [
+    "NAMES",
+    "Box",
+    "Collector",
+    "Dataset",
+    "Line",
+    "Loader",
+    "Sample",
+    "Side",
+    "joined",
+    "load",
+    "loader",
+    "points_array",
+    "read_list",
+    "save_png",
+    "to_box",
+    "to_number",
+]
 
-__all__ = ["NAMES", "Loader", "load", "loader"]
+Box = tuple[float, float, float, float]
+"""``(x1, y1, x2, y2)`` in pixels of the original image, as annotated; it may reach beyond the image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One annotated pair, in pixels of the original images.
+
+    Attributes:
+        name: unique within its data set, stable across runs.
+        source: the source image's file.
+        target: the target image's file.
+        category: the class both objects belong to.
+        source_points: ``(N, 2)``, the keypoints that are annotated in both images.
+        target_points: ``(N, 2)``, where they are in the target.
+        keypoint_ids: N names of those keypoints, shared by all pairs of the class.
+        target_visible: ``(M, 2)``, every keypoint annotated in the target, in both images or not: PCK-dagger's rivals.
+        target_ids: M names of those.
+        source_size: ``(W, H)`` of the source image.
+        target_size: ``(W, H)`` of the target image.
+        source_box: the source object's box, if annotated.
+        target_box: the target object's box, if annotated.
+        flags: what the annotation says of the pair's difficulty (SPair-71k: ``viewpoint_variation``,
+            ``scale_variation``, ``truncation``, ``occlusion``), as integers.
+        mirrored: the target is to be flipped left to right before use; points and box are those of the flipped image.
+    """
+
+    name: str
+    source: Path
+    target: Path
+    category: str
+    source_points: NDArray[np.float64]
+    target_points: NDArray[np.float64]
+    keypoint_ids: tuple[str, ...]
+    target_visible: NDArray[np.float64]
+    target_ids: tuple[str, ...]
+    source_size: Size
+    target_size: Size
+    source_box: Box | None = None
+    target_box: Box | None = None
+    flags: Mapping[str, int] = field(default_factory=dict)
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        count = len(self.keypoint_ids)
+        if self.source_points.shape != (count, 2) or self.target_points.shape != (count, 2):
+            raise InputError(
+                f"pair '{self.name}' has points {self.source_points.shape} and {self.target_points.shape} for {count} "
+                "keypoint names; allowed: (N, 2) both"
+            )
+        if self.target_visible.shape != (len(self.target_ids), 2):
+            raise InputError(
+                f"pair '{self.name}' has {len(self.target_ids)} names for {self.target_visible.shape} points; "
+                "allowed: (M, 2), one name a point"
+            )
+        if not (np.isfinite(self.source_points).all() and np.isfinite(self.target_points).all()):
+            raise InputError(f"pair '{self.name}' has keypoints that are not finite; absent ones must be left out")
+
+
+# ---- a split's pairs
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset(Sequence[Sample]):
+    """The usable pairs of one split, in the list's order, with what was left out.
+
+    Taking a pair from it (by index or in a loop) first makes those of its images that have to be made; `samples` are
+    the same pairs without that.
+
+    Attributes:
+        name: of the data set, as in `difftap.datasets.keypoints.NAMES`.
+        split: which part of it.
+        root: the folder it was read from.
+        samples: the usable pairs.
+        problems: the pairs that were left out, and why; ``len(samples) + len(problems)`` pairs were listed.
+        notes: what a reader of the scores should know, in sentences; nothing was left out for it.
+        makers: images that are not part of the data set's folder: file -> what writes it.
+    """
+
+    name: str
+    split: str
+    root: Path
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    makers: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Dataset: ...
+    def __getitem__(self, index: int | slice) -> Sample | Dataset:
+        if isinstance(index, slice):
+            return replace(self, samples=self.samples[index])
+        sample = self.samples[index]
+        for path in (sample.source, sample.target):
+            if path in self.makers and not path.exists():
+                self.makers[path]()
+        return sample
+
+    def problem_counts(self) -> dict[str, int]:
+        """Number of pairs left out, by kind of problem."""
+        return dict(Counter(problem.kind for problem in self.problems))
+
+
+class Collector:
+    """Gathers a split's samples, and a problem for each pair that cannot be one.
+
+    ::
+
+        for name in names:
+            with collector.pair(name):
+                collector.add(Sample(...))      # whatever goes wrong in here becomes a problem of this pair
+        return collector.finish(allow_missing)
+    """
+
+    def __init__(self, name: str, split: str, root: Path) -> None:
+        self._dataset = Dataset(name, split, root, ())
+        self._samples: list[Sample] = []
+        self._problems: list[Problem] = []
+        self._notes: dict[str, int] = {}
+        self._names: Counter[str] = Counter()
+        self._sizes: dict[Path, Size | BadPairError] = {}
+        self._documents: dict[Path, Any] = {}
+        self.makers: dict[Path, Callable[[], None]] = {}
+
+    @contextlib.contextmanager
+    def pair(self, name: str) -> Iterator[None]:
+        """Turn what goes wrong with one pair into a problem; a `DatasetError`, which concerns all of them, passes."""
+        try:
+            yield
+        except DatasetError:
+            raise
+        except BadPairError as error:
+            self._problems.append(Problem(error.kind, name, str(error), error.path))
+        except (InputError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+            self._problems.append(Problem("malformed", name, f"its annotation cannot be used: {what}"))
+
+    def note(self, text: str) -> None:
+        """Record something a reader of the scores should know; said often, it is written once, with the count."""
+        self._notes[text] = self._notes.get(text, 0) + 1
+
+    def add(self, sample: Sample) -> None:
+        """Take a pair in; one without keypoints is a problem, and a name that comes again gets a number."""
+        if not sample.keypoint_ids:
+            raise BadPairError("no-keypoints", "no keypoint is annotated in both images")
+        self._names[sample.name] += 1
+        if self._names[sample.name] > 1:
+            self.note("the list repeats a pair; each repetition counts")
+            sample = replace(sample, name=f"{sample.name}#{self._names[sample.name]}")
+        self._samples.append(sample)
+
+    def size(self, path: Path, annotated: Any = None) -> Size:
+        """``(W, H)`` of an image, upright; if its annotation states a size, that must be the same."""
+        if path not in self._sizes:
+            try:
+                if not path.is_file():
+                    raise BadPairError("missing-image", f"there is no image '{path}'", path)
+                self._sizes[path] = read_size(path)
+            except BadPairError as error:
+                self._sizes[path] = error
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+                self._sizes[path] = BadPairError("unreadable-image", f"'{path}' cannot be read ({error})", path)
+        size = self._sizes[path]
+        if isinstance(size, BadPairError):
+            raise size
+        if annotated is not None and tuple(annotated[:2]) != size:
+            raise BadPairError(
+                "size-mismatch",
+                f"'{path}' is {size[0]}x{size[1]}, but annotated as {annotated[0]}x{annotated[1]}",
+                path,
+            )
+        return size
+
+    def document(self, path: Path, read: Callable[[Path], Any]) -> Any:
+        """What a file of annotations holds, read once."""
+        if path not in self._documents:
+            if not path.is_file():
+                raise BadPairError("missing-annotation", f"there is no annotation '{path}'", path)
+            try:
+                self._documents[path] = read(path)
+            except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+                raise BadPairError("malformed", f"'{path}' cannot be read ({error})", path) from error
+        return self._documents[path]
+
+    def json(self, path: Path, *, keep: bool = True) -> Any:
+        """What a JSON file holds; kept for the next time, or not."""
+        content = self.document(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
+        if not keep:
+            del self._documents[path]
+        return content
+
+    def finish(self, allow_missing: bool) -> Dataset:
+        """The data set.
+
+        Raises:
+            DatasetError: pairs were left out and that was not allowed, or none remains.
+        """
+        notes = tuple(text if times == 1 else f"{text} ({times} times)" for text, times in self._notes.items())
+        found = replace(
+            self._dataset,
+            samples=tuple(self._samples),
+            problems=tuple(self._problems),
+            notes=notes,
+            makers=self.makers,
+        )
+        if self._problems and not (allow_missing and self._samples):
+            listed = len(found) + len(found.problems)
+            kinds = ", ".join(f"{count} {kind}" for kind, count in found.problem_counts().items())
+            mend = "mend them, or allow missing pairs" if self._samples else "none is left to use"
+            lines = [f"{problem.pair}: {problem.message}" for problem in found.problems[:_SHOWN]]
+            more = len(found.problems) - _SHOWN
+            raise DatasetError(
+                f"{len(found.problems)} of {listed} pairs of '{found.name}' ({found.split}) in '{found.root}' cannot "
+                f"be used: {kinds}; {mend} ('difftap data check {found.name} {found.root}' lists what is broken)",
+                "\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]),
+                found.problems,
+            )
+        if not self._samples:
+            raise DatasetError(f"'{found.name}' ({found.split}) in '{found.root}' lists no pairs; restore its list")
+        return found
+
+
+def save_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Write an image ``(H, W, 3)``, whole or not at all, making its folder if need be."""
+    from PIL import Image as PIL
+
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as scratch:
+        PIL.fromarray(np.ascontiguousarray(pixels)).save(scratch, format="PNG")
+
+
+# ---- what annotations hold: lists of pairs, numbers, boxes, keypoints
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a list: what to call it, its cells, and the columns' names."""
+
+    label: str
+    cells: tuple[str, ...]
+    header: tuple[str, ...]
+
+    def row(self) -> dict[str, str]:
+        """Column -> cell.
+
+        Raises:
+            BadPairError: the line has too few cells or too many.
+        """
+        if len(self.cells) != len(self.header):
+            raise BadPairError("malformed", f"{len(self.cells)} cells; the header has {len(self.header)}")
+        return dict(zip(self.header, self.cells, strict=True))
+
+
+def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> list[Line]:
+    """The lines of a CSV with a header; blank ones are skipped.
+
+    Raises:
+        DatasetError: it cannot be read, is empty, or lacks one of the columns.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            reader = csv.reader(handle)
+            rows = [(reader.line_num, tuple(map(str.strip, row))) for row in reader if any(map(str.strip, row))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"'{path}' cannot be read as CSV ({error}); restore it") from error
+    if not rows:
+        raise DatasetError(f"'{path}' is empty; a list of pairs has a header and a line for each pair")
+    header = rows[0][1]
+    absent = [column for column in columns if column not in header]
+    if absent:
+        raise DatasetError(f"'{path}' lacks the columns {', '.join(absent)}; restore it", draw_tree(root, tree))
+    return [Line(f"{path.name} line {number}", cells, header) for number, cells in rows[1:]]
+
+
+def to_number(text: str) -> float:
+    """A cell's number; NaN if it is empty, which is how some lists mark an absent keypoint."""
+    try:
+        return float(text) if text.strip() else float("nan")
+    except ValueError:
+        raise BadPairError("malformed", f"'{text}' is not a number") from None
+
+
+def to_box(values: Any) -> Box:
+    """Four numbers as a box; it may reach beyond the image, but not be empty, nor inside out."""
+    numbers = np.asarray(values, np.float64).ravel()
+    if numbers.shape != (4,) or not np.isfinite(numbers).all():
+        raise BadPairError("malformed", f"the box {numbers.tolist()} is not x1, y1, x2, y2")
+    x1, y1, x2, y2 = (float(value) for value in numbers)
+    if x2 < x1 or y2 < y1 or (x1 == x2 and y1 == y2):
+        raise BadPairError("malformed", f"the box {numbers.tolist()} is empty or inside out")
+    return x1, y1, x2, y2
+
+
+def points_array(points: Any) -> NDArray[np.float64]:
+    """Keypoints as ``(N, 2)``, ``(0, 2)`` if there are none; one that is null, or half so, is NaN."""
+    filled = [(None, None) if point is None else point for point in points]
+    return np.asarray(filled, np.float64).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One image of a pair.
+
+    Attributes:
+        image: its file.
+        size: ``(W, H)``.
+        points: ``(M, 2)``, a row for each keypoint of the class; not finite where it is absent.
+        box: the object's box, if annotated.
+    """
+
+    image: Path
+    size: Size
+    points: NDArray[np.float64]
+    box: Box | None = None
+
+
+def joined(name: str, category: str, sides: Sequence[Side], ids: Sequence[str], *, mirrored: bool = False) -> Sample:
+    """The pair of two images whose keypoints have the same names ``ids``; absent ones are left out.
+
+    Raises:
+        BadPairError: the images do not have a keypoint, present or absent, for each name.
+    """
+    source, target = sides
+    if not len(source.points) == len(target.points) == len(ids):
+        counts = f"{len(source.points)} and {len(target.points)}"
+        raise BadPairError("malformed", f"the images have {counts} keypoints, absent ones included; must be equal")
+    there = [np.asarray(np.isfinite(side.points).all(axis=1), np.bool_) for side in sides]
+    both = np.asarray(there[0] & there[1], np.bool_)
+    return Sample(
+        name=name,
+        source=source.image,
+        target=target.image,
+        category=category,
+        source_points=source.points[both],
+        target_points=target.points[both],
+        keypoint_ids=tuple(key for key, kept in zip(ids, both, strict=True) if kept),
+        target_visible=target.points[there[1]],
+        target_ids=tuple(key for key, kept in zip(ids, there[1], strict=True) if kept),
+        source_size=source.size,
+        target_size=target.size,
+        source_box=source.box,
+        target_box=target.box,
+        mirrored=mirrored,
+    )
+
+
+# ---- the data sets
 
 _MODULES = {
     "pf-pascal": "difftap.datasets.pf_pascal",

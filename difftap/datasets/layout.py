@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from difftap.errors import InputError
+from difftap.errors import InputError, require
 
-__all__ = ["BadPairError", "DatasetError", "Problem", "Tree", "draw_tree", "locate", "one_of", "require_files"]
+__all__ = [
+    "BadPairError",
+    "DatasetError",
+    "Problem",
+    "Tree",
+    "draw_tree",
+    "locate",
+    "one_of",
+    "read_mat",
+    "require_files",
+]
 
 Tree = tuple[tuple[str, str], ...]
 """Files that a data set consists of: a glob pattern under its root, and what it is."""
@@ -97,3 +108,18 @@ def locate(root: Path, relative: str) -> Path:
         raise BadPairError("malformed", f"'{relative}' is not the name of a file inside the data set")
     candidates = (root.joinpath(*parts[skip:]) for skip in range(len(parts)))
     return next((path for path in candidates if path.exists()), root.joinpath(*parts))
+
+
+def read_mat(path: Path) -> dict[str, Any]:
+    """The variables of a MATLAB 5 to 7 file, by name; PF-WILLOW's and PF-PASCAL's hold plain numeric arrays.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+        ValueError: the file is damaged, or an HDF5 one (MATLAB 7.3).
+    """
+    scipy_io = require("scipy.io", "bench", "reading .mat annotations")
+    try:
+        content: dict[str, Any] = scipy_io.loadmat(path)
+    except Exception as error:  # scipy raises what its parser happens to trip over
+        raise ValueError(f"not a MATLAB 5 to 7 file: {error}") from error
+    return content

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.errors import InputError
 
 __all__ = ["PARTS", "SHARES", "part_of_images", "take_part"]

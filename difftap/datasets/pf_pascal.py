@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,39 @@ from typing import Any
 import numpy as np
 
 from difftap.artifacts.manifest import file_digest
-from difftap.datasets.collect import Collector, Dataset
-from difftap.datasets.flips import mirrored, mirrored_copy, write_mirrored
-from difftap.datasets.layout import BadPairError, DatasetError, Tree, locate, one_of, require_files
-from difftap.datasets.mat import read_mat
-from difftap.datasets.parse import Side, joined, read_list, to_box, to_number
+from difftap.datasets.keypoints import Collector, Dataset, Side, joined, read_list, save_png, to_box, to_number
+from difftap.datasets.layout import BadPairError, DatasetError, Tree, locate, one_of, read_mat, require_files
+from difftap.images import load_image
 
-__all__ = ["SPLITS", "TREE", "load", "variants"]
+__all__ = ["SPLITS", "TREE", "load", "mirrored", "mirrored_copy", "variants", "write_mirrored"]
+
+# ---- mirroring left to right: annotations, and copies of images
+
+
+def mirrored(side: Side) -> Side:
+    """The annotations as they are in the mirrored image: pixel 0 goes to pixel W - 1 (`difftap.coords`).
+
+    >>> side = mirrored(Side(Path("a.png"), (10, 8), np.array([[0.0, 5.0]]), (0.0, 1.0, 3.0, 2.0)))
+    >>> side.points.tolist(), side.box
+    ([[9.0, 5.0]], (6.0, 1.0, 9.0, 2.0))
+    """
+    end = side.size[0] - 1.0
+    points = np.stack([end - side.points[:, 0], side.points[:, 1]], axis=1)
+    box = side.box and (end - side.box[2], side.box[1], end - side.box[0], side.box[3])
+    return replace(side, points=points, box=box)
+
+
+def mirrored_copy(image: Path, digest: str, cache: Path) -> Path:
+    """Where an image's mirrored copy belongs, by the digest of the image's file."""
+    return cache / f"{image.stem}-{digest[:16]}-mirrored.png"
+
+
+def write_mirrored(image: Path, copy: Path) -> None:
+    """Write an image, upright and mirrored, as PNG."""
+    save_png(copy, load_image(image).pixels[:, ::-1])
+
+
+# ---- the data set
 
 SPLITS = ("trn", "val", "test")
 FLIPS = ("both", "target", "ignore")

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.datasets.collect import Collector, Dataset
-from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, locate, one_of, require_files
-from difftap.datasets.mat import read_mat
-from difftap.datasets.parse import Side, joined, read_list, to_number
+from difftap.datasets.keypoints import Collector, Dataset, Side, joined, read_list, to_number
+from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, locate, one_of, read_mat, require_files
 from difftap.images import is_picture
 
 __all__ = ["SPLITS", "TREE", "load", "variants"]

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from difftap.datasets.collect import Collector, Dataset
+from difftap.datasets.keypoints import Collector, Dataset, Sample, Side, joined, points_array, to_box
 from difftap.datasets.layout import Tree, one_of, require_files
-from difftap.datasets.parse import Side, joined, points_array, to_box
-from difftap.datasets.samples import Sample
 
 __all__ = ["SPLITS", "TREE", "load", "variants"]
 

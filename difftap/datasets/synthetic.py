@@ -1,24 +1,310 @@
 """A set of known warps: each image of any folder, and itself bent, recoloured and partly covered.
 
 The ground truth is exact: keypoints lie on the source's pixel centres and go where the warp takes them. Those that
-leave the image or are covered are left out.
+leave the image or are covered are left out. A warp takes points of the target ``backward`` to the source, which is how
+the target is drawn, and points of the source ``forward`` to the target, which is the ground truth. Points are
+``(N, 2)``, x and y in pixels (`difftap.coords`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from difftap.artifacts.manifest import file_digest
-from difftap.datasets.collect import Collector, Dataset
-from difftap.datasets.distort import Distortion, Making, keypoints
+from difftap.coords import Size
+from difftap.datasets.keypoints import Collector, Dataset, Sample, save_png
 from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, one_of, require_files
-from difftap.datasets.samples import Sample
 from difftap.errors import InputError
-from difftap.images import find_pictures
+from difftap.images import find_pictures, load_image
 
-__all__ = ["SPLITS", "TREE", "Distortion", "load", "variants"]
+__all__ = [
+    "KINDS",
+    "SPLITS",
+    "TREE",
+    "Distortion",
+    "Homography",
+    "Making",
+    "ThinPlate",
+    "Warp",
+    "keypoints",
+    "load",
+    "occlude",
+    "random_homography",
+    "random_thin_plate",
+    "recolour",
+    "resample",
+    "variants",
+]
+
+# ---- homographies and thin-plate splines, with their inverses
+
+_Array = NDArray[np.float64]
+_STEPS, _EXACT = 50, 1e-9  # Newton's iterations at most; the pixels that its result may be off by
+_FOLD = 0.2  # least local area scale of a spline, source over target: below it the sheet is about to fold
+
+
+class Warp(Protocol):
+    """A map between two images, both ways."""
+
+    def backward(self, points: _Array) -> _Array:
+        """Where points of the target come from in the source."""
+
+    def forward(self, points: _Array) -> _Array:
+        """Where points of the source go in the target; NaN for one that goes nowhere."""
+
+
+def _project(matrix: _Array, points: _Array) -> _Array:
+    moved = points @ matrix[:, :2].T + matrix[:, 2]  # (N, 3)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(moved[:, 2:] > 0, moved[:, :2] / moved[:, 2:], np.nan)  # beyond the horizon is nowhere
+
+
+@dataclass(frozen=True, eq=False)
+class Homography:
+    """A plane seen from elsewhere: ``matrix`` (3, 3) takes source to target, and is positive on the source."""
+
+    matrix: _Array
+
+    def forward(self, points: _Array) -> _Array:
+        """Where points of the source go in the target."""
+        return _project(self.matrix, points)
+
+    def backward(self, points: _Array) -> _Array:
+        """Where points of the target come from in the source."""
+        inverse = np.linalg.inv(self.matrix)
+        return _project(inverse / inverse[2, 2], points)
+
+
+@dataclass(frozen=True, eq=False)
+class ThinPlate:
+    """A bent sheet: ``backward(t) = t + affine([1, t]) + sum_k weights_k U(|t - controls_k|)``, U(r) = r^2 log r^2.
+
+    Attributes:
+        controls: ``(K, 2)``, in units of ``scale`` pixels.
+        weights: ``(K, 2)``.
+        affine: ``(3, 2)``.
+        scale: pixels per unit.
+    """
+
+    controls: _Array
+    weights: _Array
+    affine: _Array
+    scale: float
+
+    @classmethod
+    def fit(cls, controls: _Array, offsets: _Array, scale: float) -> ThinPlate:
+        """The spline that moves each control point ``(K, 2)`` of the target by its offset ``(K, 2)``, in pixels."""
+        units, count = controls / scale, len(controls)
+        system = np.zeros((count + 3, count + 3))
+        system[:count, :count] = _kernel(((units[:, None] - units[None]) ** 2).sum(axis=2))
+        system[:count, count:] = np.column_stack([np.ones(count), units])
+        system[count:, :count] = system[:count, count:].T
+        solved: _Array = np.linalg.solve(system, np.vstack([offsets / scale, np.zeros((3, 2))])).astype(np.float64)
+        return cls(units, solved[:count], solved[count:], scale)
+
+    def backward(self, points: _Array) -> _Array:
+        """Where points of the target come from in the source."""
+        units = points / self.scale
+        squares = ((units[:, None] - self.controls[None]) ** 2).sum(axis=2)  # (N, K)
+        moved: _Array = units + self.affine[0] + units @ self.affine[1:] + _kernel(squares) @ self.weights
+        return moved * self.scale
+
+    def jacobian(self, points: _Array) -> _Array:
+        """Derivative of `backward`, ``(N, 2, 2)``: axis 1 the source's x and y, axis 2 the target's."""
+        units = points / self.scale
+        apart = units[:, None] - self.controls[None]  # (N, K, 2)
+        squares = (apart**2).sum(axis=2)
+        slope = 2 * (np.log(np.maximum(squares, 1e-300)) + 1)  # dU/dt = slope * apart, and 0 where both vanish
+        bend = np.einsum("nk,nkj,ki->nij", slope, apart, self.weights)
+        derivative: _Array = np.eye(2) + self.affine[1:].T + bend
+        return derivative
+
+    def forward(self, points: _Array) -> _Array:
+        """Where points of the source go in the target, by Newton's method; NaN where it does not arrive."""
+        found = points - (self.backward(points) - points)
+        for _ in range(_STEPS):
+            error = self.backward(found) - points
+            if not np.abs(error).max(initial=0.0) > _EXACT / 10:
+                break
+            found = found - np.linalg.solve(self.jacobian(found), error[:, :, None])[:, :, 0]
+        error = np.abs(self.backward(found) - points).max(axis=1)
+        return np.where(error[:, None] <= _EXACT, found, np.nan)
+
+
+def _kernel(squares: _Array) -> _Array:
+    kernel: _Array = squares * np.log(np.maximum(squares, 1e-300))
+    return kernel
+
+
+def random_homography(rng: np.random.Generator, size: Size, strength: float) -> Homography:
+    """A turn, a change of scale and a move of each corner by up to ``strength`` (below 0.25) of the shorter side."""
+    ends = np.array(size, np.float64) - 1
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * ends  # (4, 2)
+    angle, zoom = rng.uniform(-2, 2) * strength, np.exp(rng.uniform(-1, 1) * strength)
+    turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    moved = (corners - ends / 2) @ turn.T + ends / 2 + rng.uniform(-1, 1, (4, 2)) * strength * min(size) / 2
+    rows = []
+    for (x, y), (u, v) in zip(corners, moved, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+    solved = np.linalg.solve(np.array(rows), moved.ravel())
+    return Homography(np.append(solved, 1.0).reshape(3, 3))
+
+
+def random_thin_plate(rng: np.random.Generator, size: Size, strength: float) -> ThinPlate:
+    """A spline on 4 x 4 points, each moved by up to ``strength`` / 2 of the shorter side, less if it would fold."""
+    across, down = (np.linspace(0, side - 1, 4) for side in size)
+    controls = np.stack(np.meshgrid(across, down), axis=2).reshape(-1, 2)
+    offsets = rng.uniform(-0.5, 0.5, controls.shape) * strength * min(size)
+    dense = np.stack(np.meshgrid(*(np.linspace(0, side - 1, 33) for side in size)), axis=2).reshape(-1, 2)
+    while True:
+        plate = ThinPlate.fit(controls, offsets, float(max(size)))
+        if np.linalg.det(plate.jacobian(dense)).min() > _FOLD:
+            return plate
+        offsets = offsets * 0.7
+
+
+# ---- drawing: resample under a warp, recolour, cover, save
+
+_GREY = 127.0
+_ROWS = 64  # rows drawn at once: bounds the memory
+
+
+def resample(pixels: NDArray[np.uint8], warp: Warp) -> NDArray[np.float64]:
+    """The target ``(H, W, 3)`` of a warp, bilinear, as large as the source; mid-grey where the source has nothing."""
+    height, width = pixels.shape[:2]
+    drawn = np.full((height, width, 3), _GREY)
+    for top in range(0, height, _ROWS):
+        ys, xs = np.mgrid[top : min(top + _ROWS, height), 0:width]
+        origin = warp.backward(np.stack([xs.ravel(), ys.ravel()], axis=1).astype(np.float64))
+        ends = np.array([width - 1, height - 1])
+        inside = ((origin >= 0) & (origin <= ends)).all(axis=1)  # NaN compares false
+        x, y = origin[inside].T
+        x0, y0 = np.minimum(x.astype(np.int64), width - 2), np.minimum(y.astype(np.int64), height - 2)
+        fx, fy = (x - x0)[:, None], (y - y0)[:, None]
+        upper = pixels[y0, x0] * (1 - fx) + pixels[y0, x0 + 1] * fx
+        lower = pixels[y0 + 1, x0] * (1 - fx) + pixels[y0 + 1, x0 + 1] * fx
+        drawn[top : top + _ROWS].reshape(-1, 3)[inside] = upper * (1 - fy) + lower * fy
+    return drawn
+
+
+def recolour(pixels: NDArray[np.float64], rng: np.random.Generator, strength: float) -> NDArray[np.uint8]:
+    """Change gamma, contrast, brightness and the balance of the channels, and add noise."""
+    gamma, contrast = np.exp(rng.uniform(-1, 1, 2) * strength)
+    brightness = rng.uniform(-0.5, 0.5) * strength
+    balance = np.exp(rng.uniform(-0.5, 0.5, 3) * strength)
+    noise = rng.standard_normal(pixels.shape) * 0.05 * strength
+    values = (np.clip(pixels / 255.0, 0, 1) ** gamma - 0.5) * contrast * balance + 0.5 + brightness + noise
+    coloured: NDArray[np.uint8] = np.round(np.clip(values, 0, 1) * 255.0).astype(np.uint8)
+    return coloured
+
+
+def occlude(pixels: NDArray[np.uint8], rng: np.random.Generator, patches: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Cover patches ``(P, 4)`` (x1, y1, x2, y2, ends excluded) with squares of random colours."""
+    covered = pixels.copy()
+    for x1, y1, x2, y2 in patches:
+        coarse = rng.integers(0, 256, ((y2 - y1) // 8 + 1, (x2 - x1) // 8 + 1, 3), np.uint8)
+        covered[y1:y2, x1:x2] = coarse.repeat(8, axis=0).repeat(8, axis=1)[: y2 - y1, : x2 - x1]
+    return covered
+
+
+# ---- how targets are made: the settings, and the plan they lead to
+
+KINDS: dict[str, Callable[[np.random.Generator, Size, float], Warp]] = {
+    "homography": random_homography,
+    "thin-plate": random_thin_plate,
+}
+_VERSION = 1
+"""Part of every target's key: raise it when the drawing changes."""
+_PATCHES = 3
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How targets are made from sources; the same one makes the same pixels.
+
+    Attributes:
+        seed: of everything random; each image and kind of warp has its own stream, whatever else is in the folder.
+        kinds: the warps each image gets: ``homography``, ``thin-plate``.
+        grid: keypoints are ``grid`` x ``grid`` pixel centres of the source.
+        strength: how far the warp moves points, as a fraction of the shorter side; below 0.25.
+        occlusion: fraction of the target that three patches of random colours cover at most; below 0.9.
+        photometric: strength of the change of colour, from 0 (none) to 1.
+    """
+
+    seed: int = 0
+    kinds: tuple[str, ...] = ("homography", "thin-plate")
+    grid: int = 8
+    strength: float = 0.15
+    occlusion: float = 0.1
+    photometric: float = 0.2
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            one_of("warp", kind, tuple(KINDS))
+        fractions = 0 <= self.strength < 0.25 and 0 <= self.occlusion < 0.9 and 0 <= self.photometric <= 1
+        if not (self.kinds and self.grid >= 1 and fractions):
+            raise InputError(
+                f"{self} is out of bounds; allowed: one warp or more, grid from 1, strength from 0 to below 0.25, "
+                "occlusion from 0 to below 0.9, photometric from 0 to 1"
+            )
+
+
+@dataclass(frozen=True)
+class Making:
+    """One target: the settings, the kind of warp, the source's file and its digest."""
+
+    distortion: Distortion
+    kind: str
+    file: Path
+    digest: str
+
+    @property
+    def key(self) -> str:
+        """Name and seed of the target: a digest of everything that decides its pixels."""
+        d = self.distortion
+        parts = (_VERSION, d.seed, float(d.strength), float(d.occlusion), float(d.photometric), self.kind, self.digest)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def plan(self, size: Size) -> tuple[Warp, NDArray[np.int64], np.random.Generator]:
+        """The warp, the covering patches ``(P, 4)`` (x1, y1, x2, y2, ends excluded), and a generator for the rest."""
+        rng = np.random.default_rng(int(self.key, 16))
+        warp = KINDS[self.kind](rng, size, self.distortion.strength)
+        sides = np.sqrt(self.distortion.occlusion / _PATCHES) * rng.uniform(0.7, 1.0, (_PATCHES, 2))
+        extent = np.floor(np.array(size) * sides).astype(np.int64)
+        corner = np.floor((np.array(size) - extent) * rng.uniform(0, 1, (_PATCHES, 2))).astype(np.int64)
+        return warp, np.hstack([corner, corner + extent]), rng
+
+    def draw(self, path: Path) -> None:
+        """Make the target and write it, whole or not at all."""
+        image = load_image(self.file)
+        warp, patches, rng = self.plan(image.size)
+        pixels = recolour(resample(image.pixels, warp), rng, self.distortion.photometric)
+        save_png(path, occlude(pixels, rng, patches))
+
+
+def keypoints(making: Making, size: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The keypoints that stay in sight, ``(N, 2)`` in the source and ``(N, 2)`` in the target."""
+    warp, patches, _ = making.plan(size)
+    grid = making.distortion.grid
+    xs, ys = (np.unique(np.floor((np.arange(grid) + 0.5) * side / grid)) for side in size)
+    source = np.stack(np.meshgrid(xs, ys), axis=2).reshape(-1, 2)
+    target = warp.forward(source)
+    inside = ((target >= 0) & (target <= np.array(size) - 1)).all(axis=1)  # NaN compares false
+    in_patch = (target[:, None] >= patches[:, :2] - 0.5) & (target[:, None] <= patches[:, 2:] - 0.5)  # (N, P, 2)
+    in_patch &= (patches[:, 2:] > patches[:, :2])[None]  # patches of no area cover nothing
+    covered = np.asarray(in_patch.all(axis=2), np.bool_)  # (N, P)
+    seen = inside & ~covered.any(axis=1)
+    return source[seen], target[seen]
+
+
+# ---- the data set
 
 SPLITS = ("all",)
 TREE: Tree = (("**/*.*", "JPEG, PNG and other pictures, at any depth; an image's folder is its class"),)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.masks import VOID, open_source, read_names
-from difftap.datasets.scenes import Scene, Selection, Source, make_scene
+from difftap.datasets.objects import VOID, ObjectFilter, Scene, SceneSource, make_scene, make_source, read_names
 from difftap.errors import InputError
 from difftap.images import load_image, read_labels
 
@@ -46,9 +45,9 @@ def load(
     *,
     split: str | None = None,
     listing: Sequence[str] | None = None,
-    wanted: Selection = Selection(),  # noqa: B008 - frozen
+    wanted: ObjectFilter = ObjectFilter(),  # noqa: B008 - frozen
     allow_missing: bool = False,
-) -> Source:
+) -> SceneSource:
     """Open PASCAL VOC 2012.
 
     An object's pixels are those with its number in ``SegmentationObject``; the void border (255) belongs to none. Its
@@ -98,10 +97,10 @@ def load(
         return _scene(home, key, wanted)
 
     about = {"split": chosen, "wanted": wanted.to_dict()}
-    return open_source("voc", root, keys, read, about, missing, allow_missing=allow_missing)
+    return make_source("voc", root, keys, read, about, missing, allow_missing=allow_missing)
 
 
-def _scene(home: Path, key: str, wanted: Selection) -> Scene:
+def _scene(home: Path, key: str, wanted: ObjectFilter) -> Scene:
     """One image, its objects and their classes."""
     image = load_image(home / "JPEGImages" / f"{key}.jpg")
     objects = read_labels(home / "SegmentationObject" / f"{key}.png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from difftap.datasets.scenes import Scene, SceneObject, Selection, Source, make_scene
+from difftap.datasets.objects import ObjectFilter, Scene, SceneObject, SceneSource, make_scene
 from difftap.prototypes.average import prototypes
 from difftap.prototypes.build import Built, Column, build, is_built, narrowed, recipe_column
 from difftap.prototypes.cells import RULES, KeptCells, cell_shares, keep_cells
@@ -13,11 +13,11 @@ __all__ = [
     "Built",
     "Column",
     "KeptCells",
+    "ObjectFilter",
     "PrototypeTable",
     "Scene",
     "SceneObject",
-    "Selection",
-    "Source",
+    "SceneSource",
     "build",
     "cell_shares",
     "is_built",

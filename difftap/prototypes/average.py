@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Size, rescale
-from difftap.datasets.scenes import Mask
+from difftap.datasets.objects import Mask
 from difftap.errors import InputError
 from difftap.featuremap import FeatureMap
 from difftap.matching.interpolate import axis_matrix

@@ -20,7 +20,7 @@ import numpy as np
 
 from difftap.artifacts.files import no_folder, only_writer, output_errors
 from difftap.artifacts.run import check_conditions, open_run
-from difftap.datasets.scenes import Scene, Source, mask_boxes
+from difftap.datasets.objects import Scene, SceneSource, mask_boxes
 from difftap.engine import Features
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
@@ -91,14 +91,14 @@ def recipe_column(path: Path, recipe: Recipe) -> Column:
     return Column(path, recipe, label, times.pop() if len(times) == 1 else -1, parts)
 
 
-def _identity(source: Source, column: Column, rule: str) -> dict[str, Any]:
+def _identity(source: SceneSource, column: Column, rule: str) -> dict[str, Any]:
     """What must be the same for a table to be the one meant, whoever makes it."""
     keys = hashlib.sha256("\n".join(source.keys).encode()).hexdigest()[:16]
     data = {**source.about, "name": source.name, "scenes": len(source), "keys": keys}
     return {"feature_key": column.recipe.feature_key(), "taps": column.taps, "rule": rule, "data": data}
 
 
-def is_built(source: Source, column: Column, rule: str, conditions: Mapping[str, Any]) -> bool:
+def is_built(source: SceneSource, column: Column, rule: str, conditions: Mapping[str, Any]) -> bool:
     """Whether a column's table is there.
 
     Args:
@@ -134,7 +134,7 @@ def _made_by(conditions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    source: Source,
+    source: SceneSource,
     pipeline: Pipeline,
     columns: Sequence[Column],
     *,
@@ -183,7 +183,7 @@ def build(
     return built
 
 
-def _header(source: Source, pipeline: Pipeline, columns: Sequence[Column], rule: str) -> dict[str, Any]:
+def _header(source: SceneSource, pipeline: Pipeline, columns: Sequence[Column], rule: str) -> dict[str, Any]:
     step = -(-_STEP // pipeline.batch) * pipeline.batch  # whole batches
     conditions = {k: v for k, v in pipeline.conditions.items() if k not in ("recipe", "recipe_key")}
     return {
@@ -200,7 +200,7 @@ def _part(folder: Path, start: int, index: int) -> Path:
 
 
 def _step(
-    source: Source,
+    source: SceneSource,
     pipeline: Pipeline,
     columns: Sequence[Column],
     rule: str,
@@ -224,7 +224,7 @@ def _step(
 
 
 def _features(
-    source: Source, pipeline: Pipeline, keys: Sequence[str], record: dict[str, Any]
+    source: SceneSource, pipeline: Pipeline, keys: Sequence[str], record: dict[str, Any]
 ) -> Iterator[tuple[Scene, Features]]:
     """Scenes that hold an object that is wanted, with their features, one at a time; the rest is recorded."""
     waiting: deque[Scene] = deque()
@@ -295,7 +295,7 @@ def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: s
 def _finish(
     folder: Path,
     columns: Sequence[Column],
-    source: Source,
+    source: SceneSource,
     header: Mapping[str, Any],
     steps: Mapping[int, Mapping[str, Any]],
     resumed: int,

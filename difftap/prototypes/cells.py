@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
-from difftap.datasets.scenes import Mask
+from difftap.datasets.objects import Mask
 from difftap.errors import InputError
 
 __all__ = ["RULES", "KeptCells", "cell_shares", "keep_cells"]

@@ -14,7 +14,7 @@ import numpy as np
 from difftap.artifacts.files import output_errors, write_atomic
 from difftap.errors import require
 from difftap.pages.figure import figure_bytes, new_figure, plain_axes
-from difftap.prototypes import Scene, Source
+from difftap.prototypes import Scene, SceneSource
 from difftap.study.video import Clip
 
 __all__ = ["NAMES", "TITLES", "UNITS", "draw_axis", "draw_frames"]
@@ -261,7 +261,7 @@ def _thinned(offsets: Sequence[int], most: int) -> list[int]:
 
 
 def draw_frames(
-    source: Source, found: Sequence[Clip], offsets: Sequence[int], metric: str, folder: Path
+    source: SceneSource, found: Sequence[Clip], offsets: Sequence[int], metric: str, folder: Path
 ) -> tuple[str, Path] | None:
     """Draw a clip's frame and later ones, every person outlined with its distance to the marked person.
 

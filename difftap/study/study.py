@@ -17,7 +17,7 @@ from difftap.artifacts.table import plain
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError
 from difftap.pipeline.pipeline import Pipeline
-from difftap.prototypes import PrototypeTable, Source, build, is_built
+from difftap.prototypes import PrototypeTable, SceneSource, build, is_built
 from difftap.recipe import Recipe
 from difftap.study.axes import (
     OFFSETS,
@@ -101,12 +101,12 @@ def base_case(study: Study) -> Case:
     return Case("+".join(branch.taps), branch.taps, branch.timestep, "base")
 
 
-def still_sources(sources: Mapping[str, Source]) -> dict[str, Source]:
+def still_sources(sources: Mapping[str, SceneSource]) -> dict[str, SceneSource]:
     """The data sets of single images."""
     return {name: source for name, source in sources.items() if name != VIDEO}
 
 
-def tables(study: Study, source: Source, cases: Sequence[Case], name: str) -> list[PrototypeTable]:
+def tables(study: Study, source: SceneSource, cases: Sequence[Case], name: str) -> list[PrototypeTable]:
     """The prototypes of each case, in their order; tables that are there are used, the others made in one pass.
 
     Args:
@@ -177,7 +177,7 @@ def _cased(study: Study, case: Case, table: PrototypeTable, metric: str) -> dict
     return {**about, **more, **analyse(sets, draws=study.draws, seed=study.seed)}
 
 
-def _distances(study: Study, sources: Mapping[str, Source]) -> dict[str, Any]:
+def _distances(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
     """Fig. 3 and Table 1: the five measures on the study's layer."""
     case, made = base_case(study), {}
     for name, source in still_sources(sources).items():
@@ -190,7 +190,7 @@ def _distances(study: Study, sources: Mapping[str, Source]) -> dict[str, Any]:
     return {"datasets": made, "published": SOURCE}
 
 
-def _compared(study: Study, sources: Mapping[str, Source], cases: Sequence[Case]) -> dict[str, Any]:
+def _compared(study: Study, sources: Mapping[str, SceneSource], cases: Sequence[Case]) -> dict[str, Any]:
     """Any axis whose cases are tables of the same objects."""
     made = {}
     for name, source in still_sources(sources).items():
@@ -203,7 +203,7 @@ def _compared(study: Study, sources: Mapping[str, Source], cases: Sequence[Case]
     return {"datasets": made}
 
 
-def _transforms(study: Study, sources: Mapping[str, Source]) -> dict[str, Any]:
+def _transforms(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
     """Fig. 8: each object against itself in the transformed image, beside the pairs of the images as they are."""
     case, made = base_case(study), {}
     for name, source in still_sources(sources).items():
@@ -232,7 +232,7 @@ def _transforms(study: Study, sources: Mapping[str, Source]) -> dict[str, Any]:
     return {"datasets": made}
 
 
-def _video(study: Study, sources: Mapping[str, Source]) -> dict[str, Any]:
+def _video(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
     """Fig. 9: distance over offset; Fig. 10 is drawn from the same table."""
     source = sources.get(VIDEO)
     if source is None:
@@ -253,7 +253,7 @@ def _cases(study: Study, axis: str) -> tuple[Case, ...]:
     return (base_case(study),)
 
 
-def prepare(study: Study, sources: Mapping[str, Source], axes: Sequence[str]) -> None:
+def prepare(study: Study, sources: Mapping[str, SceneSource], axes: Sequence[str]) -> None:
     """Build the tables of several axes in one pass over each data set, so that each image is encoded once."""
     cases = [case for axis in axes if axis != "video" for case in _cases(study, axis)]
     for name, source in still_sources(sources).items():
@@ -261,7 +261,7 @@ def prepare(study: Study, sources: Mapping[str, Source], axes: Sequence[str]) ->
             tables(study, source, cases, name)
 
 
-def run_axis(study: Study, axis: str, sources: Mapping[str, Source]) -> dict[str, Any]:
+def run_axis(study: Study, axis: str, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
     """One axis' results as plain data, ready for JSON.
 
     Raises:

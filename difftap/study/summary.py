@@ -14,7 +14,7 @@ from difftap.artifacts.files import only_writer, output_errors, write_atomic
 from difftap.artifacts.table import Table, json_text
 from difftap.errors import InputError
 from difftap.pages.page import html_page, html_picture
-from difftap.prototypes import Source
+from difftap.prototypes import SceneSource
 from difftap.study.axes import AXES
 from difftap.study.figures import NAMES, TITLES, UNITS, draw_axis, draw_frames
 from difftap.study.study import VIDEO, Study, base_case, tables
@@ -268,7 +268,7 @@ def study_folder(path: Path) -> Iterator[Path]:
         yield path
 
 
-def finish_axis(study: Study, results: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
+def finish_axis(study: Study, results: Mapping[str, Any], sources: Mapping[str, SceneSource]) -> list[str]:
     """Write an axis' results, tables and figures.
 
     Returns:

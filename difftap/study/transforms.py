@@ -11,9 +11,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.datasets.scenes import Mask, mask_boxes
+from difftap.datasets.objects import Mask, mask_boxes
 from difftap.images import Image
-from difftap.prototypes import Scene, Selection, Source, make_scene
+from difftap.prototypes import ObjectFilter, Scene, SceneSource, make_scene
 
 __all__ = ["OBJECT_TRANSFORMS", "TRANSFORMS", "WHOLE_TRANSFORMS", "transform_of", "transformed"]
 
@@ -75,7 +75,7 @@ def transform_of(key: str) -> str:
     return key.split(_MARK)[1]
 
 
-def transformed(source: Source) -> Source:
+def transformed(source: SceneSource) -> SceneSource:
     """Every scene under every transform; objects keep their identity, the image gets a name of its own.
 
     The scenes of one image follow one another, so that it is decoded once.
@@ -106,6 +106,6 @@ def transformed(source: Source) -> Source:
         found = [
             (one.instance, one.category, np.asarray(mask, np.bool_)) for one, mask in zip(objects, masks, strict=True)
         ]
-        return make_scene(name, image, found, Selection(min_area=0.0))
+        return make_scene(name, image, found, ObjectFilter(min_area=0.0))
 
-    return Source(source.name, tuple(keys), made, {**source.about, "transforms": list(TRANSFORMS)}, source.missing)
+    return SceneSource(source.name, tuple(keys), made, {**source.about, "transforms": list(TRANSFORMS)}, source.missing)

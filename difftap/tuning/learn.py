@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import atomic_path, only_writer, output_errors, write_atomic
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
 from difftap.errors import ModelError, RecipeError, require
 from difftap.features.shelf import View

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.engine import Cache
 from difftap.errors import InputError, ModelError, first_line, require
 from difftap.features.shelf import View

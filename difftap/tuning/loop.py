@@ -24,7 +24,7 @@ from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS
 from difftap.bench.scoring import measure
 from difftap.coords import Geometry
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.errors import InputError, NonFiniteError, OutputError, require
 from difftap.features.shelf import View
 from difftap.matching import Matches

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from difftap.datasets.keypoints import load, loader
+from difftap.datasets.keypoints import Sample, load, loader
 from difftap.datasets.parts import SHARES, take_part
-from difftap.datasets.samples import Sample
 from difftap.errors import InputError
 
 __all__ = ["TrainingPairs", "load_training_pairs"]

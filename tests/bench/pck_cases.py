@@ -9,7 +9,7 @@ from PIL import Image as PIL
 
 from difftap.bench.predictions import Prediction, Predictions
 from difftap.coords import Geometry
-from difftap.datasets.samples import Sample
+from difftap.datasets.keypoints import Sample
 from difftap.engine.featurizer import Features
 from difftap.featuremap import FeatureMap
 from difftap.prompts import Subject, choose_prompts

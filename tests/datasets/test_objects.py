@@ -8,18 +8,18 @@ from PIL import Image as PIL
 
 from difftap.commands.data import data as data_command
 from difftap.datasets import coco, davis, objects, voc
-from difftap.datasets.check_objects import check_objects
+from difftap.datasets.check import check_objects
 from difftap.datasets.layout import DatasetError
-from difftap.datasets.masks import read_listing
+from difftap.datasets.objects import read_listing
 from difftap.errors import InputError
 from difftap.images import read_labels
-from difftap.prototypes import Selection
+from difftap.prototypes import ObjectFilter
 from tests.datasets.builders import write_picture
 from tests.datasets.object_builders import block, write_coco, write_davis, write_folder, write_labels, write_voc
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 WRITERS = {"coco": write_coco, "davis": write_davis, "folder": write_folder, "voc": write_voc}
-ALL = Selection(min_area=0.0)
+ALL = ObjectFilter(min_area=0.0)
 
 
 def load(name, root, **options):
@@ -68,7 +68,7 @@ def test_every_loader_gives_masks_as_large_as_the_image(name, tmp_path):
 def test_objects_must_cover_more_than_the_area(name, tmp_path):
     source = load(name, WRITERS[name](tmp_path), wanted=ALL)
     areas = sorted({one.area for key in source.keys for one in source.read(key).objects})
-    some = load(name, tmp_path, wanted=Selection(min_area=areas[0]))
+    some = load(name, tmp_path, wanted=ObjectFilter(min_area=areas[0]))
     kept = [one.area for key in some.keys for one in some.read(key).objects]
     assert kept
     assert min(kept) > areas[0]  # "over", not "from"
@@ -103,8 +103,8 @@ def test_voc_splits_and_lists(tmp_path):
     with pytest.raises(InputError, match="split 'nope' does not exist; allowed: trainval, train, val"):
         load("voc", tmp_path, split="nope")
     with pytest.raises(InputError, match="VOC has no class 'unicorn'; allowed: aeroplane"):
-        load("voc", tmp_path, wanted=Selection(classes=("unicorn",)))
-    source = load("voc", tmp_path, wanted=Selection(classes=("dog",)))
+        load("voc", tmp_path, wanted=ObjectFilter(classes=("unicorn",)))
+    source = load("voc", tmp_path, wanted=ObjectFilter(classes=("dog",)))
     assert described(source) == {"a": [], "b": [("b/2", "dog")]}
     assert source.read("a").left_out == {"class not wanted": 3}
 
@@ -178,11 +178,11 @@ def test_a_part_of_coco_need_not_have_all_of_vocs_classes(tmp_path):
     from difftap.commands.prototypes import classes_of
 
     write_coco(tmp_path)
-    source = load("coco", tmp_path, wanted=Selection(classes=classes_of("voc", "coco")))
+    source = load("coco", tmp_path, wanted=ObjectFilter(classes=classes_of("voc", "coco")))
     found = [one.category for key in source.keys for one in source.read(key).objects]
     assert sorted(found) == ["car", "person", "potted plant"]
     with pytest.raises(InputError, match="COCO has no class 'airplane'; allowed: car, person"):
-        load("coco", tmp_path, wanted=Selection(classes=("airplane",)))
+        load("coco", tmp_path, wanted=ObjectFilter(classes=("airplane",)))
 
 
 def test_coco_annotations_that_cannot_be_used(tmp_path):
@@ -193,7 +193,7 @@ def test_coco_annotations_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="is 20x30, but annotated as 40x30"):
         load("coco", tmp_path).read("val2017/000000000002")
     with pytest.raises(InputError, match="COCO has no class 'unicorn'"):
-        load("coco", tmp_path, wanted=Selection(classes=("unicorn",)))
+        load("coco", tmp_path, wanted=ObjectFilter(classes=("unicorn",)))
     (tmp_path / "annotations/instances_val2017.json").write_text("{")
     with pytest.raises(DatasetError, match="cannot be read as COCO annotations"):
         load("coco", tmp_path)
@@ -289,7 +289,7 @@ def test_voc_names_are_cocos():
 @pytest.mark.parametrize("area", [-0.1, 1.0, float("nan")])
 def test_areas_that_are_no_fraction(area):
     with pytest.raises(InputError, match="min-area is"):
-        Selection(min_area=area)
+        ObjectFilter(min_area=area)
 
 
 def run_check(*arguments):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from difftap.artifacts.manifest import file_digest
-from difftap.datasets.distort import Distortion, Making
 from difftap.datasets.keypoints import load
 from difftap.datasets.layout import DatasetError
+from difftap.datasets.synthetic import Distortion, Making
 from difftap.errors import InputError
 from difftap.images import load_image
 from tests.datasets.builders import write_picture

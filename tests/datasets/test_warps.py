@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difftap.datasets.distort import KINDS
-from difftap.datasets.warps import Homography, ThinPlate
+from difftap.datasets.synthetic import KINDS, Homography, ThinPlate
 
 SIZES = st.tuples(st.integers(16, 900), st.integers(16, 900))
 

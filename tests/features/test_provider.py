@@ -8,7 +8,7 @@ import pytest
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError, OutputError, RecipeError
-from difftap.features.extract import Settings, extract_to_store
+from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.provider import FeatureSource
 from difftap.features.sources import Item, Source
 from difftap.features.store import Encoding
@@ -40,7 +40,7 @@ def recipe(mini):
 def store(recipe, mini_cache, tmp_path):
     source = Source("given", [Item(f"{number}", Given(IMAGES[number])) for number in (0, 2)])
     with Pipeline.open(recipe, Runtime(cache=mini_cache.folder, threads=1)) as pipeline:
-        extract_to_store(pipeline, source, tmp_path / "s.zarr", Settings(Encoding("float32")))
+        extract_to_store(pipeline, source, tmp_path / "s.zarr", ExtractSettings(Encoding("float32")))
     return tmp_path / "s.zarr"
 
 
@@ -97,7 +97,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
     first = learn(0.1)
     source = Source("given", [Item("0", Given(IMAGES[0]))])
     with Pipeline.open(learned, runtime) as pipeline:
-        extract_to_store(pipeline, source, tmp_path / "l.zarr", Settings(Encoding("float32")))
+        extract_to_store(pipeline, source, tmp_path / "l.zarr", ExtractSettings(Encoding("float32")))
     with FeatureSource.open(learned, tmp_path / "l.zarr", runtime) as stored:
         assert stored.conditions["prompts"]["sha256"] == first
         list(stored.features(IMAGES[:1]))
@@ -109,7 +109,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
         Pipeline.open(learned, runtime) as pipeline,
         pytest.raises(OutputError, match=r"other conditions \(recipe\.learned"),
     ):
-        extract_to_store(pipeline, source, tmp_path / "l.zarr", Settings(Encoding("float32")))
+        extract_to_store(pipeline, source, tmp_path / "l.zarr", ExtractSettings(Encoding("float32")))
 
 
 def test_the_fastest_backend_may_be_asked_for(recipe, mini_cache, store, monkeypatch):

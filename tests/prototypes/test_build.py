@@ -18,9 +18,9 @@ from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
 from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.prototypes import (
+    ObjectFilter,
     PrototypeTable,
-    Selection,
-    Source,
+    SceneSource,
     build,
     is_built,
     make_scene,
@@ -49,9 +49,9 @@ def scenes(count=5, faulty=(), empty=()):
         masks[0, :15, : 20 + k % 5] = True
         masks[1, 20:, 5:9] = True
         found = [(f"{key}/{i}", ["cat", "dog"][i], masks[i]) for i in range(0 if k in empty else 1 + k % 2)]
-        return make_scene(key, image, found, Selection(min_area=0.0), {"crowd": 1})
+        return make_scene(key, image, found, ObjectFilter(min_area=0.0), {"crowd": 1})
 
-    return Source("test", tuple(map(str, range(count))), read, {"split": "all"})
+    return SceneSource("test", tuple(map(str, range(count))), read, {"split": "all"})
 
 
 @pytest.fixture(scope="module")

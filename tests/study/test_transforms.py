@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from difftap.datasets.objects import load
-from difftap.prototypes import Selection
+from difftap.prototypes import ObjectFilter
 from difftap.study.transforms import (
     OBJECT_TRANSFORMS,
     TRANSFORMS,
@@ -15,7 +15,7 @@ from tests.datasets.object_builders import write_voc
 
 @pytest.fixture
 def source(tmp_path):
-    return load("voc", write_voc(tmp_path), wanted=Selection(min_area=0.0))
+    return load("voc", write_voc(tmp_path), wanted=ObjectFilter(min_area=0.0))
 
 
 def test_every_object_is_seen_once_under_every_transform(source):

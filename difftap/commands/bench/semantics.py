@@ -17,7 +17,7 @@ from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.pipeline import Pipeline
-    from difftap.prototypes import Source
+    from difftap.prototypes import SceneSource
     from difftap.recipe import Recipe
     from difftap.study.study import Study
 
@@ -135,7 +135,7 @@ def _numbers(text: str | None, what: str, low: int, high: int) -> tuple[int, ...
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _sources(options: dict[str, Any]) -> dict[str, Source]:
+def _sources(options: dict[str, Any]) -> dict[str, SceneSource]:
     """The data sets that were given, open."""
     roots = {name: options.pop(name, None) for name in ("voc", "coco", "folder", "davis")}
     splits = dict(pair.partition("=")[::2] for pair in options.pop("splits"))
@@ -178,7 +178,7 @@ def _people(root: Path, split: str | None, listing: Path | None, allow_missing: 
     return None
 
 
-def _limited(source: Source, limit: int | None) -> Source:
+def _limited(source: SceneSource, limit: int | None) -> SceneSource:
     """So many scenes, evenly spaced; frames of clips stay whole."""
     if limit is None or limit >= len(source):
         return source

@@ -15,8 +15,7 @@ from difftap.coords import Geometry
 from difftap.engine import Features
 from difftap.errors import InputError, require
 from difftap.features.extract.stream import Opened, stream
-from difftap.features.sources import Item, Source, open_source
-from difftap.features.sources.items import FileAt
+from difftap.features.sources import FileAt, Item, Source, open_source
 from difftap.images import Image
 
 __all__ = ["Batch", "Extractor"]

@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from difftap import errors
 from difftap.errors import BackendError, DifftapError, InputError, first_line, require
 from difftap.features.extract.extraction import (
-    Run,
-    Settings,
+    ExtractionSummary,
+    ExtractSettings,
     check_components,
     fit_bases,
     remaining,
@@ -34,20 +35,78 @@ from difftap.features.extract.extraction import (
     tell,
 )
 from difftap.features.extract.stream import stream
-from difftap.features.extract.watch import POLL, raise_told, told_of, watched
 from difftap.features.sources import Item, Source
-from difftap.features.store.image import shapes_of
-from difftap.features.store.log import Page
+from difftap.features.store.encoding import shapes_of
 from difftap.features.store.place import Place
-from difftap.features.store.schema import read_provenance, tap_arrays
-from difftap.features.store.shard import Shard
-from difftap.features.store.writer import open_writer
+from difftap.features.store.schema import Page, read_provenance, tap_arrays
+from difftap.features.store.writer import Shard, open_writer
 from difftap.pipeline.fastest import AUTO
 from difftap.pipeline.pipeline import Pipeline, Runtime, available_cores
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 
-__all__ = ["Cluster", "extract_on_cluster"]
+__all__ = ["POLL", "Cluster", "extract_on_cluster", "raise_told", "told_of", "watched"]
+
+# ---- a run that stands still told from a slow one, and errors that travel as data
+
+POLL = 1.0
+"""Seconds between looks at whether anything moves."""
+
+
+def told_of(error: DifftapError) -> dict[str, str]:
+    """An error as data: Ray would wrap it."""
+    return {"kind": type(error).__name__, "error": str(error)}
+
+
+def raise_told(told: dict[str, str]) -> None:
+    """Raise what `told_of` took down."""
+    kind = getattr(errors, told["kind"], BackendError)
+    raise kind(told["error"])
+
+
+def watched(
+    results: queue.Queue[Any],
+    count: Callable[[], int],
+    standing: Callable[[], str],
+    stall: float,
+    clock: Callable[[], float] = time.monotonic,
+    poll: float = POLL,
+) -> Iterator[Any]:
+    """What comes through a queue, until None comes; given up when nothing moves for too long.
+
+    Args:
+        results: what workers report, or the error that ended them all.
+        count: how many images are finished, reported or not; it may fail, and then nothing is known.
+        standing: what to say when the run is given up.
+        stall: seconds in which neither a report nor a finished image has come.
+        clock: tells the time in seconds.
+        poll: seconds between looks.
+
+    Raises:
+        BackendError: nothing moves, or Ray gave up.
+        DifftapError: a worker reports one.
+    """
+    moved, seen = clock(), 0
+    while True:
+        try:
+            done = results.get(timeout=poll)
+        except queue.Empty:
+            with suppress(Exception):  # the actor that counts may be on its way to another machine
+                now = count()
+                if now != seen:
+                    moved, seen = clock(), now
+            if clock() - moved > stall:
+                raise BackendError(standing()) from None
+            continue
+        moved = clock()
+        if done is None:
+            return
+        if isinstance(done, BaseException):
+            raise BackendError(f"Ray gave up: {first_line(done)}; what was finished is safe") from done
+        if "kind" in done:
+            raise_told(done)
+        yield done
+
 
 _OBJECTS = 80 << 20  # bytes of a local cluster's object store: near the least that Ray takes; only metadata goes there
 _LOOKED_AT = 256  # images that a worker may try before it finds one that can be used
@@ -99,13 +158,13 @@ def extract_on_cluster(
     runtime: Runtime,
     source: Source,
     path: str | Path,
-    settings: Settings | None = None,
+    settings: ExtractSettings | None = None,
     cluster: Cluster | None = None,
     opening: dict[str, Any] | None = None,
     *,
     opener: Opener | None = None,
     progress: Callable[[int], None] = lambda count: None,
-) -> Run:
+) -> ExtractionSummary:
     """Extract a data set into a feature store with Ray, or go on where an earlier run was stopped.
 
     Args:
@@ -122,7 +181,7 @@ def extract_on_cluster(
         OutputError, BackendError, ImageError: as `difftap.features.extract.extract_to_store` does.
         BackendError: also where no cluster can be reached or started, or the run stands still.
     """
-    settings, cluster = settings or Settings(), cluster or Cluster()
+    settings, cluster = settings or ExtractSettings(), cluster or Cluster()
     recipe = pinned(recipe)
     began = time.monotonic()
     with _connected(cluster) as (ray, share):
@@ -165,7 +224,7 @@ def extract_on_cluster(
                 written += done["written"]
                 progress(done["written"] + len(done["failed"]))
             writer.finish()
-    return Run(written, len(failed), skipped, time.monotonic() - began, tell(failed))
+    return ExtractionSummary(written, len(failed), skipped, time.monotonic() - began, tell(failed))
 
 
 def _fair(shard: int, images: int, workers: int) -> int:
@@ -241,7 +300,7 @@ def _enter(folder: str) -> None:
         os.chdir(folder)
 
 
-def _probe(opener: Opener, settings: Settings, folder: str, items: Sequence[Item]) -> Any:
+def _probe(opener: Opener, settings: ExtractSettings, folder: str, items: Sequence[Item]) -> Any:
     """Look at the first images in a worker; the error, if any, as data: Ray would wrap it."""
     _enter(folder)
     try:
@@ -260,7 +319,9 @@ def _probe(opener: Opener, settings: Settings, folder: str, items: Sequence[Item
         return told_of(error)
 
 
-def _look(ray: Any, share: _Share, job: tuple[Opener, Settings, str], items: Sequence[Item], stall: float) -> _Found:
+def _look(
+    ray: Any, share: _Share, job: tuple[Opener, ExtractSettings, str], items: Sequence[Item], stall: float
+) -> _Found:
     """What a worker tells of the first images; of the next ones, where none of them can be used.
 
     Not all are sent at once: the list of a large data set would fill the object store.
@@ -358,7 +419,7 @@ class _Beats:
 class _Worker:
     """A stateful actor: engines opened once, then one shard after the other."""
 
-    def __init__(self, opener: Opener, path: str, settings: Settings, folder: str, beats: Any) -> None:
+    def __init__(self, opener: Opener, path: str, settings: ExtractSettings, folder: str, beats: Any) -> None:
         _enter(folder)
         self._settings = settings
         self._place = Place(path)

@@ -14,18 +14,23 @@ import numpy as np
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Features
 from difftap.errors import InputError
-from difftap.features.extract.stream import Outcome, as_stored, stream
-from difftap.features.extract.threads import ahead
+from difftap.features.extract.stream import Outcome, ahead, as_stored, stream
 from difftap.features.sources import Item, Source
-from difftap.features.store.encoding import Basis, Encoding, Moments
-from difftap.features.store.image import StoredImage, shapes_of, store_image
+from difftap.features.store.encoding import Basis, Encoding, Moments, StoredImage, shapes_of, store_image
 from difftap.features.store.schema import Provenance
-from difftap.features.store.shard import shard_rows
-from difftap.features.store.writer import StoreWriter, open_writer
+from difftap.features.store.writer import StoreWriter, open_writer, shard_rows
 from difftap.machine import available_cores
 from difftap.recipe import Recipe
 
-__all__ = ["Run", "Settings", "check_components", "extract_to_store", "fit_bases", "rows_per_shard", "stored_stream"]
+__all__ = [
+    "ExtractSettings",
+    "ExtractionSummary",
+    "check_components",
+    "extract_to_store",
+    "fit_bases",
+    "rows_per_shard",
+    "stored_stream",
+]
 
 _REASONS = 5  # of failures, told at the end of a run; the store has them all
 _WAITING = 256 << 20  # most bytes of maps that wait while a shard is put on disk
@@ -34,7 +39,7 @@ _CHANNELS, _STRIDE = 1280, 8  # taken where only running the network can tell a 
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExtractSettings:
     """How a data set is extracted.
 
     Attributes:
@@ -59,7 +64,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Run:
+class ExtractionSummary:
     """What a run did.
 
     Attributes:
@@ -85,7 +90,7 @@ def rows_per_shard(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> int
 def stored_stream(
     pipeline: Any,
     items: Iterable[Item],
-    settings: Settings,
+    settings: ExtractSettings,
     provenance: Provenance,
     bases: Mapping[str, Basis],
 ) -> Generator[Outcome, None, None]:
@@ -141,10 +146,10 @@ def extract_to_store(
     pipeline: Any,
     source: Source,
     path: str | Path,
-    settings: Settings | None = None,
+    settings: ExtractSettings | None = None,
     *,
     progress: Callable[[int], None] = lambda count: None,
-) -> Run:
+) -> ExtractionSummary:
     """Extract a data set into a feature store, or go on where an earlier run was stopped.
 
     Args:
@@ -160,7 +165,7 @@ def extract_to_store(
             not fit the store's number type. What came before it is safe.
         BackendError: the runtime failed; what was extracted is safe, and a later run goes on.
     """
-    settings = settings or Settings()
+    settings = settings or ExtractSettings()
     began = time.monotonic()
     recipe: Recipe = pipeline.recipe
     check_components(recipe, pipeline.model, settings.encoding)
@@ -191,7 +196,7 @@ def extract_to_store(
                     progress(safe)
                 written += outcome.stored is not None
         progress(writer.finish())
-    return Run(written, len(failed), skipped, time.monotonic() - began, tell(failed))
+    return ExtractionSummary(written, len(failed), skipped, time.monotonic() - began, tell(failed))
 
 
 def keep(writer: StoreWriter, outcome: Outcome) -> int:
@@ -214,7 +219,7 @@ def remaining(source: Source, writer: StoreWriter, *, retry: bool) -> tuple[list
     return rest, sum(key in writer.done for key in keys), failed
 
 
-def ready_bases(pipeline: Any, items: Sequence[Item], writer: StoreWriter, settings: Settings) -> None:
+def ready_bases(pipeline: Any, items: Sequence[Item], writer: StoreWriter, settings: ExtractSettings) -> None:
     """Of a store with PCA that has no bases yet, fit them and make the arrays."""
     if settings.encoding.pca is None or not items or writer.ready:
         return
@@ -224,7 +229,7 @@ def ready_bases(pipeline: Any, items: Sequence[Item], writer: StoreWriter, setti
 
 
 def fit_bases(
-    pipeline: Any, items: Iterable[Item], settings: Settings
+    pipeline: Any, items: Iterable[Item], settings: ExtractSettings
 ) -> tuple[dict[str, tuple[int, int, int]], dict[str, Basis]]:
     """The PCA bases of each tap, from the first usable images, and the maps' shapes; empty if there is none.
 

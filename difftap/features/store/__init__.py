@@ -1,8 +1,8 @@
 """The feature store: extracted maps of a data set in one zarr group, with where they came from; zarr and fsspec."""
 
 from difftap.features.store.encoding import DTYPES, SCALES, Basis, Encoding, Fidelity
-from difftap.features.store.log import Failure, Page, Row
 from difftap.features.store.reader import FeatureStore
+from difftap.features.store.schema import Failure, Page, StoredRow
 from difftap.features.store.writer import StoreWriter, check_writable, open_writer
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "FeatureStore",
     "Fidelity",
     "Page",
-    "Row",
     "StoreWriter",
+    "StoredRow",
     "check_writable",
     "open_writer",
 ]

@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from difftap.errors import ArtefactError, InputError, OutputError, first_line, require
-from difftap.features.store.encoding import Fidelity, Stored
-from difftap.features.store.image import row_digest
-from difftap.features.store.log import Row
+from difftap.features.store.encoding import Fidelity, Stored, row_digest
 from difftap.features.store.place import Place
 from difftap.features.store.reader import FeatureStore
-from difftap.features.store.schema import TapArray
+from difftap.features.store.schema import StoredRow, TapArray
 from difftap.features.store.writer import open_writer
 
-__all__ = ["Compacted", "Problem", "compact", "info", "verify"]
+__all__ = ["Compacted", "StoreProblem", "compact", "info", "verify"]
 
 
 def info(store: FeatureStore) -> dict[str, Any]:
@@ -70,35 +68,35 @@ def _bytes(place: Place) -> int:
 
 
 @dataclass(frozen=True)
-class Problem:
+class StoreProblem:
     """Something that is wrong with a store; ``key`` is empty where it is no single image's."""
 
     key: str
     message: str
 
 
-def verify(store: FeatureStore, progress: Callable[[int], None] = lambda count: None) -> Iterator[Problem]:
+def verify(store: FeatureStore, progress: Callable[[int], None] = lambda count: None) -> Iterator[StoreProblem]:
     """Read everything again and hold it against the journal: shapes, digests, finite values, keys."""
     yield from _check_arrays(store)
     seen: dict[str, int] = {}
     for row in store.rows:
         if seen.setdefault(row.key, row.row) != row.row:
-            yield Problem(row.key, f"is in twice, in rows {seen[row.key]} and {row.row}")
+            yield StoreProblem(row.key, f"is in twice, in rows {seen[row.key]} and {row.row}")
     for key, message in _damaged(store, progress):
-        yield Problem(key, message)
+        yield StoreProblem(key, message)
     if store.noted.get("complete"):
         yield from _check_index(store)
 
 
-def _check_arrays(store: FeatureStore) -> Iterator[Problem]:
+def _check_arrays(store: FeatureStore) -> Iterator[StoreProblem]:
     rows = max((row.row + 1 for row in store.rows), default=0)
     for array in store.taps:
         for name, one in ((array.name, array.values), (f"{array.name}.scale", array.scale)):
             if one is not None and one.shape[0] < rows:
-                yield Problem("", f"array '{name}' has {one.shape[0]} rows; the journal speaks of {rows}")
+                yield StoreProblem("", f"array '{name}' has {one.shape[0]} rows; the journal speaks of {rows}")
         for part in () if array.basis is None else (array.basis.mean, array.basis.components):
             if not np.isfinite(part).all():
-                yield Problem("", f"the basis of '{array.name}' holds values that are not finite")
+                yield StoreProblem("", f"the basis of '{array.name}' holds values that are not finite")
 
 
 def _damaged(store: FeatureStore, progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
@@ -112,7 +110,7 @@ def _damaged(store: FeatureStore, progress: Callable[[int], None]) -> Iterator[t
         progress(1)
 
 
-def _fault(store: FeatureStore, array: TapArray, row: Row) -> str:
+def _fault(store: FeatureStore, array: TapArray, row: StoredRow) -> str:
     if row.row >= array.values.shape[0]:
         return f"row {row.row} of '{array.name}' is missing"
     try:
@@ -126,19 +124,21 @@ def _fault(store: FeatureStore, array: TapArray, row: Row) -> str:
     return ""
 
 
-def _check_index(store: FeatureStore) -> Iterator[Problem]:
+def _check_index(store: FeatureStore) -> Iterator[StoreProblem]:
     """The arrays that are there for other readers must agree with the journal."""
     if not store.rows:
         return
     try:
         keys, digests = store.group["key"][:], store.group["digest"][:]
     except Exception as error:  # zarr's kinds
-        yield Problem("", f"the arrays 'key' and 'digest' cannot be read ({first_line(error)})")
+        yield StoreProblem("", f"the arrays 'key' and 'digest' cannot be read ({first_line(error)})")
         return
     for row in store.rows:
         key = row.key.encode("utf-8", "backslashreplace").decode()
         if row.row >= len(keys) or keys[row.row] != key or digests[row.row].tobytes().hex() != row.digest:
-            yield Problem(row.key, f"row {row.row} of the arrays 'key' and 'digest' does not agree with the journal")
+            yield StoreProblem(
+                row.key, f"row {row.row} of the arrays 'key' and 'digest' does not agree with the journal"
+            )
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _shape(array: TapArray) -> tuple[int, int, int]:
     return int(components), int(height), int(width)
 
 
-def _whole(store: FeatureStore, taps: Sequence[TapArray], row: Row) -> dict[str, Stored] | str:
+def _whole(store: FeatureStore, taps: Sequence[TapArray], row: StoredRow) -> dict[str, Stored] | str:
     """What is stored of a row, or what is wrong with it."""
     faults = (_fault(store, array, row) for array in taps)
     fault = next(itertools.dropwhile(lambda text: not text, faults), "")

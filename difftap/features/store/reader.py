@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 from difftap.engine import Features
 from difftap.errors import ArtefactError, InputError
 from difftap.featuremap import FeatureMap
-from difftap.features.store.encoding import Stored
-from difftap.features.store.image import row_digest
-from difftap.features.store.log import Row, keys_of
+from difftap.features.store.encoding import Stored, row_digest
 from difftap.features.store.place import Place
-from difftap.features.store.schema import Provenance, TapArray, check_features, pages, read_provenance, tap_arrays
+from difftap.features.store.schema import (
+    Provenance,
+    StoredRow,
+    TapArray,
+    check_features,
+    keys_of,
+    pages,
+    read_provenance,
+    tap_arrays,
+)
 from difftap.recipe import Recipe
 
 __all__ = ["FeatureStore"]
@@ -58,7 +65,7 @@ class FeatureStore:
             raise InputError(f"no feature store at '{path}'; make one with: difftap extract IMAGES -o {path}")
         return cls(group, place, read_provenance(group, place))
 
-    def _load(self) -> tuple[list[Row], dict[str, int], dict[str, str]]:
+    def _load(self) -> tuple[list[StoredRow], dict[str, int], dict[str, str]]:
         everything = list(pages(self.group, self.place))
         rows = [row for page in everything for row in page.rows]
         _, failed = keys_of(everything)
@@ -74,7 +81,7 @@ class FeatureStore:
         return {row.digest: row.key for row in reversed(self._rows)}  # of several, the first
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[StoredRow, ...]:
         """Every image that is in, in the order of the rows."""
         return tuple(self._rows)
 
@@ -115,7 +122,7 @@ class FeatureStore:
         """The key of the image with this content, `difftap.images.Image.digest`; None if it is not in."""
         return self._by_digest.get(digest)
 
-    def row(self, key: str) -> Row:
+    def row(self, key: str) -> StoredRow:
         """What the journal says of an image.
 
         Raises:
@@ -140,7 +147,7 @@ class FeatureStore:
         """
         return self._features(self.row(key))
 
-    def _features(self, row: Row) -> Features:
+    def _features(self, row: StoredRow) -> Features:
         geometry = row.geometry(self.provenance.size)
         branches: list[dict[str, FeatureMap]] = [{} for _ in self.provenance.branches]
         for array in self.taps:

@@ -1,4 +1,4 @@
-"""What lies in a feature store, by name.
+"""What lies in a feature store, by name: its provenance, its arrays, and its journal.
 
 ::
 
@@ -9,31 +9,142 @@
     0/up1.mean, 0/up1.components   (C,), (K, C): with PCA, the basis of the values
     key, digest, image, content    (N,), (N, 32), (N, 2), (N, 4): the journal's rows, for other readers of zarr
 
-The first axis is the row. The journal decides which rows are there; the last four are filled when a run ends.
+The first axis is the row. The journal decides which rows are there: it has one page a shard, JSON lines, written after
+the shard's data. What lies in the arrays beyond it is unfinished work. A failure names an image that has no row, and
+why. The last four arrays are filled when a run ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.run import differences
-from difftap.coords import Size
+from difftap.coords import Geometry, Size
 from difftap.errors import ArtefactError, DifftapError, InputError, RecipeError, first_line
 from difftap.features.store.encoding import Basis, Encoding
-from difftap.features.store.log import Page
 from difftap.features.store.place import Place
+from difftap.prompts.choose import SLOT
 
-__all__ = ["SCHEMA", "Provenance", "TapArray", "load_bases", "pages", "read_provenance", "tap_arrays"]
+__all__ = [
+    "SCHEMA",
+    "Failure",
+    "Page",
+    "Provenance",
+    "StoredRow",
+    "TapArray",
+    "load_bases",
+    "pages",
+    "read_provenance",
+    "tap_arrays",
+]
+
+# ---- the journal
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One image of the store.
+
+    Attributes:
+        row: its place along the arrays' first axis.
+        key: its name: relative path, list entry, tar member or row id.
+        digest: of its pixels, `difftap.images.Image.digest`.
+        image: ``(W, H)`` as decoded.
+        content: the part of the network's input that it fills, `difftap.coords.Geometry.content`.
+        sha256: of what is stored, array by array.
+        fidelity: measured on this image, array by array; empty for most.
+    """
+
+    row: int
+    key: str
+    digest: str
+    image: Size
+    content: tuple[float, float, float, float]
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    fidelity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def geometry(self, size: Size) -> Geometry:
+        """How the image was laid on the input of ``size``."""
+        return Geometry(self.image, size, self.content)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be used, and why."""
+
+    key: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the journal says of one shard."""
+
+    rows: tuple[StoredRow, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.failures)
+
+    def text(self) -> str:
+        """JSON lines."""
+        return "".join(_line(record) for record in (*map(_row, self.rows), *map(_failure, self.failures)))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Page:
+        """Read `text` back.
+
+        Raises:
+            ArtefactError: it is damaged; ``where`` names it.
+        """
+        rows, failures = [], []
+        try:
+            for line in text.splitlines():
+                data = json.loads(line)
+                if "error" in data:
+                    failures.append(Failure(data["key"], data["error"]))
+                    continue
+                data["image"], data["content"] = tuple(data["image"]), tuple(data["content"])
+                rows.append(StoredRow(**data))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{where} is damaged ({error}); 'difftap store verify' says what is left") from error
+        return cls(tuple(rows), tuple(failures))
+
+
+def _row(row: StoredRow) -> dict[str, Any]:
+    data = {name: value for name, value in vars(row).items() if value or name == "row"}
+    return data | {"image": list(row.image), "content": list(row.content)}
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    return {"key": failure.key, "error": failure.error}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def keys_of(pages: Iterable[Page]) -> tuple[dict[str, int], dict[str, str]]:
+    """StoredRow by key, and the reason by key of what failed and has no row."""
+    rows: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    for page in pages:
+        rows.update((row.key, row.row) for row in page.rows)
+        failed.update((failure.key, failure.error) for failure in page.failures)
+    return rows, {key: error for key, error in failed.items() if key not in rows}
+
+
+# ---- the provenance and the arrays
 
 SCHEMA = "difftap.store/1"
 _PAGES = 32  # read at a time: of small maps, with 256 rows a page, some 3 MB of text
-_SLOT = "{category}"  # `difftap.prompts.choose.SLOT`, which lies above this room
 CONDITIONS = ("name", "device", "precision")
 """Of the backend: what must not change within a store, beside recipe, model and encoding."""
 
@@ -106,7 +217,7 @@ def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
     That is what a store holds under such a prompt, and what is looked for in it.
     """
     branches = [
-        {**branch, "prompt": "" if _SLOT in branch["prompt"] else branch["prompt"]} if "prompt" in branch else branch
+        {**branch, "prompt": "" if SLOT in branch["prompt"] else branch["prompt"]} if "prompt" in branch else branch
         for branch in features.get("branches", ())
     ]
     return {**features, "branches": branches}

@@ -11,7 +11,7 @@ from pathlib import Path
 import zarr  # noqa: F401 - so that the children need not
 
 from difftap.bench.fakeengine import FakePipeline, made_source
-from difftap.features.extract import Settings, extract_to_store
+from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import Encoding, FeatureStore
 
 ENGINE = 0.0005
@@ -36,7 +36,7 @@ class Noting(FakePipeline):
 def child(folder, count):
     """One run; every count of safe records is reported at once."""
     reported = os.open(folder / "reported", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    settings = Settings(Encoding("int8"), every=0.02, shard=SHARD)
+    settings = ExtractSettings(Encoding("int8"), every=0.02, shard=SHARD)
     pipeline = Noting(folder / "made")
     extract_to_store(
         pipeline, made_source(count), folder / "s.zarr", settings,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from difftap.bench.fakeengine import FakePipeline, made_source
-from difftap.features.extract import Settings
+from difftap.features.extract import ExtractSettings
 from difftap.features.extract.cluster import Cluster, extract_on_cluster
 from difftap.pipeline.pipeline import Runtime
 
@@ -65,7 +65,7 @@ def main(folder):
     thread.start()
     pipeline = FakePipeline(recipe=None)
     run = extract_on_cluster(
-        pipeline.recipe, Runtime(), made_source(COUNT), folder / "s.zarr", Settings(shard=8, every=0.2),
+        pipeline.recipe, Runtime(), made_source(COUNT), folder / "s.zarr", ExtractSettings(shard=8, every=0.2),
         Cluster(workers=2, stall=60), opener=functools.partial(FakePipeline, 0.02), progress=progress,
     )  # fmt: skip
     print(json.dumps({"written": run.written, "failed": run.failed, "killed": len(killed), "safe": done[0]}))

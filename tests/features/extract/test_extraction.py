@@ -19,7 +19,7 @@ import difftap
 from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.cli import cli
 from difftap.errors import BackendError, ImageError, InputError, NonFiniteError, OutputError
-from difftap.features.extract import Extractor, Settings, extract_to_store, stream
+from difftap.features.extract import Extractor, ExtractSettings, extract_to_store, stream
 from difftap.features.sources import open_source
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store import place as places
@@ -58,9 +58,9 @@ def test_the_stream_and_the_store_give_the_pipelines_features_bit_for_bit(mini, 
         want = list(pipeline.features([load_image(photos / item.key) for item in source]))
         got = [outcome.features for outcome in stream(pipeline, source)]
         assert all(map(same, got, want))
-        run = extract_to_store(pipeline, source, tmp_path / "s.zarr", Settings(Encoding("float32"), shard=3))
+        run = extract_to_store(pipeline, source, tmp_path / "s.zarr", ExtractSettings(Encoding("float32"), shard=3))
         assert (run.written, run.failed, run.skipped) == (7, 0, 0)
-        again = extract_to_store(pipeline, source, tmp_path / "s.zarr", Settings(Encoding("float32")))
+        again = extract_to_store(pipeline, source, tmp_path / "s.zarr", ExtractSettings(Encoding("float32")))
         assert (again.written, again.skipped) == (0, 7)
         [first, *_] = Extractor(pipeline, source, size=4)
         assert first.keys == tuple(item.key for item in source.items[:4])
@@ -110,7 +110,7 @@ def test_failures_are_recorded_told_and_tried_again_only_when_asked(photos, tmp_
         assert "not a picture" in run.reasons[0]
     PIL.fromarray(picture(9)).save(photos / "3b.png")
     assert extract_to_store(FakePipeline(), open_source(photos), path).failed == 1
-    run = extract_to_store(FakePipeline(), open_source(photos), path, Settings(retry=True))
+    run = extract_to_store(FakePipeline(), open_source(photos), path, ExtractSettings(retry=True))
     assert (run.written, run.failed) == (1, 0)
     assert not FeatureStore.open(path).failures
 
@@ -118,7 +118,7 @@ def test_failures_are_recorded_told_and_tried_again_only_when_asked(photos, tmp_
 def test_strict_stops_and_keeps_what_came_before(photos, tmp_path):
     (photos / "3b.png").write_text("no picture")
     with pytest.raises(ImageError, match="not a picture"):
-        extract_to_store(FakePipeline(), open_source(photos), tmp_path / "s.zarr", Settings(strict=True))
+        extract_to_store(FakePipeline(), open_source(photos), tmp_path / "s.zarr", ExtractSettings(strict=True))
     assert FeatureStore.open(tmp_path / "s.zarr").keys() == ["0.png", "1.png", "2.png", "3.png"]
 
 
@@ -150,18 +150,20 @@ def test_a_full_disk_leaves_what_was_safe(tmp_path, monkeypatch, after):
     safe = []
     monkeypatch.setattr(places, "put", fill)
     with pytest.raises(OutputError, match=r"cannot write '.*s.zarr': the disk is full"):
-        extract_to_store(FakePipeline(), made_source(40), tmp_path / "s.zarr", Settings(shard=4), progress=safe.append)
+        extract_to_store(
+            FakePipeline(), made_source(40), tmp_path / "s.zarr", ExtractSettings(shard=4), progress=safe.append
+        )
     monkeypatch.setattr(places, "put", put)
     if (tmp_path / "s.zarr" / "zarr.json").exists():
         assert len(FeatureStore.open(tmp_path / "s.zarr")) >= sum(safe)
-    assert extract_to_store(FakePipeline(), made_source(40), tmp_path / "s.zarr", Settings(shard=4)).failed == 0
+    assert extract_to_store(FakePipeline(), made_source(40), tmp_path / "s.zarr", ExtractSettings(shard=4)).failed == 0
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert len(store) == 40
     assert list(verify(store)) == []
 
 
 def test_pca_is_fitted_on_the_first_images_and_the_loss_is_stored(tmp_path, photos):
-    settings = Settings(Encoding("int8", pca=3), sample=5, shard=2)
+    settings = ExtractSettings(Encoding("int8", pca=3), sample=5, shard=2)
     extract_to_store(FakePipeline(), open_source(photos), tmp_path / "s.zarr", settings)
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert store.taps[0].values.shape == (7, 3, 8, 8)
@@ -171,12 +173,12 @@ def test_pca_is_fitted_on_the_first_images_and_the_loss_is_stored(tmp_path, phot
     assert fidelity["maps"] == 4
     assert 0 < fidelity["error"] < 1
     with pytest.raises(difftap.DifftapError, match="99 components"):
-        extract_to_store(FakePipeline(), open_source(photos), tmp_path / "t.zarr", Settings(Encoding(pca=99)))
+        extract_to_store(FakePipeline(), open_source(photos), tmp_path / "t.zarr", ExtractSettings(Encoding(pca=99)))
 
 
 def test_a_basis_is_used_though_the_first_run_had_failures_only(tmp_path, photos):
     (photos / "-.png").write_text("no picture")
-    settings = Settings(Encoding("int8", pca=3), sample=5, shard=2, strict=True)
+    settings = ExtractSettings(Encoding("int8", pca=3), sample=5, shard=2, strict=True)
     with pytest.raises(ImageError):
         extract_to_store(FakePipeline(), open_source(photos), tmp_path / "s.zarr", settings)
     run = extract_to_store(FakePipeline(), open_source(photos), tmp_path / "s.zarr", settings)
@@ -202,7 +204,7 @@ def test_engines_go_on_while_a_shard_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline.stages, "tap", tap)
     monkeypatch.setattr(StoreWriter, "commit", slow)
-    extract_to_store(pipeline, made_source(32), tmp_path / "s.zarr", Settings(shard=8))
+    extract_to_store(pipeline, made_source(32), tmp_path / "s.zarr", ExtractSettings(shard=8))
     assert len(FeatureStore.open(tmp_path / "s.zarr")) == 32
 
 
@@ -231,7 +233,9 @@ def test_nothing_is_kept_of_an_image_that_is_safe(tmp_path):
     gc.freeze()  # what other tests left is not walked through again at every commit
     tracemalloc.start()
     try:
-        extract_to_store(FakePipeline(shape=(4, 3, 3)), source, tmp_path / "s.zarr", Settings(shard=16), progress=note)
+        extract_to_store(
+            FakePipeline(shape=(4, 3, 3)), source, tmp_path / "s.zarr", ExtractSettings(shard=16), progress=note
+        )
     finally:
         tracemalloc.stop()
         gc.unfreeze()
@@ -259,14 +263,14 @@ def test_a_map_that_cannot_be_stored_is_its_images_failure(tmp_path, monkeypatch
 
     large.count = 0
     monkeypatch.setattr(pipeline.engines[1], "_run", large)
-    done = extract_to_store(pipeline, source, tmp_path / "s.zarr", Settings(shard=4))
+    done = extract_to_store(pipeline, source, tmp_path / "s.zarr", ExtractSettings(shard=4))
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert (done.written, done.failed, len(store)) == (8, 1, 8)
     assert "float16 holds up to" in done.reasons[0]
     assert list(store.failures) == [source.items[3].key]
     large.count = 0
     with pytest.raises(InputError, match="float16 holds up to"):
-        extract_to_store(pipeline, source, tmp_path / "t.zarr", Settings(shard=4, strict=True))
+        extract_to_store(pipeline, source, tmp_path / "t.zarr", ExtractSettings(shard=4, strict=True))
     assert len(FeatureStore.open(tmp_path / "t.zarr")) == 3
 
 
@@ -285,7 +289,7 @@ def test_options_that_would_do_nothing_are_refused(photos, tmp_path, options, wo
 
 def test_too_many_components_leave_no_store(tmp_path):
     with pytest.raises(InputError, match=r"pca is 9999; tap 'up1' has .* channels; allowed: 1 to"):
-        extract_to_store(FakePipeline(), made_source(3), tmp_path / "s.zarr", Settings(Encoding(pca=9999)))
+        extract_to_store(FakePipeline(), made_source(3), tmp_path / "s.zarr", ExtractSettings(Encoding(pca=9999)))
     assert not (tmp_path / "s.zarr").exists()
 
 
@@ -293,7 +297,7 @@ def test_too_many_components_leave_no_store(tmp_path):
 def test_no_thread_is_left_when_writing_fails(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(StoreWriter, "put", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        extract_to_store(FakePipeline(0.001, shape), made_source(40), tmp_path / "s.zarr", Settings(shard=4))
+        extract_to_store(FakePipeline(0.001, shape), made_source(40), tmp_path / "s.zarr", ExtractSettings(shard=4))
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith(("encode", "unet", "vae", "decode"))]
 

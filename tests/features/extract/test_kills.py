@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from difftap.bench.fakeengine import FakePipeline, made_source
-from difftap.features.extract import Settings, extract_to_store
+from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store.care import verify
 from tests.features.extract.cases import SHARD
@@ -31,7 +31,10 @@ def test_many_random_kills(tmp_path):
     assert told["keys"] == [item.key for item in made_source(COUNT)]
     assert list(verify(FeatureStore.open(tmp_path / "s.zarr"))) == []
     extract_to_store(
-        FakePipeline(0, (4, 3, 3)), made_source(COUNT), tmp_path / "whole.zarr", Settings(Encoding("int8"), shard=SHARD)
+        FakePipeline(0, (4, 3, 3)),
+        made_source(COUNT),
+        tmp_path / "whole.zarr",
+        ExtractSettings(Encoding("int8"), shard=SHARD),
     )
     first, second = (FeatureStore.open(tmp_path / name) for name in ("s.zarr", "whole.zarr"))
     assert [(row.key, row.sha256) for row in first.rows] == [(row.key, row.sha256) for row in second.rows]

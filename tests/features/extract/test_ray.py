@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from difftap.bench.fakeengine import FakePipeline, made_source
-from difftap.features.extract import Settings, extract_to_store
+from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import FeatureStore
 from difftap.features.store.care import verify
 from tests.features.extract.ray_case import COUNT
@@ -28,6 +28,6 @@ def test_a_worker_killed_during_the_run(tmp_path):
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert sorted(store.keys()) == [item.key for item in made_source(COUNT)]
     assert list(verify(store)) == []
-    extract_to_store(FakePipeline(), made_source(COUNT), tmp_path / "whole.zarr", Settings(shard=8))
+    extract_to_store(FakePipeline(), made_source(COUNT), tmp_path / "whole.zarr", ExtractSettings(shard=8))
     whole = FeatureStore.open(tmp_path / "whole.zarr")
     assert {row.key: row.sha256 for row in store.rows} == {row.key: row.sha256 for row in whole.rows}

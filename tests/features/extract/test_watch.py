@@ -5,7 +5,7 @@ import queue
 import pytest
 
 from difftap.errors import BackendError, ImageError
-from difftap.features.extract.watch import watched
+from difftap.features.extract.cluster import watched
 
 STALL = 5.0
 

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image as PIL
 
 from difftap.bench.fakeengine import FakePipeline
-from difftap.features.extract import Settings
+from difftap.features.extract import ExtractSettings
 from difftap.features.extract.cluster import _Task, _Worker
 from difftap.features.extract.stream import stream
 from difftap.features.sources import open_source
 from difftap.features.store import Encoding, FeatureStore, open_writer
 from difftap.features.store.care import verify
-from difftap.features.store.image import shapes_of
+from difftap.features.store.encoding import shapes_of
 from tests.conftest import picture
 
 
@@ -54,7 +54,7 @@ def driver(tmp_path, monkeypatch):
 
 def work(folder, source, beats, every=30.0):
     worker = _Worker(
-        functools.partial(FakePipeline, 0.0), str(folder / "s.zarr"), Settings(every=every), str(folder), beats
+        functools.partial(FakePipeline, 0.0), str(folder / "s.zarr"), ExtractSettings(every=every), str(folder), beats
     )
     [done] = worker({"task": [pickle.dumps(_Task(0, tuple(source)))]})["done"]
     return pickle.loads(done)

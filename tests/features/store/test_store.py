@@ -12,9 +12,8 @@ from click.testing import CliRunner
 from difftap.cli import cli
 from difftap.errors import ArtefactError, DifftapError, InputError, OutputError, RecipeError
 from difftap.features.store import Encoding, FeatureStore, check_writable, open_writer
-from difftap.features.store.encoding import Moments
-from difftap.features.store.image import shapes_of, store_image
-from difftap.features.store.shard import Shard
+from difftap.features.store.encoding import Moments, shapes_of, store_image
+from difftap.features.store.writer import Shard
 from difftap.recipe import Branch
 from tests.features.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
 
