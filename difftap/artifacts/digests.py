@@ -34,7 +34,7 @@ class DigestMemo:
             return {}
 
     def digest(self, path: Path) -> str:
-        """SHA-256 of a file, hexadecimal."""
+        """Give a file's SHA-256, 64 hexadecimal digits; large files are read once, until they change."""
         stat = path.stat()
         if stat.st_size <= SMALL:
             return file_digest(path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from difftap.errors import OutputError
 
-__all__ = ["atomic_path", "no_folder", "only_writer", "output_errors", "write_atomic"]
+__all__ = ["atomic_path", "no_folder", "only_writer", "output_errors", "remove", "sweep", "write_atomic"]
 
 
 @contextlib.contextmanager
@@ -41,9 +43,20 @@ def output_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write '{path}': {hint}") from error
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; do nothing where nothing stands."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a scratch path beside ``path``; on success it replaces ``path`` in one step, on failure it is removed.
+    """Yield a scratch path beside ``path``; on success it takes the place of ``path``, on failure it is removed.
+
+    A file is replaced in one step. What is written may also be a folder: an old one is then removed first, so folders
+    need a manifest, or a reader that waits.
 
     Raises:
         OutputError: it cannot be written or moved into place.
@@ -52,13 +65,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with output_errors(path):
             yield scratch
-            if os.name != "nt":  # Windows syncs only what is open for writing
+            if scratch.is_dir():
+                remove(path)  # no system moves a folder over a full one
+            elif os.name != "nt":  # Windows syncs only what is open for writing
                 with open(scratch, "rb") as handle:
                     os.fsync(handle.fileno())
             os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):
-            scratch.unlink()
+            remove(scratch)
+
+
+def sweep(path: Path) -> None:
+    """Remove the scratch paths of `atomic_path` that killed processes left; only where nobody else can be writing."""
+    left = re.compile(rf"\.{re.escape(path.name)}(\.\d+\.[0-9a-f]{{8}})?\.part")  # without numbers: version 0.1.0's
+    for scratch in list(path.parent.iterdir()):
+        if left.fullmatch(scratch.name):
+            remove(scratch)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -1,14 +1,14 @@
 """Manifests: an artefact is trusted only if its manifest says so.
 
-Every cached artefact (an exported graph, an engine) has a JSON manifest beside it that holds what it was made from and
-the SHA-256 of each of its files. The manifest is written last.
+Every cached artefact (an exported graph, an engine, a prompt's embedding) has a JSON manifest beside it. The manifest
+holds what the artefact was made from and the SHA-256 of each of its files, and is written last.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _CHUNK = 1 << 22
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Hash a file with SHA-256; gives 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(_CHUNK):
@@ -49,7 +49,7 @@ class Manifest:
     """What an artefact is, what it was made from, and what its files must look like.
 
     Attributes:
-        kind: ``graph``, ``weights``, ``engine`` or ``prompt``.
+        kind: ``graph``, ``weights``, ``engine``, ``prompt``, ``checkpoint`` or ``index``.
         made_from: every condition that decides the artefact's bytes or numbers.
         files: path relative to the manifest's folder -> record.
         report: what was measured when it was made (fidelity), for people; not part of its identity.
@@ -82,13 +82,13 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(f"manifest '{path}' cannot be read ({error}); it is damaged") from error
 
-    def check(self, folder: Path, expected: Mapping[str, Any], digest: Any = file_digest) -> None:
+    def check(self, folder: Path, expected: Mapping[str, Any], digest: Callable[[Path], str] = file_digest) -> None:
         """Make sure that the artefact is the expected one and that its files are whole.
 
         Args:
             folder: where the files lie.
             expected: conditions that ``made_from`` must hold, name by name.
-            digest: function from path to SHA-256, to let large files be remembered.
+            digest: gives a file's SHA-256; `DigestMemo.digest` spares reading large files again.
 
         Raises:
             ArtefactError: a condition differs (stale or foreign), or a file is missing, cut short or changed.

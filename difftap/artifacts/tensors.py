@@ -25,7 +25,7 @@ class TensorLocation:
 
 
 def locate_tensors(files: Sequence[Path]) -> dict[str, TensorLocation]:
-    """Read the headers of safetensors files: tensor name -> location.
+    """Read the headers of safetensors files; give each tensor's location by its name.
 
     Raises:
         ModelError: a header is damaged.

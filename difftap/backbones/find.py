@@ -19,11 +19,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from difftap.artifacts.files import output_errors
+from difftap.artifacts.cache import Cache, Making
+from difftap.artifacts.manifest import Manifest
+from difftap.artifacts.tensors import locate_tensors
 from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, pocket_folder
 from difftap.coords import Size
-from difftap.engine.cache import Cache
-from difftap.errors import ModelError, first_line, require
+from difftap.errors import ArtefactError, ModelError, first_line, require
 
 __all__ = ["PRESETS", "open_model"]
 
@@ -130,32 +131,33 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def _build_random(name: str, seed: int, cache: Cache) -> Path:
-    """Write a full-size checkpoint with seeded random weights, once."""
+    """Give a full-size checkpoint with seeded random weights, built once."""
     folder = cache.folder / "checkpoints" / f"{name}-random-{seed}"
-    with cache.lock(folder.parent, folder.name):
-        if folder.is_dir():
-            return folder
+    config = _preset(name)
+    text = json.dumps(config, sort_keys=True)
+    identity = {"preset": name, "seed": seed, "config": hashlib.sha256(text.encode()).hexdigest()}
+
+    def make(scratch: Path) -> Making:
         torch = require("torch", "export", "building random weights")
         diffusers = require("diffusers", "export", "building random weights")
-        config = _preset(name)
         kept = getattr(torch, config.get("random_dtype", "float32"))  # the larger ones as their makers publish them
         _LOG.info("building %s at full size with random weights: %s GB in '%s'", name, _SIZES[name], folder)
-        scratch = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            with output_errors(folder):
-                for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
-                    with torch.random.fork_rng(devices=[]):
-                        torch.manual_seed(seed)
-                        network = kind.from_config(config[part]).to(kept)
-                        network.save_pretrained(scratch / part, max_shard_size="64GB")
-                (scratch / "scheduler").mkdir()
-                (scratch / "scheduler" / "scheduler_config.json").write_text(json.dumps(config["scheduler"], indent=1))
-                (scratch / "model_index.json").write_text(json.dumps({RANDOM_MARK: seed}, indent=1))
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+        for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = kind.from_config(config[part]).to(kept)
+                network.save_pretrained(scratch / part, max_shard_size="64GB")
+        (scratch / "scheduler").mkdir()
+        (scratch / "scheduler" / "scheduler_config.json").write_text(json.dumps(config["scheduler"], indent=1))
+        (scratch / "model_index.json").write_text(json.dumps({RANDOM_MARK: seed}, indent=1))
+        return Making()
+
+    return cache.get_or_make("checkpoint", folder, identity, make, manifest=_manifest(folder), adopt=True)
+
+
+def _manifest(folder: Path) -> Path:
+    """Name a built checkpoint's manifest: beside its folder, whose name may hold dots."""
+    return folder.with_name(f"{folder.name}.json")
 
 
 def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
@@ -164,8 +166,6 @@ def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
     Raises:
         ModelError: the file is missing, or its tensors are not those of the base model's UNet.
     """
-    from difftap.artifacts.tensors import locate_tensors
-
     if not file.is_file():
         raise ModelError(f"no UNet weights at '{file}'; give a safetensors file after the +")
     wanted = {name: place.shape for name, place in locate_tensors(base.weight_files("unet")).items()}
@@ -177,23 +177,23 @@ def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
             f"(got {got.get(odd[0], 'none')}, wanted {wanted.get(odd[0], 'none')}); "
             "allowed: diffusers' names and shapes"
         )
-    key = hashlib.sha256(f"{cache.memo.digest(file)} {base.folder.resolve()}".encode()).hexdigest()[:16]
+    digest, home = cache.memo.digest(file), base.folder.resolve()
+    key = hashlib.sha256(f"{digest} {home}".encode()).hexdigest()[:16]
     folder = cache.folder / "checkpoints" / f"{file.stem}-{key}"
-    with cache.lock(folder.parent, folder.name):
-        if folder.is_dir() and all(path.exists() for path in folder.rglob("*")):  # no link leads nowhere
-            return folder
-        scratch = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            with output_errors(folder):
-                (scratch / "unet").mkdir(parents=True)
-                for part in base.folder.iterdir():
-                    if part.name != "unet":
-                        (scratch / part.name).symlink_to(part.resolve())
-                shutil.copyfile(base.folder / "unet" / "config.json", scratch / "unet" / "config.json")
-                (scratch / "unet" / "diffusion_pytorch_model.safetensors").symlink_to(file.resolve())
-                shutil.rmtree(folder, ignore_errors=True)
-                scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+
+    def make(scratch: Path) -> Making:
+        (scratch / "unet").mkdir(parents=True)
+        for part in base.folder.iterdir():
+            if part.name.split(".")[0] != "unet":  # nor graphs of the base's UNet, which it may have brought
+                (scratch / part.name).symlink_to(part.resolve())
+        shutil.copyfile(base.folder / "unet" / "config.json", scratch / "unet" / "config.json")
+        (scratch / "unet" / "diffusion_pytorch_model.safetensors").symlink_to(file.resolve())
+        return Making()
+
+    def check(_: Manifest) -> None:
+        lost = [path for path in folder.rglob("*") if not path.exists()]
+        if lost:
+            raise ArtefactError(f"'{lost[0]}' is a link that leads nowhere")
+
+    identity = {"unet": digest, "base": str(home)}
+    return cache.get_or_make("checkpoint", folder, identity, make, manifest=_manifest(folder), check=check, adopt=True)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.find import open_model
-from difftap.engine import Cache, Engine, Profile, choose_device, default_cache_folder, get_backend
+from difftap.engine import Cache, Engine, Profile, choose_device, default_cache_folder, get_backend, model_key
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.export.parity import TensorParity
@@ -160,7 +160,7 @@ def run_curve(
         tuple(_points(errors)),
         tuple(image.path for image in images),
         {
-            "model": {"name": model.name, "key": cache.model_key(model)},
+            "model": {"name": model.name, "key": model_key(cache, model)},
             "backend": {"name": backend.name, "version": backend.version(), "device": device, "threads": threads},
             "precision": runtime.precision,
             "taps": list(branch.taps),

@@ -7,7 +7,7 @@ from typing import Any
 
 from difftap.backbones.find import open_model
 from difftap.bench.flops import count_graph
-from difftap.engine import Cache, Profile, default_cache_folder
+from difftap.engine import Cache, Profile, default_cache_folder, model_key
 from difftap.errors import ArtefactError, MissingExtraError
 from difftap.export.graphs import ensure_graph
 from difftap.pipeline.pipeline import check_fits, embed_prompts
@@ -32,7 +32,7 @@ def survey(
     graph = ensure_graph(cache, model, "vae")
     about: dict[str, Any] = {
         "model": model.name,
-        "key": cache.model_key(model),
+        "key": model_key(cache, model),
         "weights": sum(p.stat().st_size for part in ("unet", "vae") for p in model.weight_files(part)),
         "vae": None,
         "unet": None,

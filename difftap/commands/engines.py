@@ -123,7 +123,7 @@ def list_(cache: Path | None) -> None:
     click.echo(f"{len(found)} graphs and engines in {store.folder}")
     for one in found:
         if isinstance(one, Artefact):
-            click.echo(f"{one.manifest.kind:<7}{one.size / 1e6:>9.1f} MB  {one.path.parent.name}/{one.path.name}")
+            click.echo(f"{one.manifest.kind:<10}{one.size / 1e6:>9.1f} MB  {one.path.parent.name}/{one.path.name}")
         else:
             click.echo(f"BROKEN  {one}")
 

@@ -1,7 +1,7 @@
 """The runtime: backends behind one interface, the artefact cache, noise, and the streaming extractor."""
 
+from difftap.artifacts.cache import Cache, default_cache_folder
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
-from difftap.engine.cache import Cache, default_cache_folder
 from difftap.engine.featurizer import (
     BranchEngine,
     Encoded,
@@ -11,6 +11,7 @@ from difftap.engine.featurizer import (
     latent_scales,
     members_per_run,
 )
+from difftap.engine.graphfiles import model_key
 from difftap.engine.latents import Latents
 from difftap.engine.registry import BACKENDS, check_precision, choose_device, get_backend
 
@@ -34,4 +35,5 @@ __all__ = [
     "get_backend",
     "latent_scales",
     "members_per_run",
+    "model_key",
 ]

@@ -6,24 +6,22 @@ holds its weights), the model's text encoder and a DINOv2 network (in the cache,
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import atomic_path
-from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.artifacts.cache import Cache, Making
 from difftap.artifacts.tensors import TensorLocation
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.backend import Graph, Profile, TensorSpec
-from difftap.engine.cache import GRAPH_VERSION, Cache
+from difftap.engine.graphfiles import GRAPH_VERSION, model_folder
 from difftap.engine.registry import get_backend
 from difftap.errors import ArtefactError, BackendError, ModelError, first_line, require
 from difftap.export.graphs import MAX_RELATIVE
@@ -45,8 +43,6 @@ __all__ = [
     "text_graph",
     "weights_of",
 ]
-
-_LOG = logging.getLogger("difftap")
 
 
 @dataclass(frozen=True)
@@ -77,25 +73,24 @@ class PartGraph(Graph):
         return self.gives
 
 
-def _export(
+def _write(
     graph: PartGraph,
     module: torch.nn.Module,
     weights: Mapping[str, TensorLocation],
-    path: Path,
+    scratch: Path,
     files: Sequence[Path],
-    made_from: Mapping[str, Any],
-) -> PartGraph:
-    """Trace a module to ``path``, hold it against torch on seeded inputs, and write its manifest last.
+) -> Making:
+    """Trace a module to a scratch file beside its weights, and compare it with torch on seeded inputs.
 
     Raises:
-        BackendError: it differs from torch by more than `MAX_RELATIVE`; nothing is left behind.
+        BackendError: it differs from torch by more than `MAX_RELATIVE`.
     """
     torch = require("torch", "export", f"exporting the {graph.component}")
     for name in ("onnx", "onnxscript"):
         require(name, "export", f"exporting the {graph.component}")
     from difftap.export.trace import trace
 
-    proto = trace(graph, module, weights, path.parent)
+    proto = trace(graph, module, weights, scratch.parent)
     rng = np.random.default_rng(0)
     feeds = {
         spec.name: rng.standard_normal([2 if axis == "B" else int(axis) for axis in spec.shape]).astype(np.float32)
@@ -104,60 +99,20 @@ def _export(
     (output,) = graph.outputs
     with torch.inference_mode():
         wanted = module(*(torch.from_numpy(feeds[spec.name]) for spec in graph.inputs)).numpy()
-    with atomic_path(path) as scratch:
-        scratch.write_bytes(proto.SerializeToString(deterministic=True))
-        trial = _at(graph, scratch)
-        with get_backend("ort").open(trial, Profile((8, 8), batch=2), "cpu", None) as engine:
-            got = engine.run(feeds)[output.name]
-        parity = TensorParity.of(np.moveaxis(got, -1, 1), np.moveaxis(wanted, -1, 1))
-        if parity.relative > MAX_RELATIVE:
-            raise BackendError(
-                f"the exported {graph.component} differs from torch by a relative error of {parity.relative:.2e}; "
-                f"allowed: {MAX_RELATIVE:.0e}"
-            )
-    records = {one.relative_to(path.parent).as_posix(): FileRecord.of(one) for one in (path, *files)}
-    Manifest("graph", made_from, records, {"parity": {output.name: parity.to_dict()}}).save(path.with_suffix(".json"))
-    return _at(graph, path)
-
-
-def _at(graph: PartGraph, path: Path) -> PartGraph:
-    return PartGraph(graph.model, graph.component, path=path, takes=graph.takes, gives=graph.gives)
-
-
-def _known(graph: PartGraph, path: Path, made_from: Mapping[str, Any], cache: Cache | None) -> PartGraph | None:
-    """The graph at a path if it is there and can be trusted.
-
-    Raises:
-        ArtefactError: it is there and cannot.
-    """
-    manifest = path.with_suffix(".json")
-    if not manifest.is_file():
-        return None
-    checks = (path.parent, made_from, cache.memo.digest) if cache else (path.parent, made_from)
-    Manifest.load(manifest).check(*checks)
-    return _at(graph, path)
-
-
-def _ensure(
-    graph: PartGraph, path: Path, made_from: Mapping[str, Any], cache: Cache, export: Callable[[], PartGraph]
-) -> PartGraph:
-    """A trusted graph: the one that is there, else a new export."""
-    try:
-        known = _known(graph, path, made_from, cache)
-        if known is not None:
-            return known
-    except ArtefactError as error:
-        _LOG.warning("%s; exporting it again", error)
-    with cache.lock(path.parent, path.stem):
-        with contextlib.suppress(ArtefactError):
-            known = _known(graph, path, made_from, cache)
-            if known is not None:
-                return known
-        return export()
+    scratch.write_bytes(proto.SerializeToString(deterministic=True))
+    with get_backend("ort").open(replace(graph, path=scratch), Profile((8, 8), batch=2), "cpu", None) as engine:
+        got = engine.run(feeds)[output.name]
+    parity = TensorParity.of(np.moveaxis(got, -1, 1), np.moveaxis(wanted, -1, 1))
+    if parity.relative > MAX_RELATIVE:
+        raise BackendError(
+            f"the exported {graph.component} differs from torch by a relative error of {parity.relative:.2e}; "
+            f"allowed: {MAX_RELATIVE:.0e}"
+        )
+    return Making(files, report={"parity": {output.name: parity.to_dict()}})
 
 
 def weights_of(folder: Path, cache: Cache) -> tuple[tuple[Path, ...], str]:
-    """A transformers folder's safetensors files, and a hash over them and its configuration.
+    """List a transformers folder's safetensors files, and hash them together with its configuration.
 
     Raises:
         ModelError: there are none, or there is no configuration.
@@ -175,7 +130,7 @@ def weights_of(folder: Path, cache: Cache) -> tuple[tuple[Path, ...], str]:
 
 
 def _plain_names(located: Mapping[str, TensorLocation], *prefixes: str) -> dict[str, TensorLocation]:
-    """Tensors under the names their module has for them."""
+    """Give tensors the names that their module has for them."""
     found = {}
     for name, place in located.items():
         for prefix in prefixes:
@@ -185,7 +140,7 @@ def _plain_names(located: Mapping[str, TensorLocation], *prefixes: str) -> dict[
 
 
 def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> PartGraph:
-    """The text encoder of a model as a graph: a sequence of vectors ``(B, L, W)`` to ``(B, L, D)``.
+    """Export the text encoder of a model: a graph from a sequence of vectors ``(B, L, W)`` to ``(B, L, D)``.
 
     Raises:
         MissingExtraError: it has to be exported, and torch or transformers is not installed.
@@ -197,25 +152,25 @@ def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> Part
         model, "text", takes=(TensorSpec("sequence", "float32", shape),), gives=(TensorSpec("hidden", "float32", out),)
     )
     files, digest = weights_of(model.folder / "text_encoder", cache)
-    folder = cache.model_folder(model)
-    made_from = {"graph_version": GRAPH_VERSION, "component": "text", "weights": digest, "length": length}
+    path = model_folder(cache, model) / f"text.{length}.onnx"
+    identity = {"graph_version": GRAPH_VERSION, "component": "text", "weights": digest, "length": length}
 
-    def export() -> PartGraph:
+    def make(scratch: Path) -> Making:
         torch = require("torch", "export", f"exporting the text encoder of model '{model.name}'")
         transformers = require("transformers", "export", f"exporting the text encoder of model '{model.name}'")
         from difftap.artifacts.tensors import locate_tensors
         from difftap.engine.torch_prompts import TextEncoder
 
         text = _loaded(transformers.CLIPTextModel, model.folder / "text_encoder", torch)
-        placed = cache.place_files(files, folder / "text_encoder")
+        placed = cache.place_files(files, scratch.parent / "text_encoder")
         located = _plain_names(locate_tensors(placed), "text_model.")
-        return _export(graph, TextEncoder(text), located, folder / f"text.{length}.onnx", placed, made_from)
+        return _write(graph, TextEncoder(text), located, scratch, placed)
 
-    return _ensure(graph, folder / f"text.{length}.onnx", made_from, cache, export)
+    return replace(graph, path=cache.get_or_make("graph", path, identity, make))
 
 
 def _loaded(kind: Any, folder: Path, torch: Any) -> torch.nn.Module:
-    """A transformers network, frozen, in fp32, with plain attention: a fused one cannot be traced."""
+    """Load a transformers network, frozen, in fp32, with plain attention: a fused one cannot be traced."""
     from safetensors import SafetensorError
 
     try:
@@ -229,7 +184,7 @@ def _loaded(kind: Any, folder: Path, torch: Any) -> torch.nn.Module:
 
 
 def dino_folder(name: str) -> Path:
-    """The folder of a DINOv2 network: given as such, or by a hub id.
+    """Find the folder of a DINOv2 network: given as such, or by a hub id.
 
     Raises:
         ModelError: it is neither, or cannot be had.
@@ -248,7 +203,7 @@ def dino_folder(name: str) -> Path:
 
 
 def dino_facts(name: str, cache: Cache) -> tuple[str, int, int]:
-    """A DINOv2 network's hash, its input's side for 16 x 16 patches, and its tokens' channels.
+    """Read a DINOv2 network's hash, its input's side in pixels for 16 x 16 patches, and its tokens' channels.
 
     Raises:
         ModelError: it is none, or cannot be had.
@@ -265,7 +220,7 @@ def dino_facts(name: str, cache: Cache) -> tuple[str, int, int]:
 
 
 def image_network(folder: Path) -> torch.nn.Module:
-    """A DINOv2 network as a module from images to tokens, frozen.
+    """Load a DINOv2 network as a frozen module from images to tokens.
 
     Raises:
         ModelError: it is of another kind, or cannot be loaded.
@@ -280,7 +235,7 @@ def image_network(folder: Path) -> torch.nn.Module:
 def dino_graph(
     model: Checkpoint, cache: Cache, network: str, weights: str, side: int, count: int, channels: int
 ) -> PartGraph:
-    """A DINOv2 network as a graph: images ``(B, 3, S, S)`` to tokens ``(B, N, C)``.
+    """Export a DINOv2 network: a graph from images ``(B, 3, S, S)`` to tokens ``(B, N, C)``.
 
     Raises:
         MissingExtraError: it has to be exported, and torch or transformers is not installed.
@@ -292,10 +247,10 @@ def dino_graph(
         takes=(TensorSpec("image", "float32", ("B", 3, side, side)),),
         gives=(TensorSpec("tokens", "float32", ("B", count, channels)),),
     )
-    home = cache.folder / f"dinov2-{weights[:16]}"
-    made_from = {"graph_version": GRAPH_VERSION, "component": "tokens", "weights": weights, "side": side}
+    path = cache.folder / f"dinov2-{weights[:16]}" / f"tokens.{side}.onnx"
+    identity = {"graph_version": GRAPH_VERSION, "component": "tokens", "weights": weights, "side": side}
 
-    def export() -> PartGraph:
+    def make(scratch: Path) -> Making:
         from difftap.artifacts.tensors import locate_tensors
 
         folder = dino_folder(network)
@@ -305,27 +260,38 @@ def dino_graph(
                 f"'{network}' holds other weights than the prompts were learned with ({digest[:16]}, not "
                 f"{weights[:16]}); get that network again"
             )
-        placed = cache.place_files(files, home / "weights")
+        placed = cache.place_files(files, scratch.parent / "weights")
         located = _plain_names(locate_tensors(placed), "dinov2.")
-        return _export(graph, image_network(folder), located, home / f"tokens.{side}.onnx", placed, made_from)
+        return _write(graph, image_network(folder), located, scratch, placed)
 
-    return _ensure(graph, home / f"tokens.{side}.onnx", made_from, cache, export)
+    return replace(graph, path=cache.get_or_make("graph", path, identity, make))
 
 
 def head_graph(
-    model: Checkpoint, prompt_file: Path, sha256: str, branch: int, count: int, channels: int, length: int, width: int
+    model: Checkpoint,
+    cache: Cache,
+    prompt_file: Path,
+    sha256: str,
+    branch: int,
+    count: int,
+    channels: int,
+    length: int,
+    width: int,
 ) -> PartGraph:
-    """A branch's conditional head, which lies beside the prompt file.
+    """Find a branch's conditional head, which lies beside the prompt file.
 
     Raises:
         ArtefactError: it is missing, stale, or not whole.
     """
     graph = _head(model, branch, count, channels, length, width)
     path = prompt_file.with_name(f"{graph.component}.onnx")
-    known = _known(graph, path, {"graph_version": GRAPH_VERSION, "component": graph.component, "prompts": sha256}, None)
-    if known is None:
+    if cache.find(path.with_suffix(".json"), _head_identity(graph, sha256)) is None:
         raise ArtefactError(f"'{path}' is missing; run the same 'difftap tune' again: it exports it anew")
-    return known
+    return replace(graph, path=path)
+
+
+def _head_identity(graph: PartGraph, sha256: str) -> dict[str, Any]:
+    return {"graph_version": GRAPH_VERSION, "component": graph.component, "prompts": sha256}
 
 
 def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int, width: int) -> PartGraph:
@@ -339,7 +305,7 @@ def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int
 
 
 def export_heads(
-    model: Checkpoint, prompt_file: Path, sha256: str, heads: Sequence[torch.nn.Module]
+    model: Checkpoint, cache: Cache, prompt_file: Path, sha256: str, heads: Sequence[torch.nn.Module]
 ) -> list[PartGraph]:
     """Export every branch's conditional head beside the prompt file that holds its weights."""
     from difftap.artifacts.tensors import locate_tensors
@@ -349,19 +315,19 @@ def export_heads(
     made = []
     for branch, head in enumerate(heads):
         own = {name: place for name, place in located.items() if name.startswith(f"{branch}.head.")}
+        names = _plain_names(own, f"{branch}.")  # "head.channels.weight"
         width = head.shared.shape[1]
         length = len(head.start) + len(head.shared) + len(head.positions) + len(head.end)
         graph = _head(model, branch, head.tokens.in_features, head.channels.in_features // 2, length, width)
-        made_from = {"graph_version": GRAPH_VERSION, "component": graph.component, "prompts": sha256}
-        names = _plain_names(own, f"{branch}.")  # "head.channels.weight"
-        module = HeadPart(head.cpu().eval())
         path = prompt_file.with_name(f"{graph.component}.onnx")
-        made.append(_export(graph, module, names, path, [prompt_file], made_from))
+        write = partial(_write, graph, HeadPart(head.cpu().eval()), names, files=[prompt_file])
+        cache.make("graph", path, _head_identity(graph, sha256), write)
+        made.append(replace(graph, path=path))
     return made
 
 
 def numpy_tokens(network: torch.nn.Module, device: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """A token network as a function of one image ``(3, S, S)``, giving ``(N, C)``."""
+    """Make a token network a function of one image ``(3, S, S)``, giving ``(N, C)``."""
     import torch
 
     network.to(device)

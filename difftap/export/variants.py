@@ -13,17 +13,18 @@ import logging
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import atomic_path
-from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.artifacts.cache import Cache, Making
 from difftap.artifacts.tensors import TensorLocation, locate_tensors
 from difftap.engine.backend import Graph
-from difftap.engine.cache import Cache, file_stem
+from difftap.engine.graphfiles import file_stem, graph_identity, model_folder, place_weights
 from difftap.errors import ArtefactError, require
 from difftap.export.fuse import fuse_attention
 from difftap.export.precision import narrow, to_half
@@ -37,7 +38,7 @@ _KINDS = {"fp16": "F16", "bf16": "BF16"}
 
 
 def ensure_variant(cache: Cache, graph: Graph, precision: str, attention: str = "softmax") -> Graph:
-    """A variant of a trusted float32 graph: the one in the cache, else a new one.
+    """Give a variant of a trusted float32 graph: the one in the cache, else a new one.
 
     Args:
         cache: where variants are kept; the graph itself may lie elsewhere, beside its checkpoint.
@@ -51,30 +52,21 @@ def ensure_variant(cache: Cache, graph: Graph, precision: str, attention: str = 
         MissingExtraError: onnx is not installed.
         OutputError: the cache cannot be written.
     """
-    folder = cache.model_folder(graph.model)
     name = precision if attention == "softmax" else f"{precision}-{attention}"
     variant = Graph(graph.model, graph.component, graph.taps, precision=name)
-    path = folder / f"{file_stem(variant.name)}.onnx"
-    variant = Graph(graph.model, graph.component, graph.taps, path, name)
-    manifest = path.with_suffix(".json")
-    with cache.lock(folder, path.stem):
-        try:
-            known = cache.cached_graph(graph.model, graph.component, graph.taps, name)
-            if known is not None:
-                Manifest.load(manifest).check(folder, {"half_version": HALF_VERSION}, cache.memo.digest)
-                return known
-        except ArtefactError as error:
-            _LOG.warning("%s; making it again", error)
-        _write(cache, graph, variant, path, precision, attention)
-    return variant
+    path = model_folder(cache, graph.model) / f"{file_stem(variant.name)}.onnx"
+    identity = {**graph_identity(cache, variant), "half_version": HALF_VERSION, "attention": attention}
+    cache.get_or_make("graph", path, identity, partial(_write, cache, graph, precision, attention))
+    return replace(variant, path=path)
 
 
-def _write(cache: Cache, graph: Graph, variant: Graph, path: Path, precision: str, attention: str) -> None:
+def _write(cache: Cache, graph: Graph, precision: str, attention: str, scratch: Path) -> Making:
+    """Write the variant of a graph to a scratch file in the model's folder, its weights beside it."""
     onnx = require("onnx", "export", f"making the {precision} variant of a graph")
     if graph.path is None:
         raise ArtefactError(f"{graph.name} has no file to make a variant of")
-    folder = path.parent
-    files = cache.place_weights(graph.model, graph.component, folder)
+    folder = scratch.parent
+    files = place_weights(cache, graph.model, graph.component, folder)
     proto, wanted = onnx.load(graph.path, load_external_data=False), dict[str, str]()
     report: dict[str, Any] = {}
     if attention == "fused":
@@ -88,7 +80,7 @@ def _write(cache: Cache, graph: Graph, variant: Graph, path: Path, precision: st
     if precision == "fp32" or all(place.dtype == _KINDS[precision] for place in places.values()):
         halves, used = places, files
     else:
-        half = _ensure_weights(cache, variant, files, places, precision)
+        half = _ensure_weights(cache, graph, files, places, precision)
         halves, used = locate_tensors([half]), (*files, half)
     for tensor in proto.graph.initializer:
         if tensor.name in wanted:
@@ -100,9 +92,8 @@ def _write(cache: Cache, graph: Graph, variant: Graph, path: Path, precision: st
                 ("length", place.length),
             ):
                 entries[key].value = str(value)
-    with atomic_path(path) as scratch:
-        scratch.write_bytes(proto.SerializeToString(deterministic=True))
-    cache.save_graph_manifest(variant, used, {"half_version": HALF_VERSION, "attention": attention}, report)
+    scratch.write_bytes(proto.SerializeToString(deterministic=True))
+    return Making(used, report=report)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -112,7 +103,7 @@ def _relative(path: Path, folder: Path) -> str:
 def _ensure_weights(
     cache: Cache, graph: Graph, files: tuple[Path, ...], places: Mapping[str, TensorLocation], precision: str
 ) -> Path:
-    """One component's weights in the half type, written once; trusted by a manifest of its own."""
+    """Give the file of one component's weights in the half type, written once and shared by all its variants."""
     path = files[0].parent / f"{graph.component}.{precision}.safetensors"
     manifest = path.parent.parent / f"{graph.component}.{precision}.weights.json"
     made_from = {
@@ -120,18 +111,13 @@ def _ensure_weights(
         "precision": precision,
         "weights": graph.model.weights_hash(graph.component, cache.memo),
     }
-    with cache.lock(manifest.parent, manifest.name):
-        if manifest.is_file():
-            try:
-                Manifest.load(manifest).check(manifest.parent, made_from, cache.memo.digest)
-                return path
-            except ArtefactError as error:
-                _LOG.warning("%s; writing it again", error)
+
+    def make(scratch: Path) -> Making:
         _LOG.info("writing the %s weights of model '%s' in %s", graph.component, graph.model.name, precision)
-        _write_half(path, places, precision)
-        record = FileRecord(path.stat().st_size, cache.memo.digest(path))
-        Manifest("weights", made_from, {_relative(path, manifest.parent): record}).save(manifest)
-    return path
+        _write_half(scratch, places, precision)
+        return Making()
+
+    return cache.get_or_make("weights", path, made_from, make, manifest=manifest)
 
 
 def _write_half(path: Path, places: Mapping[str, TensorLocation], precision: str) -> None:
@@ -145,14 +131,14 @@ def _write_half(path: Path, places: Mapping[str, TensorLocation], precision: str
         end += length
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as scratch, open(scratch, "wb") as out:
+    with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for place in floats.values():
             out.write(narrow(_read(place), precision).tobytes())
 
 
 def _read(place: TensorLocation) -> NDArray[np.float32]:
-    """One tensor's values in float32, flat."""
+    """Read one tensor's values as float32, flat ``(numel,)``."""
     with open(place.path, "rb") as handle:
         handle.seek(place.offset)
         raw = handle.read(place.length)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.engine import Cache, Features, Featurizer, choose_device, default_cache_folder, get_backend
+from difftap.engine import Cache, Features, Featurizer, choose_device, default_cache_folder, get_backend, model_key
 from difftap.errors import InputError
 from difftap.features.store import FeatureStore
 from difftap.images import Image
@@ -139,7 +139,7 @@ class FeatureSource(Pipeline):
         check_fits(recipe, model)
         book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
         book.check_one_map_an_image()
-        store.check(recipe, cache.model_key(model), book.conditions.get("prompts"))
+        store.check(recipe, model_key(cache, model), book.conditions.get("prompts"))
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
         threads = runtime.threads or available_cores()

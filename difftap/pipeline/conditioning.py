@@ -19,6 +19,7 @@ from difftap.engine import (
     Profile,
     choose_device,
     get_backend,
+    model_key,
 )
 from difftap.errors import ArtefactError
 from difftap.images import Image
@@ -61,7 +62,7 @@ def checked(recipe: Recipe, model: Checkpoint, cache: Cache) -> LearnedPrompts |
     if recipe.learned is None:
         return None
     learned = load_learned(recipe.learned.path)
-    learned.check(recipe.learned, recipe, model.name, cache.model_key(model))
+    learned.check(recipe.learned, recipe, model.name, model_key(cache, model))
     learned.mode(recipe.learned)
     return learned
 
@@ -81,19 +82,22 @@ def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: Opening)
     if source is None:
         raise ArtefactError(f"'{learned.path}' does not say where image tokens come from; learn it again")
     conditional = Conditional(
-        _tokens(model, recipe, cache, source, opening), _heads(model, learned, source, opening),
+        _tokens(model, recipe, cache, source, opening), _heads(model, cache, learned, source, opening),
         _text(model, cache, learned, opening),
     )  # fmt: skip
     return PromptBook(model, recipe, cache, learned, conditional)
 
 
-def _heads(model: Checkpoint, learned: LearnedPrompts, source: TokenSource, opening: Opening) -> list[Engine]:
+def _heads(
+    model: Checkpoint, cache: Cache, learned: LearnedPrompts, source: TokenSource, opening: Opening
+) -> list[Engine]:
     from difftap.export.conditional import head_graph
 
     heads = []
     for branch, embeddings in enumerate(learned.embeddings):
         length, width = embeddings.shape[1], int(learned.about["width"])
-        graph = head_graph(model, learned.path, learned.sha256, branch, source.count, source.channels, length, width)
+        shape = (source.count, source.channels, length, width)
+        graph = head_graph(model, cache, learned.path, learned.sha256, branch, *shape)
         heads.append(opening.small(graph))
     return heads
 

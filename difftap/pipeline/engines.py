@@ -28,6 +28,7 @@ from difftap.engine import (
     get_backend,
 )
 from difftap.engine.builds import built_folder, save_engine_manifest
+from difftap.engine.graphfiles import graph_identity
 from difftap.errors import ArtefactError, BackendError, InputError
 from difftap.export.parity import TensorParity
 from difftap.pipeline.fastest import AUTO, forget_choices, resolve
@@ -190,7 +191,7 @@ def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bo
         InputError: there is no such backend.
     """
     artefact.manifest.check(artefact.path.parent, {})
-    if artefact.manifest.kind in ("graph", "weights"):
+    if artefact.manifest.kind != "engine":  # what does not run has nothing to be measured
         return None
     made_from = artefact.manifest.made_from
     backend = get_backend(str(made_from.get("backend")))
@@ -231,7 +232,7 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
     backend, device = get_backend(made_from["backend"]), made_from["device"]
     maker = Maker(cache, backend, device, available_cores(), model, recipe, profile.batch, profile.precision)
     graph = maker.graph(made_from["component"], taps, profile)
-    artefact.manifest.check(artefact.path.parent, cache.graph_identity(graph) | {"precision": profile.precision})
+    artefact.manifest.check(artefact.path.parent, graph_identity(cache, graph) | {"precision": profile.precision})
     built = built_folder(artefact.path)
     files = built if built.is_dir() else None
     parity = maker.fidelity(graph, profile if files else replace(profile, ensemble=1, batch=1), files)

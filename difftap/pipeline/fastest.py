@@ -30,6 +30,7 @@ from difftap.engine import (
     choose_device,
     default_cache_folder,
     get_backend,
+    model_key,
 )
 from difftap.engine.builds import known_engine
 from difftap.errors import ArtefactError, BackendError, DifftapError, OutputError
@@ -156,7 +157,7 @@ def forget_choices(cache: Cache) -> None:
 def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) -> dict[str, Any]:
     return {
         "model": model.name,
-        "model_key": cache.model_key(model),
+        "model_key": model_key(cache, model),
         "size": list(recipe.size),
         "ensemble": recipe.ensemble,
         "branches": [
@@ -296,7 +297,7 @@ def _load(cache: Cache) -> dict[str, Choice]:
 
 def _save(cache: Cache, key: str, choice: Choice) -> None:
     try:
-        with cache.lock(cache.folder, _FILE):
+        with cache.lock(cache.folder / _FILE):
             known = {**_load(cache), key: choice}
             text = json.dumps({name: asdict(one) for name, one in known.items()}, indent=1) + "\n"
             write_atomic(cache.folder / _FILE, text)

@@ -32,6 +32,7 @@ from difftap.engine import (
     choose_device,
     default_cache_folder,
     get_backend,
+    model_key,
 )
 from difftap.engine.backend import CALIBRATED
 from difftap.errors import BackendError, RecipeError
@@ -355,7 +356,7 @@ def describe(
         "difftap": __version__,
         "recipe": recipe.to_dict(),
         "recipe_key": recipe.key(),
-        "model": {"name": model.name, "key": cache.model_key(model)},
+        "model": {"name": model.name, "key": model_key(cache, model)},
         "backend": {
             "name": backend.name,
             "version": backend.version(),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.cache import Cache
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.engine.cache import Cache
 from difftap.errors import InputError
 from difftap.prompts.encode import encode_prompt
 from difftap.prompts.learned import LearnedPrompts, remembered

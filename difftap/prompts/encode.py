@@ -19,11 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import atomic_path
-from difftap.artifacts.manifest import FileRecord, Manifest
+from difftap.artifacts.cache import Cache, Making
 from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint
-from difftap.engine.cache import Cache
-from difftap.errors import ArtefactError, ModelError, OutputError, first_line, require
+from difftap.errors import ModelError, OutputError, first_line, require
 
 __all__ = ["encode_prompt"]
 
@@ -32,7 +30,7 @@ _RANDOM_TOKENS = 77  # CLIP's sequence length
 
 
 def encode_prompt(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.float32]:
-    """The embedding of a prompt, float32 ``(T, D)``.
+    """Turn a prompt into its embedding, float32 ``(T, D)``.
 
     Raises:
         ModelError: the model holds nothing that encodes prompts.
@@ -54,7 +52,7 @@ def encode_prompt(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.fl
 
 
 def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
-    """[start], the words that the table knows, then padding: a sentence of fixed length."""
+    """Look up [start], the words that the table knows, then padding: a sentence of fixed length."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -80,7 +78,7 @@ def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
 
 
 def _random(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
-    """Seeded noise with a layer norm's unit variance, for models built with random weights."""
+    """Draw seeded noise with a layer norm's unit variance, for models built with random weights."""
     try:
         seed = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))[RANDOM_MARK]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,7 +102,7 @@ def _add_pooled(embedding: NDArray[np.float32], pooled: NDArray[np.float32]) -> 
 
 
 def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.float32]:
-    """CLIP's embedding, from the cache if this text encoder has seen this prompt."""
+    """Give CLIP's embedding, from the cache if this text encoder has seen this prompt."""
     files = []
     for encoder in ("text_encoder", "text_encoder_2") if model.pooled_width else ("text_encoder",):
         weights = sorted((model.folder / encoder).glob("*.safetensors"))
@@ -116,26 +114,23 @@ def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.floa
         # The tokenizer and the encoder's configuration decide the embedding as much as the weights do.
         parts = (encoder, encoder.replace("text_encoder", "tokenizer"))
         files += weights + sorted(p for part in parts for p in (model.folder / part).glob("*.[jt]*") if p.is_file())
-    made_from = {"files": [cache.memo.digest(path) for path in files], "prompt": prompt}
-    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
-    path = cache.folder / "prompts" / f"{key}.npy"
-    manifest = path.with_suffix(".json")
-    if manifest.is_file():
-        try:
-            Manifest.load(manifest).check(path.parent, made_from)
-            known: NDArray[np.float32] = np.load(path, allow_pickle=False)
-            return known
-        except (ArtefactError, OSError, ValueError, EOFError) as error:
-            _LOG.warning("%s; encoding the prompt again", error)
-    embedding = _clip(model, prompt)
+    identity = {"files": [cache.memo.digest(path) for path in files], "prompt": prompt}
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    encoded: list[NDArray[np.float32]] = []
+
+    def make(scratch: Path) -> Making:
+        encoded.append(_clip(model, prompt))
+        with open(scratch, "wb") as handle:
+            np.save(handle, encoded[0])
+        return Making()
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as scratch, open(scratch, "wb") as handle:
-            np.save(handle, embedding)
-        Manifest("prompt", made_from, {path.name: FileRecord.of(path)}).save(manifest)
-    except (OSError, OutputError) as error:  # only a memory: the embedding is at hand
+        path = cache.get_or_make("prompt", cache.folder / "prompts" / f"{key}.npy", identity, make)
+    except OutputError as error:  # only a memory: a cache that cannot be written costs time, not the result
         _LOG.warning("the prompt's embedding could not be kept: %s", error)
-    return embedding
+        return encoded[0] if encoded else _clip(model, prompt)
+    known: NDArray[np.float32] = encoded[0] if encoded else np.load(path, allow_pickle=False)
+    return known
 
 
 def _clip(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
@@ -155,7 +150,7 @@ def _clip(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
 
 
 def _plain(value: Any) -> NDArray[np.float32]:
-    """The one sentence's part of a torch tensor."""
+    """Take the one sentence's part of a torch tensor."""
     plain: NDArray[np.float32] = value[0].float().numpy()
     return plain
 

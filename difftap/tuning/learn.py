@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import atomic_path, only_writer, output_errors, write_atomic
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.datasets.keypoints import Sample
-from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales
+from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales, model_key
 from difftap.errors import ModelError, RecipeError, require
 from difftap.features.shelf import View
 from difftap.images import Image
@@ -349,7 +349,7 @@ class _Run:
         settings = job.settings.to_dict()
         del settings["epochs"], settings["steps"]
         return {
-            "model": job.cache.model_key(job.model),
+            "model": model_key(job.cache, job.model),
             "recipe": {**fits_of(job.recipe), "seed": job.recipe.seed, "joining": self._joining()},
             "data": dict(job.pairs.about),
             **settings,
@@ -440,7 +440,7 @@ class _Run:
         about = {
             "kind": job.settings.kind,
             "classes": list(classes),
-            "model": {"name": job.model.name, "key": job.cache.model_key(job.model)},
+            "model": {"name": job.model.name, "key": model_key(job.cache, job.model)},
             "fits": fits_of(job.recipe),
             "recipe": job.recipe.to_dict(),
             "timesteps": list(job.timesteps),
@@ -467,7 +467,7 @@ class _Run:
             from difftap.export.conditional import export_heads, text_graph
 
             heads = [learner.head for learner in learners if learner.head is not None]
-            export_heads(job.model, prompts.path, prompts.sha256, heads)
+            export_heads(job.model, job.cache, prompts.path, prompts.sha256, heads)
             if learners[0].space.encoder is not None:
                 length = branches[0]["embedding"].shape[1]
                 text_graph(job.model, job.cache, length, learners[0].space.width)

@@ -8,6 +8,7 @@ import pytest
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.bench.flops import axes_of, count_graph, count_macs
 from difftap.engine import Graph, Profile
+from difftap.engine.graphfiles import cached_graph
 from difftap.errors import ArtefactError, MissingExtraError
 from tests.conftest import MINI_TAPS
 
@@ -53,7 +54,7 @@ def test_the_graph_s_count_is_that_of_torch_s_layers(mini, mini_cache, component
 
     model = Checkpoint.load(mini)
     taps = () if component == "vae" else MINI_TAPS
-    graph = mini_cache.cached_graph(model, component, taps)
+    graph = cached_graph(mini_cache, model, component, taps)
     profile = Profile(size, ensemble=1 if component == "vae" else 3, tokens=5)
     feeds = [torch.from_numpy(array) for array in example_feeds(graph, profile).values()]
     wanted = hand_count(build(model, component, taps, stop_early=True), *feeds)

@@ -145,14 +145,14 @@ def test_tuning_refuses_bad_input(refused, photos, tmp_path):  # noqa: F811
 def _single(folder, seed):
     """A prompt file for the embedded model at 64 px, of random tokens."""
     from difftap.backbones.checkpoint import Checkpoint, pocket_folder
-    from difftap.engine import Cache
+    from difftap.engine import Cache, model_key
     from difftap.prompts.learned import fits_of, save_learned
     from difftap.recipe import load_recipe
 
     model = Checkpoint.load(pocket_folder(), "pocket")
     recipe = dataclasses.replace(load_recipe("pocket"), size=(64, 64))
     about = {
-        "kind": "single", "classes": [], "model": {"name": "pocket", "key": Cache(folder).model_key(model)},
+        "kind": "single", "classes": [], "model": {"name": "pocket", "key": model_key(Cache(folder), model)},
         "fits": fits_of(recipe), "data": {}, "settings": {}, "scores": [], "steps": 1, "image_tokens": None,
     }  # fmt: skip
     tokens = np.random.default_rng(seed).standard_normal((1, 5, model.prompt_width)).astype(np.float32)

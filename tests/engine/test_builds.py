@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import errno
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,27 +89,6 @@ def test_a_failed_build_leaves_nothing_that_looks_like_an_engine(tmp_path: Path,
     assert (_ensure(cache, model, backend) / "plan").read_bytes() == b"whole"
 
 
-def test_leftovers_of_a_killed_build_are_swept(tmp_path: Path, mini: Path) -> None:
-    cache, model, backend = Cache(tmp_path), Checkpoint.load(mini), Compiler()
-    folder = _ensure(cache, model, backend)
-    killed = folder.with_name(f".{folder.name}.1.abcd.part")
-    killed.mkdir()
-    (killed / "plan").write_bytes(b"half")
-    (folder / "plan").unlink()  # so that it is built again
-    _ensure(cache, model, backend)
-    assert not killed.exists()
-
-
-def test_two_at_once_build_one(tmp_path: Path, mini: Path) -> None:
-    cache, model, backend = Cache(tmp_path), Checkpoint.load(mini), Compiler()
-    threads = [Thread(target=_ensure, args=(cache, model, backend)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert backend.built == 1
-
-
 def _chosen(key: str) -> Any:
     return SimpleNamespace(chosen=True, key=key)
 
@@ -156,25 +131,3 @@ def test_a_build_that_fails_its_check_is_not_kept(tmp_path: Path, mini: Path) ->
     ensure_built(cache, graph, backend, PROFILE, "cpu", None, lambda folder: {"parity": {}})
     report = Manifest.load(engine_manifest_path(cache, graph, backend, PROFILE, "cpu")).report
     assert report == {"build": {"seconds": 1}, "parity": {}}
-
-
-def test_a_build_killed_half_way_is_no_engine(tmp_path: Path, mini: Path) -> None:
-    code = f"""
-import os, signal
-from pathlib import Path
-from tests.engine.test_builds import Compiler, _ensure
-from difftap.engine import Cache
-from difftap.backbones.checkpoint import Checkpoint
-
-class Killed(Compiler):
-    def build(self, graph, profile, device, folder, calibration=None):
-        (folder / "plan").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-_ensure(Cache(Path({str(tmp_path)!r})), Checkpoint.load(Path({str(mini)!r})), Killed())
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True)
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
-    assert len(list(tmp_path.rglob("plan"))) == 1 and not list(tmp_path.rglob("*.engine.json"))
-    folder = _ensure(Cache(tmp_path), Checkpoint.load(mini), Compiler())
-    assert [p.read_bytes() for p in tmp_path.rglob("plan")] == [b"whole"] and (folder / "plan").is_file()

@@ -8,6 +8,7 @@ import pytest
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import BACKENDS, Backend, Engine, Graph, Profile, choose_device, get_backend
 from difftap.engine.backend import PRECISIONS, Calibration
+from difftap.engine.graphfiles import cached_graph
 from difftap.errors import BackendError, InputError, NonFiniteError
 from difftap.export.parity import example_feeds
 from tests.conftest import MINI_TAPS
@@ -42,7 +43,7 @@ def backend(request) -> Backend:
 @pytest.fixture(scope="module")
 def graphs(mini, mini_cache) -> dict[str, Graph]:
     model = Checkpoint.load(mini)
-    found = {"vae": mini_cache.cached_graph(model, "vae"), "unet": mini_cache.cached_graph(model, "unet", MINI_TAPS)}
+    found = {"vae": cached_graph(mini_cache, model, "vae"), "unet": cached_graph(mini_cache, model, "unet", MINI_TAPS)}
     assert all(found.values())
     return found
 

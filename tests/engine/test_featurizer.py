@@ -9,6 +9,7 @@ from PIL import Image as PIL
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import BranchEngine, Featurizer, Profile, get_backend, members_per_run
+from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.images import Image
@@ -69,8 +70,8 @@ def test_an_engine_batch_of_several_images_agrees(recipe, mini, mini_cache, alon
     """As on a GPU: all images in one run; the kernels may differ in the last bits."""
     model, ort = Checkpoint.load(mini), get_backend("ort")
     prompt = encode_prompt(model, "a cat", mini_cache)
-    vae = ort.open(mini_cache.cached_graph(model, "vae"), Profile(SIZE, batch=4), "cpu", 1)
-    unet = ort.open(mini_cache.cached_graph(model, "unet", MINI_TAPS), Profile(SIZE, 3, len(prompt), 4), "cpu", 1)
+    vae = ort.open(cached_graph(mini_cache, model, "vae"), Profile(SIZE, batch=4), "cpu", 1)
+    unet = ort.open(cached_graph(mini_cache, model, "unet", MINI_TAPS), Profile(SIZE, 3, len(prompt), 4), "cpu", 1)
     with vae, unet:
         got = list(Featurizer(model, recipe, vae, [BranchEngine(recipe.branches[0], unet, prompt)], 4)(IMAGES))
     assert [features.digest for features in got] == [image.digest for image in IMAGES]

@@ -103,9 +103,10 @@ def test_a_killed_build_leaves_nothing_and_two_at_once_make_one(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from difftap.engine import Cache, Profile, get_backend\nfrom difftap.engine.builds import ensure_built\n"
+        "from difftap.engine.graphfiles import shipped_graph\n"
         "from difftap.backbones.checkpoint import Checkpoint, pocket_folder\n"
         "cache, model = Cache(Path(sys.argv[1])), Checkpoint.load(pocket_folder(), 'pocket')\n"
-        "graph = cache.shipped_graph(model, 'vae')\n"
+        "graph = shipped_graph(cache, model, 'vae')\n"
         "print(ensure_built(cache, graph, get_backend('tensorrt-rtx'), Profile((256, 256)), 'cuda'))\n"
     )
 

@@ -16,6 +16,7 @@ from difftap.engine.backend import DeviceArray
 from difftap.engine.backends.tensorrt import TensorRTBackend
 from difftap.engine.backends.tensorrt_rtx import TensorRTRTXBackend
 from difftap.engine.builds import ensure_built
+from difftap.engine.graphfiles import cached_graph
 from difftap.engine.trt.gpu import Gpu
 from difftap.errors import BackendError, NonFiniteError
 from difftap.export.parity import example_feeds
@@ -58,7 +59,7 @@ def stand_in(name, monkeypatch):
 @pytest.fixture(scope="module")
 def graphs(mini, mini_cache) -> dict[str, Graph]:
     model = Checkpoint.load(mini)
-    return {"vae": mini_cache.cached_graph(model, "vae"), "unet": mini_cache.cached_graph(model, "unet", MINI_TAPS)}
+    return {"vae": cached_graph(mini_cache, model, "vae"), "unet": cached_graph(mini_cache, model, "unet", MINI_TAPS)}
 
 
 def built(backend, graph, tmp_path, profile=PROFILE, device="cuda"):

@@ -9,6 +9,7 @@ import pytest
 
 from difftap.artifacts.manifest import Manifest
 from difftap.engine import Cache, Graph, Profile, get_backend
+from difftap.engine.graphfiles import shipped_graph
 from difftap.export.fuse import fuse_attention
 from difftap.export.parity import TensorParity, example_feeds
 from difftap.export.variants import ensure_variant
@@ -19,7 +20,7 @@ PROFILE = Profile((96, 64), ensemble=2, tokens=3, batch=2)
 
 @pytest.fixture(scope="module")
 def unet(pocket, tmp_path_factory) -> Graph:
-    graph = Cache(tmp_path_factory.mktemp("none")).shipped_graph(pocket, "unet", ("down2.attn0",))
+    graph = shipped_graph(Cache(tmp_path_factory.mktemp("none")), pocket, "unet", ("down2.attn0",))
     assert graph is not None
     return graph
 

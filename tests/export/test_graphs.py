@@ -10,6 +10,7 @@ import difftap.export.trace as tracing
 from difftap.artifacts.tensors import locate_tensors
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Graph, Profile, get_backend
+from difftap.engine.graphfiles import cached_graph
 from difftap.errors import BackendError, ModelError
 from difftap.export import export_graph
 from difftap.export.parity import TensorParity, example_feeds
@@ -23,12 +24,12 @@ onnx = pytest.importorskip("onnx")
 
 @pytest.fixture(scope="module")
 def vae(mini, mini_cache) -> Graph:
-    return mini_cache.cached_graph(Checkpoint.load(mini), "vae")
+    return cached_graph(mini_cache, Checkpoint.load(mini), "vae")
 
 
 @pytest.fixture(scope="module")
 def up1(mini, mini_cache) -> Graph:
-    return mini_cache.cached_graph(Checkpoint.load(mini), "unet", MINI_TAPS)
+    return cached_graph(mini_cache, Checkpoint.load(mini), "unet", MINI_TAPS)
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +241,14 @@ def test_a_wrong_graph_is_refused_and_nothing_is_left(vae, tmp_path, monkeypatch
         export_graph(cache, vae.model, "vae")
     left = [path.name for path in cache.folder.rglob("*") if path.is_file()]
     assert left == ["diffusion_pytorch_model.safetensors"]
-    assert cache.cached_graph(vae.model, "vae") is None
+    assert cached_graph(cache, vae.model, "vae") is None
 
 
 def test_an_honest_graph_passes_the_same_way(vae, tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "trace", lambda *_: load(vae))
     cache = Cache(tmp_path / "new")
     graph, _ = export_graph(cache, vae.model, "vae")
-    assert cache.cached_graph(vae.model, "vae") == graph
+    assert cached_graph(cache, vae.model, "vae") == graph
 
 
 def test_damaged_safetensors_headers_are_model_errors(mini, tmp_path):

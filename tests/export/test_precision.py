@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from difftap.artifacts.tensors import locate_tensors
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Graph, Profile, get_backend
+from difftap.engine.graphfiles import cached_graph, model_folder, place_weights, shipped_graph
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.export.parity import TensorParity, example_feeds
 from difftap.export.precision import ATTENTIONS, HALVES, narrow, to_half
@@ -37,7 +38,7 @@ def outputs(graph: Graph):
 
 @pytest.fixture(params=["vae", "unet"])
 def exported(request, mini, mini_cache) -> Graph:
-    graph = mini_cache.cached_graph(Checkpoint.load(mini), request.param, MINI_TAPS if request.param == "unet" else ())
+    graph = cached_graph(mini_cache, Checkpoint.load(mini), request.param, MINI_TAPS if request.param == "unet" else ())
     assert graph is not None
     return graph
 
@@ -109,9 +110,9 @@ def _has(model, name: str) -> bool:
 
 def test_variants_share_one_narrower_copy_of_the_weights(mini, mini_cache, tmp_path, caplog):
     cache, model = Cache(tmp_path), Checkpoint.load(mini)
-    graph = mini_cache.cached_graph(model, "unet", MINI_TAPS)
+    graph = cached_graph(mini_cache, model, "unet", MINI_TAPS)
     variant = ensure_variant(cache, graph, "fp16")
-    home = cache.model_folder(model)
+    home = model_folder(cache, model)
     half = home / "unet" / "unet.fp16.safetensors"
     full = home / "unet" / "diffusion_pytorch_model.safetensors"
     assert 0.4 < half.stat().st_size / full.stat().st_size < 0.6
@@ -131,9 +132,9 @@ def test_variants_share_one_narrower_copy_of_the_weights(mini, mini_cache, tmp_p
 
 def test_a_checkpoint_in_the_half_type_is_not_copied(pocket, tmp_path):
     cache = Cache(tmp_path)
-    graph = cache.shipped_graph(pocket, "vae")
+    graph = shipped_graph(cache, pocket, "vae")
     variant = ensure_variant(cache, graph, "fp16")
-    assert [p.name for p in (cache.model_folder(pocket) / "vae").glob("*.safetensors")] == [
+    assert [p.name for p in (model_folder(cache, pocket) / "vae").glob("*.safetensors")] == [
         "diffusion_pytorch_model.safetensors"
     ]
     for name, want in outputs(graph).items():
@@ -158,14 +159,14 @@ def _scaled(source: Path, folder: Path, factors: dict[str, float]) -> Checkpoint
 
 def _with_weights(graph: Graph, model: Checkpoint, cache: Cache) -> Graph:
     """The same graph over another checkpoint's weights: their places in the file are the same."""
-    home = cache.model_folder(model)
-    cache.place_weights(model, graph.component, home)
+    home = model_folder(cache, model)
+    place_weights(cache, model, graph.component, home)
     shutil.copyfile(graph.path, home / graph.path.name)
     return replace(graph, model=model, path=home / graph.path.name)
 
 
 def test_what_overflows_is_refused(mini, mini_cache, tmp_path):
-    graph = mini_cache.cached_graph(Checkpoint.load(mini), "unet", MINI_TAPS)
+    graph = cached_graph(mini_cache, Checkpoint.load(mini), "unet", MINI_TAPS)
     cache = Cache(tmp_path / "cache")
     # A normalisation follows the first convolution, so float32 does not mind how large its weights are.
     huge = _with_weights(graph, _scaled(mini, tmp_path / "huge", {"conv_in.weight": 1e6}), cache)
@@ -228,7 +229,7 @@ def test_a_full_disk_leaves_nothing_that_looks_like_a_variant(exported, tmp_path
         ensure_variant(cache, exported, "fp16")
     found = [p for p in tmp_path.rglob("*") if p.is_file() and "fp16" in p.name and not p.name.endswith(".lock")]
     assert not found
-    assert cache.cached_graph(exported.model, exported.component, exported.taps, "fp16") is None
+    assert cached_graph(cache, exported.model, exported.component, exported.taps, "fp16") is None
 
 
 def test_a_variants_manifest_says_what_it_is(exported, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from difftap.backbones.checkpoint import Checkpoint
+from difftap.engine.graphfiles import model_key
 from difftap.errors import InputError, OutputError, RecipeError
 from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.provider import FeatureSource
@@ -80,7 +81,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
 
     def learn(value):
         model = Checkpoint.load(Path(recipe.model))
-        key = mini_cache.model_key(model)
+        key = model_key(mini_cache, model)
         shape = embed_prompts(recipe, model, mini_cache)[0].shape
         said = dict.fromkeys(("data", "settings", "scores", "steps"))
         about = {

@@ -242,7 +242,7 @@ def _study(
 ) -> Study:
     """The study that the options ask for."""
     from difftap.backbones.find import open_model
-    from difftap.engine import Cache, default_cache_folder
+    from difftap.engine import Cache, default_cache_folder, model_key
     from difftap.pipeline.fastest import resolve
     from difftap.pipeline.pipeline import Pipeline as Opened
     from difftap.pipeline.pipeline import check_fits
@@ -272,7 +272,7 @@ def _study(
     return Study(
         recipe,
         model,
-        cache.model_key(model),
+        model_key(cache, model),
         runtime.backend,
         runtime.precision,
         opener,

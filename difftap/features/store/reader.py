@@ -106,7 +106,7 @@ class FeatureStore:
         Args:
             recipe: its matcher, and how it joins branches, have no say. Learned prompts in it are pinned to their
                 file, as those of `difftap.Pipeline.recipe` are.
-            model_key: of the model, `difftap.engine.Cache.model_key`.
+            model_key: of the model, `difftap.engine.model_key`.
             prompts: kind, mode and hash of the recipe's learned prompts, `difftap.prompts.PromptBook.conditions`.
 
         Raises:
