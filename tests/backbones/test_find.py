@@ -1,15 +1,18 @@
 """From a model's name to a folder: presets, folders, hub ids, random weights."""
 
 import json
+import logging
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import difftap.backbones.find as checkpoints
 from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.engine import Cache
+from difftap.engine.graphfiles import shipped_graph
 from difftap.errors import MissingExtraError, ModelError
 from difftap.export import open_model
 from tests.tiny import MINI_UNET, MINI_VAE, TINY_SCHEDULE, write_tiny
@@ -179,3 +182,27 @@ def test_weights_that_do_not_fit_the_base_are_refused(cache, mini, tmp_path):
         open_model(f"{mini}+{tmp_path / 'damaged.safetensors'}", cache)
     with pytest.raises(ModelError, match=r"does not fit the UNet of .*: \d+ tensors differ, such as"):
         open_model(f"{mini}+{mini / 'vae' / 'diffusion_pytorch_model.safetensors'}", cache)
+
+
+def test_graphs_that_the_base_brought_are_linked_but_for_the_unets(cache, tmp_path):
+    """Those are of other weights, and would be refused as damaged."""
+    weights = pocket_folder() / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    file = tmp_path / "other.safetensors"
+    save_file({name: value + 1 for name, value in tensors.items()}, file)
+    model = open_model(f"pocket+{file}", cache)
+    assert shipped_graph(cache, model, "vae") is not None
+    assert shipped_graph(cache, model, "unet", ("up1",)) is None
+
+
+def test_a_base_that_lost_a_part_is_linked_anew(cache, mini, tmp_path, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(mini, base)
+    (base / "tokenizer").mkdir()
+    file = mini / "unet" / "diffusion_pytorch_model.safetensors"
+    folder = open_model(f"{base}+{file}", cache).folder
+    (base / "tokenizer").rmdir()
+    with caplog.at_level(logging.WARNING, "difftap"):
+        assert open_model(f"{base}+{file}", cache).folder == folder
+    assert "tokenizer' is a link that leads nowhere; making it again" in caplog.text
+    assert not (folder / "tokenizer").is_symlink()
