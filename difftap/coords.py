@@ -3,6 +3,7 @@
 A point is ``(x, y)`` in pixels of its image, and integer coordinates are pixel *centres*: the centre of the top-left
 pixel is ``(0, 0)`` and the image covers ``[-0.5, W - 0.5] x [-0.5, H - 0.5]``. Cells of a feature map are counted the
 same way. Scaling therefore is ``(k + 0.5) * scale - 0.5``, the rule of ``align_corners=False``.
+SD4Match's rule, ``align_corners=True``, is `CornerGeometry`.
 
 Axis letters: N points; W H image pixels; w h cells.
 """
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from difftap.errors import InputError
 
-__all__ = ["Geometry", "Size", "rescale"]
+__all__ = ["CornerGeometry", "Geometry", "Size", "rescale"]
 
 Size = tuple[int, int]
 """``(width, height)``, in pixels or cells."""
@@ -95,3 +96,24 @@ class Geometry:
         xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
         inside = (xy >= -0.5) & (xy <= np.array(self.image, np.float64) - 0.5)
         return np.asarray(inside.all(axis=1), np.bool_)
+
+
+@dataclass(frozen=True)
+class CornerGeometry(Geometry):
+    """The same image under SD4Match's aligned corners; only for an image that was stretched to the input.
+
+    ``x_f = x (w - 1) / (W - 1)`` takes pixels of the input to cells, so that corners fall on corners.
+    """
+
+    def _scale(self, grid: Size) -> NDArray[np.float64]:
+        stretched = np.array(self.input, np.float64) / np.array(self.image, np.float64)
+        return stretched * (np.array(grid, np.float64) - 1) / (np.array(self.input, np.float64) - 1)
+
+    def to_cells(self, points: ArrayLike, grid: Size) -> NDArray[np.float64]:
+        """Image pixels ``(N, 2)`` to cells; what lies beyond the outermost cells is moved onto them."""
+        xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
+        return np.clip(xy * self._scale(grid), 0.0, np.array(grid, np.float64) - 1)
+
+    def to_pixels(self, cells: ArrayLike, grid: Size) -> NDArray[np.float64]:
+        """Cells ``(N, 2)`` to image pixels: the inverse of `to_cells` inside the map."""
+        return np.reshape(np.asarray(cells, np.float64), (-1, 2)) / self._scale(grid)

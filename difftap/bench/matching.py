@@ -33,7 +33,7 @@ from difftap.coords import Size
 from difftap.errors import InputError
 from difftap.featuremap import FeatureMap
 from difftap.machine import available_cores, cpu
-from difftap.matching import DenseTarget, heat_map, match_points
+from difftap.matching import Joining, match_points
 from difftap.recipe import Matcher
 
 __all__ = ["SCHEMA", "Case", "MatchingBench", "Timing", "format_table", "run", "to_json"]
@@ -169,10 +169,11 @@ def _ways(
     source: FeatureMap, target: FeatureMap, points: NDArray[np.int64], matcher: Matcher
 ) -> dict[str, Callable[[], object]]:
     """The fast ways, as calls."""
-    ready = DenseTarget(target, matcher.interpolation)
+    joining = Joining(matcher)
+    ready = joining.ready([target])
     return {
         "difftap": lambda: match_points(source, target, points, matcher, confidence=False),
-        "difftap-prepared": lambda: match_points(source, ready, points, matcher, confidence=False),
+        "difftap-prepared": lambda: joining.ready([source]).match(ready, points, confidence=False),
         "difftap-confidence": lambda: match_points(source, target, points, matcher),
     }
 
@@ -210,11 +211,12 @@ def _largest_gap(
     interpolation: str,
 ) -> float:
     """By how much the slow way's pixel scores below ours, at most, where the two differ."""
-    ready = DenseTarget(target, interpolation)
+    joining = Joining(Matcher("dense", interpolation))
+    first, second = joining.ready([source]), joining.ready([target])
     gaps = [0.0]
     for point, (x, y), (x2, y2) in zip(points, slow.astype(int), ours.astype(int), strict=True):
         if (x, y) != (x2, y2):
-            heat = heat_map(source, ready, point, Matcher("dense", interpolation))
+            heat = first.heat(second, point)
             gaps.append(float(heat[y2, x2] - heat[y, x]))
     return max(gaps)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from difftap.bench.pck import Tally, aggregate, box_side, draws, extent, intervals, rival, within
 from difftap.bench.predictions import Prediction, Predictions
 from difftap.bench.protocols import AGGREGATES, Protocol, alpha_key
-from difftap.matching.isotonic import CONFIDENCES, RECALLS, auc, expected_error, precision_at_recall, reliability
+from difftap.matching.confidence import CONFIDENCES, RECALLS, auc, expected_error, precision_at_recall, reliability
 
 __all__ = ["CURVE", "SCHEMA", "Measured", "Settings", "measure", "reason_against", "score"]
 

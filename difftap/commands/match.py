@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from difftap.matching import Joining, Matches, Ready
-    from difftap.matching.records import Threshold
+    from difftap.matching.matches import Threshold
     from difftap.pipeline.pipeline import Pipeline, Runtime
     from difftap.recipe import Recipe
 
@@ -109,7 +109,7 @@ def match(
     difftap match cat1.jpg cat2.jpg --mutual --min-margin 0.05
     difftap match --pairs pairs.csv -o matches.jsonl
     """
-    from difftap.matching.records import Threshold
+    from difftap.matching.matches import Threshold
 
     ways = {"--point": point_texts, "--points": points_file, "--grid": grid is not None, "--mutual": mutual}
     chosen = [name for name, given in ways.items() if given]
@@ -228,7 +228,7 @@ def _one(
 ) -> None:
     """Match two images: JSON to stdout, and a picture."""
     from difftap.images import load_image
-    from difftap.matching.records import SCHEMA, image_record, match_records
+    from difftap.matching.matches import SCHEMA, image_record, match_records
     from difftap.pages.draw import check_output, draw_matches, save_picture
 
     # What is wrong with the input is said before anything slow starts.

@@ -24,7 +24,7 @@ from difftap.featuremap import FeatureMap
 from difftap.features.shelf import Made, MapShelf
 from difftap.images import Image, load_image
 from difftap.matching import Joining, Matches, Ready
-from difftap.matching.records import SCHEMA, Threshold, match_records
+from difftap.matching.matches import SCHEMA, Threshold, match_records
 from difftap.pipeline.pipeline import Pipeline
 from difftap.points import parse_point
 from difftap.prompts import Subject

@@ -10,15 +10,13 @@
 [[30.0, 20.0]]
 """
 
-from difftap.matching.combine import combine
-from difftap.matching.dense import DenseTarget
+from difftap.matching.descriptors import combine
 from difftap.matching.grid import kernel_softargmax, nearest_cell, softargmax, window_softargmax
-from difftap.matching.joining import Joining, Ready
+from difftap.matching.joining import Joining, Ready, heat_map, match_points, mutual_matches
+from difftap.matching.matches import Matches
 from difftap.matching.mutual import mutual_nearest, nearest
-from difftap.matching.points import Matches, heat_map, match_points, mutual_matches
 
 __all__ = [
-    "DenseTarget",
     "Joining",
     "Matches",
     "Ready",

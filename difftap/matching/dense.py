@@ -20,18 +20,18 @@ the outermost cells' centres repeat the border's and so tie; of those the ones n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.featuremap import FeatureMap
 from difftap.matching.confidence import RADIUS_CELLS
-from difftap.matching.halves import sum_in_halves
-from difftap.matching.interpolate import SMALL, Run, axis_runs, pixel_cells, unit
+from difftap.matching.descriptors import Descriptors, mean_cosine
+from difftap.matching.interpolate import SMALL, AxisRun, axis_runs, pixel_cells
 from difftap.matching.norms import inverse_norms
 
-__all__ = ["TIE", "DenseTarget", "Peaks", "project"]
+__all__ = ["TIE", "DenseTarget", "Peaks"]
 
 TIE = 1e-9
 """Cosines this close are equal: far above float64 rounding, far below what float32 features can tell apart."""
@@ -57,76 +57,105 @@ class Peaks:
 
 
 class DenseTarget:
-    """A target made ready for dense matching; share one among all calls against the same map.
+    """A target made ready for dense matching; share one among all calls against the same image.
 
-    Building it costs one pass over the map per Gram offset; memory is one float64 image of the target's size.
+    Building it costs one pass over the maps per Gram offset; memory is a float64 image of the target's size for each.
+
+    Args:
+        descriptors: the target's: one, or several whose cosines are multiplied.
+        interpolation: ``bilinear`` or ``bicubic``.
 
     Attributes:
-        features: the target's map.
-        interpolation: ``bilinear`` or ``bicubic``.
-        inverse_norm: ``(H, W)``, one over the length of the interpolated vector at each pixel; 0 where it vanishes.
+        inverse_norms: for each, ``(H, W)``: one over the length of the interpolated vector at each pixel; 0 where it
+            vanishes.
     """
 
-    def __init__(self, features: FeatureMap, interpolation: str = "bilinear") -> None:
-        self.features = features
-        self.interpolation = interpolation
-        width, height = features.grid
-        self._columns, self._rows = pixel_cells(features.geometry, features.grid)  # (W,), (H,)
+    def __init__(self, descriptors: Sequence[Descriptors], interpolation: str = "bilinear") -> None:
+        self._descriptors = tuple(descriptors)
+        geometry, (width, height) = descriptors[0].geometry, descriptors[0].grid
+        self._columns, self._rows = pixel_cells(geometry, (width, height))  # (W,), (H,)
         # Runs are cut so that the norms' products, the largest made of them, stay `SMALL`.
-        pairs = 4 if interpolation == "bilinear" else 16
+        reach, pairs = (1, 4) if interpolation == "bilinear" else (3, 16)  # a pixel reads cells up to this far apart
         across_longest = max(1, SMALL // (2 * pairs * height * 4))
         down_longest = max(1, SMALL // (pairs * len(self._columns)))
         self._across = axis_runs(self._columns, width, interpolation, across_longest)
         self._down = axis_runs(self._rows, height, interpolation, down_longest)
-        self.inverse_norm = inverse_norms(features.data, self._down, self._across, interpolation)  # (H, W)
+
+        def norms(one: Descriptors) -> NDArray[np.float64]:
+            def read(y: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[np.float64]:
+                return one.between(np.stack([self._columns[x], self._rows[y]], axis=1), interpolation)
+
+            return inverse_norms(one.grams(reach), self._down, self._across, read)
+
+        self.inverse_norms = [norms(one) for one in descriptors]
         self._tiles = _tiles(self._down, max(1, _TILE_PIXELS // len(self._columns)))
 
-    def heat(self, descriptor: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Cosine ``(H, W)`` of one descriptor ``(C,)`` with every pixel of the target."""
-        scores = np.empty(self.inverse_norm.shape)
-        self._score(self._stretch(unit(descriptor)[None])[0], scores)
+    @property
+    def nbytes(self) -> int:
+        """Memory of the norms, in bytes."""
+        return sum(norm.nbytes for norm in self.inverse_norms)
+
+    def heat(self, queries: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Score ``(H, W)`` of one query with every pixel of the target, from its unit vector ``(1, C)`` under each."""
+        scores = np.empty(self.inverse_norms[0].shape)
+        self._score([one[0] for one in self._stretch(queries)], scores)
         return np.clip(scores, -1.0, 1.0, out=scores)
 
-    def find(self, descriptors: NDArray[np.floating], margin: bool = True) -> Peaks:
-        """The best pixel for each descriptor ``(N, C)``; the tie rule is in the module's docstring."""
-        count = len(descriptors)
-        height, width = self.inverse_norm.shape
+    def find(self, queries: Sequence[NDArray[np.float64]], margin: bool = True) -> Peaks:
+        """Find the best pixel for each query; the tie rule is in the module's docstring.
+
+        Args:
+            queries: unit vectors ``(N, C)`` under each of the target's descriptors.
+            margin: also compute margins.
+        """
+        count = len(queries[0])
+        height, width = self.inverse_norms[0].shape
         found = Peaks(np.zeros((count, 2)), np.zeros(count), np.full(count, np.nan))
         scores = np.empty((height, width))
-        per_point = self.features.grid[1] * max(width, self.features.grid[0]) * 8
-        block = max(1, _BLOCK_BYTES // per_point)
+        across, down = self._descriptors[0].grid
+        block = max(1, _BLOCK_BYTES // (down * max(width, across) * 8))
         for start in range(0, count, block):
-            stretched = self._stretch(unit(descriptors[start : start + block]))  # (n, h, W)
-            for n, rows in enumerate(stretched, start):
-                found.pixels[n], found.score[n], found.margin[n] = self._peak(rows, scores, margin)
+            stretched = self._stretch([one[start : start + block] for one in queries])  # (n, h, W) each
+            for n in range(len(stretched[0])):
+                best = self._score([one[n] for one in stretched], scores)
+                k = start + n
+                found.pixels[k], found.score[k], found.margin[k] = self._peak(scores, best, margin)
         np.clip(found.score, -1.0, 1.0, out=found.score)
         np.clip(found.margin, 0.0, 2.0, out=found.margin)  # a tied place may be ahead by rounding
         return found
 
-    def _stretch(self, queries: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Dot products of unit queries ``(n, C)`` with the map, interpolated along rows only: ``(n, h, W)``."""
-        products = project(queries, self.features.data)  # (n, h, w)
-        rows = products.reshape(-1, products.shape[2])
-        stretched = np.empty((len(rows), len(self._columns)))
-        for run in self._across:
-            np.matmul(rows[:, run.low : run.high], run.weights.T, out=stretched[:, run.start : run.stop])
-        return stretched.reshape(*products.shape[:2], -1)
+    def _stretch(self, queries: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+        """Products of unit queries ``(n, C)`` with the cells, interpolated along rows only: ``(n, h, W)`` each."""
+        found = []
+        for query, one in zip(queries, self._descriptors, strict=True):
+            products = one.products(query)  # (n, h, w)
+            rows = products.reshape(-1, products.shape[2])
+            stretched = np.empty((len(rows), len(self._columns)))
+            for run in self._across:
+                np.matmul(rows[:, run.low : run.high], run.weights.T, out=stretched[:, run.start : run.stop])
+            found.append(stretched.reshape(*products.shape[:2], -1))
+        return found
 
-    def _score(self, stretched: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _score(self, stretched: Sequence[NDArray[np.float64]], scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """Fill ``scores`` ``(H, W)`` from products stretched to ``(h, W)``; returns the best of each tile."""
         best = np.empty(len(self._tiles))
         for k, (tile, runs) in enumerate(self._tiles):
-            for run in runs:
-                np.matmul(run.weights, stretched[run.low : run.high], out=scores[run.start : run.stop])
-            np.multiply(scores[tile], self.inverse_norm[tile], out=scores[tile])
-            best[k] = scores[tile].max()
+            here = scores[tile]
+            cosines = [here, *(np.empty_like(here) for _ in stretched[1:])]
+            for rows, norm, cosine in zip(stretched, self.inverse_norms, cosines, strict=True):
+                for run in runs:
+                    out = cosine[run.start - tile.start : run.stop - tile.start]
+                    np.matmul(run.weights, rows[run.low : run.high], out=out)
+                np.multiply(cosine, norm[tile], out=cosine)
+            if len(cosines) > 1:
+                here[...] = mean_cosine(cosines, self._descriptors)
+            best[k] = here.max()
         return best
 
     def _peak(
-        self, stretched: NDArray[np.float64], scores: NDArray[np.float64], margin: bool
+        self, scores: NDArray[np.float64], best: NDArray[np.float64], margin: bool
     ) -> tuple[tuple[int, int], float, float]:
-        """Best pixel, its score and its margin, from products already stretched to ``(h, W)``; fills ``scores``."""
-        best = self._score(stretched, scores)
+        """Best pixel, its score and its margin, from ``scores`` ``(H, W)`` and the best of each tile."""
         tied = best.max() - TIE
         first = self._tiles[int(np.argmax(best >= tied))][0]
         y, x = divmod(int(np.argmax(scores[first] >= tied)), scores.shape[1])
@@ -149,9 +178,9 @@ class DenseTarget:
         return second if second > -np.inf else np.nan
 
 
-def _tiles(runs: list[Run], rows: int) -> list[tuple[slice, list[Run]]]:
+def _tiles(runs: list[AxisRun], rows: int) -> list[tuple[slice, list[AxisRun]]]:
     """Runs gathered into tiles of about ``rows`` pixel rows, each with the rows it covers."""
-    tiles: list[tuple[slice, list[Run]]] = []
+    tiles: list[tuple[slice, list[AxisRun]]] = []
     for run in runs:
         if tiles and run.stop - tiles[-1][0].start <= rows:
             tile, members = tiles.pop()
@@ -159,28 +188,3 @@ def _tiles(runs: list[Run], rows: int) -> list[tuple[slice, list[Run]]]:
         else:
             tiles.append((slice(run.start, run.stop), [run]))
     return tiles
-
-
-def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Dot products of queries ``(N, C)`` with every cell of a map ``(C, h, w)``, as ``(N, h, w)`` float64."""
-    channels, height, width = data.shape
-    size = height * width
-    cells = data.reshape(channels, size)
-
-    def over(some: range) -> NDArray[np.float64]:
-        products = np.zeros((len(queries), size))
-        for first in range(0, len(queries), 64):
-            here = slice(first, first + 64)
-            count = len(queries[here])
-            block, step = SMALL // (count * size), size  # few queries: whole rows of products, a few channels at a time
-            if block < 8:
-                block = 64
-                step = max(1, SMALL // (count * block))
-            for start in some[::block]:  # in blocks, so that no float64 copy of the whole map is made
-                stop = min(start + block, some.stop)
-                part = cells[start:stop].astype(np.float64)
-                for low in range(0, size, step):
-                    products[here, low : low + step] += queries[here, start:stop] @ part[:, low : low + step]
-        return products
-
-    return sum_in_halves(channels, over).reshape(len(queries), height, width)

@@ -1,25 +1,24 @@
 """Matchers that choose among the target's cells: nearest neighbour and the soft-argmax family.
 
 All take cosines ``(N, h, w)`` with ``-inf`` at cells that do not count (letterbox padding) and return fractional cells
-``(N, 2)`` as ``(x, y)``. `GridTarget` brings them to pixels by the geometry's half-pixel rule. SD4Match scales with
-aligned corners instead, ``x_f = x (w - 1) / (W - 1)``; that belongs to its protocol, and a benchmark that follows it
-converts its own coordinates.
+``(N, 2)`` as ``(x, y)``. The image's geometry brings them to pixels, by the half-pixel rule or by SD4Match's
+aligned corners.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
-from difftap.errors import InputError
-from difftap.featuremap import FeatureMap
 from difftap.matching.confidence import cell_margins
-from difftap.matching.dense import TIE, Peaks, project
-from difftap.matching.interpolate import axis_taps, sample, unit
+from difftap.matching.dense import TIE
+from difftap.matching.descriptors import Descriptors, mean_cosine
+from difftap.matching.interpolate import axis_taps
 from difftap.recipe import Matcher
 
 __all__ = [
@@ -153,57 +152,64 @@ def _from_best(similarity: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDAr
 class GridTarget:
     """A target made ready for the matchers that work on cells.
 
-    Attributes:
-        features: the target's map.
+    Args:
+        descriptors: the target's: one, or several whose cosines are multiplied.
         matcher: any but ``dense``.
+
+    Attributes:
+        descriptors: as given.
         cells: ``(h, w)``, true where a cell shows some of the image; only these can be found.
     """
 
-    def __init__(self, features: FeatureMap, matcher: Matcher) -> None:
-        self.features = features
-        self.matcher = matcher
-        self.cells = content_cells(features.geometry, features.grid)
-        lengths = np.sqrt(np.einsum("cyx,cyx->yx", features.data, features.data, dtype=np.float64))
-        if not np.isfinite(lengths).all():
-            raise InputError("the feature map holds NaN or infinity; features must be finite, so extract them again")
-        self._inverse = 1.0 / np.where(lengths > 0, lengths, np.inf)  # a zero cell's cosine is 0
+    def __init__(self, descriptors: Sequence[Descriptors], matcher: Matcher) -> None:
+        self.descriptors = tuple(descriptors)
+        self._matcher = matcher
+        self.cells = content_cells(descriptors[0].geometry, descriptors[0].grid)
+        lengths = [one.lengths() for one in descriptors]
+        self._inverse = [1.0 / np.where(one > 0, one, np.inf) for one in lengths]  # a zero cell's cosine is 0
 
-    def similarity(self, descriptors: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Cosines ``(N, h, w)`` of descriptors ``(N, C)`` with the cells; ``-inf`` at padding."""
-        cosines = project(unit(descriptors), self.features.data) * self._inverse
-        return np.where(self.cells, np.clip(cosines, -1.0, 1.0), -np.inf)
+    def at(self, indices: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        """Give the unit vectors ``(N, C)`` of cells named by row-major index, under each of the descriptors."""
+        return [one.at(indices) for one in self.descriptors]
 
-    def find(self, descriptors: NDArray[np.floating], margin: bool = True, corners: Corners | None = None) -> Peaks:
-        """The place each descriptor ``(N, C)`` matches, in pixels clipped into the image; see `find_cells`."""
-        cells, score, margins = self.find_cells(descriptors, margin, corners)
-        return Peaks(clip_to_image(self.features.to_pixels(cells), self.features.image_size), score, margins)
+    def similarity(self, queries: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Score queries against the cells, ``(N, h, w)``; ``-inf`` at padding.
 
-    def find_cells(
-        self, descriptors: NDArray[np.floating], margin: bool = True, corners: Corners | None = None
+        Args:
+            queries: unit vectors ``(N, C)`` under each of the target's descriptors.
+        """
+        three = zip(self.descriptors, queries, self._inverse, strict=True)
+        cosines = [one.products(query) * inverse for one, query, inverse in three]
+        return np.where(self.cells, mean_cosine(cosines, self.descriptors), -np.inf)
+
+    def find(
+        self, queries: Sequence[NDArray[np.float64]], margin: bool = True, corners: Corners | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """The place each descriptor ``(N, C)`` matches, in cells ``(N, 2)``, with scores and margins ``(N,)``.
+        """Find the place each query matches, in cells ``(N, 2)``, with scores and margins ``(N,)``.
 
         The score is the cosine at the place found, which for a soft matcher lies between cells, where the map is read
         bilinearly. The margin is that of the best cell over the best one farther than `RADIUS_CELLS`; for ``bilinear``
         the corners' margins, mixed as their places are.
 
         Args:
-            descriptors: of the points.
+            queries: unit vectors ``(N, C)`` under each of the target's descriptors.
             margin: also compute margins.
             corners: for ``bilinear``, which matches them in the points' stead.
         """
-        count = len(descriptors)
+        count = len(queries[0])
         found, score, margins = np.zeros((count, 2)), np.zeros(count), np.full(count, np.nan)
         block = max(1, _BLOCK_BYTES // (8 * self.cells.size))
         for start in range(0, count, block):
             part = slice(start, start + block)
             mix = None if corners is None else corners.weights[part]  # (n, 4)
-            asked = descriptors[part] if corners is None else corners.vectors[4 * start : 4 * (start + block)]
+            own = [one[part] for one in queries]
+            asked = own if corners is None else [one[4 * start : 4 * (start + block)] for one in corners.vectors]
             similarity = self.similarity(asked)
-            cells = mixed(choose_cells(similarity, self.matcher), mix)
+            cells = mixed(choose_cells(similarity, self._matcher), mix)
             found[part] = cells
-            at = unit(sample(self.features.data, cells, "bilinear"))
-            score[part] = np.clip(np.sum(unit(descriptors[part]) * at, axis=1), -1.0, 1.0)
+            both = zip(own, self.descriptors, strict=True)
+            cosines = [np.sum(query * one.read(cells, "bilinear"), axis=1) for query, one in both]
+            score[part] = mean_cosine(cosines, self.descriptors)
             if margin:
                 margins[part] = mixed(cell_margins(similarity, first_best(similarity)), mix)
         return found, score, margins
@@ -214,18 +220,18 @@ class Corners:
     """The four source cells around each of N points, for the ``bilinear`` matcher.
 
     Attributes:
-        vectors: ``(4 N, C)``, point by point.
+        vectors: unit vectors ``(4 N, C)``, point by point, under each of the source's descriptors.
         weights: ``(N, 4)``, by which their matches are mixed; each row sums to 1.
     """
 
-    vectors: NDArray[np.floating]
+    vectors: list[NDArray[np.float64]]
     weights: NDArray[np.float64]
 
     @classmethod
-    def around(cls, features: FeatureMap, cells: NDArray[np.float64]) -> Corners:
-        """The corners of fractional cells ``(N, 2)`` of a map."""
-        indices, weights = corner_cells(cells, content_cells(features.geometry, features.grid))
-        return cls(features.data.reshape(features.channels, -1)[:, indices.ravel()].T, weights)
+    def around(cls, descriptors: Sequence[Descriptors], cells: NDArray[np.float64]) -> Corners:
+        """Read the corners of fractional cells ``(N, 2)``."""
+        indices, weights = corner_cells(cells, content_cells(descriptors[0].geometry, descriptors[0].grid))
+        return cls([one.at(indices.ravel()) for one in descriptors], weights)
 
 
 def mixed(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:

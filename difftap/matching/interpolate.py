@@ -9,6 +9,7 @@ Axis letters: N points; P positions along an axis; C channels; W H image pixels;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ __all__ = [
     "CUBIC_A",
     "SMALL",
     "VANISHING",
-    "Run",
+    "AxisRun",
     "axis_matrix",
     "axis_runs",
     "axis_taps",
@@ -47,7 +48,7 @@ that is not scheduled: measured at 200 times slower on two busy cores. So produc
 
 
 @dataclass(frozen=True)
-class Run:
+class AxisRun:
     """Neighbouring pixels of one axis that read the same cells.
 
     Attributes:
@@ -114,7 +115,7 @@ def axis_matrix(positions: NDArray[np.float64], cells: int, interpolation: str) 
     return matrix
 
 
-def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, longest: int) -> list[Run]:
+def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, longest: int) -> list[AxisRun]:
     """The weights of `axis_taps` in runs of at most ``longest`` positions: an enlarged axis reads few cells many times.
 
     Args:
@@ -133,7 +134,7 @@ def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, lo
             local = np.zeros((stop - start, high - low))
             for k in range(indices.shape[1]):  # clamped taps may name the same cell and must add up
                 local[:, indices[first, k] - low] += weights[start:stop, k]
-            runs.append(Run(start, stop, low, high, local))
+            runs.append(AxisRun(start, stop, low, high, local))
     return runs
 
 
@@ -145,16 +146,30 @@ def pixel_cells(geometry: Geometry, grid: Size) -> tuple[NDArray[np.float64], ND
     return cells[:width, 0], cells[:height, 1]
 
 
-def sample(data: NDArray[np.floating], cells: NDArray[np.float64], interpolation: str) -> NDArray[np.float64]:
-    """Interpolated vectors of a map ``(C, h, w)`` at fractional cells ``(N, 2)``, as ``(N, C)``; see `VANISHING`."""
-    _, height, width = data.shape
-    columns, across = axis_taps(cells[:, 0], width, interpolation)
-    rows, down = axis_taps(cells[:, 1], height, interpolation)
-    vectors, possible = np.zeros((len(cells), data.shape[0])), np.zeros(len(cells))
+def sample(
+    pick: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.floating]],
+    grid: Size,
+    cells: NDArray[np.float64],
+    interpolation: str,
+) -> NDArray[np.float64]:
+    """Interpolate between the cells of a map ``(C, h, w)``; what all but cancels becomes zero (`VANISHING`).
+
+    Args:
+        pick: gives the vectors ``(N, C)`` of whole cells, from their columns ``(N,)`` and rows ``(N,)``.
+        grid: ``(w, h)``.
+        cells: ``(N, 2)`` fractional.
+        interpolation: ``bilinear`` or ``bicubic``.
+
+    Returns:
+        vectors ``(N, C)``.
+    """
+    columns, across = axis_taps(cells[:, 0], grid[0], interpolation)
+    rows, down = axis_taps(cells[:, 1], grid[1], interpolation)
+    vectors, possible = np.zeros((1, 1)), np.zeros(len(cells))
     for j in range(rows.shape[1]):
         for i in range(columns.shape[1]):
-            part = (down[:, j] * across[:, i])[:, None] * data[:, rows[:, j], columns[:, i]].T
-            vectors += part
+            part = (down[:, j] * across[:, i])[:, None] * pick(columns[:, i], rows[:, j])
+            vectors = vectors + part if j == i == 0 else np.add(vectors, part, out=vectors)
             possible += np.sqrt(np.einsum("nc,nc->n", part, part))
     length = np.sqrt(np.einsum("nc,nc->n", vectors, vectors))
     vectors[length <= VANISHING * possible] = 0.0

@@ -1,9 +1,8 @@
-"""Images made ready for matching: branches joined or kept apart, read by cell centres or by corners.
+"""Two images matched: what a recipe asks for, an image made ready, and points led from one to the other.
 
-- ``combine``: ``concat`` joins the branches into one map; ``score-sum`` and ``score-product`` keep them apart
-  (`difftap.matching.fused`), so that the joined map is never stored.
-- ``reading``: ``centres``, difftap's half-pixel rule; or ``corners``, SD4Match's: the image is stretched to the
-  input's square and ``x_f = x (w - 1) / (W - 1)`` takes its pixels to cells, so that corners fall on corners.
+- ``combine``: ``concat`` joins an image's maps into one; ``score-sum`` and ``score-product`` keep them apart, so that
+  the joined map is never stored (`difftap.matching.descriptors`). A single map is a list of one under any law.
+- ``reading``: ``centres``, difftap's half-pixel rule; or ``corners``, SD4Match's (`difftap.coords.CornerGeometry`).
 
 Axis letters: N points; C channels; W H image pixels; w h cells.
 """
@@ -12,42 +11,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from difftap.coords import Geometry, Size
-from difftap.errors import InputError
+from difftap.coords import CornerGeometry, Size
+from difftap.errors import InputError, PointError
 from difftap.featuremap import FeatureMap
-from difftap.matching.combine import combine
 from difftap.matching.confidence import cycle_error
 from difftap.matching.dense import DenseTarget
-from difftap.matching.grid import Corners, GridTarget
-from difftap.matching.interpolate import sample, unit
-from difftap.matching.points import Matches, heat_map, match_points, mutual_matches
+from difftap.matching.descriptors import Descriptors, combine, describe
+from difftap.matching.grid import Corners, GridTarget, clip_to_image
+from difftap.matching.matches import Matches
+from difftap.matching.mutual import agreed_cells, mutual_cells
+from difftap.points import check_inside
 from difftap.recipe import COMBINES, Matcher, Recipe
 
-__all__ = ["READINGS", "CornerGeometry", "Joining", "Ready", "find"]
+__all__ = ["READINGS", "Joining", "Ready", "check_points", "find", "heat_map", "match_points", "mutual_matches"]
 
 READINGS = ("centres", "corners")
 
-
-@dataclasses.dataclass(frozen=True)
-class CornerGeometry(Geometry):
-    """The same image under SD4Match's aligned corners; only for an image that was stretched to the input."""
-
-    def _scale(self, grid: Size) -> NDArray[np.float64]:
-        stretched = np.array(self.input, np.float64) / np.array(self.image, np.float64)
-        return stretched * (np.array(grid, np.float64) - 1) / (np.array(self.input, np.float64) - 1)
-
-    def to_cells(self, points: ArrayLike, grid: Size) -> NDArray[np.float64]:
-        """Image pixels ``(N, 2)`` to cells; what lies beyond the outermost cells is moved onto them."""
-        xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
-        return np.clip(xy * self._scale(grid), 0.0, np.array(grid, np.float64) - 1)
-
-    def to_pixels(self, cells: ArrayLike, grid: Size) -> NDArray[np.float64]:
-        """Cells ``(N, 2)`` to image pixels: the inverse of `to_cells` inside the map."""
-        return np.reshape(np.asarray(cells, np.float64), (-1, 2)) / self._scale(grid)
+_BLOCK = 256  # points whose descriptors are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +49,7 @@ class Joining:
     """
 
     matcher: Matcher
-    shares: tuple[float, ...]
+    shares: tuple[float, ...] = (1.0,)
     upsample: str = "bicubic"
     combine: str = "concat"
     reading: str = "centres"
@@ -79,7 +65,7 @@ class Joining:
 
     @classmethod
     def of(cls, recipe: Recipe, combining: str | None = None, reading: str = "centres") -> Joining:
-        """What a recipe asks for; ``combining`` takes the place of its own.
+        """Take what a recipe asks for; ``combining`` takes the place of its own.
 
         ``mutual`` compares all cells with all, for which sums of scores are made of the joined map.
 
@@ -100,7 +86,7 @@ class Joining:
         return self.combine != "concat" and len(self.shares) > 1
 
     def kept(self, maps: Sequence[FeatureMap]) -> tuple[FeatureMap, ...]:
-        """What is kept of an image's maps: all, or the joined one."""
+        """Choose what is kept of an image's maps: all, or the joined one."""
         if self.reading == "corners":
             geometry = maps[0].geometry
             corners = CornerGeometry(geometry.image, geometry.input, geometry.content)
@@ -108,116 +94,228 @@ class Joining:
         return tuple(maps) if self.apart else (combine(list(maps), self.shares, self.upsample),)
 
     def ready(self, kept: Sequence[FeatureMap]) -> Ready:
-        """What was kept, made ready; costly steps are taken when first needed."""
-        if self.apart:
-            from difftap.matching.apart import ApartReady  # which is built on this module
-
-            return ApartReady(kept, self)
-        if self.reading == "corners" and self.matcher.name != "dense":
-            return CornerReady(kept[0], self.matcher)
-        return JoinedReady(kept[0], self.matcher)
+        """Make what was kept ready for matching; costly steps are taken when first needed."""
+        return Ready(kept, self)
 
 
 class Ready:
-    """An image made ready: source and target of any number of matches, all of one `Joining`."""
+    """An image made ready: source and target of any number of matches, all of one `Joining`.
+
+    Args:
+        maps: what `Joining.kept` gave.
+        joining: how they become one thing to match.
+    """
+
+    def __init__(self, maps: Sequence[FeatureMap], joining: Joining) -> None:
+        self._maps = tuple(maps)
+        self._joining = joining
+        self._matcher = joining.matcher
+
+    @cached_property
+    def descriptors(self) -> tuple[Descriptors, ...]:
+        """One, or several whose cosines are multiplied."""
+        weights = self._joining.shares if len(self._maps) > 1 else (1.0,)
+        return describe(self._maps, weights, self._joining.upsample, self._joining.combine)
+
+    @cached_property
+    def _dense(self) -> DenseTarget:
+        return DenseTarget(self.descriptors, self._matcher.interpolation)
+
+    @cached_property
+    def _grid(self) -> GridTarget:
+        return GridTarget(self.descriptors, self._matcher)
 
     @property
     def image_size(self) -> Size:
         """``(W, H)`` of the image in pixels."""
-        raise NotImplementedError
+        return self._maps[0].geometry.image
 
     @property
     def nbytes(self) -> int:
         """Memory in bytes of what was made beside the maps, so far."""
-        return 0
+        made = self.__dict__  # of cached properties, only those that were asked for
+        descriptors: tuple[Descriptors, ...] = made.get("descriptors", ())
+        dense: DenseTarget | None = made.get("_dense")
+        return sum(one.nbytes for one in descriptors) + (0 if dense is None else dense.nbytes)
 
-    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool = True) -> Matches:
-        """Match points ``(N, 2)`` of this image to the target's.
+    def match(self, target: Ready, points: ArrayLike, confidence: bool = True) -> Matches:
+        """Find where points of this image lie on the target; the rules are at `match_points`.
+
+        Args:
+            target: made ready by an equal `Joining`.
+            points: ``(N, 2)`` pixels ``(x, y)`` of this image, fractional allowed.
+            confidence: also compute margin and cycle error, at about twice the cost.
 
         Raises:
-            InputError: as `match_points`.
+            PointError: a point is not finite or not on this image.
+            InputError: the maps have different channel counts or hold NaN, or the images were made ready differently.
         """
-        raise NotImplementedError
+        self._check(target)
+        xy = check_points(points, self.image_size)
+        if not len(xy):
+            return Matches(xy, np.zeros((0, 2)), np.zeros(0), np.zeros(0), np.zeros(0))
+        pixels, score, margin = self._lead(target, xy, confidence)
+        error = np.full(len(xy), np.nan)
+        matched = np.isfinite(pixels).all(axis=1)
+        if confidence and matched.any():
+            error[matched] = cycle_error(xy[matched], target._lead(self, pixels[matched], False)[0])
+        return Matches(xy, pixels, score, margin, error)
 
     def mutual(self, target: Ready) -> Matches:
-        """Matches that the two images find by themselves (`difftap.matching.mutual_matches`).
+        """Find matches without being given points; the rules are at `mutual_matches`.
 
         Raises:
-            InputError: the branches are multiplied, which leaves no vectors to compare.
+            InputError: as `match`, or the branches' cosines are multiplied, which leaves no vectors to compare.
         """
-        raise NotImplementedError
+        self._check(target)
+        cells, peaks, score, margin = mutual_cells(self._grid, target._grid)
+        points, found = self._centres(cells), target._centres(peaks)
+        error = np.zeros(len(cells))
+        if self._matcher.name not in ("mutual", "nn"):  # under these the way back is known already
+            error = cycle_error(points, target._lead(self, found, False)[0])
+        return Matches(points, found, score, margin, error)
 
     def heat(self, target: Ready, point: ArrayLike) -> NDArray[np.float32]:
-        """Similarity ``(H, W)`` of one of this image's points with every pixel of the target, for a picture."""
-        raise NotImplementedError
+        """Score one of this image's points against every pixel of the target, ``(H, W)``, for a picture.
 
+        Pixels are read with the matcher's interpolation, whichever matcher it is.
 
-class JoinedReady(Ready):
-    """One map, matched by `difftap.matching.match_points`."""
+        Raises:
+            PointError: the point is not one, not finite or not on this image.
+            InputError: as `match`.
+        """
+        self._check(target)
+        one: Any = [point]  # a list of one point, whatever kind of pair it is
+        xy = check_points(one, self.image_size)
+        if len(xy) != 1:
+            raise PointError("no point was given for the heat map; give one (x, y) in source pixels")
+        return target._dense.heat(self._read(self._cells(xy), self._matcher.interpolation)).astype(np.float32)
 
-    def __init__(self, features: FeatureMap, matcher: Matcher) -> None:
-        self._features = features
-        self._matcher = matcher
-        self._dense: DenseTarget | None = None
+    def _check(self, target: Ready) -> None:
+        ours, theirs = (sum(m.channels for m in one._maps) for one in (self, target))
+        if ours != theirs:
+            raise InputError(
+                f"the source map has {ours} channels and the target map {theirs}; match maps of the same taps and model"
+            )
+        if self._joining != target._joining:
+            raise InputError(
+                f"the images were made ready differently: {self._joining} and {target._joining}; use one for both"
+            )
 
-    @property
-    def image_size(self) -> Size:
-        """``(W, H)`` of the image in pixels."""
-        return self._features.image_size
+    def _cells(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        one = self.descriptors[0]
+        return one.geometry.to_cells(points, one.grid)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the norms, in bytes."""
-        return 0 if self._dense is None else self._dense.inverse_norm.nbytes
+    def _pixels(self, cells: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Cells ``(N, 2)`` as pixels: inside the image, but by corners as SD4Match leaves them."""
+        one = self.descriptors[0]
+        pixels = one.geometry.to_pixels(cells, one.grid)
+        return pixels if self._joining.reading == "corners" else clip_to_image(pixels, self.image_size)
 
-    def _prepared(self) -> FeatureMap | DenseTarget:
-        if self._matcher.name != "dense":
-            return self._features
-        if self._dense is None:
-            self._dense = DenseTarget(self._features, self._matcher.interpolation)
-        return self._dense
+    def _centres(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Centres ``(N, 2)`` in pixels of cells given by row-major index."""
+        y, x = np.divmod(indices, self.descriptors[0].grid[0])
+        return self._pixels(np.stack([x, y], axis=1).astype(np.float64))
 
-    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool = True) -> Matches:
-        """As `match_points`."""
-        assert isinstance(target, JoinedReady)  # noqa: S101 - one Joining makes all of a run's
-        # Without confidence the source's norms are not needed.
-        source = self._prepared() if confidence else self._features
-        return match_points(source, target._prepared(), points, self._matcher, confidence=confidence)
+    def _read(self, cells: NDArray[np.float64], interpolation: str) -> list[NDArray[np.float64]]:
+        return [one.read(cells, interpolation) for one in self.descriptors]
 
-    def mutual(self, target: Ready) -> Matches:
-        """As `mutual_matches`."""
-        assert isinstance(target, JoinedReady)  # noqa: S101 - one Joining makes all of a run's
-        return mutual_matches(self._features, target._features, self._matcher)
-
-    def heat(self, target: Ready, point: ArrayLike) -> NDArray[np.float32]:
-        """As `heat_map`."""
-        assert isinstance(target, JoinedReady)  # noqa: S101 - one Joining makes all of a run's
-        return heat_map(self._features, target._prepared(), point, self._matcher)
-
-
-class CornerReady(JoinedReady):
-    """One map, read by corners, for the matchers that work on cells: SD4Match's way."""
-
-    def __init__(self, features: FeatureMap, matcher: Matcher) -> None:
-        super().__init__(features, matcher)
-        self._grid = GridTarget(features, matcher)
-
-    def match(self, target: Ready, points: NDArray[np.float64], confidence: bool = True) -> Matches:
-        """Match, and lead back for the cycle error; nothing is clipped into the image but the points read."""
-        assert isinstance(target, CornerReady)  # noqa: S101 - one Joining makes all of a run's
-        pixels, score, margin = target._find(self._features, points, confidence)
-        error = np.full(len(points), np.nan)
-        if confidence and len(points):
-            error = cycle_error(points, self._find(target._features, pixels, False)[0])
-        return Matches(points, pixels, score, margin, error)
-
-    def _find(
-        self, source: FeatureMap, points: NDArray[np.float64], margin: bool
+    def _lead(
+        self, target: Ready, points: NDArray[np.float64], margin: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        at = source.to_cells(points)
-        corners = Corners.around(source, at) if self._matcher.name == "bilinear" else None
-        cells, score, margins = self._grid.find_cells(unit(sample(source.data, at, "bilinear")), margin, corners)
-        return self._features.to_pixels(cells), score, margins
+        """Pixels ``(N, 2)``, scores and margins ``(N,)`` of where points ``(N, 2)`` of this image match."""
+        name = self._matcher.name
+        grid = None if name == "dense" else target._grid
+        home = self._grid if name == "mutual" else None
+        parts = []
+        for start in range(0, len(points), _BLOCK):
+            cells = self._cells(points[start : start + _BLOCK])
+            if grid is None:
+                peaks = target._dense.find(self._read(cells, self._matcher.interpolation), margin)
+                parts.append((peaks.pixels, peaks.score, peaks.margin))
+                continue
+            if home is not None:
+                found, score, margins = agreed_cells(home, grid, cells, margin)
+            else:
+                corners = Corners.around(self.descriptors, cells) if name == "bilinear" else None
+                found, score, margins = grid.find(self._read(cells, "bilinear"), margin, corners)
+            parts.append((target._pixels(found), score, margins))
+        pixels, score, margins = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return pixels, score, margins
+
+
+def check_points(points: ArrayLike, size: Size) -> NDArray[np.float64]:
+    """Take points as float64 ``(N, 2)``, all on an image of ``(W, H)`` pixels.
+
+    Raises:
+        PointError: not numbers, not pairs, not finite, or outside the image.
+    """
+    try:
+        array = np.asarray(points, np.float64)
+    except (TypeError, ValueError) as error:
+        raise PointError(f"points are not numbers ({error}); give an array (N, 2) of x, y in pixels") from error
+    if array.size == 0:
+        return np.zeros((0, 2))
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise PointError(f"points have shape {array.shape}; give (N, 2): x, y in pixels")
+    return check_inside(array, size, "the source image")
+
+
+def match_points(
+    source: FeatureMap, target: FeatureMap, points: ArrayLike, matcher: Matcher, *, confidence: bool = True
+) -> Matches:
+    """Find where points of the source image lie on the target image.
+
+    ``dense`` returns whole pixels: the same ones as enlarging both maps to image size, normalising and taking the best
+    cosine (`difftap.matching.dense`). The others choose or average cells and return fractional pixels. ``mutual`` moves
+    the point to its nearest cell and matches it only if the cell found leads back there.
+
+    For many calls with the same maps make them ready once: ``Joining(matcher).ready([features])``.
+
+    Args:
+        source: the source image's map.
+        target: the target image's map.
+        points: ``(N, 2)`` source pixels ``(x, y)``, fractional allowed.
+        matcher: the rule.
+        confidence: also compute margin and cycle error, at about twice the cost.
+
+    Raises:
+        PointError: a point is not finite or not on the source image.
+        InputError: the maps have different channel counts or hold NaN.
+    """
+    joining = Joining(matcher)
+    return joining.ready([source]).match(joining.ready([target]), points, confidence)
+
+
+def mutual_matches(source: FeatureMap, target: FeatureMap, matcher: Matcher) -> Matches:
+    """Find matches without points: cells of the two maps that are each other's nearest neighbour, best score first.
+
+    Points are the cells' centres, clipped into the images; cells that show only letterbox padding take no part.
+
+    Args:
+        source: the source image's map.
+        target: the target image's map.
+        matcher: finds the way back from each target point for the cycle error. With ``mutual`` or ``nn`` it repeats
+            what is known already; ``dense`` judges the pair to the pixel.
+
+    Raises:
+        InputError: the maps have different channel counts or hold NaN.
+    """
+    joining = Joining(matcher)
+    return joining.ready([source]).mutual(joining.ready([target]))
+
+
+def heat_map(source: FeatureMap, target: FeatureMap, point: ArrayLike, matcher: Matcher) -> NDArray[np.float32]:
+    """Give the cosine of one source point with every pixel of the target's image, ``(H, W)``, for a picture.
+
+    Pixels are read with the matcher's interpolation, whichever matcher it is.
+
+    Raises:
+        PointError: the point is not finite or not on the source image.
+        InputError: as `match_points`.
+    """
+    joining = Joining(matcher)
+    return joining.ready([source]).heat(joining.ready([target]), point)
 
 
 def find(

@@ -1,15 +1,22 @@
-"""Mutual nearest neighbours among cells: matches that two maps agree on, without being given points."""
+"""Mutual nearest neighbours among cells: matches that two images agree on.
+
+Axis letters: N queries, points or cells; M vectors of the bank; D descriptor; w h cells.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.errors import InputError
+from difftap.matching.confidence import cell_margins
 from difftap.matching.dense import TIE
+from difftap.matching.grid import GridTarget, first_best
 
-__all__ = ["mutual_nearest", "nearest"]
+__all__ = ["agreed_cells", "mutual_cells", "mutual_nearest", "nearest"]
 
 _BLOCK_VALUES = 1 << 21
+_BLOCK = 256  # cells whose vectors are held at once
 
 
 def nearest(
@@ -59,3 +66,55 @@ def mutual_nearest(
         return indices, scores
     agreed = reverse[indices[:, 0], 0] == np.arange(len(queries))
     return np.where(agreed[:, None], indices, -1), np.where(agreed[:, None], scores, -np.inf)
+
+
+def agreed_cells(
+    source: GridTarget, target: GridTarget, cells: NDArray[np.float64], margin: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Match the source's cells nearest to fractional cells ``(N, 2)``, where the way back leads to the same cell.
+
+    Returns:
+        the target's cells ``(N, 2)``, scores and margins ``(N,)``; NaN where the way back leads elsewhere.
+    """
+    rows, columns = np.flatnonzero(source.cells.any(axis=1)), np.flatnonzero(source.cells.any(axis=0))
+    x = np.clip(np.floor(cells[:, 0] + 0.5).astype(np.int64), columns[0], columns[-1])
+    y = np.clip(np.floor(cells[:, 1] + 0.5).astype(np.int64), rows[0], rows[-1])
+    own = y * source.cells.shape[1] + x
+    similarity = target.similarity(source.at(own))  # (N, h, w)
+    peaks = first_best(similarity)
+    agreed = first_best(source.similarity(target.at(peaks))) == own
+    score = similarity.reshape(len(own), -1)[np.arange(len(own)), peaks]
+    margins = cell_margins(similarity, peaks) if margin else np.full(len(own), np.nan)
+    there = np.stack(np.divmod(peaks, target.cells.shape[1])[::-1], axis=1)
+    return (
+        np.where(agreed[:, None], there, np.nan),
+        np.where(agreed, score, np.nan),
+        np.where(agreed, margins, np.nan),
+    )
+
+
+def mutual_cells(
+    source: GridTarget, target: GridTarget
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Find the cells of two images that are each other's nearest neighbour, best score first.
+
+    Cells that show only letterbox padding take no part.
+
+    Returns:
+        the source's and the target's cells ``(N,)``, row-major, with scores and margins ``(N,)``.
+
+    Raises:
+        InputError: the maps' cosines are multiplied, which leaves no vectors to compare.
+    """
+    if len(source.descriptors) > 1:
+        raise InputError("branches whose cosines are multiplied find no mutual matches; combine them by concat")
+    ours, theirs = np.flatnonzero(source.cells), np.flatnonzero(target.cells)
+    indices, scores = mutual_nearest(source.at(ours)[0], target.at(theirs)[0])
+    order = np.argsort(-scores[:, 0], kind="stable")
+    order = order[indices[order, 0] >= 0]
+    cells, peaks = ours[order], theirs[indices[order, 0]]
+    margin = np.empty(len(order))
+    for start in range(0, len(order), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        margin[part] = cell_margins(target.similarity(source.at(cells[part])), peaks[part])
+    return cells, peaks, scores[order, 0], margin

@@ -1,22 +1,27 @@
-"""Lengths of interpolated vectors, from Gram products of the cells.
+"""Sums over channels: products of cells with queries and with one another, and the lengths that follow from these.
 
 The vector at a pixel is ``sum_i u_i T_i`` over the cells it reads, so its squared length is the quadratic form
 ``sum_ij u_i u_j <T_i, T_j>``. Both interpolations being separable, the weights of a pair of cells ``(dy, dx)`` apart
 are a product of one factor per axis, and the whole image of lengths follows from a few small matrix products.
 
-Axis letters: C channels; W H image pixels; w h cells; Y X cells of one run.
+Most of dense matching's time goes into passes over the channels of a map, which numpy does on one core; here two
+threads share them. The split is the same on every machine, so that sums do not differ by rounding between them.
+
+Axis letters: N queries; C channels; W H image pixels; w h cells; Y X cells of one run.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import InputError
-from difftap.matching.halves import sum_in_halves
-from difftap.matching.interpolate import VANISHING, Run
+from difftap.matching.interpolate import SMALL, VANISHING, AxisRun
 
-__all__ = ["DOUBTFUL", "gram_products", "inverse_norms"]
+__all__ = ["DOUBTFUL", "check_finite", "gram_products", "inverse_norms", "project", "scale_grams", "sum_in_halves"]
 
 DOUBTFUL = 1e-2
 """Vectors shorter than this share of what their cells could give are read directly.
@@ -24,7 +29,49 @@ DOUBTFUL = 1e-2
 There the quadratic form has lost digits to cancellation, and rounding would decide between pixels that tie.
 """
 
+_WORTH = 256  # channels below which a thread costs more than it saves
+_READ_AT_ONCE = 256  # doubtful vectors
 _BLOCK_VALUES = 1 << 17  # float64 channels converted at once: they stay in a core's cache for all offsets
+
+
+def sum_in_halves(channels: int, work: Callable[[range], NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The sum of ``work`` over the channels: of its two halves, run at once where that pays.
+
+    Args:
+        channels: C.
+        work: from a range of channels to their share of the sum.
+    """
+    if channels < _WORTH:
+        return work(range(channels))
+    with ThreadPoolExecutor(1) as other:
+        second = other.submit(work, range(channels // 2, channels))
+        first = work(range(channels // 2))
+        return first + second.result()
+
+
+def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Dot products of queries ``(N, C)`` with every cell of a map ``(C, h, w)``, as ``(N, h, w)`` float64."""
+    channels, height, width = data.shape
+    size = height * width
+    cells = data.reshape(channels, size)
+
+    def over(some: range) -> NDArray[np.float64]:
+        products = np.zeros((len(queries), size))
+        for first in range(0, len(queries), 64):
+            here = slice(first, first + 64)
+            count = len(queries[here])
+            block, step = SMALL // (count * size), size  # few queries: whole rows of products, a few channels at a time
+            if block < 8:
+                block = 64
+                step = max(1, SMALL // (count * block))
+            for start in some[::block]:  # in blocks, so that no float64 copy of the whole map is made
+                stop = min(start + block, some.stop)
+                part = cells[start:stop].astype(np.float64)
+                for low in range(0, size, step):
+                    products[here, low : low + step] += queries[here, start:stop] @ part[:, low : low + step]
+        return products
+
+    return sum_in_halves(channels, over).reshape(len(queries), height, width)
 
 
 def gram_products(data: NDArray[np.floating], reach: int) -> NDArray[np.float64]:
@@ -64,27 +111,39 @@ def gram_products(data: NDArray[np.floating], reach: int) -> NDArray[np.float64]
     return grams
 
 
+def scale_grams(grams: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Turn the `gram_products` of cells, in place, into those of the cells times ``scale`` ``(h, w)``."""
+    reach = len(grams) - 1
+    height, width = scale.shape
+    padded = np.zeros((height + reach, width + 2 * reach))
+    padded[:height, reach : reach + width] = scale
+    for dy in range(reach + 1):
+        for dx in range(-reach, reach + 1):
+            grams[dy, :, reach + dx, :] *= scale * padded[dy : dy + height, reach + dx : reach + dx + width]
+    return grams
+
+
 def inverse_norms(
-    data: NDArray[np.floating], down: list[Run], across: list[Run], interpolation: str
+    grams: NDArray[np.float64],
+    down: list[AxisRun],
+    across: list[AxisRun],
+    read: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]],
 ) -> NDArray[np.float64]:
     """One over the length of the interpolated vector at every pixel, ``(H, W)``; 0 where it vanishes.
 
     Args:
-        data: ``(C, h, w)``.
+        grams: of the cells, as `gram_products`; the reach is 1 for bilinear and 3 for bicubic.
         down: how pixel rows read rows of cells.
         across: how pixel columns read columns of cells.
-        interpolation: ``bilinear`` or ``bicubic``.
-
-    Vectors below `DOUBTFUL`, which real features hardly have, are interpolated one by one.
+        read: gives the vectors ``(M, C)`` at pixels, from their rows ``(M,)`` and columns ``(M,)``. Only those below
+            `DOUBTFUL` are asked for, which real features hardly have.
 
     Raises:
         InputError: the map holds NaN or infinity.
     """
-    reach = 1 if interpolation == "bilinear" else 3  # a pixel reads cells up to this far apart
-    grams = gram_products(data, reach)
+    reach = len(grams) - 1
     lengths = np.sqrt(grams[0, :, reach, :])  # (h, w)
-    if not np.isfinite(lengths).all():
-        raise InputError("the feature map holds NaN or infinity; features must be finite, so extract them again")
+    check_finite(lengths)
     height = lengths.shape[0]
     rows = np.empty((reach + 1, height, across[-1].stop))  # quadratic in the columns already, (dy, h, W)
     longest = np.empty((height, across[-1].stop))
@@ -94,7 +153,6 @@ def inverse_norms(
         products = grams[..., run.low : run.high].reshape((reach + 1) * height, -1)  # (dy h, dx X)
         rows[..., here] = (products @ pairs.reshape(products.shape[1], -1)).reshape(reach + 1, height, -1)
         longest[:, here] = lengths[:, run.low : run.high] @ np.abs(run.weights.T)
-    owner = np.repeat(np.arange(len(across)), [run.stop - run.start for run in across])  # (W,), the run of a column
     inverse = np.zeros((down[-1].stop, across[-1].stop))
     for run in down:
         pairs = _pair_weights(run.weights, range(reach + 1))  # (dy, Y, run)
@@ -102,17 +160,26 @@ def inverse_norms(
         squared = pairs.reshape(len(below), -1).T @ below  # (run, W)
         possible = np.abs(run.weights) @ longest[run.low : run.high]  # the length if all cells pointed the same way
         present = squared > np.square(VANISHING * possible)
-        for p, x in np.argwhere(present & (squared < np.square(DOUBTFUL * possible))):
-            squared[p, x] = _squared_length(data, run, p, across[owner[x]], x)
-        np.divide(1.0, np.sqrt(np.maximum(squared, 0.0)), out=inverse[run.start : run.stop], where=present)
+        y, x = np.nonzero(present & (squared < np.square(DOUBTFUL * possible)))
+        for start in range(0, len(y), _READ_AT_ONCE):
+            some = slice(start, start + _READ_AT_ONCE)
+            vectors = read(run.start + y[some], x[some])
+            squared[y[some], x[some]] = np.einsum("nc,nc->n", vectors, vectors)
+        # What is read directly may turn out to be nothing.
+        np.divide(
+            1.0, np.sqrt(np.maximum(squared, 0.0)), out=inverse[run.start : run.stop], where=present & (squared > 0)
+        )
     return inverse
 
 
-def _squared_length(data: NDArray[np.floating], down: Run, row: int, across: Run, column: int) -> float:
-    """Squared length of the vector at the run's pixel ``row`` and the image's pixel ``column``, read directly."""
-    patch = data[:, down.low : down.high, across.low : across.high].astype(np.float64)
-    vector = down.weights[row] @ patch @ across.weights[column - across.start]  # (C,)
-    return float(vector @ vector)
+def check_finite(lengths: NDArray[np.float64]) -> None:
+    """Refuse a map by the lengths of its cells.
+
+    Raises:
+        InputError: the map holds NaN or infinity.
+    """
+    if not np.isfinite(lengths).all():
+        raise InputError("the feature map holds NaN or infinity; features must be finite, so extract them again")
 
 
 def _pair_weights(weights: NDArray[np.float64], offsets: range) -> NDArray[np.float64]:

@@ -23,12 +23,11 @@ from difftap.artifacts.run import check_conditions
 from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS
 from difftap.bench.scoring import measure
-from difftap.coords import Geometry
+from difftap.coords import CornerGeometry, Geometry
 from difftap.datasets.keypoints import Sample
 from difftap.errors import InputError, NonFiniteError, OutputError, require
 from difftap.features.shelf import View
 from difftap.matching import Matches
-from difftap.matching.joining import CornerGeometry
 from difftap.recipe import Recipe
 from difftap.tuning.learner import Key, Learner, key_of, views_of
 from difftap.tuning.loss import fused_cosines, gaussian_cross_entropy

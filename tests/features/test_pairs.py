@@ -23,7 +23,7 @@ from difftap.featuremap import FeatureMap
 from difftap.features.pairs import Pair, load_pairs, run_pairs
 from difftap.images import load_image
 from difftap.matching import Joining
-from difftap.matching.records import Threshold
+from difftap.matching.matches import Threshold
 from difftap.points import check_inside, grid_points
 from difftap.recipe import Branch, Recipe
 from tests.conftest import picture

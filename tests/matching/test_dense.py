@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from difftap.coords import Geometry
 from difftap.errors import InputError
 from difftap.featuremap import FeatureMap
-from difftap.matching import DenseTarget, heat_map, match_points
+from difftap.matching import Joining, heat_map, match_points
 from difftap.matching.confidence import RADIUS_CELLS
-from difftap.matching.dense import TIE
+from difftap.matching.dense import TIE, DenseTarget
+from difftap.matching.descriptors import describe
 from difftap.recipe import Matcher
 
 torch = pytest.importorskip("torch")
@@ -183,7 +184,7 @@ def test_norm_and_heat_map(interpolation, case):
     source, target, points = case
     far = enlarged(target, interpolation).numpy()
     length = np.sqrt((far**2).sum(axis=0))
-    inverse = DenseTarget(target, interpolation).inverse_norm
+    (inverse,) = DenseTarget(describe([target]), interpolation).inverse_norms
     assert inverse.shape == length.shape
     present = inverse > 0
     assert (length[~present] <= 1e-5 * np.sqrt((target.data.astype(float) ** 2).sum(axis=0)).max()).all()
@@ -305,9 +306,10 @@ def test_answer_does_not_depend_on_companions():
     source, target = (feature_map(rng.standard_normal((8, 7, 7)), (60, 60)) for _ in range(2))
     points = rng.uniform(0, 59, (300, 2))  # more than one block
     together = match_points(source, target, points, Matcher("dense"))
-    prepared = DenseTarget(source), DenseTarget(target)
+    joining = Joining(Matcher("dense"))
+    first, second = joining.ready([source]), joining.ready([target])
     for k in (0, 255, 256, 299):
-        alone = match_points(*prepared, points[k : k + 1], Matcher("dense"))
+        alone = first.match(second, points[k : k + 1])
         assert alone.target.tolist() == together.target[k : k + 1].tolist()
         np.testing.assert_allclose(alone.margin, together.margin[k : k + 1])
         np.testing.assert_allclose(alone.cycle_error, together.cycle_error[k : k + 1])
@@ -323,10 +325,11 @@ def test_no_full_size_map_is_made():
     assert peak < 256 * 500 * 400 * 4 / 8  # a full-size map would be 205 MB
 
 
-def test_prepared_target_must_fit():
+def test_images_must_be_made_ready_alike():
     target = feature_map(np.ones((2, 3, 3)), (9, 9))
-    with pytest.raises(InputError, match=r"prepared for bilinear .* asks for bicubic"):
-        match_points(target, DenseTarget(target), [[1, 1]], Matcher("dense", "bicubic"))
+    ready = [Joining(Matcher("dense", interpolation)).ready([target]) for interpolation in INTERPOLATIONS]
+    with pytest.raises(InputError, match="made ready differently"):
+        ready[0].match(ready[1], [[1, 1]])
 
 
 def test_features_must_be_finite():

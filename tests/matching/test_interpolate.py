@@ -6,9 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difftap.coords import Geometry
-from difftap.matching.interpolate import axis_matrix, axis_taps, pixel_cells, sample, unit
+from difftap.matching.interpolate import axis_matrix, axis_taps, pixel_cells, unit
+from difftap.matching.interpolate import sample as sample_picked
 
 torch = pytest.importorskip("torch")
+
+
+def sample(data, cells, interpolation):
+    """Read an array (C, h, w) at fractional cells (N, 2)."""
+    return sample_picked(lambda x, y: data[:, y, x].T, data.shape[:0:-1], cells, interpolation)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -6,12 +6,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from difftap.coords import Geometry
+from difftap.coords import CornerGeometry, Geometry
 from difftap.errors import InputError, PointError
 from difftap.featuremap import FeatureMap
 from difftap.matching.grid import content_cells
-from difftap.matching.joining import CornerGeometry, Joining, find
+from difftap.matching.joining import Joining, find
 from difftap.recipe import Branch, Matcher, Recipe
+from tests.matching.test_interpolate import sample, unit
 
 SIZE, INPUT = (50, 36), (96, 96)
 MATCHERS = ("dense", "nn", "bilinear", "softargmax", "kernel-softargmax", "window-softargmax")
@@ -75,8 +76,6 @@ def test_score_sum_stores_no_joined_map():
 
 def cosine_field(source, target, point, interpolation="bilinear"):
     """Slow: cosine ``(H, W)`` of one source pixel with every target pixel, both maps enlarged."""
-    from difftap.matching.interpolate import sample, unit
-
     width, height = target.image_size
     pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).reshape(-1, 2).astype(float)
     query = unit(sample(source.data, source.to_cells(np.reshape(point, (1, 2))), interpolation))[0]
@@ -244,8 +243,13 @@ def test_heat_of_branches_apart_peaks_where_the_match_is(combine):
         np.testing.assert_allclose(heat, both[0].heat(both[1], point[0]), atol=2e-6)
     with pytest.raises(PointError, match="lies outside"):
         ready[0].heat(ready[1], (-9, 2))
-    with pytest.raises(InputError, match="no mutual matches"):
-        ready[0].mutual(ready[1])
+    if combine == "score-product":
+        with pytest.raises(InputError, match="no mutual matches"):
+            ready[0].mutual(ready[1])
+    else:  # sums of cosines are the cosines of the joined map
+        found, wanted = ready[0].mutual(ready[1]), both[0].mutual(both[1])
+        np.testing.assert_allclose(found.target, wanted.target)
+        np.testing.assert_allclose(found.score, wanted.score, atol=2e-6)
     assert ready[1].nbytes > 0
     assert ready[0].image_size == SIZE
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from difftap.bench.scoring import calibrate
 from difftap.errors import InputError
-from difftap.matching.isotonic import (
+from difftap.matching.confidence import (
     RECALLS,
     auc,
     expected_error,

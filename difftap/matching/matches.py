@@ -1,22 +1,47 @@
-"""Matches as plain data: what ``difftap match`` prints and writes."""
+"""Matches: the result, which of them are sure enough to keep, and their plain form that commands print and write."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.images import Image
-from difftap.matching import Matches
+if TYPE_CHECKING:
+    from difftap.images import Image
 
-__all__ = ["SCHEMA", "Threshold", "image_record", "match_records"]
+__all__ = ["SCHEMA", "Matches", "Threshold", "image_record", "match_records"]
 
 SCHEMA = 1
 """Version of the JSON that matches are written in; docs/output.md describes it."""
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Points and where they were found.
+
+    Attributes:
+        source: ``(N, 2)`` pixels ``(x, y)`` of the source image.
+        target: ``(N, 2)`` pixels of the target image; NaN where there is no match (only ``mutual`` refuses one).
+        score: ``(N,)`` cosine of the two vectors, -1 to 1, higher is better; NaN where there is no match.
+        margin: ``(N,)`` peak score less the best score farther than 2 cells of the target's map
+            (`difftap.matching.confidence.RADIUS_CELLS`) from the peak: the lead over the second-best place. 0 to 2,
+            higher is surer; NaN where not asked for, without a match, or where nothing lies that far away.
+        cycle_error: ``(N,)`` distance in source pixels between the point and where its match leads back to under the
+            same matcher; lower is surer; NaN where not asked for or without a match.
+    """
+
+    source: NDArray[np.float64]
+    target: NDArray[np.float64]
+    score: NDArray[np.float64]
+    margin: NDArray[np.float64]
+    cycle_error: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.source)
 
 
 @dataclass(frozen=True)
