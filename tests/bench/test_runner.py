@@ -349,7 +349,7 @@ def shelf_over(tmp_path, order, budget, faults=()):
                     (FeatureMap(np.full((2, 4, 4), len(made), np.float32), Geometry.stretch((4, 4), (8, 8))),), (4, 4)
                 )
 
-    return MapShelf(make, lambda maps: Weighing(), order, budget, tmp_path), made
+    return MapShelf(make, lambda maps: Weighing(maps, Joining(Matcher("nn"))), order, budget, tmp_path), made
 
 
 def test_shelf_evicts_what_is_needed_last(tmp_path):
