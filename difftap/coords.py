@@ -62,12 +62,12 @@ class Geometry:
 
     @classmethod
     def stretch(cls, image: Size, input: Size) -> Geometry:  # noqa: A002 - the field's name
-        """The image fills the whole input; its aspect is not kept."""
+        """Let the image fill the whole input; its aspect is not kept."""
         return cls(image, input, (0.0, 0.0, float(input[0]), float(input[1])))
 
     @classmethod
     def letterbox(cls, image: Size, input: Size) -> Geometry:  # noqa: A002 - the field's name
-        """The image keeps its aspect, is centred, and whole pixels of padding fill the rest."""
+        """Keep the image's aspect and centre it; whole pixels of padding fill the rest."""
         scale = min(input[0] / image[0], input[1] / image[1])
         width = min(input[0], max(1, round(image[0] * scale)))
         height = min(input[1], max(1, round(image[1] * scale)))

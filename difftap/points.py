@@ -115,7 +115,7 @@ def grid_points(size: Size, count: int) -> NDArray[np.float64]:
 
 
 def check_inside(points: ArrayLike, size: Size, what: str) -> NDArray[np.float64]:
-    """The points ``(N, 2)``, if all of them lie on an image of ``(W, H)`` pixels.
+    """Return the points ``(N, 2)``, if all of them lie on an image of ``(W, H)`` pixels.
 
     Raises:
         PointError: one does not; the message names the first.

@@ -133,7 +133,7 @@ def check(name: str, root: str | Path, *, decode: bool = True) -> Report:
 
 
 def _images(found: Dataset) -> Iterator[tuple[str, Path]]:
-    """The class and file of both images of every pair, but for those that would have to be made."""
+    """Yield the class and file of both images of every pair, but for those that would have to be made."""
     for sample in found.samples:
         for path in (sample.source, sample.target):
             if path not in found.makers:
@@ -141,7 +141,7 @@ def _images(found: Dataset) -> Iterator[tuple[str, Path]]:
 
 
 def _decoded(found: Dataset, faults: dict[Path, DifftapError | None]) -> Dataset:
-    """The data set without the pairs whose images turn out to be damaged; ``faults`` remembers each image."""
+    """Return the data set without the pairs whose images turn out to be damaged; ``faults`` remembers each image."""
     for _, path in _images(found):
         if path not in faults:
             try:

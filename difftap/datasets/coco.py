@@ -38,12 +38,12 @@ VOC_NAMES = {
 
 
 def variants(root: Path) -> list[str]:
-    """The splits whose annotations are there."""
+    """Return the splits whose annotations are there."""
     return [name for name in SPLITS if (root / "annotations" / f"instances_{name}.json").is_file()]
 
 
 def _annotations(file: Path) -> Any:
-    """A split's annotations; pycocotools speaks on stdout, which belongs to data."""
+    """Return a split's annotations; pycocotools speaks on stdout, which belongs to data."""
     coco = require("pycocotools.coco", "prototypes", "reading COCO")
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -41,7 +41,7 @@ STUDY_CLIPS = tuple(clip for clip in PEOPLE if clip != "soapbox")
 
 
 def variants(root: Path) -> list[str]:
-    """The splits whose lists are there."""
+    """Return the splits whose lists are there."""
     return [name for name in SPLITS if (root / "ImageSets/2017" / f"{name}.txt").is_file()]
 
 
@@ -114,7 +114,7 @@ def load(
 
 
 def _semantics(root: Path) -> dict[str, dict[str, str]] | None:
-    """The class of each object of each clip, if the folder says so."""
+    """Return the class of each object of each clip, if the folder says so."""
     path = root / "davis_semantics.json"
     if not path.is_file():
         return None

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import atomic_path, output_errors
 from difftap.coords import Size
-from difftap.datasets.layout import BadPairError, DatasetError, Problem, Tree, draw_tree
+from difftap.datasets.layout import BadPairError, DatasetError, Problem, Tree, draw_tree, load_with
 from difftap.errors import InputError
 from difftap.images import read_size
 
@@ -151,7 +151,7 @@ class Dataset(Sequence[Sample]):
         return sample
 
     def problem_counts(self) -> dict[str, int]:
-        """Number of pairs left out, by kind of problem."""
+        """Count the pairs left out, by kind of problem."""
         return dict(Counter(problem.kind for problem in self.problems))
 
 
@@ -226,7 +226,7 @@ class Collector:
         return size
 
     def document(self, path: Path, read: Callable[[Path], Any]) -> Any:
-        """What a file of annotations holds, read once."""
+        """Read a file of annotations, once."""
         if path not in self._documents:
             if not path.is_file():
                 raise BadPairError("missing-annotation", f"there is no annotation '{path}'", path)
@@ -237,14 +237,14 @@ class Collector:
         return self._documents[path]
 
     def json(self, path: Path, *, keep: bool = True) -> Any:
-        """What a JSON file holds; kept for the next time, or not."""
+        """Read a JSON file; its content is kept for the next time, or not."""
         content = self.document(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
         if not keep:
             del self._documents[path]
         return content
 
     def finish(self, allow_missing: bool) -> Dataset:
-        """The data set.
+        """Return the data set.
 
         Raises:
             DatasetError: pairs were left out and that was not allowed, or none remains.
@@ -307,7 +307,7 @@ class Line:
 
 
 def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> list[Line]:
-    """The lines of a CSV with a header; blank ones are skipped.
+    """Read the lines of a CSV with a header; blank ones are skipped.
 
     Raises:
         DatasetError: it cannot be read, is empty, or lacks one of the columns.
@@ -328,7 +328,7 @@ def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> lis
 
 
 def to_number(text: str) -> float:
-    """A cell's number; NaN if it is empty, which is how some lists mark an absent keypoint."""
+    """Read a cell's number; NaN if it is empty, which is how some lists mark an absent keypoint."""
     try:
         return float(text) if text.strip() else float("nan")
     except ValueError:
@@ -370,7 +370,7 @@ class Side:
 
 
 def joined(name: str, category: str, sides: Sequence[Side], ids: Sequence[str], *, mirrored: bool = False) -> Sample:
-    """The pair of two images whose keypoints have the same names ``ids``; absent ones are left out.
+    """Join two images whose keypoints have the same names ``ids`` to a pair; absent ones are left out.
 
     Raises:
         BadPairError: the images do not have a keypoint, present or absent, for each name.
@@ -424,11 +424,11 @@ class Loader(Protocol):
         """Read the pairs of one split."""
 
     def variants(self, root: Path) -> Iterator[dict[str, Any]]:
-        """The options of `load` for which the folder holds a list of pairs."""
+        """Return the options of `load` for which the folder holds a list of pairs."""
 
 
 def loader(name: str) -> Loader:
-    """The module that reads a data set.
+    """Import the module that reads a data set.
 
     Raises:
         InputError: there is no data set of that name.
@@ -450,4 +450,4 @@ def load(name: str, root: str | Path, **options: Any) -> Dataset:
         DatasetError: the folder is not laid out as expected, or pairs are broken and ``allow_missing`` is not set.
         InputError: an option is not one of those allowed.
     """
-    return loader(name).load(Path(root), **options)
+    return load_with(name, loader(name).load, Path(root), options)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from difftap.errors import InputError, require
 
@@ -15,11 +16,14 @@ __all__ = [
     "Problem",
     "Tree",
     "draw_tree",
+    "load_with",
     "locate",
     "one_of",
     "read_mat",
     "require_files",
 ]
+
+T = TypeVar("T")
 
 Tree = tuple[tuple[str, str], ...]
 """Files that a data set consists of: a glob pattern under its root, and what it is."""
@@ -75,13 +79,25 @@ def one_of(what: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def draw_tree(root: Path, tree: Tree) -> str:
-    """The expected files under a root, one a line, with a mark on those that are not there."""
+    """Draw the expected files under a root, one a line, with a mark on those that are not there."""
     width = max(len(pattern) for pattern, _ in tree)
     lines = [f"expected:\n{root}/"]
     for pattern, meaning in tree:
         there = root.is_dir() and next(root.glob(pattern), None) is not None
         lines.append(f"|-- {pattern:<{width}}  {meaning}" + ("" if there else "  [not found]"))
     return "\n".join([*lines[:-1], "`" + lines[-1][1:]])
+
+
+def load_with(name: str, load: Callable[..., T], root: Path, options: Mapping[str, Any]) -> T:
+    """Call a data set's ``load`` with options from the command line.
+
+    Raises:
+        InputError: it has no such option.
+    """
+    unknown = set(options) - set(inspect.signature(load).parameters)
+    if unknown:
+        raise InputError(f"data set '{name}' has no option --{min(unknown)}; leave it out")
+    return load(root, **options)
 
 
 def require_files(name: str, root: Path, tree: Tree, *wanted: Path) -> None:
@@ -99,7 +115,7 @@ def require_files(name: str, root: Path, tree: Tree, *wanted: Path) -> None:
 
 
 def locate(root: Path, relative: str) -> Path:
-    """A file that a list names, though the root may be one of the folders inside its path.
+    """Find a file that a list names, though the root may be one of the folders inside its path.
 
     The name's leading folders are dropped until a file is there; if none is, the path as given, under the root.
     """
@@ -111,7 +127,7 @@ def locate(root: Path, relative: str) -> Path:
 
 
 def read_mat(path: Path) -> dict[str, Any]:
-    """The variables of a MATLAB 5 to 7 file, by name; PF-WILLOW's and PF-PASCAL's hold plain numeric arrays.
+    """Read the variables of a MATLAB 5 to 7 file, by name; PF-WILLOW's and PF-PASCAL's hold plain numeric arrays.
 
     Raises:
         MissingExtraError: scipy is not installed.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.datasets.layout import DatasetError, Problem, Tree
+from difftap.datasets.layout import DatasetError, Problem, Tree, load_with
 from difftap.errors import InputError
 from difftap.images import Image
 
@@ -129,7 +128,7 @@ class SceneSource:
 
 
 def mask_boxes(masks: Mask) -> NDArray[np.int32]:
-    """The tightest box around each mask of ``(K, H, W)``: ``(K, 4)``, x0, y0, x1, y1 in pixels, ends excluded.
+    """Find the tightest box around each mask of ``(K, H, W)``: ``(K, 4)``, x0, y0, x1, y1 in pixels, ends excluded.
 
     An empty mask's is all zeros.
     """
@@ -148,7 +147,7 @@ def make_scene(
     wanted: ObjectFilter,
     left_out: Mapping[str, int] | None = None,
 ) -> Scene:
-    """A scene of the objects that are wanted; the others are counted.
+    """Make a scene of the objects that are wanted; the others are counted.
 
     Args:
         key: the scene's name.
@@ -189,7 +188,7 @@ _ALIASES = {"pascal": "voc"}
 
 
 def read_names(path: Path) -> list[str]:
-    """The first word of each line of a list, as the data sets' own splits have them.
+    """Read the first word of each line of a list, as the data sets' own splits have them.
 
     Raises:
         DatasetError: it cannot be read.
@@ -202,7 +201,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_listing(path: Path, dataset: str) -> tuple[str, ...]:
-    """The images or clips of one data set in a list like the study's, a CSV with the columns ``src,dataset``.
+    """Read the images or clips of one data set in a list like the study's, a CSV with the columns ``src,dataset``.
 
     A file without these columns is a plain list, one name a line.
 
@@ -237,7 +236,7 @@ def make_source(
     *,
     allow_missing: bool,
 ) -> SceneSource:
-    """The scenes that are there; the listed ones that are not are refused, or counted.
+    """Give the scenes that are there; refuse the listed ones that are not, or count them.
 
     Raises:
         DatasetError: nothing is listed, or something is missing and may not be.
@@ -286,14 +285,14 @@ class ObjectLoader(Protocol):
         allow_missing: bool = ...,
         **options: Any,
     ) -> SceneSource:
-        """The scenes of a split, or those that a list names."""
+        """Return the scenes of a split, or those that a list names."""
 
     def variants(self, root: Path) -> list[str]:
-        """The splits that the folder holds."""
+        """Return the splits that the folder holds."""
 
 
 def loader(name: str) -> ObjectLoader:
-    """The module that reads a data set.
+    """Import the module that reads a data set.
 
     Raises:
         InputError: there is no data set of that name.
@@ -316,8 +315,4 @@ def load(name: str, root: str | Path, **options: Any) -> SceneSource:
         DatasetError: the folder is not laid out as expected, or images are missing and ``allow_missing`` is not set.
         InputError: an option is not one of those allowed.
     """
-    module = loader(name)
-    unknown = set(options) - set(inspect.signature(module.load).parameters)
-    if unknown:
-        raise InputError(f"data set '{name}' has no option --{min(unknown)}; leave it out")
-    return module.load(Path(root), **options)
+    return load_with(name, loader(name).load, Path(root), options)

@@ -41,7 +41,7 @@ def part_of_images(images: Sequence[tuple[str, str]], shares: Sequence[float] = 
 
 
 def take_part(samples: Sequence[Sample], part: str, root: Path, made: Path | None = None) -> list[Sample]:
-    """The pairs of one part.
+    """Choose the pairs of one part.
 
     A target that was made (it lies in ``made``) belongs with its source.
 

@@ -21,7 +21,7 @@ __all__ = ["SPLITS", "TREE", "load", "mirrored", "mirrored_copy", "variants", "w
 
 
 def mirrored(side: Side) -> Side:
-    """The annotations as they are in the mirrored image: pixel 0 goes to pixel W - 1 (`difftap.coords`).
+    """Give the annotations as they are in the mirrored image: pixel 0 goes to pixel W - 1 (`difftap.coords`).
 
     >>> side = mirrored(Side(Path("a.png"), (10, 8), np.array([[0.0, 5.0]]), (0.0, 1.0, 3.0, 2.0)))
     >>> side.points.tolist(), side.box
@@ -73,7 +73,7 @@ _NAMES = {"trn": ("trn", "train"), "val": ("val",), "test": ("test",)}
 
 
 def _lists(root: Path, split: str) -> list[Path]:
-    """The lists of a split that are there, those that the annotations at hand make readable first."""
+    """Return the lists of a split that are there, those that the annotations at hand make readable first."""
     inner = root / "PF-dataset-PASCAL"
     with_mat = (root / "Annotations").is_dir() or (inner / "Annotations").is_dir()
     endings = ["", "_pf_pascal"] if with_mat else ["_pf_pascal", ""]
@@ -84,7 +84,7 @@ def _lists(root: Path, split: str) -> list[Path]:
 
 
 def variants(root: Path) -> Iterator[dict[str, Any]]:
-    """The lists that are there, all of each split."""
+    """Return the lists that are there, all of each split."""
     for split in SPLITS:
         for path in _lists(root, split):
             yield {"split": split, "pairs": path.relative_to(root).as_posix()}
@@ -140,7 +140,7 @@ def load(
 
 
 def _category(cell: str) -> str:
-    """A class by its number from 1, or by its name."""
+    """Return a class by its number from 1, or by its name."""
     name = CLASSES[int(cell) - 1] if cell.isdecimal() and 1 <= int(cell) <= len(CLASSES) else cell
     if name not in CLASSES:
         raise BadPairError("malformed", f"class '{cell}' does not exist; allowed: 1 to 20, or a class's name")
@@ -173,7 +173,7 @@ def _side(collector: Collector, root: Path, row: dict[str, str], end: str, categ
 
 
 def _copied(collector: Collector, side: Side, cache: Path | None) -> Side:
-    """The mirrored side with a mirrored copy as its image, made when it is first needed."""
+    """Give the mirrored side with a mirrored copy as its image, made when it is first needed."""
     if cache is None:
         raise DatasetError("the list has mirrored pairs; give cache, a folder for the copies, or choose another flip")
     copy = mirrored_copy(side.image, collector.document(side.image, file_digest), cache)

@@ -29,7 +29,7 @@ _COLUMNS = tuple(f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in
 
 
 def variants(root: Path) -> Iterator[dict[str, Any]]:
-    """The one split, from the CSV or from the annotations."""
+    """Return the one split, from the CSV or from the annotations."""
     if (root / "test_pairs.csv").is_file():
         yield {"split": "test", "pairs": "csv"}
     elif next(root.rglob("*.mat"), None) is not None:

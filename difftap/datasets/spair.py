@@ -27,7 +27,7 @@ _FLAGS = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
 
 
 def variants(root: Path) -> Iterator[dict[str, Any]]:
-    """The layouts and splits whose lists are there."""
+    """Return the layouts and splits whose lists are there."""
     for layout in LAYOUTS:
         for split in SPLITS:
             if (root / "Layout" / layout / f"{split}.txt").is_file():

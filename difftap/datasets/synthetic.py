@@ -100,7 +100,7 @@ class ThinPlate:
 
     @classmethod
     def fit(cls, controls: _Array, offsets: _Array, scale: float) -> ThinPlate:
-        """The spline that moves each control point ``(K, 2)`` of the target by its offset ``(K, 2)``, in pixels."""
+        """Fit the spline that moves each control point ``(K, 2)`` of the target by its offset ``(K, 2)``, in pixels."""
         units, count = controls / scale, len(controls)
         system = np.zeros((count + 3, count + 3))
         system[:count, :count] = _kernel(((units[:, None] - units[None]) ** 2).sum(axis=2))
@@ -117,7 +117,7 @@ class ThinPlate:
         return moved * self.scale
 
     def jacobian(self, points: _Array) -> _Array:
-        """Derivative of `backward`, ``(N, 2, 2)``: axis 1 the source's x and y, axis 2 the target's."""
+        """Differentiate `backward`, ``(N, 2, 2)``: axis 1 the source's x and y, axis 2 the target's."""
         units = points / self.scale
         apart = units[:, None] - self.controls[None]  # (N, K, 2)
         squares = (apart**2).sum(axis=2)
@@ -144,7 +144,7 @@ def _kernel(squares: _Array) -> _Array:
 
 
 def random_homography(rng: np.random.Generator, size: Size, strength: float) -> Homography:
-    """A turn, a change of scale and a move of each corner by up to ``strength`` (below 0.25) of the shorter side."""
+    """Draw a turn, a scale and moves of the corners by up to ``strength`` (below 0.25) of the shorter side."""
     ends = np.array(size, np.float64) - 1
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * ends  # (4, 2)
     angle, zoom = rng.uniform(-2, 2) * strength, np.exp(rng.uniform(-1, 1) * strength)
@@ -158,7 +158,7 @@ def random_homography(rng: np.random.Generator, size: Size, strength: float) -> 
 
 
 def random_thin_plate(rng: np.random.Generator, size: Size, strength: float) -> ThinPlate:
-    """A spline on 4 x 4 points, each moved by up to ``strength`` / 2 of the shorter side, less if it would fold."""
+    """Draw a spline of 4 x 4 points, moved by up to ``strength`` / 2 of the shorter side, less if it would fold."""
     across, down = (np.linspace(0, side - 1, 4) for side in size)
     controls = np.stack(np.meshgrid(across, down), axis=2).reshape(-1, 2)
     offsets = rng.uniform(-0.5, 0.5, controls.shape) * strength * min(size)
@@ -177,7 +177,7 @@ _ROWS = 64  # rows drawn at once: bounds the memory
 
 
 def resample(pixels: NDArray[np.uint8], warp: Warp) -> NDArray[np.float64]:
-    """The target ``(H, W, 3)`` of a warp, bilinear, as large as the source; mid-grey where the source has nothing."""
+    """Draw the target ``(H, W, 3)`` of a warp, bilinear, as large as the source; mid-grey where that has nothing."""
     height, width = pixels.shape[:2]
     drawn = np.full((height, width, 3), _GREY)
     for top in range(0, height, _ROWS):
@@ -273,7 +273,7 @@ class Making:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def plan(self, size: Size) -> tuple[Warp, NDArray[np.int64], np.random.Generator]:
-        """The warp, the covering patches ``(P, 4)`` (x1, y1, x2, y2, ends excluded), and a generator for the rest."""
+        """Draw the warp and the covering patches ``(P, 4)`` (x1, y1, x2, y2, ends excluded); the generator goes on."""
         rng = np.random.default_rng(int(self.key, 16))
         warp = KINDS[self.kind](rng, size, self.distortion.strength)
         sides = np.sqrt(self.distortion.occlusion / _PATCHES) * rng.uniform(0.7, 1.0, (_PATCHES, 2))
@@ -290,7 +290,7 @@ class Making:
 
 
 def keypoints(making: Making, size: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The keypoints that stay in sight, ``(N, 2)`` in the source and ``(N, 2)`` in the target."""
+    """Return the keypoints that stay in sight, ``(N, 2)`` in the source and ``(N, 2)`` in the target."""
     warp, patches, _ = making.plan(size)
     grid = making.distortion.grid
     xs, ys = (np.unique(np.floor((np.arange(grid) + 0.5) * side / grid)) for side in size)
@@ -312,7 +312,7 @@ _SMALLEST = 16  # pixels a side
 
 
 def variants(root: Path) -> Iterator[dict[str, Any]]:
-    """The one split, if there is such a folder."""
+    """Return the one split, if there is such a folder."""
     if root.is_dir():
         yield {"split": "all"}
 
@@ -365,7 +365,7 @@ def load(
 
 
 def _sample(collector: Collector, root: Path, file: Path, cache: Path, distortion: Distortion, kind: str) -> Sample:
-    """An image and one of its warps."""
+    """Pair an image with one of its warps."""
     width, height = size = collector.size(file)
     if min(size) < _SMALLEST:
         raise BadPairError(

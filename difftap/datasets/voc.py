@@ -31,12 +31,12 @@ _INSIDE = ("", "VOC2012", "VOCdevkit/VOC2012")
 
 
 def _home(root: Path) -> Path:
-    """The folder that holds the images, which may lie below the one given."""
+    """Return the folder that holds the images, which may lie below the one given."""
     return next((root / name for name in _INSIDE if (root / name / "JPEGImages").is_dir()), root)
 
 
 def variants(root: Path) -> list[str]:
-    """The splits whose lists are there."""
+    """Return the splits whose lists are there."""
     return [name for name in SPLITS if (_home(root) / "ImageSets/Segmentation" / f"{name}.txt").is_file()]
 
 

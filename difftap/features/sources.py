@@ -75,7 +75,7 @@ class Source:
 
     @classmethod
     def unique(cls, kind: str, items: Sequence[Item]) -> Source:
-        """A source of the items, each key once."""
+        """Make a source of the items, each key once."""
         kept = {item.key: item for item in reversed(items)}
         first = [item for item in items if kept[item.key] is item]
         return cls(kind, first, len(items) - len(first))
@@ -119,7 +119,7 @@ class MemberAt:
 
 
 def tar_source(paths: Sequence[Path]) -> Source:
-    """The images in one or more tar files.
+    """List the images in one or more tar files.
 
     Raises:
         InputError: one cannot be read, or is compressed.
@@ -174,7 +174,7 @@ class CellAt:
 
 
 def _piece(path: str, group: int, column: str) -> Any:
-    """A column of one row group, or of a whole Arrow file, which is mapped and not read."""
+    """Read a column of one row group, or of a whole Arrow file, which is mapped and not read."""
     name = (path, group, column)
     with _lock:  # several threads want the next group at once, and one of them is to read it
         if name not in _pieces:
@@ -195,7 +195,7 @@ def _piece(path: str, group: int, column: str) -> Any:
 
 
 def _choose(schema: Any, column: str | None, path: Path) -> str:
-    """The column with the images: the one asked for, or the first that looks like one."""
+    """Choose the column with the images: the one asked for, or the first that looks like one."""
     import pyarrow as pa
 
     def fits(kind: Any) -> bool:
@@ -221,7 +221,7 @@ def _choose(schema: Any, column: str | None, path: Path) -> str:
 
 
 def parquet_source(paths: Sequence[Path], root: Path, column: str | None) -> Source:
-    """The images in a column of Parquet files.
+    """List the images in a column of Parquet files.
 
     Raises:
         InputError: a file cannot be read, or has no such column.
@@ -246,7 +246,7 @@ def parquet_source(paths: Sequence[Path], root: Path, column: str | None) -> Sou
 
 
 def saved_dataset(folder: Path, column: str | None) -> Source:
-    """The images in a column of a data set that Hugging Face's ``save_to_disk`` wrote.
+    """List the images in a column of a data set that Hugging Face's ``save_to_disk`` wrote.
 
     Raises:
         InputError: it is a dictionary of splits, has its rows picked by an index, or is damaged.
@@ -284,7 +284,7 @@ _KINDS = (
 
 
 def open_source(text: str | Path, column: str | None = None) -> Source:
-    """The images that a path, or a glob in quotes, stands for.
+    """List the images that a path, or a glob in quotes, stands for.
 
     A folder with images in it gives those, at any depth; one without, its tar or Parquet files. Keys are: of a folder,
     paths relative to it; of a glob, relative to its part without wildcards; of a list, its lines as they are; of a
@@ -333,7 +333,7 @@ def _folder(path: Path, column: str | None) -> Source:
 
 
 def _containers(files: list[Path], root: Path, column: str | None) -> Source | None:
-    """The images in tar or Parquet files; None if there are none of those."""
+    """List the images in tar or Parquet files; None if there are none of those."""
     archives = [file for file in files if file.suffix.lower() == ".tar"]
     if archives:
         return tar_source(archives)
@@ -358,7 +358,7 @@ def _file(path: Path, column: str | None) -> Source:
 
 
 def _list(path: Path) -> Source:
-    """A list of paths, one a line, relative to the list's folder; empty lines and those that begin with # count not."""
+    """Read a list of paths, one a line, relative to the list's folder; skip empty lines and those with # first."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -55,7 +55,7 @@ def average(maps: Sequence[FeatureMap], cells: KeptCells) -> NDArray[np.float32]
 
 
 def prototypes(maps: Sequence[FeatureMap], masks: Mask, rule: str = "area") -> tuple[NDArray[np.float32], KeptCells]:
-    """The prototypes ``(K, D)`` of objects with masks ``(K, H, W)``, and the cells they were averaged over.
+    """Compute the prototypes ``(K, D)`` of objects with masks ``(K, H, W)``, and the cells they were averaged over.
 
     Raises:
         InputError: no map, maps of different images, an unknown rule, or an empty mask.

@@ -84,7 +84,7 @@ class Built:
 
 
 def recipe_column(path: Path, recipe: Recipe) -> Column:
-    """The column that joins every tap of every branch of a recipe, in its order."""
+    """Return the column that joins every tap of every branch of a recipe, in its order."""
     times = {branch.timestep for branch in recipe.branches}
     parts = tuple((k, tap) for k, branch in enumerate(recipe.branches) for tap in branch.taps)
     label = "+".join(tap if len(times) == 1 else f"{tap}@{recipe.branches[k].timestep}" for k, tap in parts)
@@ -92,7 +92,7 @@ def recipe_column(path: Path, recipe: Recipe) -> Column:
 
 
 def _identity(source: SceneSource, column: Column, rule: str) -> dict[str, Any]:
-    """What must be the same for a table to be the one meant, whoever makes it."""
+    """Tell what must be the same for a table to be the one meant, whoever makes it."""
     keys = hashlib.sha256("\n".join(source.keys).encode()).hexdigest()[:16]
     data = {**source.about, "name": source.name, "scenes": len(source), "keys": keys}
     return {"feature_key": column.recipe.feature_key(), "taps": column.taps, "rule": rule, "data": data}
@@ -261,7 +261,7 @@ def _features(
 
 
 def _chained(scenes: Sequence[Scene], pending: Iterable[Image], waiting: deque[Scene]) -> Iterator[Scene]:
-    """The scenes whose features are still to come: those in hand, then those not read yet."""
+    """Yield the scenes whose features are still to come: those in hand, then those not read yet."""
     yield from scenes
     for _ in pending:
         yield waiting.popleft()
@@ -355,5 +355,5 @@ def _provenance(column: Column, header: Mapping[str, Any], index: int, built: Bu
 
 
 def narrowed(recipe: Recipe, taps: tuple[str, ...], timestep: int) -> Recipe:
-    """A recipe of one branch: the first one's prompt, other taps and timestep."""
+    """Make a recipe of one branch: the first one's prompt, other taps and timestep."""
     return replace(recipe, branches=(replace(recipe.branches[0], taps=taps, timestep=timestep, weight=1.0),))

@@ -78,7 +78,7 @@ def _overlaps(low: float, high: float, cells: int, pixels: int) -> NDArray[np.fl
 
 
 def keep_cells(masks: Mask, geometry: Geometry, grid: Size, rule: str = "area") -> KeptCells:
-    """The cells that stand for each object.
+    """Choose the cells that stand for each object.
 
     Args:
         masks: bool, ``(K, H, W)``; none of them empty.
@@ -105,7 +105,7 @@ def keep_cells(masks: Mask, geometry: Geometry, grid: Size, rule: str = "area") 
 
 
 def _nearest(masks: Mask, geometry: Geometry, grid: Size) -> NDArray[np.bool_]:
-    """The mask at each cell's centre, ``(K, h, w)``; a centre on the border of two pixels reads the second."""
+    """Sample the mask at each cell's centre, ``(K, h, w)``; a centre on the border of two pixels reads the second."""
     width, height = geometry.image
     diagonal = np.arange(max(grid), dtype=np.float64)
     centres = geometry.to_pixels(np.stack([diagonal, diagonal], axis=1), grid)

@@ -96,7 +96,7 @@ class PrototypeTable:
         return int(self.vectors.shape[1])
 
     def take(self, rows: NDArray[Any] | slice) -> PrototypeTable:
-        """The rows of an index or mask, with the same provenance."""
+        """Take the rows of an index or mask, with the same provenance."""
         parts = {name: getattr(self, name)[rows] for name in ("vectors", "boxes", *_COLUMNS)}
         return dataclasses.replace(self, **parts)
 
@@ -156,7 +156,7 @@ class PrototypeTable:
 
 
 def load_provenance(path: Path) -> dict[str, Any]:
-    """A table's provenance, from the file's end alone.
+    """Read a table's provenance, from the file's end alone.
 
     Raises:
         InputError: the file is missing, damaged, no table of prototypes, or of another schema.
@@ -216,7 +216,7 @@ def save_stream(path: Path, tables: Iterable[PrototypeTable], width: int, proven
 
 
 def _regrouped(tables: Iterable[PrototypeTable]) -> Iterator[PrototypeTable]:
-    """The same rows in tables of `_ROWS`, the last one shorter."""
+    """Yield the same rows in tables of `_ROWS`, the last one shorter."""
     held: list[PrototypeTable] = []
     count = 0
     for table in tables:

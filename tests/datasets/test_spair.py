@@ -150,3 +150,8 @@ def test_the_real_pairs(real):
     for sample in found:  # the pair's keypoints are among the target's, at the same places
         places = dict(zip(sample.target_ids, sample.target_visible.tolist(), strict=True))
         np.testing.assert_array_equal([places[key] for key in sample.keypoint_ids], sample.target_points)
+
+
+def test_an_option_of_another_data_set_is_refused(tmp_path):
+    with pytest.raises(InputError, match="data set 'spair' has no option --flip"):
+        load("spair", tmp_path, flip="both")

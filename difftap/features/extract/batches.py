@@ -41,7 +41,7 @@ class Batch:
         return len(self.keys)
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
-        """A tap's maps, by its own name where only one branch has it, or by ``branch/tap``.
+        """Return a tap's maps, by its own name where only one branch has it, or by ``branch/tap``.
 
         Raises:
             InputError: there is no such tap, or several branches have it.
@@ -133,7 +133,7 @@ class Extractor:
             yield _batch(waiting)
 
     def torch(self) -> Any:
-        """The same as a ``torch.utils.data.IterableDataset``, for ``DataLoader(data, batch_size=None)``.
+        """Give the batches as a ``torch.utils.data.IterableDataset``, for ``DataLoader(data, batch_size=None)``.
 
         Its items are dictionaries of tensors by ``branch/tap``, each ``(B, C, h, w)`` float32, and of ``keys``. It
         works in the loader's own process: ``num_workers=0``, the threads being here already.

@@ -54,7 +54,7 @@ POLL = 1.0
 
 
 def told_of(error: DifftapError) -> dict[str, str]:
-    """An error as data: Ray would wrap it."""
+    """Write an error down as data: Ray would wrap it."""
     return {"kind": type(error).__name__, "error": str(error)}
 
 
@@ -72,7 +72,7 @@ def watched(
     clock: Callable[[], float] = time.monotonic,
     poll: float = POLL,
 ) -> Iterator[Any]:
-    """What comes through a queue, until None comes; given up when nothing moves for too long.
+    """Yield what comes through a queue, until None comes; give up when nothing moves for too long.
 
     Args:
         results: what workers report, or the error that ended them all.
@@ -322,7 +322,7 @@ def _probe(opener: Opener, settings: ExtractSettings, folder: str, items: Sequen
 def _look(
     ray: Any, share: _Share, job: tuple[Opener, ExtractSettings, str], items: Sequence[Item], stall: float
 ) -> _Found:
-    """What a worker tells of the first images; of the next ones, where none of them can be used.
+    """Ask a worker about the first images; about the next ones, where none of them can be used.
 
     Not all are sent at once: the list of a large data set would fill the object store.
     """

@@ -94,7 +94,7 @@ def stored_stream(
     provenance: Provenance,
     bases: Mapping[str, Basis],
 ) -> Generator[Outcome, None, None]:
-    """The outcomes of `stream`, each with its maps as a store keeps them.
+    """Yield the outcomes of `stream`, each with its maps as a store keeps them.
 
     As many may wait for the store as a shard holds, as far as memory goes: engines go on while one is written. Large
     maps are encoded by a thread of its own; of small ones, handing them over would cost more.
@@ -207,12 +207,12 @@ def keep(writer: StoreWriter, outcome: Outcome) -> int:
 
 
 def tell(failed: Mapping[str, str]) -> tuple[str, ...]:
-    """The first few failures, a line each."""
+    """Return the first few failures, a line each."""
     return tuple(f"{key}: {error}" for key, error in list(failed.items())[:_REASONS])
 
 
 def remaining(source: Source, writer: StoreWriter, *, retry: bool) -> tuple[list[Item], int, dict[str, str]]:
-    """What a run has to do: the items that are left, how many are done, and which failed before."""
+    """Tell what a run has to do: the items that are left, how many are done, and which failed before."""
     keys = {item.key for item in source}
     failed = {} if retry else {key: error for key, error in writer.failed.items() if key in keys}
     rest = [item for item in source if item.key not in writer.done and item.key not in failed]
@@ -231,7 +231,7 @@ def ready_bases(pipeline: Any, items: Sequence[Item], writer: StoreWriter, setti
 def fit_bases(
     pipeline: Any, items: Iterable[Item], settings: ExtractSettings
 ) -> tuple[dict[str, tuple[int, int, int]], dict[str, Basis]]:
-    """The PCA bases of each tap, from the first usable images, and the maps' shapes; empty if there is none.
+    """Fit the PCA bases of each tap, from the first usable images, and the maps' shapes; empty if there is none.
 
     Raises:
         InputError: a tap has fewer channels, or the sample fewer cells, than components are asked for.

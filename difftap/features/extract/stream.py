@@ -88,7 +88,7 @@ class Channel(Generic[_T]):
 
 
 def ahead(source: Iterable[_T], depth: int, name: str) -> Generator[_T, None, None]:
-    """The same items in the same order, made by a thread of their own, at most ``depth`` of them in advance.
+    """Yield the same items in the same order, made by a thread of their own, at most ``depth`` of them in advance.
 
     An error of the source is raised here, after the items that came before it. When this iterator is closed, the
     thread ends and closes the source.
@@ -219,7 +219,7 @@ def stream(
 def as_stored(
     outcomes: Generator[Outcome, None, None], encode: Callable[[Features], StoredImage]
 ) -> Generator[Outcome, None, None]:
-    """The outcomes with their maps as a store keeps them.
+    """Yield the outcomes with their maps as a store keeps them.
 
     Args:
         outcomes: of `stream`; closed at the end.
@@ -262,7 +262,7 @@ def _join(batches: list[_Batch]) -> _Batch:
 
 
 def _split(batch: _Batch) -> Iterator[_Batch]:
-    """The images of a batch one by one, as they were before the VAE."""
+    """Yield the images of a batch one by one, as they were before the VAE."""
     laid = batch.encoded.laid if batch.encoded is not None else batch.laid
     place = 0
     for outcome in batch.outcomes:

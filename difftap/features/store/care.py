@@ -24,7 +24,7 @@ __all__ = ["Compacted", "StoreProblem", "compact", "info", "verify"]
 
 
 def info(store: FeatureStore) -> dict[str, Any]:
-    """What a store is: provenance, counts, size, fidelity; plain data."""
+    """Tell what a store is: provenance, counts, size, fidelity; plain data."""
     noted = store.noted
     measured: dict[str, list[Fidelity]] = {}
     for row in store.rows:
@@ -125,7 +125,7 @@ def _fault(store: FeatureStore, array: TapArray, row: StoredRow) -> str:
 
 
 def _check_index(store: FeatureStore) -> Iterator[StoreProblem]:
-    """The arrays that are there for other readers must agree with the journal."""
+    """Check that the arrays for other readers agree with the journal."""
     if not store.rows:
         return
     try:
@@ -241,7 +241,7 @@ def _shape(array: TapArray) -> tuple[int, int, int]:
 
 
 def _whole(store: FeatureStore, taps: Sequence[TapArray], row: StoredRow) -> dict[str, Stored] | str:
-    """What is stored of a row, or what is wrong with it."""
+    """Tell what is stored of a row, or what is wrong with it."""
     faults = (_fault(store, array, row) for array in taps)
     fault = next(itertools.dropwhile(lambda text: not text, faults), "")
     return fault or {array.name: store.stored(array, row.row) for array in taps}

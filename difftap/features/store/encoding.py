@@ -84,7 +84,7 @@ class Moments:
         self._outer += cells @ cells.T
 
     def basis(self, components: int) -> Basis:
-        """The leading principal components.
+        """Find the leading principal components.
 
         Raises:
             InputError: there are fewer channels or cells than components.
@@ -148,7 +148,7 @@ class Fidelity:
 
     @classmethod
     def join(cls, parts: Sequence[Fidelity]) -> Fidelity:
-        """That of several maps: mean cosine, lowest cosine, largest error."""
+        """Join those of several maps: mean cosine, lowest cosine, largest error."""
         count = sum(part.maps for part in parts)
         mean = sum(part.cosine * part.maps for part in parts) / count
         return cls(mean, min(p.lowest for p in parts), max(p.error for p in parts), count)
@@ -197,7 +197,7 @@ class Encoding:
         return 0 if self.dtype != "int8" else components if self.scale == "channel" else 1
 
     def encode(self, data: NDArray[np.float32], basis: Basis | None = None) -> Stored:
-        """A map ``(C, h, w)`` as it is stored.
+        """Encode a map ``(C, h, w)`` as it is stored.
 
         Raises:
             InputError: a value does not fit the number type.
@@ -221,7 +221,7 @@ class Encoding:
         return Stored(whole, scale.reshape(-1))
 
     def decode(self, stored: Stored, basis: Basis | None = None) -> NDArray[np.float32]:
-        """The map ``(C, h, w)`` of what `encode` gave."""
+        """Decode the map ``(C, h, w)`` of what `encode` gave."""
         values = stored.values.astype(np.float32)
         if stored.scale is not None:
             values *= stored.scale.reshape(-1, 1, 1)
@@ -229,7 +229,7 @@ class Encoding:
 
 
 def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Rounded to half precision; large maps by Arrow, bit for bit as numpy does it, in half the time."""
+    """Round to half precision; large maps by Arrow, bit for bit as numpy does it, in half the time."""
     if values.size < _LARGE:
         return values.astype(np.float16)
     pyarrow = require("pyarrow", "store", "a feature store")
@@ -279,7 +279,7 @@ def store_image(features: Features, encoding: Encoding, bases: Mapping[str, Basi
 
 
 def row_digest(stored: Stored) -> str:
-    """The first half of the SHA-256 of what is stored of one map: values, then scales."""
+    """Compute the first half of the SHA-256 of what is stored of one map: values, then scales."""
     digest = hashlib.sha256(np.ascontiguousarray(stored.values).data)
     if stored.scale is not None:
         digest.update(np.ascontiguousarray(stored.scale).data)

@@ -57,7 +57,7 @@ class Place:
             raise InputError(f"'{self.address}' cannot be opened: {first_line(error)}") from error
 
     def open(self, *, read_only: bool = True) -> Any:
-        """The zarr group that is there; None if there is none.
+        """Open the zarr group that is there; None if there is none.
 
         Raises:
             InputError: the address is of no known kind, or cannot be reached.
@@ -81,7 +81,7 @@ class Place:
             ) from error
 
     def create(self, attributes: dict[str, Any]) -> Any:
-        """A new, empty zarr group.
+        """Make a new, empty zarr group.
 
         Raises:
             OutputError: it cannot be made.
@@ -125,7 +125,7 @@ class Place:
             system.rm(path, recursive=True)
 
     def beside(self, word: str) -> Path:
-        """A hidden neighbour of a local store, ``.name.word``."""
+        """Name a hidden neighbour of a local store, ``.name.word``."""
         folder = Path(self.address.removeprefix("file://")).resolve()
         return folder.with_name(f".{folder.name}.{word}")
 
@@ -195,7 +195,7 @@ def put(path: Path, data: Any) -> None:
 
 
 def _durable(folder: Path) -> Any:
-    """A zarr store of local files, with every object synced before it appears."""
+    """Open a zarr store of local files, with every object synced before it appears."""
     from zarr.storage import LocalStore
 
     class DurableStore(LocalStore):  # type: ignore[misc]  # zarr is not installed everywhere

@@ -115,15 +115,15 @@ class FeatureStore:
         check_features(self.place, self.provenance, recipe.feature_fields(), model_key, prompts)
 
     def keys(self) -> list[str]:
-        """The images' keys, in the order of the rows."""
+        """Return the images' keys, in the order of the rows."""
         return [row.key for row in self._rows]
 
     def find(self, digest: str) -> str | None:
-        """The key of the image with this content, `difftap.images.Image.digest`; None if it is not in."""
+        """Find the key of the image with this content, `difftap.images.Image.digest`; None if it is not in."""
         return self._by_digest.get(digest)
 
     def row(self, key: str) -> StoredRow:
-        """What the journal says of an image.
+        """Look up what the journal says of an image.
 
         Raises:
             InputError: there is no such key, or the image failed.
@@ -139,7 +139,7 @@ class FeatureStore:
         )
 
     def read(self, key: str) -> Features:
-        """An image's features: every branch's and tap's map, float32 ``(C, h, w)`` with its geometry.
+        """Read an image's features: every branch's and tap's map, float32 ``(C, h, w)`` with its geometry.
 
         Raises:
             InputError: there is no such key.
@@ -163,7 +163,7 @@ class FeatureStore:
         return Features(row.digest, tuple(branches))
 
     def stored(self, array: TapArray, row: int) -> Stored:
-        """What lies in one row of an array, as it is stored.
+        """Read what lies in one row of an array, as it is stored.
 
         Raises:
             ArtefactError: it cannot be read.
@@ -185,7 +185,7 @@ class FeatureStore:
         return key in self._by_key
 
     def __getitem__(self, index: int) -> Features:
-        """The features of the image in place ``index`` of `keys`: a map-style data set, as torch's loaders take it."""
+        """Read the features of image ``index`` of `keys`: a map-style data set, as torch's loaders take it."""
         return self._features(self._rows[index])
 
     def __iter__(self) -> Iterator[Features]:

@@ -193,7 +193,7 @@ class Provenance:
 
 
 def read_provenance(group: Any, place: Place) -> Provenance:
-    """The provenance in a zarr group.
+    """Read the provenance in a zarr group.
 
     Raises:
         InputError: it is no feature store of ours, or one of another version.
@@ -212,7 +212,7 @@ def read_provenance(group: Any, place: Place) -> Provenance:
 
 
 def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's fields as they are for images of no named category: a prompt that asks for one stays empty.
+    """Give a recipe's fields as they are for images of no named category: a prompt that asks for one stays empty.
 
     That is what a store holds under such a prompt, and what is looked for in it.
     """
@@ -286,7 +286,7 @@ class TapArray:
 
 
 def tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArray]:
-    """A store's tap arrays, branch by branch; none if it has no row yet.
+    """Open a store's tap arrays, branch by branch; none if it has no row yet.
 
     Raises:
         ArtefactError: some are missing, or cannot be read.
@@ -333,7 +333,7 @@ def _tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArr
 
 
 def load_bases(group: Any, provenance: Provenance) -> dict[str, Basis]:
-    """The PCA bases in a store, by the name of the tap's array."""
+    """Read the PCA bases in a store, by the name of the tap's array."""
     bases = {}
     for branch, taps in enumerate(provenance.branches):
         for tap in taps:
@@ -346,7 +346,7 @@ def load_bases(group: Any, provenance: Provenance) -> dict[str, Basis]:
 
 
 def pages(group: Any, place: Place) -> Iterator[Page]:
-    """The journal, page by page, in the order of the shards."""
+    """Yield the journal, page by page, in the order of the shards."""
     with _readable(f"the journal of '{place}'"):
         journal = group.get("journal")
     if journal is None:  # a store that was begun and no more

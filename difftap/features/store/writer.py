@@ -107,7 +107,7 @@ def _make(
 
 
 def _put(group: Any, name: str, data: NDArray[Any], attributes: Mapping[str, Any] | None = None) -> None:
-    """A small array, written whole."""
+    """Write a small array, whole."""
     group.create_array(name, data=data, compressors=None, attributes=dict(attributes or {}), overwrite=True)
 
 
@@ -411,7 +411,7 @@ def _asked(features: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
 
 
 def _existing(place: Place, *, overwrite: bool) -> Any:
-    """The store that is there, open for writing; None if one is to be made.
+    """Return the store that is there, open for writing; None if one is to be made.
 
     Raises:
         OutputError: something else is there.
@@ -432,7 +432,7 @@ def _existing(place: Place, *, overwrite: bool) -> Any:
 
 
 def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
-    """The store's provenance, if the run's does not contradict it.
+    """Return the store's provenance, if the run's does not contradict it.
 
     Raises:
         OutputError: it does; names the first field that differs.
@@ -526,7 +526,7 @@ class StoreWriter:
                     one.resize((rows, *one.shape[1:]))
 
     def _arrays(self) -> list[TapArray]:
-        """The taps' arrays, opened once, for that takes as long as a fast engine's image; none unless all are there."""
+        """Return the taps' arrays; none unless all are there. Opening takes as long as an image, so it is done once."""
         if not self._taps and self._bound():
             self._taps = tap_arrays(self.group, self.provenance, self.place)
         return self._taps
