@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,9 +92,6 @@ def load_pairs(chosen: Selection, made: Path) -> Pairs:
     Raises:
         InputError: the folder is not laid out as expected, or pairs are broken and may not be.
     """
-    unknown = set(chosen.options) - set(inspect.signature(loader(chosen.name).load).parameters)
-    if unknown:
-        raise InputError(f"data set '{chosen.name}' has no option --{min(unknown)}; leave it out")
     data = load(chosen.name, chosen.root, allow_missing=chosen.allow_missing, cache=made, **chosen.options)
     about = {
         "name": data.name,
