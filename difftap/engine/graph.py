@@ -47,6 +47,9 @@ class Graph:
         taps: names of the tapped tensors, the UNet graph's outputs; empty for the VAE.
         path: the ONNX file; None where it has not been exported (the torch backend needs none).
         precision: the types inside: ``fp32`` as exported, or the half type of a variant (`difftap.export.variants`).
+        takes: inputs of a small network beside the backbone's (a text encoder, a conditional head); none for the
+            inputs that follow from the checkpoint.
+        gives: outputs of such a network.
     """
 
     model: Checkpoint
@@ -54,6 +57,8 @@ class Graph:
     taps: tuple[str, ...] = ()
     path: Path | None = None
     precision: str = "fp32"
+    takes: tuple[TensorSpec, ...] = ()
+    gives: tuple[TensorSpec, ...] = ()
 
     @property
     def name(self) -> str:
@@ -71,11 +76,15 @@ class Graph:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What the network is fed."""
+        if self.takes:
+            return self.takes
         return VAE_INPUTS if self.component == "vae" else unet_inputs(self.model)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """What it gives."""
+        if self.gives:
+            return self.gives
         if self.component == "vae":
             return vae_outputs(self.model)
         taps = [self.model.tap(name) for name in self.taps]

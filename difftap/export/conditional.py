@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "PartGraph",
     "dino_facts",
     "dino_folder",
     "dino_graph",
@@ -45,36 +44,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class PartGraph(Graph):
-    """A graph with inputs and outputs of its own.
-
-    Attributes:
-        takes: its inputs.
-        gives: its outputs.
-    """
-
-    takes: tuple[TensorSpec, ...] = ()
-    gives: tuple[TensorSpec, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Its component's name."""
-        return self.component
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What the network is fed."""
-        return self.takes
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What it gives."""
-        return self.gives
-
-
 def _write(
-    graph: PartGraph,
+    graph: Graph,
     module: torch.nn.Module,
     weights: Mapping[str, TensorLocation],
     scratch: Path,
@@ -139,7 +110,7 @@ def _plain_names(located: Mapping[str, TensorLocation], *prefixes: str) -> dict[
     return found
 
 
-def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> PartGraph:
+def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> Graph:
     """Export the text encoder of a model: a graph from a sequence of vectors ``(B, L, W)`` to ``(B, L, D)``.
 
     Raises:
@@ -148,7 +119,7 @@ def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> Part
     """
     shape = ("B", length, width)
     out = ("B", length, int(model.unet["cross_attention_dim"]))
-    graph = PartGraph(
+    graph = Graph(
         model, "text", takes=(TensorSpec("sequence", "float32", shape),), gives=(TensorSpec("hidden", "float32", out),)
     )
     files, digest = weights_of(model.folder / "text_encoder", cache)
@@ -234,14 +205,14 @@ def image_network(folder: Path) -> torch.nn.Module:
 
 def dino_graph(
     model: Checkpoint, cache: Cache, network: str, weights: str, side: int, count: int, channels: int
-) -> PartGraph:
+) -> Graph:
     """Export a DINOv2 network: a graph from images ``(B, 3, S, S)`` to tokens ``(B, N, C)``.
 
     Raises:
         MissingExtraError: it has to be exported, and torch or transformers is not installed.
         ModelError: it has to be exported, and is not there or is another one.
     """
-    graph = PartGraph(
+    graph = Graph(
         model,
         "tokens",
         takes=(TensorSpec("image", "float32", ("B", 3, side, side)),),
@@ -277,7 +248,7 @@ def head_graph(
     channels: int,
     length: int,
     width: int,
-) -> PartGraph:
+) -> Graph:
     """Find a branch's conditional head, which lies beside the prompt file.
 
     Raises:
@@ -290,13 +261,13 @@ def head_graph(
     return replace(graph, path=path)
 
 
-def _head_identity(graph: PartGraph, sha256: str) -> dict[str, Any]:
+def _head_identity(graph: Graph, sha256: str) -> dict[str, Any]:
     return {"graph_version": GRAPH_VERSION, "component": graph.component, "prompts": sha256}
 
 
-def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int, width: int) -> PartGraph:
+def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int, width: int) -> Graph:
     shape = ("B", count, channels)
-    return PartGraph(
+    return Graph(
         model,
         f"cpm.{branch}",
         takes=(TensorSpec("source", "float32", shape), TensorSpec("target", "float32", shape)),
@@ -306,7 +277,7 @@ def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int
 
 def export_heads(
     model: Checkpoint, cache: Cache, prompt_file: Path, sha256: str, heads: Sequence[torch.nn.Module]
-) -> list[PartGraph]:
+) -> list[Graph]:
     """Export every branch's conditional head beside the prompt file that holds its weights."""
     from difftap.artifacts.tensors import locate_tensors
     from difftap.engine.torch_prompts import HeadPart
