@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-__all__ = ["Table", "TableColumn", "json_text", "plain", "result_json"]
+__all__ = ["Cell", "Table", "TableColumn", "json_text", "plain", "result_json"]
 
 Cell = str | float | None
 
@@ -32,17 +32,19 @@ class TableColumn:
             fractions, seconds, bytes and operations a second; any other is printed only.
         form: format of a number, such as ``.2f``.
         left: text, aligned to the left; numbers stand to the right.
+        unit_shown: whether the unit stands in the head; not where the note or the title says it for all columns.
     """
 
     head: str
     unit: str = ""
     form: str = ""
     left: bool = False
+    unit_shown: bool = True
 
     @property
     def title(self) -> str:
         """Head and unit."""
-        return f"{self.head} {self.unit}".strip()
+        return f"{self.head} {self.unit}".strip() if self.unit_shown else self.head
 
     def show(self, value: Cell) -> str:
         """Show a value as text: ``-`` for None and NaN, and text as it is."""

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.table import Table, TableColumn, result_json
+from difftap.bench.bootstrap import check_draws, percentile_interval
 from difftap.bench.pck import Tally, aggregate, draws
 from difftap.bench.protocols import AGGREGATES
 from difftap.bench.scoring import SCHEMA
 from difftap.errors import InputError
 
-__all__ = ["Comparison", "Row", "compare", "format_comparison", "load_results", "sign_flip", "to_json"]
+__all__ = ["ComparedFigure", "Comparison", "compare", "format_comparison", "load_results", "sign_flip", "to_json"]
 
 COMPARE_SCHEMA = "difftap.bench.compare/2"
 EXACT = 12
@@ -35,7 +37,7 @@ FEW = 20
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedFigure:
     """One figure of both results.
 
     Attributes:
@@ -78,7 +80,7 @@ class Comparison:
         notes: conditions of the two that differ where they had better not.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedFigure, ...]
     pairs: int
     points: int
     only_first: int
@@ -171,8 +173,7 @@ def compare(
     unknown = [name for name in by if name not in AGGREGATES]
     if unknown:
         raise InputError(f"aggregate is {unknown[0]!r}; allowed: {', '.join(AGGREGATES)}")
-    if count < 1 or not 0 < level < 1:
-        raise InputError(f"draws is {count} and level {level}; allowed: 1 or more, and between 0 and 1")
+    check_draws(count, level)
     _same_data(first, second)
     here, there = ({name: k for k, name in enumerate(one["pairs"]["names"])} for one in (first, second))
     common = [name for name in here if name in there]
@@ -245,10 +246,10 @@ class _Pairs:
 
 def _rows(
     protocol: str, alphas: Sequence[str], by: str, first: Tally, second: Tally, weights: NDArray[Any], level: float
-) -> list[Row]:
+) -> list[ComparedFigure]:
     values = [aggregate(tally, by) for tally in (first, second)]
     spread = aggregate(second, by, weights) - aggregate(first, by, weights)  # (B, K)
-    low, high = np.nanquantile(spread, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = percentile_interval(spread, level)
     below, above = (spread <= 0).sum(axis=0), (spread >= 0).sum(axis=0)
     # Two-sided, and never below what so many draws can tell: the observed data count as one of them.
     p = np.minimum(2 * (np.minimum(below, above) + 1) / (len(weights) + 1), 1.0)
@@ -256,7 +257,7 @@ def _rows(
     if len(first.points) <= EXACT:
         p, test = sign_flip(first, second, by), "sign-flip"
     return [
-        Row(
+        ComparedFigure(
             protocol,
             float(alpha),
             by,
@@ -306,24 +307,31 @@ def _notes(first: Mapping[str, Any], second: Mapping[str, Any], pairs: int) -> l
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain data, with the schema's name and version first."""
-    fields = {name: getattr(comparison, name) for name in comparison.__dataclass_fields__ if name != "rows"}
-    rows = [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in comparison.rows]
-    return {"schema": COMPARE_SCHEMA, "unit": "pair", **fields, "rows": rows}
+    """Give the comparison as plain data, with the schema's name and version first."""
+    return result_json(COMPARE_SCHEMA, comparison, unit="pair")
 
 
 def format_comparison(comparison: Comparison) -> list[str]:
     """Lines for a terminal; percent, and the difference in percentage points."""
+    columns = (
+        TableColumn("protocol", left=True),
+        TableColumn("alpha", form="g"),
+        TableColumn("mean", left=True),
+        TableColumn("A", "%", ".2f"),
+        TableColumn("B", "%", ".2f"),
+        TableColumn("B - A", "%", "+.2f", unit_shown=False),
+        TableColumn(f"{100 * comparison.level:g} % interval"),
+        TableColumn("p", form=".4f"),
+    )
+    rows = []
+    for row in comparison.rows:
+        span = f"{100 * row.low:+.2f} to {100 * row.high:+.2f}"
+        rows.append((row.protocol, row.alpha, row.by, row.first, row.second, row.difference, span, row.p))
     lines = [
         f"{comparison.pairs} common pairs, {comparison.points} points; {comparison.only_first} pairs in A alone, "
         f"{comparison.only_second} in B alone",
-        f"{'protocol':16}{'alpha':>7}  {'mean':12}{'A %':>8}{'B %':>8}{'B - A':>8}"
-        f"{f'{100 * comparison.level:g} % interval':>20}{'p':>9}",
+        *Table(columns, tuple(rows)).text(),
     ]
-    for row in comparison.rows:
-        span = f"{100 * row.low:+.2f} to {100 * row.high:+.2f}"
-        figures = f"{100 * row.first:>8.2f}{100 * row.second:>8.2f}{100 * row.difference:>+8.2f}{span:>20}{row.p:>9.4f}"
-        lines.append(f"{row.protocol:16}{row.alpha:>7g}  {row.by:12}{figures}")
     exact = any(row.test == "sign-flip" for row in comparison.rows)
     lines.append(
         f"paired bootstrap over pairs, {comparison.draws} draws"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from difftap.artifacts.run import read_run
-from difftap.bench.poster import Row
+from difftap.bench.poster import PosterRow
 from difftap.bench.predictions import SCHEMA
 from difftap.bench.runner import Opener, finished, plan
 from difftap.bench.session import Pairs
@@ -87,7 +87,7 @@ class Estimator:
         self._costs: dict[str, Costs] = {}
         self._passes: set[tuple[str, object]] = set()
 
-    def __call__(self, row: Row, pairs: Pairs, folder: Path) -> Estimate:
+    def __call__(self, row: PosterRow, pairs: Pairs, folder: Path) -> Estimate:
         """Time a row on its first pair, unless that was done, and count what is left to do in its folder."""
         name = str(pairs.about["name"])
         file = folder / "predictions.jsonl"
@@ -109,7 +109,7 @@ class Estimator:
         self._passes |= new
         return Estimate(row.name, name, len(new), len(wanted), len(rest), self._costs[key])
 
-    def _time(self, row: Row, sample: Sample, images: Sequence[Image]) -> Costs:
+    def _time(self, row: PosterRow, sample: Sample, images: Sequence[Image]) -> Costs:
         """Opening (warm), one batch after a warm-up, one pair's making ready, one match after a warm-up."""
         clock = time.perf_counter
         began = clock()
@@ -153,7 +153,7 @@ class Estimator:
             pipeline.close()
 
 
-def _first_readable(samples: Sequence[Sample], row: Row, pairs: Pairs) -> tuple[Sample, list[Image]]:
+def _first_readable(samples: Sequence[Sample], row: PosterRow, pairs: Pairs) -> tuple[Sample, list[Image]]:
     """The first pair whose images can be read: a damaged one fails its pairs, not the whole row."""
     for sample in samples[:-1]:
         try:

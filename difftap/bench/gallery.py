@@ -17,7 +17,7 @@ from PIL import ImageDraw, ImageFont
 from difftap.artifacts.files import output_errors
 from difftap.bench.predictions import Prediction, Predictions
 from difftap.bench.protocols import Protocol
-from difftap.bench.scoring import Measured, measure, reason_against
+from difftap.bench.scoring import MeasuredPair, measure, reason_against
 from difftap.errors import InputError
 from difftap.features.shelf import View, load_view
 from difftap.matching import Matches
@@ -29,7 +29,7 @@ _NAME = re.compile(r"(best|median|worst)-\d+-.*\.png$")
 _RIGHT, _WRONG = (40, 170, 70), (215, 40, 40)
 
 
-def _merit(measured: Measured) -> tuple[float, float]:
+def _merit(measured: MeasuredPair) -> tuple[float, float]:
     """Share of points right over thresholds up to 0.2, then the mean distance, capped: what pairs are ranked by."""
     alphas = [k / 50 for k in range(1, 11)]
     share = float(measured.hits(alphas, False).mean())
@@ -37,7 +37,7 @@ def _merit(measured: Measured) -> tuple[float, float]:
     return share, -float(capped.mean())
 
 
-def choose(measured: Sequence[Measured], count: int) -> dict[str, list[int]]:
+def choose(measured: Sequence[MeasuredPair], count: int) -> dict[str, list[int]]:
     """Indices of the best, median and worst pairs, ``count`` of each where there are as many; none twice."""
     order = sorted(range(len(measured)), key=lambda k: (*_merit(measured[k]), -k), reverse=True)
     count = min(count, max(1, len(order) // 3)) if order else 0
@@ -51,7 +51,7 @@ def choose(measured: Sequence[Measured], count: int) -> dict[str, list[int]]:
     return unique
 
 
-def draw_pair(pair: Prediction, measured: Measured, protocol: Protocol, alpha: float) -> PIL.Image:
+def draw_pair(pair: Prediction, measured: MeasuredPair, protocol: Protocol, alpha: float) -> PIL.Image:
     """One pair's picture.
 
     Raises:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from difftap.bench.bootstrap import draw_counts, percentile_interval
 from difftap.bench.protocols import AGGREGATES
 from difftap.errors import InputError
 
-__all__ = ["TIE", "Interval", "Tally", "aggregate", "box_side", "draws", "extent", "intervals", "rival", "within"]
+__all__ = ["TIE", "Tally", "aggregate", "box_side", "draws", "extent", "intervals", "rival", "within"]
 
 TIE = 1e-9
 """Distances this close to a threshold, in pixels and as a share of it, are on it: the rest is rounding.
@@ -147,14 +148,6 @@ def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.
     return result
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A percentile interval from resampling, bounds ``(K,)``."""
-
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-
-
 def draws(pairs: int, count: int = 1000, seed: int = 0) -> NDArray[np.uint16]:
     """How often each pair is drawn in each of ``count`` resamplings with replacement, ``(B, P)``.
 
@@ -163,12 +156,14 @@ def draws(pairs: int, count: int = 1000, seed: int = 0) -> NDArray[np.uint16]:
     stream = np.random.Generator(np.random.Philox(key=np.array([seed, pairs], np.uint64)))
     weights = np.empty((count, pairs), np.uint16)
     for b in range(count):
-        weights[b] = np.bincount(stream.integers(0, pairs, pairs), minlength=pairs) if pairs else 0
+        weights[b] = draw_counts(stream, pairs)
     return weights
 
 
-def intervals(tally: Tally, by: str, weights: NDArray[np.integer], level: float = 0.95) -> Interval:
-    """Bootstrap over pairs (Efron's percentile interval) of `aggregate`.
+def intervals(
+    tally: Tally, by: str, weights: NDArray[np.integer], level: float = 0.95
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bootstrap `aggregate` over pairs: the lower and upper ends of its interval, ``(K,)`` each.
 
     Pairs share images, so they are not independent and the true spread is somewhat wider.
 
@@ -178,12 +173,4 @@ def intervals(tally: Tally, by: str, weights: NDArray[np.integer], level: float 
         weights: `draws`, ``(B, P)``.
         level: share of the draws inside.
     """
-    if not 0 < level < 1:
-        raise InputError(f"level is {level}; allowed: between 0 and 1")
-    values = aggregate(tally, by, weights)  # (B, K)
-    values = values[~np.isnan(values).all(axis=1)]
-    if not len(values):
-        nothing = np.full(tally.hits.shape[1], np.nan)
-        return Interval(nothing, nothing)
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Interval(low, high)
+    return percentile_interval(aggregate(tally, by, weights), level)

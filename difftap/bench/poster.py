@@ -13,7 +13,7 @@ from difftap.prompts import made_of_images
 from difftap.prompts.learned import find_learned
 from difftap.recipe import KINDS, Branch, Learned, Recipe, load_recipe
 
-__all__ = ["LEARNED", "POSTER", "PROMPT", "Row", "learned_rows", "poster_rows", "stand_in_rows", "with_prompts"]
+__all__ = ["LEARNED", "POSTER", "PROMPT", "PosterRow", "learned_rows", "poster_rows", "stand_in_rows", "with_prompts"]
 
 PROMPT = "a photo of a {category}"
 """DIFT's, filled in per class."""
@@ -26,7 +26,7 @@ LEARNED = tuple(f"{method}-{kind}" for method in ("sd4match", "dual") for kind i
 
 
 @dataclass(frozen=True)
-class Row:
+class PosterRow:
     """One method.
 
     Attributes:
@@ -50,12 +50,12 @@ class Row:
         return not made_of_images(self.recipe)
 
 
-def poster_rows(model: str) -> list[Row]:
+def poster_rows(model: str) -> list[PosterRow]:
     """The poster's rows that need no learned prompts, on a Stable Diffusion 2.1 checkpoint."""
-    return [Row(name, dataclasses.replace(load_recipe(name), model=model)) for name in POSTER]
+    return [PosterRow(name, dataclasses.replace(load_recipe(name), model=model)) for name in POSTER]
 
 
-def stand_in_rows(size: int | None = None) -> list[Row]:
+def stand_in_rows(size: int | None = None) -> list[PosterRow]:
     """The same rows on the embedded model: the same path where there is neither a checkpoint nor a GPU."""
     recipe = load_recipe("pocket")
     if size is not None:
@@ -65,10 +65,10 @@ def stand_in_rows(size: int | None = None) -> list[Row]:
     bicubic = dataclasses.replace(recipe, matcher=dataclasses.replace(recipe.matcher, interpolation="bicubic"))
     layers = tuple(Branch((tap,), branch.timestep, PROMPT) for tap in ("up1", "up2"))
     dual = dataclasses.replace(recipe, branches=layers, combine="score-sum")
-    return [Row("pocket", recipe), Row("pocket-bicubic", bicubic), Row("pocket-dual", dual)]
+    return [PosterRow("pocket", recipe), PosterRow("pocket-bicubic", bicubic), PosterRow("pocket-dual", dual)]
 
 
-def learned_rows(model: str | None = None, size: int | None = None) -> list[Row]:
+def learned_rows(model: str | None = None, size: int | None = None) -> list[PosterRow]:
     """The rows with learned prompts, each from the folder of its name.
 
     SD4Match's read by corners, as its authors do. On the embedded model they are called ``pocket-single`` and so on.
@@ -80,7 +80,7 @@ def learned_rows(model: str | None = None, size: int | None = None) -> list[Row]
     if model is not None:
         readings = {"kernel-softargmax": "corners"}
         recipes = {name: dataclasses.replace(load_recipe(name), model=model) for name in LEARNED}
-        return [Row(name, one, readings.get(one.matcher.name, "centres")) for name, one in recipes.items()]
+        return [PosterRow(name, one, readings.get(one.matcher.name, "centres")) for name, one in recipes.items()]
     rows = []
     for base in ("pocket", "pocket-dual"):
         recipe = load_recipe(base)
@@ -88,11 +88,11 @@ def learned_rows(model: str | None = None, size: int | None = None) -> list[Row]
             recipe = dataclasses.replace(recipe, size=(size, size))
         for kind in KINDS:
             name = f"{base}-{kind}"
-            rows.append(Row(name, dataclasses.replace(recipe, learned=Learned(f"prompts/{name}", kind))))
+            rows.append(PosterRow(name, dataclasses.replace(recipe, learned=Learned(f"prompts/{name}", kind))))
     return rows
 
 
-def with_prompts(rows: Sequence[Row], root: Path) -> tuple[list[Row], list[str]]:
+def with_prompts(rows: Sequence[PosterRow], root: Path) -> tuple[list[PosterRow], list[str]]:
     """Rows whose prompts lie under a folder, reading them there; and the names of those whose prompts do not."""
     found, absent = [], []
     for row in rows:

@@ -6,7 +6,6 @@ Axis letters: N keypoints of a pair; M visible keypoints of its target.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.run import read_run
+from difftap.artifacts.table import plain
 from difftap.coords import Size
 from difftap.datasets.keypoints import Box, Sample
 from difftap.errors import InputError
@@ -104,11 +104,7 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for one line of JSON; NaN becomes None, nothing is rounded."""
-        plain: dict[str, Any] = {"type": "pair"}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            plain[field.name] = _plain(value.tolist()) if isinstance(value, np.ndarray) else value
-        return plain
+        return {"type": "pair", **plain(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prediction:
@@ -134,12 +130,6 @@ class Prediction:
             raise InputError(
                 f"a prediction lacks or misstates a field ({error}); make the predictions again"
             ) from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _array(value: Any) -> NDArray[np.float64]:

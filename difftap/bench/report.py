@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from difftap.artifacts.table import Cell, Table, TableColumn
 from difftap.bench.protocols import alpha_key
 from difftap.bench.published import SPAIR_CLASSES, PublishedRow, comparable, published
 from difftap.errors import InputError
 from difftap.recipe import presets
 
-__all__ = ["FORMATS", "ResultTable", "dump_results", "format_results", "result_table"]
+__all__ = ["FORMATS", "dump_results", "format_results", "result_table"]
 
 FORMATS = ("markdown", "latex")
 
@@ -104,14 +104,14 @@ def format_results(results: Mapping[str, Any], *, show_published: bool = True) -
         f"PCK in %, with {100 * boot['level']:g} % intervals ({boot['draws']} bootstrap draws over pairs); * marks the "
         "mean that the protocol's authors quote"
     )
-    heads = ("image", "point", "class-image", "class-point")
-    lines.append(f"{'protocol':16}{'alpha':>6}  " + "".join(f"{head:24}" for head in heads) + "image, dagger")
+    means = ("image", "point", "class-image", "class-point")
+    rows = []
     for name, result in results["protocols"].items():
         headline = result["conditions"]["headline"]
         for alpha, figures in _by_alpha(result["pck"]):
-            cells = [("*" if head == headline else " ") + _cell(figures[head]) for head in heads]
-            dagger = _cell(result["pck_dagger"][alpha]["image"])
-            lines.append(f"{name:16}{alpha:>6}  " + "".join(f"{cell:24}" for cell in cells) + dagger)
+            cells = [("*" if mean == headline else "") + _cell(figures[mean]) for mean in means]
+            rows.append((name, alpha, *cells, _cell(result["pck_dagger"][alpha]["image"])))
+    lines += Table.of(("protocol", "alpha", *means, "image, dagger"), rows).text()
     lines += [f"{name:16}does not apply: {reason}" for name, reason in results["not_applied"].items()]
     lines += _protocol_notes(results)
     lines += _flag_lines(results)
@@ -200,80 +200,7 @@ def _count_lines(results: Mapping[str, Any]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-@dataclass(frozen=True)
-class ResultTable:
-    """A table of methods by classes.
-
-    Attributes:
-        caption: every condition that the rows share, and what the marks mean.
-        heads: the columns' names, "All" last.
-        rows: per method, its figures as fractions; None where there is none.
-        marks: per method, ``ours`` or ``published``.
-    """
-
-    caption: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
-    marks: tuple[str, ...]
-
-    def _best(self, column: int) -> float | None:
-        """The best of our own rows in percent; None where there is nothing to be better than."""
-        ours = [row for (_, row), mark in zip(self.rows, self.marks, strict=True) if mark == "ours"]
-        figures = [row[column] for row in ours if row[column] is not None]
-        if len(ours) < 2 or len({round(100 * figure, 2) for figure in figures if figure is not None}) < 2:
-            return None
-        return max((round(100 * figure, 2) for figure in figures if figure is not None), default=None)
-
-    def _texts(self, bold: tuple[str, str]) -> list[list[str]]:
-        best = [self._best(k) for k in range(len(self.heads))]
-        texts = []
-        for (_, row), mark in zip(self.rows, self.marks, strict=True):
-            cells = []
-            for figure, top in zip(row, best, strict=True):
-                text = _percent(figure)
-                wins = mark == "ours" and figure is not None and round(100 * figure, 2) == top
-                cells.append(f"{bold[0]}{text}{bold[1]}" if wins else text)
-            texts.append(cells)
-        return texts
-
-    def markdown(self) -> str:
-        """A Markdown table; of our rows, the best of each column is bold."""
-        lines = ["| method | " + " | ".join(self.heads) + " |", "|---|" + "---:|" * len(self.heads)]
-        for (name, _), cells in zip(self.rows, self._texts(("**", "**")), strict=True):
-            lines.append("| " + " | ".join([name.replace("|", "\\|"), *cells]) + " |")
-        return "\n".join([*lines, "", self.caption, ""])
-
-    def latex(self) -> str:
-        """A LaTeX table across both columns, for booktabs; as `markdown`, with published rows in italics."""
-        lines = [
-            "\\begin{table*}",
-            "\\centering\\scriptsize\\setlength{\\tabcolsep}{2.5pt}",
-            f"\\caption{{{_tex(self.caption)}}}",
-            "\\begin{tabular}{l" + "r" * len(self.heads) + "}",
-            "\\toprule",
-            "method & " + " & ".join(_tex(head) for head in self.heads) + " \\\\",
-            "\\midrule",
-        ]
-        for (name, _), mark, cells in zip(self.rows, self.marks, self._texts(("\\textbf{", "}")), strict=True):
-            label = _tex(name) if mark == "ours" else f"\\textit{{{_tex(name)}}}"
-            lines.append(" & ".join([label, *cells]) + " \\\\")
-        return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table*}", ""])
-
-
 _MARK = "\u2020"  # a dagger
-_TEX = {
-    _MARK: "\\dag{}",
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "\\textless{}",
-    ">": "\\textgreater{}",
-    "|": "\\textbar{}",
-}
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(one, f"\\{one}" if one in "&%$#_{}" else one) for one in text)
 
 
 def result_table(
@@ -283,7 +210,7 @@ def result_table(
     by: str = "image",
     *,
     show_published: bool = False,
-) -> ResultTable:
+) -> Table:
     """The poster's table: methods by SPair-71k's 18 classes, or the data set's own, and All.
 
     Args:
@@ -309,23 +236,24 @@ def result_table(
     present = {name for _, results in runs for name in results["protocols"][protocol]["by_class"]}
     spair = data["name"] == "spair" and present <= set(SPAIR_CLASSES)
     classes = list(SPAIR_CLASSES) if spair else sorted(present)
-    rows, marks = [], []
     # Only what was averaged alike under the same protocol may stand in one table.
     extra = published(data["name"], str(data.get("split", "")), alpha, by, protocol) if show_published else []
     alike = all(comparable(results, row) for _, results in runs for row in extra)
-    for row in extra:
-        rows.append((row.label(alike, _MARK), _published_figures(row, classes)))
-        marks.append("published")
+    rows: list[tuple[Cell, ...]] = [(row.label(alike, _MARK), *_published_figures(row, classes)) for row in extra]
     for name, results in runs:
         result = results["protocols"][protocol]
         figures = [result["by_class"][one][key][by]["value"] if one in result["by_class"] else None for one in classes]
-        rows.append((name, (*figures, result["pck"][key][by]["value"])))
-        marks.append("ours")
+        rows.append((name, *figures, result["pck"][key][by]["value"]))
     heads = tuple(SPAIR_CLASSES[one] if spair else one for one in classes)
     caption = _caption(runs, protocol, key, by, bool(extra))
     if extra and not alike:
         caption += f" {_MARK}: not comparable with ours, being of the whole test set of {extra[0].pairs:,} pairs."
-    return ResultTable(caption, (*heads, "All"), tuple(rows), tuple(marks))
+    columns = (
+        TableColumn("method", left=True),
+        *(TableColumn(head, "%", ".2f", unit_shown=False) for head in (*heads, "All")),
+    )
+    table = Table(columns, tuple(rows), note=caption, quoted=frozenset(range(len(extra))))
+    return table.with_best(range(1, len(columns)))
 
 
 def _same_pairs(runs: Sequence[tuple[str, Mapping[str, Any]]], protocol: str) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from difftap.artifacts.files import write_atomic
-from difftap.bench.poster import Row
+from difftap.bench.poster import PosterRow
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import result_table
 from difftap.bench.runner import Opener
-from difftap.bench.scoring import Settings
+from difftap.bench.scoring import Resampling
 from difftap.bench.session import Pairs, match_pairs, write_results
 from difftap.errors import DifftapError, InputError
 
@@ -23,12 +23,12 @@ __all__ = ["reproduce"]
 
 
 def reproduce(
-    rows: Sequence[Row],
+    rows: Sequence[PosterRow],
     sets: Sequence[Pairs],
     folder: Path,
     opener: Opener,
     *,
-    settings: Settings | None = None,
+    settings: Resampling | None = None,
     memory: int = 2 << 30,
     batch: int = 1,
     features: Path | None = None,

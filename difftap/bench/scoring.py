@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.table import plain
 from difftap.bench.pck import Tally, aggregate, box_side, draws, extent, intervals, rival, within
 from difftap.bench.predictions import Prediction, Predictions
 from difftap.bench.protocols import AGGREGATES, Protocol, alpha_key
 from difftap.matching.confidence import CONFIDENCES, RECALLS, auc, expected_error, precision_at_recall, reliability
 
-__all__ = ["CURVE", "SCHEMA", "Measured", "Settings", "measure", "reason_against", "score"]
+__all__ = ["CURVE", "SCHEMA", "MeasuredPair", "Resampling", "measure", "reason_against", "score"]
 
 SCHEMA = "difftap.bench.pck/1"
 CURVE = tuple(i / 200 for i in range(1, 41))
@@ -28,7 +28,7 @@ CURVE = tuple(i / 200 for i in range(1, 41))
 
 
 @dataclass(frozen=True)
-class Settings:
+class Resampling:
     """How results are resampled and calibrated.
 
     Attributes:
@@ -45,7 +45,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPair:
     """One pair under one protocol, in the frame's units.
 
     Attributes:
@@ -77,7 +77,7 @@ def reason_against(pairs: Sequence[Prediction], protocol: Protocol, dataset: str
     return None
 
 
-def measure(pair: Prediction, protocol: Protocol, dataset: str) -> Measured:
+def measure(pair: Prediction, protocol: Protocol, dataset: str) -> MeasuredPair:
     """Distances of one pair; the protocol must apply (`reason_against`)."""
     size = pair.target_size
     truth = protocol.to_frame(pair.target_points, size)
@@ -96,15 +96,17 @@ def measure(pair: Prediction, protocol: Protocol, dataset: str) -> Measured:
     others = protocol.clipped(protocol.to_frame(pair.target_visible, size))
     same = np.array([[one == other for other in pair.target_ids] for one in pair.keypoint_ids], bool)
     nearest = rival(found, others, same.reshape(len(truth), len(others)))
-    return Measured(np.where(np.isfinite(distance), distance, np.inf), nearest, length)
+    return MeasuredPair(np.where(np.isfinite(distance), distance, np.inf), nearest, length)
 
 
-def score(predictions: Predictions, protocols: Sequence[Protocol], settings: Settings | None = None) -> dict[str, Any]:
+def score(
+    predictions: Predictions, protocols: Sequence[Protocol], settings: Resampling | None = None
+) -> dict[str, Any]:
     """Everything that can be said of one run, as plain data; docs/benchmark.md describes it.
 
     Pairs without a prediction (their images were missing, say) take no part in any mean and are listed.
     """
-    settings = settings or Settings()
+    settings = settings or Resampling()
     good = [pair for pair in predictions.pairs if pair.error is None]
     weights = draws(len(good), settings.draws, settings.seed)
     applied: dict[str, Any] = {}
@@ -165,9 +167,9 @@ def _under(
     protocol: Protocol,
     dataset: str,
     pairs: Sequence[Prediction],
-    measured: Sequence[Measured],
+    measured: Sequence[MeasuredPair],
     weights: NDArray[np.uint16],
-    settings: Settings,
+    settings: Resampling,
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """One protocol's results, and each pair's hits by alpha."""
     alphas = sorted({*protocol.thresholds(dataset), *settings.alphas})
@@ -208,7 +210,7 @@ def _under(
         },
         "curve": {
             "alphas": list(CURVE),
-            **{by: plain(aggregate(curve, by).tolist()) for by in ("image", "point")},
+            **{by: plain(aggregate(curve, by)) for by in ("image", "point")},
         },
         "calibration": {
             alpha_key(alpha): calibrate(pairs, [hit[:, k] for hit in right], settings.seed)
@@ -240,20 +242,13 @@ def _figures(
     """Values and intervals of the chosen pairs, by alpha and aggregate, with their counts."""
     part, drawn = tally.select(chosen), weights[:, chosen]
     figures: dict[str, Any] = {"pairs": int((part.points > 0).sum()), "points": int(part.points.sum())}
-    spans = {by: (aggregate(part, by), intervals(part, by, drawn, level)) for by in which}
+    spans = {by: (aggregate(part, by), *intervals(part, by, drawn, level)) for by in which}
     for k, alpha in enumerate(alphas):
         figures[alpha_key(alpha)] = {
-            by: {"value": plain(value[k]), "low": plain(span.low[k]), "high": plain(span.high[k])}
-            for by, (value, span) in spans.items()
+            by: {"value": plain(value[k]), "low": plain(low[k]), "high": plain(high[k])}
+            for by, (value, low, high) in spans.items()
         }
     return figures
-
-
-def plain(value: Any) -> Any:
-    """Numbers ready for JSON: NaN and infinity become None."""
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return float(value) if math.isfinite(value) else None
 
 
 def calibrate(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], seed: int = 0) -> dict[str, Any]:
@@ -289,13 +284,9 @@ def calibrate(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], s
             "left_out": int((~known).sum()),
             "right": float(good.mean()),
             "higher_is_surer": sign > 0,
-            "auc": _plain(auc(sure, good)),
-            "calibration_error": _plain(expected_error(sure, good, halves[known])),
+            "auc": plain(auc(sure, good)),
+            "calibration_error": plain(expected_error(sure, good, halves[known])),
             "reliability": curve,
-            "precision_at_recall": {recall: {k: _plain(v) for k, v in bar.items()} for recall, bar in bars.items()},
+            "precision_at_recall": {recall: plain(bar) for recall, bar in bars.items()},
         }
     return result
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

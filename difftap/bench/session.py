@@ -12,7 +12,7 @@ from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
 from difftap.bench.runner import Opener, PredictRun, count_passes, digest, predict, subset
-from difftap.bench.scoring import Settings, score
+from difftap.bench.scoring import Resampling, score
 from difftap.datasets.keypoints import Sample, load, loader
 from difftap.datasets.parts import take_part
 from difftap.errors import InputError
@@ -208,7 +208,7 @@ def match_pairs(
 def write_results(
     folder: Path,
     protocols: Sequence[Protocol],
-    settings: Settings | None = None,
+    settings: Resampling | None = None,
     *,
     show_published: bool = True,
     plots: bool = False,

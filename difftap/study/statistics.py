@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from difftap.bench.bootstrap import check_draws, draw_counts, percentile_interval
 from difftap.errors import InputError, require
 
 __all__ = [
@@ -248,15 +249,9 @@ def kruskal_wallis(*sets: ArrayLike) -> KruskalWallis:
     together = np.concatenate(filled)
     if np.ptp(together) == 0:
         return nothing
-    _, where, ties = np.unique(together, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(ties) - (ties - 1) / 2.0)[where] - (total + 1) / 2.0  # midranks, their mean moved to 0
-    ends = np.cumsum([len(one) for one in filled])[:-1]
-    between = math.fsum(float(part.sum()) ** 2 / len(part) for part in np.split(ranks, ends))
-    # H is the share of the ranks' variance that lies between the sets, times n - 1; ties are in the variance.
-    share = between / float(np.square(ranks).sum())
-    statistic = (total - 1) * share
-    p = float(require("scipy.stats", "bench", "Kruskal-Wallis' test").chi2.sf(statistic, len(filled) - 1))
-    return KruskalWallis(statistic, p, share, counts)
+    found = require("scipy.stats", "bench", "Kruskal-Wallis' test").kruskal(*filled)
+    statistic = float(found.statistic)
+    return KruskalWallis(statistic, float(found.pvalue), statistic / (total - 1), counts)
 
 
 def trend_holds(means: Mapping[str, float], order: Sequence[str] = ("scsi", "scdi", "dcsi", "dcdi")) -> bool | None:
@@ -360,7 +355,7 @@ def bootstrap_means(
     """
     if not sets:
         raise InputError("no set of distances; allowed: one or more")
-    _check(draws, level)
+    check_draws(draws, level)
     images = max(one.images for one in sets.values())
     present = _present(sets.values(), images)
     sums = {name: _ImageSums.of(one, images) for name, one in sets.items()}
@@ -390,7 +385,7 @@ def bootstrap_effect(
 
     Sorting is done once; a draw takes time in proportion to the number of distances.
     """
-    _check(draws, level)
+    check_draws(draws, level)
     images = max(first.images, second.images)
     values = np.concatenate([first.values, second.values])
     order = np.argsort(values, kind="stable")
@@ -420,13 +415,6 @@ def _weighted_effect(often: NDArray[np.float64], is_first: NDArray[np.bool_], st
     return part**2 * (1 / count + 1 / (total - count)) / variance if variance > 0 else math.nan
 
 
-def _check(draws: int, level: float) -> None:
-    if draws < 1:
-        raise InputError(f"draws is {draws}; allowed: 1 or more")
-    if not 0 < level < 1:
-        raise InputError(f"level is {level}; allowed: a number between 0 and 1, such as 0.95")
-
-
 def _present(sets: Collection[DistanceSet], images: int) -> NDArray[np.bool_]:
     """Which images have a part in some distance, ``(I,)``: the others are not drawn."""
     present = np.zeros(images, bool)
@@ -441,8 +429,7 @@ def _weights(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[NDAr
     rng, places = np.random.default_rng(seed), np.flatnonzero(present)
     for _ in range(draws):
         weights = np.zeros(len(present))
-        if len(places):
-            weights[places] = np.bincount(rng.integers(0, len(places), len(places)), minlength=len(places))
+        weights[places] = draw_counts(rng, len(places))
         yield weights
 
 
@@ -524,8 +511,5 @@ def _batches(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[tupl
 
 
 def _interval(value: float, drawn: NDArray[np.float64], level: float) -> Interval:
-    known = drawn[np.isfinite(drawn)]
-    if not len(known):
-        return Interval(value, math.nan, math.nan, 0)
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), len(known))
+    (low,), (high,) = percentile_interval(drawn[:, None], level)
+    return Interval(value, float(low), float(high), int(np.isfinite(drawn).sum()))

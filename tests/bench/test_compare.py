@@ -10,13 +10,13 @@ import pytest
 from difftap.bench.compare import compare, format_comparison, load_results, to_json
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
-from difftap.bench.scoring import Settings, score
+from difftap.bench.scoring import Resampling, score
 from difftap.errors import InputError
 from tests.bench.pck_cases import prediction, predictions, random_pairs
 
 
 def result(pairs, names=("dift",), draws=1000):
-    return score(predictions(pairs), get_protocols(names), Settings(draws=draws))
+    return score(predictions(pairs), get_protocols(names), Resampling(draws=draws))
 
 
 def shifted(pairs, pixels):

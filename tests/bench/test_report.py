@@ -12,7 +12,7 @@ from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS, get_protocols
 from difftap.bench.published import PUBLISHED, SPAIR_CLASSES, SPAIR_TEST_PAIRS, published
 from difftap.bench.report import dump_results, format_results, headline_of, result_table
-from difftap.bench.scoring import SCHEMA, Settings, measure, score
+from difftap.bench.scoring import SCHEMA, Resampling, measure, score
 from difftap.errors import InputError
 from difftap.matching import Matches
 from difftap.recipe import load_recipe
@@ -106,13 +106,13 @@ def test_terminal_tells_what_was_left_out():
 
 def test_table_in_the_posters_layout(results):
     table = result_table([("ours", results)], "dift", 0.05, show_published=True)
-    assert table.heads == (*SPAIR_CLASSES.values(), "All")
+    assert tuple(c.head for c in table.columns) == ("method", *SPAIR_CLASSES.values(), "All")
     assert len(table.rows) == 9 + 1
     lines = table.markdown().splitlines()
     assert lines[0].split("|")[2:4] == [" aero ", " bike "]
     assert len({line.count("|") for line in lines[:12]}) == 1
     assert "DIFT dual layer (published, poster\u2020)" in table.markdown()
-    assert "\u2020: not comparable with ours, being of the whole test set of 12,234 pairs" in table.caption
+    assert "\u2020: not comparable with ours, being of the whole test set of 12,234 pairs" in table.note
     assert "(published, poster\\dag{})" in table.latex()
     full = {**results, "counts": {**results["counts"], "pairs_scored": 12234}}
     assert (
@@ -120,7 +120,7 @@ def test_table_in_the_posters_layout(results):
         in result_table([("a", full)], "dift", 0.05, show_published=True).markdown()
     )
     geoaware = result_table([("a", full)], "geoaware", 0.05, show_published=True)
-    assert [name for name, _ in geoaware.rows][:2] == [
+    assert [row[0] for row in geoaware.rows][:2] == [
         "DINOv2-B (published, GeoAware-SC)",
         "DIFT (published, GeoAware-SC)",
     ]
@@ -128,7 +128,7 @@ def test_table_in_the_posters_layout(results):
     assert len(result_table([("a", full)], "distilldift", 0.05, "point", show_published=True).rows) == 1
     assert "| ours |" in table.markdown()
     for words in ("PCK@0.05 per image", "protocol dift (<= alpha times the box", "54 pairs", "Published rows"):
-        assert words in table.caption
+        assert words in table.note
 
 
 def test_best_of_each_column_is_bold_among_our_rows(results):
@@ -156,7 +156,7 @@ def test_a_table_holds_one_data_set_the_same_pairs_and_rules(results):
 
 
 def test_thresholds_that_differ_late_do_not_collide():
-    settings = Settings(alphas=(0.1, 0.10, 0.1000001, 1.0))
+    settings = Resampling(alphas=(0.1, 0.10, 0.1000001, 1.0))
     one = score(predictions(random_pairs(2, 5)), get_protocols(["dift"]), settings)["protocols"]["dift"]
     assert [key for key in one["pck"] if key not in ("pairs", "points")] == ["0.05", "0.1", "0.1000001", "0.15", "1"]
 
@@ -201,7 +201,7 @@ def test_latex_compiles_by_eye(results):
 
 def test_table_of_other_classes_and_bad_values(results):
     other = score(predictions(random_pairs(3, 6), "pf-willow"), get_protocols(["dift"]))
-    assert result_table([("a", other)], "dift", 0.1).heads == ("cat", "dog", "All")
+    assert [c.head for c in result_table([("a", other)], "dift", 0.1).columns] == ["method", "cat", "dog", "All"]
     with pytest.raises(InputError, match=r"no dift figures at alpha 0.3; it has 0.05, 0.1, 0.15"):
         result_table([("a", other)], "dift", 0.3)
     with pytest.raises(InputError, match="no sd4match figures"):

@@ -12,7 +12,7 @@ from difftap.bench.predictions import Prediction, load_predictions
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
 from difftap.bench.runner import count_passes, digest, finished, plan, predict, subset
-from difftap.bench.scoring import Settings, score
+from difftap.bench.scoring import Resampling, score
 from difftap.coords import Geometry
 from difftap.errors import ArtefactError, ImageError, InputError, OutputError
 from difftap.featuremap import FeatureMap
@@ -465,7 +465,7 @@ def test_pck_per_pair_against_difts_loop_on_the_same_maps(tmp_path):
     pairs = samples(tmp_path / "data", 8, seed=3)
     run(pairs, tmp_path / "p.jsonl", confidence=False)
     alphas = (0.05, 0.1, 0.15, 0.5)  # random maps are seldom right: the last one makes sure that some are
-    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["dift"]), Settings(alphas=alphas))["pairs"]
+    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["dift"]), Resampling(alphas=alphas))["pairs"]
     assert 0 < sum(data["hits"]["dift"]["0.5"]) < sum(data["points"])
     for k, pair in enumerate(pairs):
         maps = []
@@ -495,7 +495,9 @@ def test_pck_per_pair_against_sd4matchs_loop_on_the_same_maps(tmp_path, matcher)
     recipe = fake_recipe(matcher=matcher, size=(768, 768))
     run(pairs, tmp_path / "p.jsonl", recipe, joining=Joining.of(recipe, reading="corners"), confidence=False)
     alphas = (0.05, 0.1, 0.15, 0.5)  # random maps are seldom right: the last one makes sure that some are
-    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["sd4match"]), Settings(alphas=alphas))["pairs"]
+    data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["sd4match"]), Resampling(alphas=alphas))[
+        "pairs"
+    ]
     some = 0
     for k, pair in enumerate(pairs):
         maps = []

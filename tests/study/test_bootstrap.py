@@ -113,3 +113,20 @@ def test_empty_sets_have_no_value():
 def test_what_is_not_allowed(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_effect_by_hand():
+    """Three images with a distance each (1, 2, 3), and one of 10 between the first two.
+
+    All images once: the ranks 1 2 3 and 4, less their mean 2.5, give (-1.5)^2 (1/3 + 1) / 5 = 0.6. Where the
+    first is drawn twice and the second once (or the other way round) the 10 counts twice: the three near ranks sum to
+    -3 around the mean, their squares with the far ones' to 9, and (-3)^2 (1/3 + 1/2) / 9 = 0.8333. In all other draws
+    one set is empty. Of numpy's first 60 draws with seed 0, 11 are of the first kind and 7 of the second.
+    """
+    near, far = DistanceSet([1, 2, 3], [0, 1, 2], [0, 1, 2]), DistanceSet([10], [0], [1])
+    found = bootstrap_effect(near, far, draws=60, seed=0)
+    assert found.draws == 11 + 7
+    assert (found.value, found.low, found.high) == pytest.approx((0.6, 0.6, 5 / 6))
+    means = bootstrap_means({"near": near, "far": far}, draws=60, seed=0)
+    assert means.differences["near", "far"].value == 8.0  # the second less the first
+    assert (means.means["far"].draws, means.means["near"].draws) == (18, 60)

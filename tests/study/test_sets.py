@@ -110,6 +110,11 @@ def test_the_analysis_tells_the_trend():
     assert found["pairs"]["scsi-dcsi"]["kruskal_wallis"]["p"] < 0.01
     assert found["sets"]["sidi"]["count"] == 0
     assert found["sets"]["sidi"]["box"]["median"] is None
+    # A tenth of the draws, and 20 at least, for what is ranked anew in every draw.
+    assert found["pairs"]["scsi-dcsi"]["effect"]["draws"] == 20
+    more = analyse(pair_sets(near, "euclidean"), draws=400)
+    assert more["pairs"]["scsi-dcsi"]["effect"]["draws"] == 40
+    assert more["bootstrap"] == {"draws": 400, "images": 4, "level": 0.95}
     alone = analyse(pair_sets(near.take(near.images == "0"), "euclidean"), draws=10)
     assert alone["trend"]["holds"] is None
     reversed_order = analyse(pair_sets(near, "euclidean"), ("dcdi", "scsi"), draws=10)

@@ -113,11 +113,11 @@ def pck(
     """
     from difftap.bench.protocols import get_protocols
     from difftap.bench.report import format_results
-    from difftap.bench.scoring import Settings
+    from difftap.bench.scoring import Resampling
     from difftap.bench.session import Selection, make_folder, write_results
 
     chosen = get_protocols(protocols)  # a wrong name is said before anything slow starts
-    settings = Settings(draws=draws, alphas=_checked(alphas))
+    settings = Resampling(draws=draws, alphas=_checked(alphas))
     folder = make_folder(output)
     given = {"split": split, "layout": layout, "pairs": listing, "flip": flip}
     extra = {name: value for name, value in given.items() if value is not None}
