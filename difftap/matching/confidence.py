@@ -43,7 +43,7 @@ RECALLS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def cell_margins(similarity: NDArray[np.float64], peaks: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Peak score less the best score farther than `RADIUS_CELLS`, on cells.
+    """Give the peak score less the best score farther than `RADIUS_CELLS`, on cells.
 
     Args:
         similarity: ``(N, h, w)`` cosines; ``-inf`` marks cells that do not count.
@@ -63,7 +63,7 @@ def cell_margins(similarity: NDArray[np.float64], peaks: NDArray[np.int64]) -> N
 
 
 def cycle_error(points: NDArray[np.float64], back: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distance ``(N,)`` in source pixels from points ``(N, 2)`` to where their matches lead back; NaN where nowhere."""
+    """Give the distance ``(N,)`` in source pixels from points ``(N, 2)`` to where matches lead back; NaN if nowhere."""
     return np.hypot(back[:, 0] - points[:, 0], back[:, 1] - points[:, 1])
 
 
@@ -75,7 +75,7 @@ def _checked(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float6
 
 
 def auc(confidence: ArrayLike, right: ArrayLike) -> float:
-    """Chance that a right match is surer than a wrong one, ties counting half (Mann-Whitney); 0.5 tells nothing.
+    """Give the chance that a right match is surer than a wrong one, ties counting half (Mann-Whitney); 0.5 tells nothing.
 
     Args:
         confidence: ``(T,)``, higher is surer.
@@ -97,7 +97,7 @@ def auc(confidence: ArrayLike, right: ArrayLike) -> float:
 
 
 def reliability(confidence: ArrayLike, right: ArrayLike, bins: int = 10) -> list[dict[str, float]]:
-    """The reliability curve: matches in bins of equal number, from least to most sure, and how many of each are right.
+    """Give the reliability curve: bins of equal number, from least to most sure, and how many of each are right.
 
     Matches that are equally sure stay together, so bins may be fewer and uneven.
     """
@@ -125,7 +125,7 @@ def reliability(confidence: ArrayLike, right: ArrayLike, bins: int = 10) -> list
 
 
 def precision_at_recall(confidence: ArrayLike, right: ArrayLike, recall: float) -> dict[str, float]:
-    """The highest bar that still keeps a share of the right matches, and how many of what it keeps are right.
+    """Find the highest bar that still keeps a share of the right matches, and how many of what it keeps are right.
 
     Args:
         confidence: ``(T,)``, higher is surer.
@@ -154,7 +154,7 @@ def precision_at_recall(confidence: ArrayLike, right: ArrayLike, recall: float) 
 
 
 def isotonic(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Confidence to probability: the rising steps nearest to the hits in least squares (pool adjacent violators).
+    """Turn confidence into probability: the rising steps nearest to the hits in least squares (pool adjacent violators).
 
     Returns:
         the lowest confidence of each step, rising, and the steps' probabilities, rising.
@@ -179,7 +179,7 @@ def isotonic(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float6
 
 
 def expected_error(confidence: ArrayLike, right: ArrayLike, halves: ArrayLike, bins: int = 10) -> float:
-    """Expected calibration error of the confidence made a probability on one half of the pairs, judged on the other.
+    """Give the expected calibration error of a probability learned on one half of the pairs, judged on the other.
 
     Args:
         confidence: ``(T,)``, higher is surer.

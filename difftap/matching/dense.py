@@ -96,7 +96,7 @@ class DenseTarget:
         return sum(norm.nbytes for norm in self.inverse_norms)
 
     def heat(self, queries: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Score ``(H, W)`` of one query with every pixel of the target, from its unit vector ``(1, C)`` under each."""
+        """Score one query with every pixel of the target, ``(H, W)``, from its unit vector ``(1, C)`` under each."""
         scores = np.empty(self.inverse_norms[0].shape)
         self._score([one[0] for one in self._stretch(queries)], scores)
         return np.clip(scores, -1.0, 1.0, out=scores)
@@ -125,7 +125,7 @@ class DenseTarget:
         return found
 
     def _stretch(self, queries: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-        """Products of unit queries ``(n, C)`` with the cells, interpolated along rows only: ``(n, h, W)`` each."""
+        """Multiply unit queries ``(n, C)`` with the cells, interpolated along rows only: ``(n, h, W)`` each."""
         found = []
         for query, one in zip(queries, self._descriptors, strict=True):
             products = one.products(query)  # (n, h, w)
@@ -155,7 +155,7 @@ class DenseTarget:
     def _peak(
         self, scores: NDArray[np.float64], best: NDArray[np.float64], margin: bool
     ) -> tuple[tuple[int, int], float, float]:
-        """Best pixel, its score and its margin, from ``scores`` ``(H, W)`` and the best of each tile."""
+        """Give the best pixel, its score and its margin, from ``scores`` ``(H, W)`` and the best of each tile."""
         tied = best.max() - TIE
         first = self._tiles[int(np.argmax(best >= tied))][0]
         y, x = divmod(int(np.argmax(scores[first] >= tied)), scores.shape[1])
@@ -164,7 +164,7 @@ class DenseTarget:
         return (x, y), score, score - self._second(scores, best, x, y) if margin else np.nan
 
     def _second(self, scores: NDArray[np.float64], best: NDArray[np.float64], x: int, y: int) -> float:
-        """Best score farther than the radius from ``(x, y)``, NaN if nothing is; overwrites what lies nearer."""
+        """Give the best score farther than the radius from ``(x, y)``, NaN if nothing is; overwrites what lies nearer."""
         right, down = self._columns - self._columns[x], self._rows - self._rows[y]  # in cells
         reach = RADIUS_CELLS + 1e-9  # a pixel exactly on the radius is near, however its coordinates were rounded
         x0, x1 = np.searchsorted(right, [-reach, reach])
@@ -179,7 +179,7 @@ class DenseTarget:
 
 
 def _tiles(runs: list[AxisRun], rows: int) -> list[tuple[slice, list[AxisRun]]]:
-    """Runs gathered into tiles of about ``rows`` pixel rows, each with the rows it covers."""
+    """Gather runs into tiles of about ``rows`` pixel rows, each with the rows it covers."""
     tiles: list[tuple[slice, list[AxisRun]]] = []
     for run in runs:
         if tiles and run.stop - tiles[-1][0].start <= rows:

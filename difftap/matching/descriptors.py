@@ -138,7 +138,7 @@ class _Part:
         self.scale = root * inverse_norms(grams, down, across, lambda y, x: self._between(x, y))
 
     def _between(self, columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """A coarse map's vectors ``(N, C)`` at cells of the finest grid, not yet scaled there."""
+        """Give a coarse map's vectors ``(N, C)`` at cells of the finest grid, not yet scaled there."""
         height, width = self._cell.shape
         cells = np.stack([self._x[columns], self._y[rows]], axis=1)
         return sample(
@@ -178,7 +178,7 @@ class _Part:
 
 
 def _squared(data: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Squared lengths ``(h, w)`` of a map's cells."""
+    """Give the squared lengths ``(h, w)`` of a map's cells."""
     total: NDArray[np.float64] = np.einsum("cyx,cyx->yx", data, data, dtype=np.float64)
     return total
 
@@ -280,7 +280,7 @@ def _finest(maps: Sequence[FeatureMap]) -> Size:
 
 
 def _normalised(data: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A map ``(C, h, w)`` with every cell scaled to length 1; zero cells stay zero."""
+    """Scale every cell of a map ``(C, h, w)`` to length 1; zero cells stay zero."""
     lengths = np.sqrt(np.einsum("cyx,cyx->yx", data, data, dtype=np.float64))
     return (data / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 

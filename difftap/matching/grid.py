@@ -40,7 +40,7 @@ _BLOCK_BYTES = 1 << 24
 
 
 def content_cells(geometry: Geometry, grid: Size) -> NDArray[np.bool_]:
-    """Which cells ``(h, w)`` of a map show some of the image rather than padding alone."""
+    """Tell which cells ``(h, w)`` of a map show some of the image rather than padding alone."""
     x0, y0, x1, y1 = geometry.content
     width, height = grid
     column, row = np.arange(width) * (geometry.input[0] / width), np.arange(height) * (geometry.input[1] / height)
@@ -51,7 +51,7 @@ def content_cells(geometry: Geometry, grid: Size) -> NDArray[np.bool_]:
 
 
 def clip_to_image(points: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
-    """Points ``(N, 2)`` moved onto the pixel centres' range, ``[0, W - 1] x [0, H - 1]``; NaN stays.
+    """Move points ``(N, 2)`` onto the pixel centres' range, ``[0, W - 1] x [0, H - 1]``; NaN stays.
 
     The centre of a cell at the border can lie outside: under a letterbox, or where the grid is finer than the image.
     """
@@ -59,14 +59,14 @@ def clip_to_image(points: NDArray[np.float64], size: Size) -> NDArray[np.float64
 
 
 def first_best(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Row-major index ``(N,)`` of the best of each row ``(N, ...)``; of cosines within `TIE`, the first."""
+    """Give the row-major index ``(N,)`` of the best of each row ``(N, ...)``; of cosines within `TIE`, the first."""
     flat = similarity.reshape(len(similarity), math.prod(similarity.shape[1:]))  # -1 would fail on no rows
     best: NDArray[np.int64] = np.argmax(flat >= flat.max(axis=1, keepdims=True) - TIE, axis=1)
     return best
 
 
 def nearest_cell(similarity: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``nn``: the best cell, ``(N, h, w)`` to ``(N, 2)``."""
+    """Find, for ``nn``, the best cell, ``(N, h, w)`` to ``(N, 2)``."""
     y, x = np.divmod(first_best(similarity), similarity.shape[2])
     return np.stack([x, y], axis=1).astype(np.float64)
 
@@ -115,7 +115,7 @@ def window_softargmax(similarity: NDArray[np.float64], temperature: float, windo
 def corner_cells(
     cells: NDArray[np.float64], content: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The four cells around fractional cells ``(N, 2)``, for SD4Match's ``bilinear`` matcher.
+    """Find the four cells around fractional cells ``(N, 2)``, for SD4Match's ``bilinear`` matcher.
 
     Args:
         cells: on the source's map.
@@ -133,7 +133,7 @@ def corner_cells(
 
 
 def choose_cells(similarity: NDArray[np.float64], matcher: Matcher) -> NDArray[np.float64]:
-    """The place each row of cosines ``(N, h, w)`` matches, in cells ``(N, 2)``; a row is a corner for ``bilinear``."""
+    """Find where each row of cosines ``(N, h, w)`` matches, in cells ``(N, 2)``; a row is a corner for ``bilinear``."""
     if matcher.name == "softargmax":
         return softargmax(similarity, matcher.temperature)
     if matcher.name == "kernel-softargmax":
@@ -144,7 +144,7 @@ def choose_cells(similarity: NDArray[np.float64], matcher: Matcher) -> NDArray[n
 
 
 def _from_best(similarity: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Signed cells from each row's best cell to every column ``(N, w)`` and row ``(N, h)``."""
+    """Count signed cells from each row's best cell to every column ``(N, w)`` and row ``(N, h)``."""
     y, x = np.divmod(first_best(similarity), similarity.shape[2])
     return np.arange(similarity.shape[2]) - x[:, None], np.arange(similarity.shape[1]) - y[:, None]
 
@@ -235,7 +235,7 @@ class Corners:
 
 
 def mixed(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """What was found for corners, ``(4 N, ...)``, mixed by weights ``(N, 4)``; as it is without weights.
+    """Mix what was found for corners, ``(4 N, ...)``, by weights ``(N, 4)``; leave it as it is without weights.
 
     A corner of no weight has no say, whatever it found.
     """

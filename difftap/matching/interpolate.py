@@ -69,7 +69,7 @@ class AxisRun:
 def axis_taps(
     positions: NDArray[np.float64], cells: int, interpolation: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Which cells a position reads along one axis, and with what weights.
+    """Tell which cells a position reads along one axis, and with what weights.
 
     Args:
         positions: ``(P,)`` fractional cell coordinates.
@@ -106,7 +106,7 @@ def _far(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def axis_matrix(positions: NDArray[np.float64], cells: int, interpolation: str) -> NDArray[np.float64]:
-    """The weights of `axis_taps` as a matrix ``(P, cells)``, to be multiplied with the cells of one axis."""
+    """Give the weights of `axis_taps` as a matrix ``(P, cells)``, to be multiplied with the cells of one axis."""
     indices, weights = axis_taps(positions, cells, interpolation)
     matrix = np.zeros((len(positions), cells))
     rows = np.arange(len(positions))
@@ -116,7 +116,7 @@ def axis_matrix(positions: NDArray[np.float64], cells: int, interpolation: str) 
 
 
 def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, longest: int) -> list[AxisRun]:
-    """The weights of `axis_taps` in runs of at most ``longest`` positions: an enlarged axis reads few cells many times.
+    """Give the weights of `axis_taps` in runs of at most ``longest`` positions that read the same cells.
 
     Args:
         positions: ``(P,)`` fractional cells, ascending.
@@ -139,7 +139,7 @@ def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, lo
 
 
 def pixel_cells(geometry: Geometry, grid: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fractional cell columns ``(W,)`` and rows ``(H,)`` of every pixel column and row of the image."""
+    """Give the fractional cell columns ``(W,)`` and rows ``(H,)`` of every pixel column and row of the image."""
     width, height = geometry.image
     diagonal = np.arange(max(width, height), dtype=np.float64)
     cells = geometry.to_cells(np.stack([diagonal, diagonal], axis=1), grid)
@@ -177,7 +177,7 @@ def sample(
 
 
 def unit(vectors: NDArray[np.floating], axis: int = -1) -> NDArray[np.float64]:
-    """Vectors scaled to length 1 along an axis; a zero vector stays zero, so that its cosines are 0."""
+    """Scale vectors to length 1 along an axis; a zero vector stays zero, so that its cosines are 0."""
     values = np.asarray(vectors, np.float64)
     length = np.sqrt(np.sum(np.square(values), axis=axis, keepdims=True))
     return values / np.where(length > 0, length, 1.0)

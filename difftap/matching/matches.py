@@ -59,7 +59,7 @@ class Threshold:
     max_cycle_error: float | None = None
 
     def passed(self, matches: Matches) -> NDArray[np.bool_]:
-        """Which of N matches pass, ``(N,)``; those without a target pass only if no threshold is set."""
+        """Tell which of N matches pass, ``(N,)``; those without a target pass only if no threshold is set."""
         passed = np.ones(len(matches), np.bool_)
         # A NaN compares false: a match that has no such figure does not pass a threshold on it.
         if self.min_score is not None:
@@ -71,7 +71,7 @@ class Threshold:
         return passed
 
     def keep(self, matches: Matches) -> Matches:
-        """The matches that pass."""
+        """Select the matches that pass."""
         passed = self.passed(matches)
         return Matches(**{f.name: getattr(matches, f.name)[passed] for f in dataclasses.fields(matches)})
 
@@ -85,7 +85,7 @@ def _point(xy: Any) -> dict[str, float] | None:
 
 
 def match_records(matches: Matches) -> list[dict[str, Any]]:
-    """One record a match, in order; a match that was not found has a ``target`` of None."""
+    """Make one record a match, in order; a match that was not found has a ``target`` of None."""
     return [
         {
             "source": _point(matches.source[i]),
@@ -99,5 +99,5 @@ def match_records(matches: Matches) -> list[dict[str, Any]]:
 
 
 def image_record(image: Image) -> dict[str, Any]:
-    """What identifies an image: path, size in pixels, and the hash of its pixels."""
+    """Name what identifies an image: path, size in pixels, and the hash of its pixels."""
     return {"path": image.path, "width": image.size[0], "height": image.size[1], "sha256": image.digest}

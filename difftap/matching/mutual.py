@@ -22,7 +22,7 @@ _BLOCK = 256  # cells whose vectors are held at once
 def nearest(
     queries: NDArray[np.float64], bank: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Nearest neighbours both ways, from one pass over the similarities.
+    """Find nearest neighbours both ways, from one pass over the similarities.
 
     Args:
         queries: unit vectors ``(N, D)``.
@@ -52,7 +52,7 @@ def nearest(
 def mutual_nearest(
     queries: NDArray[np.float64], bank: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Each query's nearest in the bank where that one's nearest query is the same query.
+    """Find each query's nearest in the bank where that one's nearest query is the same query.
 
     Args:
         queries: unit vectors ``(N, D)``.

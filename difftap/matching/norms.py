@@ -35,7 +35,7 @@ _BLOCK_VALUES = 1 << 17  # float64 channels converted at once: they stay in a co
 
 
 def sum_in_halves(channels: int, work: Callable[[range], NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The sum of ``work`` over the channels: of its two halves, run at once where that pays.
+    """Sum ``work`` over the channels: over two halves, run at once where that pays.
 
     Args:
         channels: C.
@@ -50,7 +50,7 @@ def sum_in_halves(channels: int, work: Callable[[range], NDArray[np.float64]]) -
 
 
 def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Dot products of queries ``(N, C)`` with every cell of a map ``(C, h, w)``, as ``(N, h, w)`` float64."""
+    """Multiply queries ``(N, C)`` with every cell of a map ``(C, h, w)``, as ``(N, h, w)`` float64."""
     channels, height, width = data.shape
     size = height * width
     cells = data.reshape(channels, size)
@@ -75,7 +75,7 @@ def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray
 
 
 def gram_products(data: NDArray[np.floating], reach: int) -> NDArray[np.float64]:
-    """Dot products of cells with their neighbours, each pair of different cells counted twice.
+    """Multiply cells with their neighbours, each pair of different cells counted twice.
 
     Half of the offsets are enough, the products being symmetric; the other half stays zero.
 
@@ -129,7 +129,7 @@ def inverse_norms(
     across: list[AxisRun],
     read: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]],
 ) -> NDArray[np.float64]:
-    """One over the length of the interpolated vector at every pixel, ``(H, W)``; 0 where it vanishes.
+    """Give one over the length of the interpolated vector at every pixel, ``(H, W)``; 0 where it vanishes.
 
     Args:
         grams: of the cells, as `gram_products`; the reach is 1 for bilinear and 3 for bicubic.
@@ -183,7 +183,7 @@ def check_finite(lengths: NDArray[np.float64]) -> None:
 
 
 def _pair_weights(weights: NDArray[np.float64], offsets: range) -> NDArray[np.float64]:
-    """Products of a run's weights with those ``offset`` cells further on: ``(P, X)`` to ``(offsets, X, P)``."""
+    """Multiply a run's weights with those ``offset`` cells further on: ``(P, X)`` to ``(offsets, X, P)``."""
     cells = weights.shape[1]
     pairs = np.zeros((len(offsets), cells, len(weights)))
     for k, offset in enumerate(offsets):
