@@ -75,7 +75,7 @@ def _checked(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float6
 
 
 def auc(confidence: ArrayLike, right: ArrayLike) -> float:
-    """Give the chance that a right match is surer than a wrong one, ties counting half (Mann-Whitney); 0.5 tells nothing.
+    """Give the chance that a right match is surer than a wrong one (Mann-Whitney, ties count half); 0.5 tells nothing.
 
     Args:
         confidence: ``(T,)``, higher is surer.
@@ -154,7 +154,7 @@ def precision_at_recall(confidence: ArrayLike, right: ArrayLike, recall: float) 
 
 
 def isotonic(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Turn confidence into probability: the rising steps nearest to the hits in least squares (pool adjacent violators).
+    """Turn confidence into probability: rising steps nearest to the hits in least squares (pool adjacent violators).
 
     Returns:
         the lowest confidence of each step, rising, and the steps' probabilities, rising.

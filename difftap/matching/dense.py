@@ -164,7 +164,7 @@ class DenseTarget:
         return (x, y), score, score - self._second(scores, best, x, y) if margin else np.nan
 
     def _second(self, scores: NDArray[np.float64], best: NDArray[np.float64], x: int, y: int) -> float:
-        """Give the best score farther than the radius from ``(x, y)``, NaN if nothing is; overwrites what lies nearer."""
+        """Give the best score beyond the radius from ``(x, y)``, NaN if nothing is; overwrites what lies nearer."""
         right, down = self._columns - self._columns[x], self._rows - self._rows[y]  # in cells
         reach = RADIUS_CELLS + 1e-9  # a pixel exactly on the radius is near, however its coordinates were rounded
         x0, x1 = np.searchsorted(right, [-reach, reach])
