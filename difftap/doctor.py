@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.table import result_json
 from difftap.engine import BACKENDS, Cache, get_backend
 from difftap.errors import DifftapError, first_line
 from difftap.machine import available_cores, available_memory, cpu, gpu
@@ -183,8 +184,8 @@ def _cache(folder: Path) -> dict[str, Any]:
 
 
 def to_json(health: Health) -> dict[str, Any]:
-    """The findings as plain data, with the schema's name and version first."""
-    return {"schema": SCHEMA, **asdict(health)}
+    """Give the findings as plain data, with the schema's name and version first."""
+    return result_json(SCHEMA, health)
 
 
 def format_health(health: Health) -> list[str]:
