@@ -1,13 +1,8 @@
 """Many pairs: each image once, in order, one bad pair no harm, and the same bytes however often the run was killed."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,61 +281,6 @@ def test_a_missing_list(tmp_path):
     for name in ("none.csv", "binary.csv", "."):
         with pytest.raises(PairsError, match="cannot be read"):
             load_pairs(tmp_path / name)
-
-
-def test_killed_at_random_moments_and_resumed_the_output_is_the_same(tmp_path):
-    """The real command on the embedded model, killed with -9 again and again."""
-    for i in range(8):
-        PIL.fromarray(picture(i, (64, 48))).save(tmp_path / f"{i}.png")
-    rows = [f"{a}.png,{b}.png" for a in range(8) for b in range(8) if a != b]
-    (tmp_path / "pairs.csv").write_text("source,target\n" + "\n".join(rows) + "\n")
-    command = [
-        sys.executable,
-        "-m",
-        "difftap.cli",
-        "match",
-        "--pairs",
-        "pairs.csv",
-        "--size",
-        "64",
-        "--ensemble",
-        "1",
-        "--threads",
-        "1",
-        "-o",
-    ]
-
-    def start(name):
-        return subprocess.Popen(
-            [*command, name],
-            cwd=tmp_path,
-            env={**os.environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    whole = start("whole.jsonl")
-    _, log = whole.communicate()
-    assert whole.returncode == 0, log
-    want = (tmp_path / "whole.jsonl").read_bytes()
-    rng, path, kills = random.Random(0), tmp_path / "out.jsonl", 0
-    for _ in range(4):
-        running = start("out.jsonl")
-        size = path.stat().st_size if path.exists() else 0
-        goal = size + rng.randrange(1, len(want) // 4)
-        while running.poll() is None and (not path.exists() or path.stat().st_size < goal):
-            time.sleep(0.0005)
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
-        kills += running.returncode == -signal.SIGKILL
-        assert want.startswith(path.read_bytes())
-    assert kills
-    last = start("out.jsonl")
-    _, log = last.communicate()
-    assert last.returncode == 0, log
-    assert path.read_bytes() == want
-    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("batch", [1, 6])

@@ -1,11 +1,7 @@
 """Building tables: what comes out, resuming after a kill at any point, other conditions, images that fail."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -358,28 +354,3 @@ def test_failed_images_make_the_exit_code_1(tmp_path):
     assert result.exit_code == 1
     assert "a failed: " in result.stderr
     assert len(PrototypeTable.load(tmp_path / "t")) == 2
-
-
-@pytest.mark.slow
-def test_kill_9_and_resume_through_the_command(tmp_path):
-    boxes = {f"{k:03d}": ({"_1": (0, 0, 20, 15)}, {1: 8}) for k in range(160)}
-    root = write_voc(tmp_path / "VOC2012", boxes)
-    command = [sys.executable, "-m", "difftap.cli", "prototypes", "build", "voc", str(root), "--size", "128"]
-    command += ["--threads", "1", "-o"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
-    kills = 0
-    while not (tmp_path / "t").exists() and kills < 20:
-        process = subprocess.Popen([*command, str(tmp_path / "t")], env=environment, stderr=subprocess.DEVNULL)
-        before = set(tmp_path.glob(".t.parts/*.parquet"))
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(set(tmp_path.glob(".t.parts/*.parquet")) - before) >= 3:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.01)
-        process.wait()
-    assert kills >= 2
-    subprocess.run([*command, str(tmp_path / "t")], check=True, env=environment, capture_output=True)
-    assert (tmp_path / "t").read_bytes() == (tmp_path / "whole").read_bytes()
