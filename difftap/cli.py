@@ -7,13 +7,13 @@ library function and print. stdout is data, stderr is log; bad input ends with o
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import sys
 
 import click
 
+from difftap.commands.options import LazyGroup
 from difftap.errors import DifftapError
 from difftap.version import __version__
 
@@ -37,25 +37,9 @@ _COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
-    """A group whose commands are imported on use."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        module, name = _COMMANDS[cmd_name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in sorted(_COMMANDS.items())])
-
-
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup, homes=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="difftap")
 @click.option("-v", "--verbose", is_flag=True, help="Say more of what is being done, on stderr.")
 def cli(verbose: bool) -> None:

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from difftap.commands.options import Grouped, build_recipe, cache_option, feature_options
+from difftap.commands.options import (
+    RECIPE_NAMES,
+    Command,
+    Opening,
+    cache_option,
+    feature_options,
+    needs,
+    runtime_option,
+)
+
+if TYPE_CHECKING:
+    from difftap.recipe import Recipe
+
+_MEASURED = ("device", "precision", "threads", "revision", "random_weights", *RECIPE_NAMES)
 
 
-@click.command(cls=Grouped)
+@click.command(
+    cls=Command,
+    rules=(
+        needs(
+            "measure",
+            "a recipe, a device or a precision says what is measured; give --measure with them",
+            of=_MEASURED,
+        ),
+    ),
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option(
     "--measure", is_flag=True, help="First measure, for --backend auto, which backend is fastest for a recipe."
 )
-@click.option("--device", default="auto", show_default=True, help="With --measure: auto, cpu or cuda.")
-@click.option("--precision", default="fp32", show_default=True, metavar="P", help="With --measure: the precision.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="With --measure: CPU threads.  [default: all]")
+@runtime_option("--device", default="auto", show_default=True, help="With --measure: auto, cpu or cuda.")
+@runtime_option("--precision", default="fp32", show_default=True, metavar="P", help="With --measure: the precision.")
+@runtime_option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="With --measure: CPU threads.  [default: all]"
+)
 @cache_option
 @feature_options("pocket; dift with --model")
 def doctor(
@@ -28,9 +52,8 @@ def doctor(
     precision: str,
     threads: int | None,
     cache: Path | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    recipe: Recipe,
+    opening: Opening,
 ) -> None:
     """List backends, extras, devices and the cache; say what is missing and the pip line that brings it.
 
@@ -42,18 +65,14 @@ def doctor(
     """
     from difftap.doctor import examine, format_health, to_json
     from difftap.engine import Cache, default_cache_folder
-    from difftap.errors import InputError
 
     store = Cache(cache or default_cache_folder())
-    given = [value for value in (*options.values(), revision, random_weights, threads) if value not in (None, ())]
     if measure:
         from difftap.pipeline.fastest import AUTO, choose
         from difftap.pipeline.pipeline import Runtime
 
         runtime = Runtime(AUTO, device, threads, cache=store.folder, precision=precision)
-        choose(build_recipe(**options), runtime, revision=revision, random_weights=random_weights, afresh=True)
-    elif given or device != "auto" or precision != "fp32":
-        raise InputError("a recipe, a device or a precision says what is measured; give --measure with them")
+        choose(recipe, runtime, **opening, afresh=True)
     health = examine(store)
     if as_json:
         click.echo(json.dumps(to_json(health), indent=1))

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from difftap.commands.options import (
-    Grouped,
-    build_recipe,
+    Command,
+    Opening,
     cache_option,
+    excludes,
     feature_options,
+    option,
     parse_size,
     runtime_options,
-    take_runtime,
 )
+
+if TYPE_CHECKING:
+    from difftap.pipeline.pipeline import Runtime
+    from difftap.recipe import Recipe
 
 
 def _sizes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[tuple[int, int]]:
@@ -28,13 +33,17 @@ def engines() -> None:
     """Build, list, verify and remove engines."""
 
 
-@engines.command(cls=Grouped, epilog="Exit codes: 0 all built; 1 some could not be built; 2 bad input, nothing built.")
+@engines.command(cls=Command, epilog="Exit codes: 0 all built; 1 some could not be built; 2 bad input, nothing built.")
 @feature_options("pocket; dift with --model")
 @runtime_options
-@click.option(
-    "--sizes", callback=_sizes, metavar="N|WxH,...", help="Network inputs to build for, in place of the recipe's size."
+@option(
+    "--sizes",
+    callback=_sizes,
+    metavar="N|WxH,...",
+    help="Network inputs to build for, in place of the recipe's size.",
+    rules=(excludes("--size and --sizes are both given; leave one of them out", "size"),),
 )
-def build(revision: str | None, random_weights: int | None, sizes: list[tuple[int, int]], **options: Any) -> None:
+def build(recipe: Recipe, opening: Opening, runtime: Runtime, sizes: list[tuple[int, int]]) -> None:
     """Make a recipe's engines, and hold each against the float32 reference: torch, or onnxruntime without it.
 
     --backend and --precision take several, separated by commas, or 'all': every backend that can be used here, every
@@ -45,20 +54,14 @@ def build(revision: str | None, random_weights: int | None, sizes: list[tuple[in
     difftap engines build --model path/to/checkpoint --sizes 512,768 --backend all --precision all
     difftap engines build --backend openvino --precision int8 --calibrate photos/
     """
-    from difftap.errors import DifftapError, InputError
+    from difftap.errors import DifftapError
     from difftap.pipeline.engines import build_engines, plan_builds
 
-    if sizes and options["size"] is not None:
-        raise InputError("--size and --sizes are both given; leave one of them out")
-    runtime = take_runtime(options)
-    recipe = build_recipe(**options)
     jobs = plan_builds(recipe, runtime, _names(runtime.backend), _names(runtime.precision), sizes)
     rows, failed = [], []
     for job in jobs:
         try:
-            for record, seconds in build_engines(
-                job.recipe, job.runtime, revision=revision, random_weights=random_weights
-            ):
+            for record, seconds in build_engines(job.recipe, job.runtime, **opening):
                 rows.append((job, record, seconds))
                 click.echo(f"{record.path}", err=len(jobs) > 1)
         except DifftapError as error:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from difftap.commands.options import cache_option, model_options
-from difftap.errors import InputError
+from difftap.commands.options import Command, Opening, cache_option, model_options, needs, option
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options
 @click.option(
     "--tap",
@@ -22,9 +20,14 @@ from difftap.errors import InputError
     metavar="TAP",
     help="The UNet graph's outputs (repeatable); it is cut after the deepest.",
 )
-@click.option("--beside", is_flag=True, help="Write the graphs into the model's own folder, to ship them with it.")
+@option(
+    "--beside",
+    is_flag=True,
+    help="Write the graphs into the model's own folder, to ship them with it.",
+    rules=(needs("model", "--beside writes into the model's folder; say which by --model"),),
+)
 @cache_option
-def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path | None, **opening: Any) -> None:
+def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path | None, opening: Opening) -> None:
     """Export the VAE encoder and the tapped UNet, and print each output's parity with torch.
 
     \b
@@ -35,8 +38,6 @@ def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path |
     from difftap.engine import Cache, default_cache_folder
     from difftap.export.graphs import export_graph
 
-    if beside and model is None:
-        raise InputError("--beside writes into the model's folder; say which by --model")
     store = Cache(cache or default_cache_folder())
     opened = open_model(model or "pocket", store, **opening)
     for name in taps:

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from difftap.commands.options import (
-    Grouped,
-    build_recipe,
+    Command,
+    Opening,
     category_option,
     feature_options,
+    gives,
+    needs,
+    option,
     runtime_options,
-    take_runtime,
-    was_given,
     with_category,
 )
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError, require
 
 if TYPE_CHECKING:
-    from difftap.features.extract.extraction import ExtractionSummary
+    from difftap.features.extract.extraction import ExtractionSummary, ExtractSettings
+    from difftap.features.store import Encoding
+    from difftap.pipeline.pipeline import Runtime
+    from difftap.recipe import Recipe
+
+
+def _settings(
+    encoding: Encoding,
+    decoders: int | None,
+    commit_every: float,
+    pca_sample: int,
+    strict: bool,
+    retry_failed: bool,
+    overwrite: bool,
+) -> ExtractSettings:
+    from difftap.features.extract import ExtractSettings, default_workers
+
+    return ExtractSettings(
+        encoding, decoders or default_workers(), commit_every, pca_sample, strict, retry_failed, overwrite
+    )
 
 
 @click.command(
-    cls=Grouped,
+    cls=Command,
     epilog="Exit codes: 0 done; 1 done, but some images could not be used; 2 bad input or a failure: what was "
     "finished before it is safe, and the same command goes on.",
 )
@@ -36,10 +56,22 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N images only.")
 @click.option("--fit", metavar="KIND", help="stretch, or letterbox (aspect kept).  [default: the recipe's]")
 @click.option("--dtype", default="float16", show_default=True, help="float16, float32 or int8.")
-@click.option("--scale", default="channel", show_default=True, help="Of int8: one a channel, or one a map.")
+@option(
+    "--scale",
+    default="channel",
+    show_default=True,
+    help="Of int8: one a channel, or one a map.",
+    rules=(needs("dtype", "--scale is of int8 alone; add --dtype int8, or leave it out", value="int8"),),
+)
 @click.option("--pca", type=click.IntRange(1), metavar="K", help="Keep K principal components of each tap.")
-@click.option(
-    "--pca-sample", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Images to fit them on."
+@option(
+    "--pca-sample",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Images to fit them on.",
+    rules=(needs("pca", "--pca-sample is of a PCA alone; add --pca K, or leave it out"),),
 )
 @click.option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
 @click.option("--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
@@ -53,13 +85,19 @@ if TYPE_CHECKING:
     "--ray", "ray_address", is_flag=False, flag_value="local", metavar="[ADDRESS]",
     help="Extract with Ray: on the cluster at ADDRESS, or on a local one.",
 )  # fmt: skip
-@click.option(
-    "--ray-workers", type=click.IntRange(1), metavar="N", help="Workers.  [default: one a GPU, or two a machine]"
+@option(
+    "--ray-workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Workers.  [default: one a GPU, or two a machine]",
+    rules=(needs("ray_address", "--ray-workers goes with --ray"),),
 )
 @click.option(
     "--stall", type=click.FloatRange(1), default=600.0, show_default=True, metavar="S",
     help="With --ray: give up when no image is finished for so long.",
 )  # fmt: skip
+@gives("encoding", "difftap.features.store:Encoding", "dtype", "scale", "pca")
+@gives("settings", _settings)
 @feature_options("pocket; dift with --model")
 @category_option
 @runtime_options
@@ -69,14 +107,14 @@ def extract(
     column: str | None,
     limit: int | None,
     fit: str | None,
-    decoders: int | None,
     ray_address: str | None,
     ray_workers: int | None,
     stall: float,
     category: str | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    settings: ExtractSettings,
+    recipe: Recipe,
+    opening: Opening,
+    runtime: Runtime,
 ) -> None:
     """Extract the features of a whole data set into a store that every other command can read.
 
@@ -89,37 +127,19 @@ def extract(
     difftap extract 'shards/*.tar' -o s3://bucket/features.zarr --recipe dift --model sd21/
     difftap extract photos/ -o small.zarr --dtype int8 --pca 64
     """
-    from difftap.features.extract import ExtractSettings, default_workers
     from difftap.features.sources import Source, open_source
-    from difftap.features.store import Encoding, check_writable
+    from difftap.features.store import check_writable
     from difftap.prompts.learned import pinned
 
-    if was_given("scale") and options["dtype"] != "int8":
-        raise InputError("--scale is of int8 alone; add --dtype int8, or leave it out")
-    if was_given("pca_sample") and options["pca"] is None:
-        raise InputError("--pca-sample is of a PCA alone; add --pca K, or leave it out")
-    runtime = take_runtime(options)
-    encoding = Encoding(**{name: options.pop(name) for name in ("dtype", "scale", "pca")})
-    settings = ExtractSettings(
-        encoding,
-        decoders or default_workers(),
-        options.pop("commit_every"),
-        options.pop("pca_sample"),
-        options.pop("strict"),
-        options.pop("retry_failed"),
-        options.pop("overwrite"),
-    )
-    recipe = build_recipe(**options)
     if category is not None:  # without one the prompt stays as it is, and empty when it is run
         if recipe.learned is not None:
             raise InputError("--category fills a text, and learned prompts stand in its place; leave one of them out")
         recipe = with_category(recipe, category)
     if fit is not None:
         recipe = dataclasses.replace(recipe, fit=fit)
-    opening: dict[str, Any] = {"revision": revision, "random_weights": random_weights}
     require("zarr", "store", "a feature store")  # this and the next are said before anything slow starts
     recipe = pinned(recipe)  # a store knows learned prompts by their content
-    check_writable(output, recipe.feature_fields(), encoding, overwrite=settings.overwrite)
+    check_writable(output, recipe.feature_fields(), settings.encoding, overwrite=settings.overwrite)
     listed = open_source(source, column)
     if limit is not None:
         listed = Source(listed.kind, listed.items[:limit], listed.repeated)
@@ -127,8 +147,6 @@ def extract(
         click.echo(f"{listed.repeated} entries repeat an earlier one and are left out", err=True)
     click.echo(f"{len(listed):,} images in {source}: {listed.kind}", err=True)
     if ray_address is None:
-        if ray_workers is not None:
-            raise InputError("--ray-workers goes with --ray")
         from difftap.features.extract import extract_to_store
         from difftap.pipeline.pipeline import Pipeline
 
@@ -142,7 +160,7 @@ def extract(
 
         cluster = Cluster(None if ray_address == "local" else ray_address, ray_workers, stall)
         with progress_bar(len(listed), "images", rate=True) as advance:
-            run = extract_on_cluster(recipe, runtime, listed, output, settings, cluster, opening, progress=advance)
+            run = extract_on_cluster(recipe, runtime, listed, output, settings, cluster, {**opening}, progress=advance)
     _report(run, output)
 
 

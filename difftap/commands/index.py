@@ -12,21 +12,31 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from difftap.commands.options import (
-    Grouped,
-    build_recipe,
+    RECIPE_NAMES,
+    Command,
+    Opening,
+    Rule,
+    excludes,
     feature_options,
+    gives,
+    gives_opening,
+    needs,
+    option,
+    recipe_option,
     runtime_options,
+    stack,
     store_option,
-    take_runtime,
 )
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.pipeline import Pipeline, Runtime
+    from difftap.recipe import Recipe
+    from difftap.retrieval.builder import Options
     from difftap.retrieval.index import Origin, VectorBatch
     from difftap.retrieval.queries import Query
-    from difftap.retrieval.vectors import AlreadyIndexed
+    from difftap.retrieval.vectors import AlreadyIndexed, Patches
 
 __all__ = ["index"]
 
@@ -50,17 +60,61 @@ _LABELS = click.option(
 _PER_IMAGE = click.option(
     "--per-image", type=click.IntRange(1), metavar="N", help="Images: N cells of each, drawn at random.  [default: all]"
 )
-_OPENING = (
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
-    click.option("--random-weights", type=int, metavar="SEED", help="The model was built with seeded random weights."),
+_opening = stack(
+    [
+        recipe_option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
+        recipe_option(
+            "--random-weights", type=int, metavar="SEED", help="The model was built with seeded random weights."
+        ),
+        gives_opening,
+    ]
 )
 _SOURCES = click.argument("sources", metavar="SOURCE...", type=_FILE, nargs=-1, required=True)
 
 
-def _opening(function: Any) -> Any:
-    for option in reversed(_OPENING):
-        function = option(function)
-    return function
+def _options(
+    kind: str,
+    metric: str,
+    lists: int | None,
+    codes: int | None,
+    refine: bool,
+    recall: float,
+    seed: int | None,
+    gpu: bool,
+) -> Options:
+    from difftap.retrieval.builder import Options
+
+    return Options(kind, metric, lists, codes, refine, recall, seed or 0, gpu)
+
+
+def _patches(per_image: int | None, labels: str, seed: int | None = None) -> Patches:
+    from difftap.retrieval.vectors import Patches
+
+    return Patches(per_image, labels, seed or 0)
+
+
+def _are_tables(sources: Iterable[Path]) -> bool:
+    kinds = {source.suffix.lower() == ".parquet" for source in sources}
+    if len(kinds) > 1:
+        raise InputError(
+            "tables and images cannot be indexed together; give tables of prototypes (.parquet), or images"
+        )
+    return kinds.pop()
+
+
+def _for_images(text: str, *names: str) -> Rule:
+    """Refuse options that would change nothing where SOURCEs are tables, which bring their own features."""
+    return Rule(lambda ctx, name: name if _are_tables(ctx.params["sources"]) else None, text, names)
+
+
+_BUILT_OF_IMAGES = _for_images(
+    "{} is for images; a table of prototypes brings its own recipe, so leave it out",
+    *(name for name in RECIPE_NAMES if name != "seed"),  # the seed is the index's too
+    *("revision", "random_weights", "features", "per_image", "labels"),
+)
+_OF_IMAGES = _for_images(
+    "--per-image, --labels and --features are for images; leave them out", "per_image", "labels", "features"
+)
 
 
 @click.group()
@@ -74,7 +128,11 @@ def index() -> None:
     """
 
 
-@index.command(cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written.")
+@index.command(
+    cls=Command,
+    rules=(_BUILT_OF_IMAGES,),
+    epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written.",
+)
 @_SOURCES
 @_WHERE
 @_NAME
@@ -106,6 +164,8 @@ def index() -> None:
 @_LABELS
 @_GPU
 @click.option("--overwrite", is_flag=True, help="Replace an index that stands there, once the new one is whole.")
+@gives("wanted", _options)
+@gives("which", _patches)
 @store_option
 @feature_options("pocket; dift with --model")
 @runtime_options
@@ -113,33 +173,25 @@ def build(
     sources: tuple[Path, ...],
     where: str,
     name: str,
-    kind: str,
-    metric: str,
-    recall: float,
-    lists: int | None,
-    codes: int | None,
-    refine: bool,
-    per_image: int | None,
-    labels: str,
-    gpu: bool,
+    wanted: Options,
+    which: Patches,
+    recipe: Recipe,
+    opening: Opening,
+    runtime: Runtime,
     overwrite: bool,
     features: str | None,
-    **options: Any,
 ) -> None:
     """Index SOURCEs: tables of prototypes (.parquet), or images and folders of images for their patch features.
 
     A table brings its own recipe; for images the recipe options say how features are made. Both are stored with the
     index: queries are made the same way, and vectors of another recipe or model are refused.
     """
-    from difftap.retrieval.builder import Options
     from difftap.retrieval.retrieve import build_index, check_place, describe
-    from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches
+    from difftap.retrieval.vectors import list_images, open_tables, patch_batches
 
-    wanted = Options(kind, metric, lists, codes, refine, recall, options["seed"] or 0, gpu)
     check_place(where, overwrite)
     failures: list[tuple[str, str]] = []
     if _are_tables(sources):
-        _refuse_recipe({**options, "features": features}, per_image, labels)
         origin, batches = open_tables(sources)
         with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
             record = describe(made)
@@ -148,9 +200,6 @@ def build(
         from difftap.retrieval.index import Origin
 
         paths = list_images(sources)
-        which = Patches(per_image, labels, options["seed"] or 0)
-        runtime, opening = take_runtime(options), _take_opening(options)
-        recipe = build_recipe(**options)
         with (
             open_features(recipe, features, runtime, **opening) as pipeline,
             progress_bar(len(paths), "images") as advance,
@@ -164,12 +213,17 @@ def build(
     _end(failures)
 
 
-@index.command(cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing changed.")
+@index.command(
+    cls=Command,
+    rules=(_OF_IMAGES,),
+    epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing changed.",
+)
 @_SOURCES
 @_WHERE
 @_NAME
 @_PER_IMAGE
 @_LABELS
+@gives("which", _patches)
 @store_option
 @_opening
 @runtime_options
@@ -177,12 +231,10 @@ def add(
     sources: tuple[Path, ...],
     where: str,
     name: str,
-    per_image: int | None,
-    labels: str,
+    which: Patches,
     features: str | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    opening: Opening,
+    runtime: Runtime,
 ) -> None:
     """Add SOURCEs to an index: all of them or, if it is interrupted, none.
 
@@ -191,14 +243,14 @@ def add(
     from difftap.retrieval.retrieve import open_index
     from difftap.retrieval.vectors import AlreadyIndexed
 
-    opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []
     with open_index(where, name=name) as opened:
         trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
         known = AlreadyIndexed(opened.rows())
-        with _vectors(
-            sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures, known
-        ) as (batches, _):
+        with _vectors(sources, opened.about.origin, which, runtime, opening, features, failures, known) as (
+            batches,
+            _,
+        ):
             added = opened.add(batches)
         count, kind = opened.about.count, opened.about.kind
     click.echo(f"{added} vectors added to {where}: {count} in all", err=True)
@@ -209,19 +261,44 @@ def add(
     _end(failures)
 
 
-@index.command(cls=Grouped)
+@index.command(cls=Command)
 @click.argument("image", type=_FILE, required=False)
 @_WHERE
 @_NAME
 @click.option("--mask", type=_FILE, metavar="FILE", help="The object: a mask PNG as large as the image.")
-@click.option("--mask-value", type=click.IntRange(0), metavar="V", help="The mask's value that means the object.")
-@click.option("--point", metavar="X,Y", help="The place, in pixels of the image.")
-@click.option("--row", metavar="TABLE:N", help="Row N, from 0, of a table of prototypes, in place of an image.")
+@option(
+    "--mask-value",
+    type=click.IntRange(0),
+    metavar="V",
+    help="The mask's value that means the object.",
+    rules=(needs("mask", "--mask-value goes with --mask"),),
+)
+@option(
+    "--point",
+    metavar="X,Y",
+    help="The place, in pixels of the image.",
+    rules=(excludes("--mask and --point exclude each other; give one", "mask"),),
+)
+@option(
+    "--row",
+    metavar="TABLE:N",
+    help="Row N, from 0, of a table of prototypes, in place of an image.",
+    rules=(
+        excludes("--row takes the place of an image; leave IMAGE, --mask and --point out", "image", "mask", "point"),
+        excludes("--features is for images; a table's row brings its own vector, so leave it out", "features"),
+    ),
+)
 @click.option("-k", "k", type=click.IntRange(1), default=10, show_default=True, help="Hits.")
 @click.option("--other-images", is_flag=True, help="Leave out hits in the query's own image.")
 @click.option("--sheet", type=_FILE, metavar="FILE", help="Contact sheet of the hits (.png, .jpg, .webp).")
-@click.option(
-    "--images", "roots", type=_FILE, multiple=True, metavar="DIR", help="Where the sheet finds images (repeatable)."
+@option(
+    "--images",
+    "roots",
+    type=_FILE,
+    multiple=True,
+    metavar="DIR",
+    help="Where the sheet finds images (repeatable).",
+    rules=(needs("sheet", "--images is for the contact sheet; give --sheet too"),),
 )
 @_GPU
 @store_option
@@ -241,9 +318,8 @@ def search(
     roots: tuple[Path, ...],
     gpu: bool,
     features: str | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    opening: Opening,
+    runtime: Runtime,
 ) -> None:
     """Find what is nearest to IMAGE, to the object under --mask, to the place at --point, or to a table's row.
 
@@ -262,20 +338,15 @@ def search(
 
     if sheet is not None:
         check_output(sheet, [one for one in (image, mask) if one is not None])
-    elif roots:
-        raise InputError("--images is for the contact sheet; give --sheet too")
-    if features is not None and row is not None:
-        raise InputError("--features is for images; a table's row brings its own vector, so leave it out")
     make = _query(image, mask, mask_value, point, row)
     with open_index(where, name=name, gpu=gpu) as opened:
         query = make(opened.about.origin)
         if query.vector is None:
             with open_pipeline(
                 opened.about.origin,
-                take_runtime(options),
+                runtime,
                 features=features,
-                revision=revision,
-                random_weights=random_weights,
+                **opening,
             ) as pipeline:
                 vector, conditions = embed(query, opened.about.origin, pipeline), pipeline.conditions
         else:
@@ -297,7 +368,7 @@ def search(
     click.echo(json.dumps(record, indent=1, allow_nan=False))
 
 
-@index.command(name="eval", cls=Grouped)
+@index.command(name="eval", cls=Command, rules=(_OF_IMAGES,))
 @_SOURCES
 @_WHERE
 @_NAME
@@ -308,6 +379,7 @@ def search(
 @_LABELS
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the figures as JSON too.")
 @_GPU
+@gives("which", _patches)
 @store_option
 @_opening
 @runtime_options
@@ -318,14 +390,12 @@ def evaluate(
     ks: tuple[int, ...],
     neighbours: int,
     depth: int | None,
-    per_image: int | None,
-    labels: str,
+    which: Patches,
     json_file: Path | None,
     gpu: bool,
     features: str | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    opening: Opening,
+    runtime: Runtime,
 ) -> None:
     """Search for every vector of SOURCEs, their own images left out: recall@k, mAP and kNN accuracy, by class.
 
@@ -335,11 +405,10 @@ def evaluate(
     from difftap.artifacts.files import write_atomic
     from difftap.retrieval import retrieve
 
-    opening = {"features": features, "revision": revision, "random_weights": random_weights}
     failures: list[tuple[str, str]] = []
     with (
         retrieve.open_index(where, name=name, gpu=gpu) as opened,
-        _vectors(sources, opened.about.origin, per_image, labels, take_runtime(options), opening, failures) as (
+        _vectors(sources, opened.about.origin, which, runtime, opening, features, failures) as (
             batches,
             conditions,
         ),
@@ -361,64 +430,25 @@ def evaluate(
     _end(failures)
 
 
-def _are_tables(sources: Iterable[Path]) -> bool:
-    kinds = {source.suffix.lower() == ".parquet" for source in sources}
-    if len(kinds) > 1:
-        raise InputError(
-            "tables and images cannot be indexed together; give tables of prototypes (.parquet), or images"
-        )
-    return kinds.pop()
-
-
-def _refuse_recipe(options: dict[str, Any], per_image: int | None, labels: str) -> None:
-    """A table brings its own features: an option that would change nothing is refused."""
-    names = (
-        "recipe_name",
-        "model",
-        "revision",
-        "random_weights",
-        "size",
-        "ensemble",
-        "taps",
-        "timestep",
-        "prompt",
-        "prompts",
-        "prompt_mode",
-        "noise",
-        "features",
-    )
-    flags = {"recipe_name": "recipe", "random_weights": "random-weights", "taps": "tap", "prompt_mode": "prompt-mode"}
-    given = [flags.get(name, name) for name in names if options[name] not in (None, ())]
-    given += [text for text, on in (("per-image", per_image), ("labels", labels != "none")) if on]
-    if given:
-        raise InputError(f"--{given[0]} is for images; a table of prototypes brings its own recipe, so leave it out")
-
-
-def _take_opening(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options.pop(name) for name in ("revision", "random_weights")}
-
-
 @contextlib.contextmanager
 def _vectors(
     sources: tuple[Path, ...],
     origin: Origin,
-    per_image: int | None,
-    labels: str,
+    which: Patches,
     runtime: Runtime,
-    opening: dict[str, Any],
+    opening: Opening,
+    features: str | None,
     failures: list[tuple[str, str]],
     known: AlreadyIndexed | None = None,
 ) -> Iterator[tuple[Iterable[VectorBatch], dict[str, Any]]]:
     """The vectors of some sources, less those that are known, made as an index's were, and the conditions."""
     from difftap.retrieval.queries import open_pipeline
-    from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches
+    from difftap.retrieval.vectors import list_images, open_tables, patch_batches
 
     if _are_tables(sources):
         theirs, batches = open_tables(sources)
         names = ", ".join(f"'{source}'" for source in sources)
         origin.check(theirs, names)
-        if per_image is not None or labels != "none" or opening["features"] is not None:
-            raise InputError("--per-image, --labels and --features are for images; leave them out")
         yield batches if known is None else known.objects(batches), {}
         return
     if origin.source != "patches":
@@ -426,10 +456,12 @@ def _vectors(
     paths = list_images(sources)
     if known is not None:
         paths = known.images(paths)
-    which = Patches(per_image, labels)
-    with open_pipeline(origin, runtime, **opening) as pipeline, progress_bar(len(paths), "images") as advance:
+    with (
+        open_pipeline(origin, runtime, features=features, **opening) as pipeline,
+        progress_bar(len(paths), "images") as advance,
+    ):
         yield patch_batches(pipeline, paths, which, advance, failures), pipeline.conditions
-        _say_extracted(pipeline, opening["features"])
+        _say_extracted(pipeline, features)
 
 
 def _say_extracted(pipeline: Pipeline, store: str | None) -> None:
@@ -448,18 +480,12 @@ def _query(
     from difftap.retrieval.queries import image_query, mask_query, point_query, row_query
 
     if row is not None:
-        if image is not None or mask is not None or point is not None:
-            raise InputError("--row takes the place of an image; leave IMAGE, --mask and --point out")
         table, _, number = row.rpartition(":")
         if not table or not number.isdecimal():
             raise InputError(f"--row is {row!r}; allowed: TABLE:N, such as voc.parquet:12")
         return lambda origin: row_query(Path(table), int(number), origin)
     if image is None:
         raise InputError("nothing to search for; give an image (with --mask or --point, if a part is meant) or --row")
-    if mask is not None and point is not None:
-        raise InputError("--mask and --point exclude each other; give one")
-    if mask is None and mask_value is not None:
-        raise InputError("--mask-value goes with --mask")
     loaded = load_image(image)
     if mask is not None:
         made = mask_query(loaded, read_mask(mask, mask_value), mask)

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from difftap.commands.options import (
-    Grouped,
-    build_recipe,
+    Command,
+    Opening,
     category_option,
+    excludes,
+    gives,
+    needs,
+    one_of,
+    option,
     recipe_options,
+    runtime_option,
     runtime_options,
-    take_runtime,
+    store_option,
     with_category,
 )
 from difftap.commands.progress import progress_bar
@@ -36,7 +42,11 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command(
-    cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some pairs of the list failed; 2 bad input, nothing done."
+    cls=Command,
+    epilog="Exit codes: 0 done; 1 done, but some pairs of the list failed; 2 bad input, nothing done.",
+    rules=(
+        one_of("{} exclude each other; give one way to choose points", "point_texts", "points_file", "grid", "mutual"),
+    ),
 )
 @click.argument("source", type=_FILE, required=False)
 @click.argument("target", type=_FILE, required=False)
@@ -48,13 +58,30 @@ _FILE = click.Path(path_type=Path)
     "--grid", type=int, metavar="N", help="N x N points over the source image.  [default: 5, if no points are given]"
 )
 @click.option("--mutual", is_flag=True, help="Find the points too: cells that are each other's nearest.")
-@click.option(
-    "--pairs", "pairs_file", type=_FILE, metavar="FILE", help="Match many pairs: a CSV of source,target[,points]."
+@option(
+    "--pairs",
+    "pairs_file",
+    type=_FILE,
+    metavar="FILE",
+    help="Match many pairs: a CSV of source,target[,points].",
+    rules=(
+        excludes(
+            "--pairs takes images and points from its list; leave SOURCE, TARGET, --point, --points and --heat out",
+            *("source", "target", "point_texts", "points_file", "heat"),
+        ),
+        needs("output", "--pairs needs -o FILE, the JSON lines to write"),
+    ),
 )
 @click.option(
     "-o", "--output", type=_FILE, metavar="FILE", help="Picture (.png, .jpg, .webp); with --pairs, the JSON lines."
 )
-@click.option("--heat", type=int, metavar="K", help="Show point K's heat map in the picture (1 is the first).")
+@option(
+    "--heat",
+    type=int,
+    metavar="K",
+    help="Show point K's heat map in the picture (1 is the first).",
+    rules=(needs("output", "--heat draws into the picture; give -o FILE too"),),
+)
 @click.option("--min-score", type=float, metavar="S", help="Leave out matches with a lower cosine.")
 @click.option(
     "--min-margin", type=float, metavar="M", help="Leave out matches whose lead over the best other place is smaller."
@@ -65,8 +92,13 @@ _FILE = click.Path(path_type=Path)
     metavar="PX",
     help="Leave out matches that lead back farther than this from their point.",
 )
-@click.option("--overwrite", is_flag=True, help="With --pairs: start afresh instead of resuming FILE.")
-@click.option(
+@option(
+    "--overwrite",
+    is_flag=True,
+    help="With --pairs: start afresh instead of resuming FILE.",
+    rules=(needs("pairs_file", "--overwrite goes with --pairs; a picture is always replaced"),),
+)
+@runtime_option(
     "--memory",
     type=click.IntRange(min=1),
     default=2048,
@@ -74,7 +106,8 @@ _FILE = click.Path(path_type=Path)
     metavar="MB",
     help="With --pairs: features kept in memory.",
 )
-@click.option("--features", metavar="STORE", help="Take features from a store where it has them ('difftap extract').")
+@gives("threshold", "difftap.matching.matches:Threshold", "min_score", "min_margin", "max_cycle_error")
+@store_option
 @recipe_options
 @category_option
 @runtime_options
@@ -88,16 +121,14 @@ def match(
     pairs_file: Path | None,
     output: Path | None,
     heat: int | None,
-    min_score: float | None,
-    min_margin: float | None,
-    max_cycle_error: float | None,
+    threshold: Threshold,
     overwrite: bool,
     memory: int,
     features: str | None,
     category: str | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    recipe: Recipe,
+    opening: Opening,
+    runtime: Runtime,
 ) -> None:
     """Find the points of TARGET that correspond to points of SOURCE.
 
@@ -109,38 +140,22 @@ def match(
     difftap match cat1.jpg cat2.jpg --mutual --min-margin 0.05
     difftap match --pairs pairs.csv -o matches.jsonl
     """
-    from difftap.matching.matches import Threshold
-
-    ways = {"--point": point_texts, "--points": points_file, "--grid": grid is not None, "--mutual": mutual}
-    chosen = [name for name, given in ways.items() if given]
-    if len(chosen) > 1:
-        raise InputError(f"{' and '.join(chosen)} exclude each other; give one way to choose points")
-    runtime = take_runtime(options)
-    recipe = build_recipe(**options)
     job = _Job(
         with_category(recipe, category),
         runtime,
-        {"revision": revision, "random_weights": random_weights},
-        Threshold(min_score, min_margin, max_cycle_error),
+        opening,
+        threshold,
         mutual,
         5 if grid is None else grid,
         _empty_prompt(recipe) if category is None else "",
         features,
         category if recipe.learned is not None else None,
     )
-    if pairs_file is not None:
-        if source is not None or point_texts or points_file or heat is not None:
-            raise InputError(
-                "--pairs takes images and points from its list; leave SOURCE, TARGET, --point, --points and --heat out"
-            )
-        if output is None:
-            raise InputError("--pairs needs -o FILE, the JSON lines to write")
+    if pairs_file is not None and output is not None:  # --pairs asks for -o
         _many(job, pairs_file, output, overwrite, memory << 20)
         return
     if source is None or target is None:
         raise InputError("two images are needed: difftap match SOURCE TARGET; or --pairs FILE for many")
-    if overwrite:
-        raise InputError("--overwrite goes with --pairs; a picture is always replaced")
     _one(job, (source, target), _read_points(point_texts, points_file), output, heat)
 
 
@@ -158,7 +173,7 @@ class _Job:
 
     recipe: Recipe
     runtime: Runtime
-    opening: dict[str, Any]
+    opening: Opening
     threshold: Threshold
     mutual: bool
     grid: int
@@ -234,8 +249,6 @@ def _one(
     # What is wrong with the input is said before anything slow starts.
     if output is not None:
         check_output(output, paths)
-    elif heat is not None:
-        raise InputError("--heat draws into the picture; give -o FILE too")
     source, target = (load_image(path) for path in paths)
     points = job.choose(source.size, given)
     if heat is not None and (heat < 1 or (points is not None and heat > len(points))):

@@ -1,11 +1,19 @@
-"""Options that several commands share, as decorators."""
+"""What commands are made of: options, groups of options that give back an object, rules between options.
+
+A command's function takes objects, not strings: `recipe_options` hands it ``recipe: Recipe``, and `runtime_options`
+``runtime: Runtime``. A rule such as "--ray-workers goes with --ray" stands beside its option and is checked before
+anything is made. Nothing heavy is imported for a help text.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -13,64 +21,234 @@ from click.core import ParameterSource
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline.pipeline import Runtime
     from difftap.recipe import Learned, Recipe
 
 __all__ = [
-    "Grouped",
+    "RECIPE_NAMES",
+    "Command",
+    "Decorator",
+    "LazyGroup",
+    "Opening",
+    "Rule",
     "build_recipe",
     "cache_option",
     "category_option",
+    "excludes",
     "feature_options",
+    "gives",
     "json_option",
     "model_options",
+    "needs",
+    "one_of",
+    "option",
     "parse_numbers",
     "parse_size",
+    "recipe_option",
     "recipe_options",
+    "runtime_option",
     "runtime_options",
     "size_option",
     "stack",
     "store_option",
-    "take_runtime",
+    "was_given",
     "with_category",
 ]
 
-_SECTIONS = {
-    "Recipe": (
-        *("recipe_name", "model", "revision", "random_weights", "size", "ensemble", "taps", "timestep", "prompt"),
-        *("prompts", "prompt_mode"),
-        *("category", "matcher", "interpolation", "seed", "noise", "combine", "reading"),
-    ),
-    "Runtime": ("backend", "device", "precision", "calibrate", "threads", "batch", "cache", "memory"),
-}
-"""Options by name, under the heads that `Grouped` shows them."""
+HEADS = ("Options", "Recipe", "Runtime")
+"""Sections of a command's help."""
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., object])
 
 
-class Grouped(click.Command):
-    """A command of many options, whose help has a section for its own, the recipe's and the runtime's."""
+class Decorator(Protocol):
+    """Adds an option to a command's function, or makes an object of several for it."""
+
+    def __call__(self, function: _F, /) -> _F:
+        """Give the function with that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What options that were given ask of others: made by `needs`, `excludes` and `one_of`.
+
+    Attributes:
+        holds: whether the rule holds in a context in which the option of that name was given.
+        text: what to say where it does not; ``{}`` stands for the option that offends, with its dashes.
+        of: the options that the rule is about; none for the option beside which it stands.
+    """
+
+    holds: Callable[[click.Context, str], str | None]
+    text: str
+    of: tuple[str, ...] = ()
+
+
+def needs(other: str, text: str, *, value: object = None, of: tuple[str, ...] = ()) -> Rule:
+    """Ask that ``other`` is given too or, with ``value``, that it has that value."""
+
+    def offends(ctx: click.Context, name: str) -> str | None:
+        fine = ctx.params[other] == value if value is not None else _is_given(ctx, other)
+        return None if fine else name
+
+    return Rule(offends, text, of)
+
+
+def excludes(text: str, *others: str) -> Rule:
+    """Ask that none of ``others`` is given beside."""
+    return Rule(lambda ctx, _name: next((other for other in others if _is_given(ctx, other)), None), text)
+
+
+def one_of(text: str, *names: str) -> Rule:
+    """Ask that at most one of ``names`` is given; ``{}`` in the text stands for all that were."""
+
+    def offends(ctx: click.Context, _name: str) -> str | None:
+        told = [name for name in names if _is_given(ctx, name)]
+        return " and ".join(told) if len(told) > 1 else None
+
+    return Rule(offends, text, names)
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) not in (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
+
+def was_given(*names: str) -> bool:
+    """Whether one of the running command's parameters was said, and is not merely its default."""
+    context = click.get_current_context()
+    return any(_is_given(context, name) for name in names)
+
+
+def _flag(command: click.Command, name: str) -> str:
+    known = {one.name: max(one.opts, key=len) for one in command.params if isinstance(one, click.Option)}
+    return known.get(name, name)
+
+
+class Option(click.Option):
+    """An option that knows its section of the help, and what it asks of other options."""
+
+    def __init__(self, *names: Any, head: str = "Options", rules: tuple[Rule, ...] = (), **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.head, self.rules = head, rules
+
+
+class Command(click.Command):
+    """A command whose help has sections, and whose rules are checked before anything is made."""
+
+    def __init__(self, *names: Any, rules: tuple[Rule, ...] = (), **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.rules = rules
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections."""
-        owner = {name: head for head, names in _SECTIONS.items() for name in names}
-        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{head: [] for head in _SECTIONS}}
+        sections: dict[str, list[tuple[str, str]]] = {head: [] for head in HEADS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                sections[owner.get(parameter.name or "", "Options")].append(record)
+                sections[getattr(parameter, "head", HEADS[0])].append(record)
         for head, records in sections.items():
             if records:
                 with formatter.section(head):
                     formatter.write_dl(records)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Answer an option that was renamed or removed with what takes its place, before click calls it unknown."""
+        path = " ".join(ctx.command_path.split()[1:])
+        for word in args:
+            answer = RENAMED.get(f"{path} {word.partition('=')[0]}")
+            if answer is not None:
+                raise InputError(answer)
+        return super().parse_args(ctx, args)
 
-def stack(options: list[Callable[[Any], Any]]) -> Callable[[_F], _F]:
+    def invoke(self, ctx: click.Context) -> object:
+        """Check every rule, then run."""
+        own = [(one.name or "", rule) for one in self.params if isinstance(one, Option) for rule in one.rules]
+        for name, rule in [*own, *((name, one) for one in self.rules for name in one.of)]:
+            offender = rule.holds(ctx, name) if _is_given(ctx, name) else None
+            if offender is not None:
+                said = " and ".join(_flag(self, part) for part in offender.split(" and "))
+                raise InputError(rule.text.replace("{}", said))
+        return super().invoke(ctx)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def __init__(self, *names: Any, homes: Mapping[str, tuple[str, str]], **settings: Any) -> None:
+        """Take the place, ``module:name``, and the line of help of each command."""
+        super().__init__(*names, **settings)
+        self.homes = homes
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the names in order."""
+        return sorted(self.homes)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; one that was renamed or removed answers with what takes its place."""
+        if cmd_name not in self.homes:
+            answer = RENAMED.get(" ".join((*ctx.command_path.split()[1:], cmd_name)))
+            if answer is not None:
+                raise InputError(answer)
+            return None
+        module, name = self.homes[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(self.homes.items())])
+
+
+RENAMED: dict[str, str] = {}
+"""What to say to a command (``bench old``) or an option (``bench pck --old``) that was renamed or removed."""
+
+
+def option(*names: str, head: str = "Options", rules: tuple[Rule, ...] = (), **settings: Any) -> Decorator:
+    """Make an option of a `Command`, in a section of its help and under rules."""
+    return click.option(*names, cls=Option, head=head, rules=rules, **settings)
+
+
+recipe_option = functools.partial(option, head="Recipe")
+runtime_option = functools.partial(option, head="Runtime")
+
+
+def gives(name: str, make: str | Callable[..., object], *names: str) -> Decorator:
+    """Make one object of several options, and hand it to the command as ``name`` in their place.
+
+    Args:
+        name: the command's parameter that takes the object.
+        make: a class, as ``module:Class`` so that it is imported on use, or a function.
+        names: the options, which are fields of the class; none for the parameters of a function.
+    """
+    taken = names or tuple(inspect.signature(make).parameters if callable(make) else ())
+
+    def decorate(function: _F) -> _F:
+        # A value that the command, or another group, asks for too is handed on beside the object made of it.
+        wanted = getattr(function, "wanted", None) or set(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def call(**values: object) -> object:
+            maker = _load(make) if isinstance(make, str) else make
+            made = maker(**{one: values[one] for one in taken if one in values})
+            return function(**{key: value for key, value in values.items() if key in wanted}, **{name: made})
+
+        call.__dict__.update(wanted=wanted - {name} | set(taken), gives=(name, make, taken))
+        return cast(_F, call)
+
+    return decorate
+
+
+def _load(place: str) -> Callable[..., object]:
+    module, name = place.split(":")
+    made: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return made
+
+
+def stack(options: Sequence[Decorator]) -> Decorator:
     """Several options as one decorator."""
 
     def decorate(function: _F) -> _F:
-        for option in reversed(options):
-            function = option(function)
+        for one in reversed(options):
+            function = one(function)
         return function
 
     return decorate
@@ -103,162 +281,17 @@ def parse_numbers(least: int) -> Callable[[click.Context, click.Parameter, str],
     return parse
 
 
-cache_option = click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
-)
-
-model_options = stack(
-    [
-        click.option(
-            "--model",
-            metavar="M",
-            help="Model: pocket, sd15, sd21, sdxl, a diffusers-format folder, or a hub id; and +FILE.safetensors for "
-            "another UNet's weights in it (CleanDIFT).",
-        ),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
-        click.option(
-            "--random-weights",
-            type=int,
-            metavar="SEED",
-            help="Build sd15, sd21 or sdxl at full size with seeded random weights.",
-        ),
-    ]
-)
-
-
-def was_given(name: str) -> bool:
-    """Whether a parameter of the running command was said, and is not merely its default."""
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-
-size_option = click.option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")
-
-
-def _feature_list(default: str, *, sized: bool = True) -> list[Callable[[Any], Any]]:
-    return [
-        click.option(
-            "--recipe",
-            "recipe_name",
-            metavar="R",
-            help=f"Recipe: a preset ('difftap recipes') or a TOML file.  [default: {default}]",
-        ),
-        model_options,
-        *([size_option] if sized else []),
-        click.option("--ensemble", type=int, metavar="E", help="Noise samples averaged per image."),
-        click.option(
-            "--tap", "taps", multiple=True, metavar="TAP", help="Tap to read, for a recipe of one branch (repeatable)."
-        ),
-        click.option("--timestep", type=int, metavar="T", help="Timestep, for a recipe of one branch."),
-        click.option("--prompt", metavar="TEXT", help="Text that conditions every branch.  [default: the recipe's]"),
-        click.option("--prompts", metavar="DIR", help="Learned prompts ('difftap tune') in the text's place."),
-        click.option(
-            "--prompt-mode", metavar="MODE", help="Of conditional ones: pair (exact), class or image.  [default: pair]"
-        ),
-        click.option("--seed", type=int, metavar="N", help="Seed of the noise."),
-        click.option(
-            "--noise",
-            metavar="KIND",
-            help="independent, antithetic (pairs of opposite sign), or none with ensemble 1.  [default: the recipe's; "
-            "independent where --ensemble is odd]",
-        ),
-    ]
-
-
-def feature_options(default: str, *, sized: bool = True) -> Callable[[_F], _F]:
-    """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe.
-
-    Without ``sized`` there is no --size, for commands that go through several.
-    """
-    return stack(_feature_list(default, sized=sized))
-
-
-recipe_options = stack(
-    [
-        *_feature_list("pocket; dift with --model"),
-        click.option(
-            "--matcher",
-            metavar="NAME",
-            help="dense, nn, bilinear, softargmax, kernel-softargmax, window-softargmax or mutual.",
-        ),
-        click.option(
-            "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
-        ),
-    ]
-)
-
-json_option = click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON too."
-)
-
-store_option = click.option(
-    "--features", metavar="STORE", help="Take features from a store where it has them ('difftap extract')."
-)
-
-category_option = click.option(
-    "--category",
-    metavar="WORD",
-    help="What the images show: fills {category} in the recipe's prompt.  [default: such a prompt stays empty]",
-)
-
-runtime_options = stack(
-    [
-        click.option(
-            "--backend",
-            default="ort",
-            show_default=True,
-            metavar="B",
-            help="ort, openvino, tensorrt-rtx, tensorrt, torch, torch-compile, or auto: the fastest here, by "
-            "measurement.",
-        ),
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            metavar="D",
-            help="auto, cpu, cuda, intel-gpu, or what else 'difftap doctor' lists.",
-        ),
-        click.option(
-            "--precision",
-            default="fp32",
-            show_default=True,
-            metavar="P",
-            help="fp32, bf16x3, fp16, bf16 or int8, as far as the backend has it ('difftap doctor').",
-        ),
-        click.option(
-            "--calibrate",
-            type=click.Path(path_type=Path),
-            multiple=True,
-            metavar="FILE|DIR",
-            help="Pictures to calibrate int8 engines on (repeatable).  [default: a bundled few]",
-        ),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
-        click.option(
-            "--batch",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            metavar="N",
-            help="Images per engine run on a GPU; a CPU takes one at a time.",
-        ),
-        cache_option,
-    ]
-)
-
-
 def build_recipe(
     *,
-    recipe_name: str | None,
-    model: str | None,
-    size: tuple[int, int] | None,
-    ensemble: int | None,
-    taps: tuple[str, ...],
-    timestep: int | None,
-    prompt: str | None,
-    seed: int | None,
-    noise: str | None,
+    recipe_name: str | None = None,
+    model: str | None = None,
+    size: tuple[int, int] | None = None,
+    ensemble: int | None = None,
+    taps: tuple[str, ...] = (),
+    timestep: int | None = None,
+    prompt: str | None = None,
+    seed: int | None = None,
+    noise: str | None = None,
     prompts: str | None = None,
     prompt_mode: str | None = None,
     matcher: str | None = None,
@@ -318,9 +351,167 @@ def _learned(recipe: Recipe, prompt: str | None, path: str | None, mode: str | N
     return dataclasses.replace(known, path=path or known.path, mode=mode or known.mode)
 
 
-def take_runtime(options: dict[str, Any]) -> Runtime:
-    """The runtime that a command's options ask for; takes what `runtime_options` added out of them."""
-    from difftap.pipeline.pipeline import Runtime
+RECIPE_NAMES = tuple(inspect.signature(build_recipe).parameters)
+"""Options that decide the recipe."""
 
-    names = ("backend", "device", "threads", "batch", "cache", "precision", "calibrate")
-    return Runtime(**{name: options.pop(name) for name in names})
+
+cache_option = runtime_option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Cache folder.  [default: $DIFFTAP_CACHE or the user's]",
+)
+
+
+class Opening(TypedDict):
+    """Which weights of a model are opened: a hub id's revision, or random ones of a seed."""
+
+    revision: str | None
+    random_weights: int | None
+
+
+def _opening(revision: str | None, random_weights: int | None) -> Opening:
+    return {"revision": revision, "random_weights": random_weights}
+
+
+gives_opening = gives("opening", _opening)
+
+model_options = stack(
+    [
+        recipe_option(
+            "--model",
+            metavar="M",
+            help="Model: pocket, sd15, sd21, sdxl, a diffusers-format folder, or a hub id; and +FILE.safetensors for "
+            "another UNet's weights in it (CleanDIFT).",
+        ),
+        recipe_option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
+        recipe_option(
+            "--random-weights",
+            type=int,
+            metavar="SEED",
+            help="Build sd15, sd21 or sdxl at full size with seeded random weights.",
+        ),
+        gives_opening,
+    ]
+)
+
+
+size_option = recipe_option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")
+
+
+def _feature_list(default: str, *, sized: bool = True) -> list[Decorator]:
+    return [
+        recipe_option(
+            "--recipe",
+            "recipe_name",
+            metavar="R",
+            help=f"Recipe: a preset ('difftap recipes') or a TOML file.  [default: {default}]",
+        ),
+        model_options,
+        *([size_option] if sized else []),
+        recipe_option("--ensemble", type=int, metavar="E", help="Noise samples averaged per image."),
+        recipe_option(
+            "--tap", "taps", multiple=True, metavar="TAP", help="Tap to read, for a recipe of one branch (repeatable)."
+        ),
+        recipe_option("--timestep", type=int, metavar="T", help="Timestep, for a recipe of one branch."),
+        recipe_option("--prompt", metavar="TEXT", help="Text that conditions every branch.  [default: the recipe's]"),
+        recipe_option("--prompts", metavar="DIR", help="Learned prompts ('difftap tune') in the text's place."),
+        recipe_option(
+            "--prompt-mode", metavar="MODE", help="Of conditional ones: pair (exact), class or image.  [default: pair]"
+        ),
+        recipe_option("--seed", type=int, metavar="N", help="Seed of the noise."),
+        recipe_option(
+            "--noise",
+            metavar="KIND",
+            help="independent, antithetic (pairs of opposite sign), or none with ensemble 1.  [default: the recipe's; "
+            "independent where --ensemble is odd]",
+        ),
+    ]
+
+
+def feature_options(default: str, *, sized: bool = True, make: Callable[..., Recipe | None] | None = None) -> Decorator:
+    """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe.
+
+    Without ``sized`` there is no --size, for commands that go through several; ``make`` stands in for `build_recipe`
+    where a command has a default of its own.
+    """
+    return stack([*_feature_list(default, sized=sized), gives("recipe", make or build_recipe, *RECIPE_NAMES)])
+
+
+recipe_options = stack(
+    [
+        *_feature_list("pocket; dift with --model"),
+        recipe_option(
+            "--matcher",
+            metavar="NAME",
+            help="dense, nn, bilinear, softargmax, kernel-softargmax, window-softargmax or mutual.",
+        ),
+        recipe_option(
+            "--interpolation", metavar="KIND", help="How the dense matcher reads between cells: bilinear or bicubic."
+        ),
+        gives("recipe", build_recipe),
+    ]
+)
+
+json_option = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON too."
+)
+
+store_option = option(
+    "--features", metavar="STORE", help="Take features from a store where it has them ('difftap extract')."
+)
+
+category_option = recipe_option(
+    "--category",
+    metavar="WORD",
+    help="What the images show: fills {category} in the recipe's prompt.  [default: such a prompt stays empty]",
+)
+
+runtime_options = stack(
+    [
+        runtime_option(
+            "--backend",
+            default="ort",
+            show_default=True,
+            metavar="B",
+            help="ort, openvino, tensorrt-rtx, tensorrt, torch, torch-compile, or auto: the fastest here, by "
+            "measurement.",
+        ),
+        runtime_option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="D",
+            help="auto, cpu, cuda, intel-gpu, or what else 'difftap doctor' lists.",
+        ),
+        runtime_option(
+            "--precision",
+            default="fp32",
+            show_default=True,
+            metavar="P",
+            help="fp32, bf16x3, fp16, bf16 or int8, as far as the backend has it ('difftap doctor').",
+        ),
+        runtime_option(
+            "--calibrate",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            metavar="FILE|DIR",
+            help="Pictures to calibrate int8 engines on (repeatable).  [default: a bundled few]",
+        ),
+        runtime_option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
+        runtime_option(
+            "--batch",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Images per engine run on a GPU; a CPU takes one at a time.",
+        ),
+        cache_option,
+        gives(
+            "runtime",
+            "difftap.pipeline.pipeline:Runtime",
+            *("backend", "device", "threads", "batch", "cache", "precision", "calibrate"),
+        ),
+    ]
+)

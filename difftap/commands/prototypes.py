@@ -11,18 +11,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from difftap.commands.options import (
-    Grouped,
+    Command,
+    Opening,
     build_recipe,
+    excludes,
     feature_options,
+    gives,
+    option,
     runtime_options,
+    stack,
     store_option,
-    take_runtime,
 )
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
+    from difftap.pipeline.pipeline import Runtime
     from difftap.prototypes import PrototypeTable, SceneSource
+    from difftap.recipe import Recipe
 
 __all__ = ["classes_of", "object_options", "open_objects", "prototypes"]
 
@@ -30,24 +36,28 @@ _FILE = click.Path(path_type=Path)
 STUDY_DEFAULT = "pocket-semantics; semantics with --model"
 
 
-def object_options(function: Any) -> Any:
-    """Options that say which objects are wanted."""
-    for option in reversed(
-        [
-            click.option("--list", "listing", type=_FILE, metavar="FILE", help="Only the images or clips it names."),
-            click.option("--classes", metavar="A,B", help="Only these classes, or voc: VOC's 20.  [default: all]"),
-            click.option(
-                "--min-area", type=float, default=0.01, show_default=True, metavar="F", help="Fraction of the image."
-            ),
-            click.option(
-                "--crowds", default="exclude", show_default=True, metavar="HOW", help="COCO's: exclude or include."
-            ),
-            click.option("--allow-missing", is_flag=True, help="Leave out listed images that are missing, and say so."),
-            click.option("--rule", default="area", show_default=True, help="Mask to cells: area or nearest."),
-        ]
-    ):
-        function = option(function)
-    return function
+object_options = stack(
+    [
+        option(
+            "--list",
+            "listing",
+            type=_FILE,
+            metavar="FILE",
+            help="Only the images or clips it names.",
+            rules=(excludes("--list and --split both say which images; give one of them", "split"),),
+        ),
+        click.option("--classes", metavar="A,B", help="Only these classes, or voc: VOC's 20.  [default: all]"),
+        click.option(
+            "--min-area", type=float, default=0.01, show_default=True, metavar="F", help="Fraction of the image."
+        ),
+        click.option(
+            "--crowds", default="exclude", show_default=True, metavar="HOW", help="COCO's: exclude or include."
+        ),
+        click.option("--allow-missing", is_flag=True, help="Leave out listed images that are missing, and say so."),
+        click.option("--rule", default="area", show_default=True, help="Mask to cells: area or nearest."),
+    ]
+)
+"""Which objects are wanted."""
 
 
 def classes_of(text: str | None, dataset: str) -> tuple[str, ...] | None:
@@ -82,12 +92,16 @@ def open_objects(
     wanted = ObjectFilter(min_area, classes_of(classes, dataset))
     options: dict[str, Any] = {"split": split, "wanted": wanted, "allow_missing": allow_missing}
     if listing is not None:
-        if split is not None:
-            raise InputError("--list and --split both say which images; give one of them")
         options["listing"] = read_listing(listing, dataset)
     if dataset == "coco" or crowds != "exclude":
         options["crowds"] = crowds
     return load(dataset, root, **options)
+
+
+def semantic_recipe(**options: Any) -> Recipe:
+    """Build the recipe with the study's as default: ``semantics`` with a model, else ``pocket-semantics``."""
+    default = "pocket-semantics" if options["model"] in (None, "pocket") else "semantics"
+    return build_recipe(**{**options, "recipe_name": options["recipe_name"] or default})
 
 
 @click.group()
@@ -96,7 +110,7 @@ def prototypes() -> None:
 
 
 @prototypes.command(
-    cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written."
+    cls=Command, epilog="Exit codes: 0 done; 1 done, but some images failed; 2 bad input, nothing written."
 )
 @click.argument("dataset", metavar="NAME")
 @click.argument("root", type=_FILE)
@@ -105,22 +119,18 @@ def prototypes() -> None:
 @object_options
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
 @store_option
-@feature_options(STUDY_DEFAULT)
+@gives("source", open_objects)
+@feature_options(STUDY_DEFAULT, make=semantic_recipe)
 @runtime_options
 def build(
-    dataset: str,
-    root: Path,
+    source: SceneSource,
     output: Path,
-    split: str | None,
-    listing: Path | None,
-    classes: str | None,
-    min_area: float,
-    crowds: str,
-    allow_missing: bool,
+    recipe: Recipe,
+    opening: Opening,
+    runtime: Runtime,
     rule: str,
     overwrite: bool,
     features: str | None,
-    **options: Any,
 ) -> None:
     """Build the prototypes of a data set's objects.
 
@@ -138,19 +148,6 @@ def build(
 
     if rule not in RULES:
         raise InputError(f"--rule is {rule!r}; allowed: {', '.join(RULES)}")
-    source = open_objects(
-        dataset,
-        root,
-        split=split,
-        listing=listing,
-        classes=classes,
-        min_area=min_area,
-        crowds=crowds,
-        allow_missing=allow_missing,
-    )
-    runtime = take_runtime(options)
-    opening = {name: options.pop(name) for name in ("revision", "random_weights")}
-    recipe = build_recipe(**semantic_recipe(options))
     column = recipe_column(output, recipe)
     with open_features(column.recipe, features, runtime, **opening) as pipeline:
         if not overwrite and is_built(source, column, rule, pipeline.conditions):
@@ -174,13 +171,6 @@ def build(
         click.echo(f"  ... and {len(built.failures) - 10} more failed; the file's provenance names them", err=True)
     if built.failures:
         sys.exit(1)
-
-
-def semantic_recipe(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the study's recipe as default: ``semantics`` with a model, else ``pocket-semantics``."""
-    named = options["recipe_name"]
-    default = "pocket-semantics" if options["model"] in (None, "pocket") else "semantics"
-    return {**options, "recipe_name": named or default}
 
 
 @prototypes.command()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from difftap.commands.options import cache_option, model_options
+from difftap.commands.options import Opening, cache_option, model_options
 
 
 @click.command()
 @model_options
 @cache_option
-def taps(model: str | None, cache: Path | None, **opening: Any) -> None:
+def taps(model: str | None, cache: Path | None, opening: Opening) -> None:
     """List a model's taps: name, channels, image pixels per cell, module path.
 
     \b

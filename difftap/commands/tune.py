@@ -3,25 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import build_recipe, cache_option, model_options, size_option, stack
+from difftap.commands.options import (
+    Decorator,
+    Opening,
+    build_recipe,
+    cache_option,
+    gives,
+    model_options,
+    recipe_option,
+    size_option,
+    stack,
+)
 from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
+    from difftap.recipe import Recipe
     from difftap.tuning.learn import Tuned
     from difftap.tuning.loop import Progress
+    from difftap.tuning.settings import TuneSettings
 
 _DIR = click.Path(path_type=Path)
 
-_options = stack(
-    [
+_SETTINGS = (
+    *("epochs", "batch", "rate", "tokens", "initial", "joint", "timesteps", "reading", "steps", "seed", "passes"),
+    *("checkpointing", "precision", "shared", "linear_rate", "image_tokens", "image_tap"),
+)
+"""Options that are fields of `TuneSettings`."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is learned, from which pairs, where."""
+
+    settings: TuneSettings
+    recipe: Recipe
+    opening: Opening
+    data: tuple[str, str]
+    output: Path
+    layout: str | None
+    allow_missing: bool
+    limit: int | None
+    val_limit: int | None
+    device: str
+    threads: int | None
+    cache: Path | None
+    overwrite: bool
+
+
+def _settings(kind: str, joint: bool, **given: Any) -> TuneSettings:
+    from difftap.tuning.settings import TuneSettings
+
+    said = {name: value for name, value in given.items() if value is not None}
+    return TuneSettings(kind, joint="joint" if joint else "separate", **said)
+
+
+def _recipe(recipe_name: str | None, model: str | None, size: tuple[int, int] | None) -> Recipe:
+    return build_recipe(recipe_name=recipe_name, model=model, size=size)
+
+
+def _options(kind: str) -> Decorator:
+    return stack(
+        [
+            *_OPTIONS,
+            gives("settings", partial(_settings, kind), *_SETTINGS),
+            gives("recipe", _recipe),
+            gives("job", _Job),
+        ]
+    )
+
+
+_OPTIONS = (
         click.option("--data", nargs=2, required=True, metavar="NAME ROOT", help="Data set and its folder."),
         click.option("-o", "--output", type=_DIR, required=True, metavar="DIR", help="Folder for the prompts."),
-        click.option("--recipe", "recipe_name", metavar="R", help="Recipe that will use them.  [default: pocket]"),
+        recipe_option("--recipe", "recipe_name", metavar="R", help="Recipe that will use them.  [default: pocket]"),
         model_options,
         size_option,
         click.option("--epochs", type=int, metavar="N", help="Passes over the training pairs.  [default: 5]"),
@@ -47,7 +108,6 @@ _options = stack(
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]"),
         click.option("--overwrite", is_flag=True, help="Start afresh whatever the folder holds."),
         cache_option,
-    ]
 )  # fmt: skip
 
 
@@ -65,17 +125,17 @@ def tune() -> None:
 
 
 @tune.command()
-@_options
-def single(**options: Any) -> None:
+@_options("single")
+def single(job: _Job) -> None:
     """One prompt for everything."""
-    _tune("single", options)
+    _tune(job)
 
 
 @tune.command("class")
-@_options
-def class_(**options: Any) -> None:
+@_options("class")
+def class_(job: _Job) -> None:
     """One prompt for each class of the training pairs."""
-    _tune("class", options)
+    _tune(job)
 
 
 @tune.command()
@@ -83,49 +143,41 @@ def class_(**options: Any) -> None:
 @click.option("--linear-rate", type=float, metavar="R", help="Adam's rate, of linear layers.  [default: 0.001]")
 @click.option("--image-tokens", metavar="FROM", help="own, or a DINOv2 folder or hub id.  [default: own]")
 @click.option("--image-tap", metavar="TAP", help="Where own tokens are read.  [default: up1]")
-@_options
-def cpm(**options: Any) -> None:
+@_options("cpm")
+def cpm(job: _Job) -> None:
     """A prompt made from each pair's images, by a small network that is learned."""
-    _tune("cpm", options)
+    _tune(job)
 
 
-def _tune(kind: str, options: dict[str, Any]) -> None:
+def _tune(job: _Job) -> None:
     from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
     from difftap.errors import require
-    from difftap.tuning.settings import TuneSettings
     from difftap.tuning.training_pairs import load_training_pairs
 
-    given = {name: value for name, value in options.items() if name in TuneSettings.__dataclass_fields__}
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = TuneSettings(kind, **{**given, "joint": "joint" if options["joint"] else "separate"})
-    fixed = dict.fromkeys(("ensemble", "timestep", "prompt", "matcher", "interpolation", "seed", "noise"))
-    recipe = build_recipe(
-        recipe_name=options["recipe_name"], model=options["model"], size=options["size"], taps=(), **fixed
-    )
+    settings, recipe = job.settings, job.recipe
     settings.check(recipe)
-    name, root = options["data"]
-    folder: Path = options["output"]
+    name, root = job.data
+    folder = job.output
     require("torch", "tune", "learning a prompt")
     pairs = load_training_pairs(
         name,
         Path(root),
         folder / "training" / "made",
-        options={"layout": options["layout"]} if options["layout"] else {},
-        allow_missing=options["allow_missing"],
-        limit=options["limit"],
-        val_limit=options["val_limit"],
+        options={"layout": job.layout} if job.layout else {},
+        allow_missing=job.allow_missing,
+        limit=job.limit,
+        val_limit=job.val_limit,
     )
-    cache = Cache(options["cache"] or default_cache_folder())
-    opening = {key: options[key] for key in ("revision", "random_weights")}
-    model = open_model(recipe.model, cache, **opening)
+    cache = Cache(job.cache or default_cache_folder())
+    model = open_model(recipe.model, cache, **job.opening)
     click.echo(f"{len(pairs.train)} pairs to learn from, {len(pairs.val)} to choose by", err=True)
     from difftap.tuning.learn import tune as run
     from difftap.tuning.loop import Watcher
 
     steps = -(-len(pairs.train) // settings.batch) * settings.epochs
     steps = min(steps, settings.steps) if settings.steps else steps
-    trainings = 1 if options["joint"] else len(recipe.branches)
+    trainings = 1 if settings.joint == "joint" else len(recipe.branches)
     with progress_bar(steps * trainings, "steps") as advance:
         tuned = run(
             model,
@@ -134,9 +186,9 @@ def _tune(kind: str, options: dict[str, Any]) -> None:
             settings,
             folder,
             cache=cache,
-            device=options["device"],
-            threads=options["threads"],
-            overwrite=options["overwrite"],
+            device=job.device,
+            threads=job.threads,
+            overwrite=job.overwrite,
             watcher=Watcher(_stepper(advance), _say_epoch(settings.epochs)),
         )
     _say_result(tuned)

@@ -5,18 +5,36 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import Grouped, build_recipe, cache_option, feature_options, parse_numbers
+from difftap.commands.options import (
+    Command,
+    Opening,
+    build_recipe,
+    cache_option,
+    feature_options,
+    parse_numbers,
+    runtime_option,
+    was_given,
+)
+
+if TYPE_CHECKING:
+    from difftap.recipe import Recipe
 
 __all__ = ["gpu_check"]
 
 
+def _full_size(**options: Any) -> Recipe:
+    """Take Stable Diffusion 2.1 where nothing is named."""
+    named = options["model"] is not None or options["recipe_name"] is not None
+    return build_recipe(**options if named else {**options, "model": "sd21"})
+
+
 @click.command(
     "gpu-check",
-    cls=Grouped,
+    cls=Command,
     epilog="Exit codes: 0 all is well; 1 some cell was not run or is not sound; 2 bad input.",
 )
 @click.option(
@@ -64,17 +82,17 @@ __all__ = ["gpu_check"]
 @click.option(
     "--seconds", type=click.FloatRange(0), default=3.0, show_default=True, help="Least length of a cell's timed part."
 )
-@click.option(
+@runtime_option(
     "--device",
     type=click.Choice(["cuda", "cpu"]),
     default="cuda",
     show_default=True,
     help="cpu is a dry run of this check, on the CPU's backends.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]")
+@runtime_option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]")
 @click.option("--overwrite", is_flag=True, help="Start afresh, whatever the folder holds.")
 @cache_option
-@feature_options("dift; sd21 with random weights", sized=False)
+@feature_options("dift; sd21 with random weights", sized=False, make=_full_size)
 def gpu_check(
     output: Path,
     backends: str,
@@ -87,9 +105,8 @@ def gpu_check(
     threads: int | None,
     overwrite: bool,
     cache: Path | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    recipe: Recipe,
+    opening: Opening,
 ) -> None:
     """Build, run, time and check every GPU backend that is installed, each cell in a process of its own.
 
@@ -115,14 +132,14 @@ def gpu_check(
             "--device cpu --model pocket"
         )
     require("threadpoolctl", "bench", "measuring throughput")
-    if options["model"] is None and options["recipe_name"] is None:
-        options["model"], random_weights = "sd21", 0 if random_weights is None else random_weights
+    if not was_given("model", "recipe_name") and opening["random_weights"] is None:
+        opening["random_weights"] = 0
     ours, absent = present(backends, device)
     others = parse_rivals(rivals, device)
     if not ours and not others:
         raise InputError(f"no backend can run on {device} here: {'; '.join(absent.values())}")
     case = GpuCheckCase(
-        build_recipe(size=None, **options),
+        recipe,
         (*ours, *others),
         device,
         tuple((side, side) for side in sizes),
@@ -130,8 +147,8 @@ def gpu_check(
         limit,
         seconds,
         threads,
-        revision,
-        random_weights,
+        opening["revision"],
+        opening["random_weights"],
         cache,
     )
     result = run(case, output, absent, lambda text: click.echo(text, err=True), overwrite)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from difftap.commands.options import Grouped, build_recipe, recipe_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    RECIPE_NAMES,
+    Command,
+    Opening,
+    excludes,
+    gives,
+    option,
+    recipe_option,
+    recipe_options,
+    runtime_option,
+    runtime_options,
+    was_given,
+)
 from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
+    from difftap.bench.scoring import Resampling
     from difftap.bench.session import Selection
     from difftap.features.provider import FeatureSource
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.matching import Joining
+    from difftap.pipeline.pipeline import Pipeline, Runtime
     from difftap.recipe import Recipe
 
 __all__ = ["pck"]
@@ -23,8 +37,37 @@ __all__ = ["pck"]
 _FILE = click.Path(path_type=Path)
 
 
+def _selection(
+    dataset: str,
+    root: Path,
+    split: str | None,
+    layout: str | None,
+    listing: str | None,
+    flip: str | None,
+    allow_missing: bool,
+    limit: int | None,
+    per_class: int | None,
+    part: str | None,
+) -> Selection:
+    from difftap.bench.session import Selection
+
+    own = {"split": split, "layout": layout, "pairs": listing, "flip": flip}
+    given = {name: value for name, value in own.items() if value is not None}
+    return Selection(dataset, root, given, allow_missing, limit, per_class, part)
+
+
+def _settings(draws: int, alphas: tuple[float, ...]) -> Resampling:
+    from difftap.bench.scoring import Resampling
+    from difftap.errors import InputError
+
+    for alpha in alphas:
+        if not 0 < alpha <= 10:
+            raise InputError(f"--alpha is {alpha}; allowed: a share above 0, up to 10, such as 0.1")
+    return Resampling(draws=draws, alphas=alphas)
+
+
 @click.command(
-    cls=Grouped,
+    cls=Command,
     epilog="Exit codes: 0 done; 1 done, but some pairs failed or are not done yet and take no part; 2 bad input, "
     "nothing done.",
 )
@@ -42,18 +85,18 @@ _FILE = click.Path(path_type=Path)
 @click.option("--protocol", "protocols", multiple=True, metavar="P", help="Score under P (repeatable).  [default: all]")
 @click.option("--alpha", "alphas", multiple=True, type=float, metavar="A", help="Score at A too (repeatable).")
 @click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Bootstrap resamplings.")
-@click.option(
+@recipe_option(
     "--combine",
     metavar="KIND",
     help="Of several branches: concat, score-sum or score-product.  [default: the recipe's]",
 )
-@click.option(
+@recipe_option(
     "--reading", default="centres", show_default=True, help="Pixels to cells: centres, or corners (SD4Match's rule)."
 )
 @click.option(
     "--confidence/--no-confidence", default=True, show_default=True, help="Also margin and cycle error; matching x 2."
 )
-@click.option(
+@runtime_option(
     "--memory",
     type=click.IntRange(1),
     default=2048,
@@ -68,39 +111,44 @@ _FILE = click.Path(path_type=Path)
     help="Keep features there, with provenance, and use them; or use a store of 'difftap extract'.",
 )
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
-@click.option(
+@option(
     "--score-only",
     is_flag=True,
     help="Score the predictions that are there, if they are the ones asked for; no model is opened.",
+    rules=(
+        excludes(
+            "{} has no say with --score-only; leave one of the two out",
+            *("features", "overwrite", "random_weights", "revision"),
+        ),
+    ),
 )
 @click.option("--plots", is_flag=True, help="Draw PCK over alpha, per class and by flag.")
 @click.option(
     "--gallery", type=click.IntRange(0), default=0, metavar="N", help="Draw the N best, median and worst pairs."
 )
 @click.option("--published/--no-published", default=True, show_default=True, help="Show published figures beside ours.")
+@gives("selection", _selection)
+@gives("settings", _settings)
 @recipe_options
 @runtime_options
 def pck(
-    dataset: str,
-    root: Path,
+    selection: Selection,
     output: Path,
-    split: str | None,
-    layout: str | None,
-    listing: str | None,
-    flip: str | None,
-    allow_missing: bool,
-    limit: int | None,
-    per_class: int | None,
-    part: str | None,
     protocols: tuple[str, ...],
-    alphas: tuple[float, ...],
-    draws: int,
+    settings: Resampling,
+    recipe: Recipe,
+    opening: Opening,
+    runtime: Runtime,
+    combine: str | None,
+    reading: str,
+    confidence: bool,
+    memory: int,
+    features: Path | None,
     overwrite: bool,
     score_only: bool,
     plots: bool,
     gallery: int,
     published: bool,
-    **options: Any,
 ) -> None:
     """Match a data set's annotated keypoints and score them under every protocol that applies.
 
@@ -113,19 +161,20 @@ def pck(
     """
     from difftap.bench.protocols import get_protocols
     from difftap.bench.report import format_results
-    from difftap.bench.scoring import Resampling
-    from difftap.bench.session import Selection, make_folder, write_results
+    from difftap.bench.session import check_run, make_folder, write_results
+    from difftap.matching import Joining
 
     chosen = get_protocols(protocols)  # a wrong name is said before anything slow starts
-    settings = Resampling(draws=draws, alphas=_checked(alphas))
     folder = make_folder(output)
-    given = {"split": split, "layout": layout, "pairs": listing, "flip": flip}
-    extra = {name: value for name, value in given.items() if value is not None}
-    selection = Selection(dataset, root, extra, allow_missing, limit, per_class, part)
     if score_only:
-        _verify(selection, folder, overwrite, options)
+        matching = {"combine": combine, "reading": reading, "confidence": confidence}
+        told: dict[str, Any] = {name: value for name, value in matching.items() if was_given(name)}
+        for line in check_run(selection, folder, recipe if was_given(*RECIPE_NAMES) else None, told):
+            click.echo(line, err=True)
     else:
-        _predict(selection, folder, overwrite, options)
+        joining = Joining.of(recipe, combine, reading)
+        job = _Job(selection, folder, recipe, opening, runtime, joining, confidence, memory << 20, features, overwrite)
+        _predict(job)
     results = write_results(folder, chosen, settings, show_published=published, plots=plots, gallery=gallery)
     for line in format_results(results, show_published=published):
         click.echo(line)
@@ -134,89 +183,73 @@ def pck(
         sys.exit(1)
 
 
-def _verify(chosen: Selection, folder: Path, overwrite: bool, options: dict[str, Any]) -> None:
-    """Make sure that the predictions there are the ones asked for."""
-    from difftap.bench.session import check_run
-    from difftap.errors import InputError
+@dataclass(frozen=True)
+class _Job:
+    """What is matched, under which recipe, where, and what is done with what is there."""
 
-    typed = click.core.ParameterSource.COMMANDLINE
-    context = click.get_current_context()
-    told = {name for name in options if context.get_parameter_source(name) == typed}
-    useless = told & {"features", "revision", "random_weights"} | ({"overwrite"} if overwrite else set())
-    if useless:
-        raise InputError(f"--{min(useless).replace('_', '-')} has no say with --score-only; leave one of the two out")
-    matching: dict[str, Any] = {name: options[name] for name in ("combine", "reading", "confidence") if name in told}
-    fields = {name: options[name] for name in inspect.signature(build_recipe).parameters}
-    recipe = build_recipe(**fields) if told & set(fields) else None
-    for line in check_run(chosen, folder, recipe, matching):
-        click.echo(line, err=True)
+    selection: Selection
+    folder: Path
+    recipe: Recipe
+    opening: Opening
+    runtime: Runtime
+    joining: Joining
+    confidence: bool
+    memory: int
+    features: Path | None
+    overwrite: bool
 
 
-def _checked(alphas: tuple[float, ...]) -> tuple[float, ...]:
-    from difftap.errors import InputError
-
-    for alpha in alphas:
-        if not 0 < alpha <= 10:
-            raise InputError(f"--alpha is {alpha}; allowed: a share above 0, up to 10, such as 0.1")
-    return alphas
-
-
-def _predict(chosen: Selection, folder: Path, overwrite: bool, options: dict[str, Any]) -> None:
+def _predict(job: _Job) -> None:
     """Fill the file of predictions."""
     from difftap.bench.session import clear_pictures, load_pairs, match_pairs
     from difftap.errors import InputError
-    from difftap.matching import Joining
     from difftap.pipeline.pipeline import Pipeline as Opened
     from difftap.prompts import wants_category
 
-    runtime = take_runtime(options)
-    opening = {name: options.pop(name) for name in ("revision", "random_weights")}
-    combining, reading, confidence, memory, features = (
-        options.pop(name) for name in ("combine", "reading", "confidence", "memory", "features")
-    )
-    recipe = build_recipe(**options)
-    joining = Joining.of(recipe, combining, reading)
-    if overwrite:
-        clear_pictures(folder)
-    stored = features is not None and (features / "zarr.json").is_file()  # a store that 'difftap extract' wrote
-    if stored and wants_category(recipe.branches):
+    if job.overwrite:
+        clear_pictures(job.folder)
+    kept = job.features
+    # A folder with this file is a store that 'difftap extract' wrote.
+    stored = kept if kept is not None and (kept / "zarr.json").is_file() else None
+    if stored and wants_category(job.recipe.branches):
         raise InputError(
-            f"the recipe prompts by category, and the store '{features}' holds one map an image, which is of none: it "
-            "would never be used; extract with --prompt '' and give the same here, or name a folder to keep features in"
+            f"the recipe prompts by category, and the store '{stored}' holds one map an image, which is of "
+            "none: it would never be used; extract with --prompt '' and give the same here, or name a folder to keep "
+            "features in"
         )
-    pairs = load_pairs(chosen, folder / "targets")
+    pairs = load_pairs(job.selection, job.folder / "targets")
     sources: list[FeatureSource] = []
 
     def opener(filled: Recipe) -> Pipeline:
-        if stored:
+        if stored is not None:
             from difftap.features.provider import FeatureSource
 
-            sources.append(FeatureSource.open(filled, features, runtime, **opening))
+            sources.append(FeatureSource.open(filled, stored, job.runtime, **job.opening))
             return sources[-1]
-        return Opened.open(filled, runtime, **opening)
+        return Opened.open(filled, job.runtime, **job.opening)
 
-    passes = pairs.passes(recipe)
+    passes = pairs.passes(job.recipe)
     click.echo(
         f"{len(pairs.samples)} pairs, {passes} passes of an image through a branch, less what is there", err=True
     )
     with progress_bar(len(pairs.samples)) as advance:
         run = match_pairs(
             pairs,
-            recipe,
-            folder,
+            job.recipe,
+            job.folder,
             opener,
-            joining=joining,
-            confidence=confidence,
-            overwrite=overwrite,
-            memory=memory << 20,
-            batch=runtime.batch,
-            features=None if stored else features,
+            joining=job.joining,
+            confidence=job.confidence,
+            overwrite=job.overwrite,
+            memory=job.memory,
+            batch=job.runtime.batch,
+            features=None if stored else kept,
             progress=advance,
         )
     earlier = f", {run.skipped} already there" if run.skipped else ""
     click.echo(f"{run.written} pairs in {run.seconds:.1f} s{earlier}, {run.failed} failed", err=True)
     for source in sources:
         click.echo(
-            f"features of {source.served} images from '{features}', of {source.extracted} extracted, not being in it",
+            f"features of {source.served} images from '{stored}', of {source.extracted} extracted, not being in it",
             err=True,
         )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from difftap.commands.options import runtime_options, take_runtime
+from difftap.commands.options import Command, excludes, option, runtime_option, runtime_options
 from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Pipeline, Runtime
     from difftap.recipe import Recipe
 
 __all__ = ["reproduce"]
@@ -21,14 +21,22 @@ __all__ = ["reproduce"]
 _DIR = click.Path(path_type=Path)
 
 
-@click.command(epilog="Exit codes: 0 done; 1 done, but some rows or pairs failed; 2 bad input, nothing done.")
+@click.command(
+    cls=Command, epilog="Exit codes: 0 done; 1 done, but some rows or pairs failed; 2 bad input, nothing done."
+)
 @click.option("-o", "--output", type=_DIR, required=True, metavar="DIR", help="Folder for all runs and tables.")
 @click.option("--spair", type=_DIR, metavar="ROOT", help="SPair-71k.")
 @click.option("--pf-pascal", type=_DIR, metavar="ROOT", help="PF-PASCAL.")
 @click.option("--pf-willow", type=_DIR, metavar="ROOT", help="PF-WILLOW.")
 @click.option("--synthetic", type=_DIR, metavar="ROOT", help="Any folder of images, warped.")
 @click.option("--model", metavar="M", help="Stable Diffusion 2.1.  [default: the embedded model stands in]")
-@click.option("--size", type=click.IntRange(8), metavar="N", help="Input of the stand-in, in pixels.")
+@option(
+    "--size",
+    type=click.IntRange(8),
+    metavar="N",
+    help="Input of the stand-in, in pixels.",
+    rules=(excludes("--size is the stand-in's; the poster's rows have their own", "model"),),
+)
 @click.option(
     "--prompts-root",
     type=_DIR,
@@ -40,7 +48,7 @@ _DIR = click.Path(path_type=Path)
 @click.option("--per-class", type=click.IntRange(1), metavar="N", help="N pairs of each class, evenly spaced.")
 @click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing, and say so.")
 @click.option("--features", type=_DIR, metavar="DIR", help="Where features are kept.  [default: DIR/features]")
-@click.option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
+@runtime_option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
 @click.option("--overwrite", is_flag=True, help="Start every row afresh instead of resuming; features stay.")
 @click.option("--estimate-only", is_flag=True, help="Say what it will take, and stop.")
 @runtime_options
@@ -60,7 +68,7 @@ def reproduce(
     memory: int,
     overwrite: bool,
     estimate_only: bool,
-    **options: Any,
+    runtime: Runtime,
 ) -> None:
     """Fill the poster's table with this machine's own figures; stop and go on at will.
 
@@ -79,8 +87,6 @@ def reproduce(
     roots = {"spair": spair, "pf-pascal": pf_pascal, "pf-willow": pf_willow, "synthetic": synthetic}
     if not any(roots.values()):
         raise InputError("no data set was given; allowed: --spair, --pf-pascal, --pf-willow, --synthetic")
-    if model is not None and size is not None:
-        raise InputError("--size is the stand-in's; the poster's rows have their own")
     learned, absent = with_prompts(learned_rows(model, size), prompts_root or Path("prompts"))
     if prompts_root is not None and not learned:
         raise InputError(
@@ -90,7 +96,6 @@ def reproduce(
     rows = [*(stand_in_rows(size) if model is None else poster_rows(model)), *learned]
     if features is not None and (features / "zarr.json").is_file():
         raise InputError(f"'{features}' is a store of 'difftap extract', of one recipe; rows keep features in a folder")
-    runtime = take_runtime(options)
     folder = make_folder(output)
     sets = [
         load_pairs(Selection(name, root, {}, allow_missing, limit, per_class), folder / name / "targets")

@@ -5,18 +5,28 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from difftap.commands.options import Grouped, build_recipe, feature_options, runtime_options, take_runtime
+from difftap.commands.options import (
+    Command,
+    Decorator,
+    Opening,
+    feature_options,
+    gives,
+    runtime_options,
+    stack,
+    was_given,
+)
 from difftap.commands.progress import progress_bar
 from difftap.commands.prototypes import STUDY_DEFAULT, open_objects, semantic_recipe
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Pipeline, Runtime
     from difftap.prototypes import SceneSource
     from difftap.recipe import Recipe
     from difftap.study.study import Study
@@ -26,7 +36,58 @@ __all__ = ["semantics"]
 _DIR = click.Path(path_type=Path)
 
 
-def _options(name: str) -> Callable[[Any], Any]:
+def _numbers(low: int, high: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
+    """Make a callback that reads whole numbers with commas between, each once."""
+
+    def parse(_ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+        if text is None:
+            return None
+        parts = [part.strip() for part in text.split(",")]
+        if not all(part.isdecimal() and low <= int(part) <= high for part in parts):
+            raise InputError(
+                f"{param.opts[0]} is {text!r}; allowed: whole numbers from {low} to {high}, with commas between"
+            )
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+    return parse
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """The data sets that were given, and what of them is taken; an axis that has no use for one leaves its default."""
+
+    splits: tuple[str, ...]
+    listing: Path | None
+    allow_missing: bool
+    min_area: float
+    voc: Path | None = None
+    coco: Path | None = None
+    folder: Path | None = None
+    davis: Path | None = None
+    limit: int | None = None
+    coco_classes: str | None = None
+    davis_classes: str | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One axis, or all of them: under which recipe, where, of which data sets."""
+
+    output: Path
+    sets: _Sets
+    recipe: Recipe
+    opening: Opening
+    runtime: Runtime
+    rule: str
+    draws: int
+    draw_seed: int
+    overwrite: bool
+    metric: str = "correlation"
+    timesteps: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+
+
+def _options(name: str) -> Decorator:
     """What an axis takes; an option stands where it does something."""
     voc = click.option("--voc", type=_DIR, metavar="ROOT", help="VOC 2012: VOCdevkit or the folder VOC2012.")
     coco = click.option("--coco", type=_DIR, metavar="ROOT", help="COCO 2017: the folder that holds annotations/.")
@@ -41,8 +102,15 @@ def _options(name: str) -> Callable[[Any], Any]:
     people = click.option(
         "--davis-classes", metavar="A,B", help="all, or names.  [default: person; all where no class is known]"
     )
-    offsets = click.option("--offsets", metavar="D,D", help="Between frames.  [default: 1,2,3,4,5,10,20,30,40]")
-    timesteps = click.option("--timesteps", metavar="T,T", help="To compare.  [default: 1,50,100,200,300,400,500]")
+    offsets = click.option(
+        "--offsets",
+        metavar="D,D",
+        help="Between frames.  [default: 1,2,3,4,5,10,20,30,40]",
+        callback=_numbers(1, 100_000),
+    )
+    timesteps = click.option(
+        "--timesteps", metavar="T,T", help="To compare.  [default: 1,50,100,200,300,400,500]", callback=_numbers(0, 999)
+    )
     metric = click.option(
         "--metric", default="correlation", show_default=True, metavar="M",
         help="euclidean, manhattan, cosine, correlation or dcor" + ("; distances takes all." if name == "all" else "."),
@@ -51,7 +119,7 @@ def _options(name: str) -> Callable[[Any], Any]:
     clips = [davis, people, offsets] if name in ("video", "all") else []
     steps = [timesteps] if name in ("steps", "all") else []
     measure = [metric] if name != "distances" else []
-    options = [
+    options: list[Decorator] = [
         click.option("-o", "--output", type=_DIR, required=True, metavar="DIR", help="Folder for all that is written."),
         *stills,
         *clips,
@@ -75,16 +143,13 @@ def _options(name: str) -> Callable[[Any], Any]:
             "--draw-seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of the bootstrap."
         ),
         click.option("--overwrite", is_flag=True, help="Build prototypes anew instead of resuming."),
-        feature_options(STUDY_DEFAULT),
+        feature_options(STUDY_DEFAULT, make=semantic_recipe),
         runtime_options,
+        gives("sets", _Sets),
+        gives("job", _Job),
     ]
 
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+    return stack(options)
 
 
 @click.group()
@@ -108,12 +173,12 @@ _HELP = {
 
 def _command(name: str) -> click.Command:
     @_options(name)
-    def run(**options: Any) -> None:
-        _run(name, **options)
+    def run(job: _Job) -> None:
+        _run(name, job)
 
     return click.command(
         name,
-        cls=Grouped,
+        cls=Command,
         help=f"{_HELP[name]}\n\n\b\ndifftap bench semantics {name} "
         + ("--davis DAVIS" if name == "video" else "--voc VOCdevkit --coco coco" + (" --davis DAVIS" * (name == "all")))
         + " -o out/study",
@@ -126,28 +191,18 @@ for _name in _HELP:
     semantics.add_command(_command(_name))
 
 
-def _numbers(text: str | None, what: str, low: int, high: int) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and low <= int(part) <= high for part in parts):
-        raise InputError(f"{what} is {text!r}; allowed: whole numbers from {low} to {high}, with commas between")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def _sources(options: dict[str, Any]) -> dict[str, SceneSource]:
+def _sources(sets: _Sets) -> dict[str, SceneSource]:
     """The data sets that were given, open."""
-    roots = {name: options.pop(name, None) for name in ("voc", "coco", "folder", "davis")}
-    splits = dict(pair.partition("=")[::2] for pair in options.pop("splits"))
+    roots = {"voc": sets.voc, "coco": sets.coco, "folder": sets.folder, "davis": sets.davis}
+    splits = dict(pair.partition("=")[::2] for pair in sets.splits)
     unknown = sorted(name for name in splits if roots.get(name) is None)
     if unknown:
         raise InputError(f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a set that is")
-    listing, allow, area = (options.pop(name) for name in ("listing", "allow_missing", "min_area"))
-    limit = options.pop("limit", None)
-    asked = {name: options.pop(f"{name}_classes", None) for name in ("coco", "davis")}
+    asked = {"coco": sets.coco_classes, "davis": sets.davis_classes}
     classes = {name: None if text == "all" else text for name, text in asked.items()}
     if asked["davis"] is None and roots["davis"] is not None:
-        classes["davis"] = _people(roots["davis"], splits.get("davis"), None if "davis" in splits else listing, allow)
+        listing = None if "davis" in splits else sets.listing
+        classes["davis"] = _people(roots["davis"], splits.get("davis"), listing, sets.allow_missing)
     if not any(roots.values()):
         raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
     found = {}
@@ -158,12 +213,12 @@ def _sources(options: dict[str, Any]) -> dict[str, SceneSource]:
             name,
             root,
             split=splits.get(name),
-            listing=None if name in splits else listing,
+            listing=None if name in splits else sets.listing,
             classes=classes.get(name),
-            min_area=area,
-            allow_missing=allow,
+            min_area=sets.min_area,
+            allow_missing=sets.allow_missing,
         )
-        found[name] = source if name == "davis" else _limited(source, limit)
+        found[name] = source if name == "davis" else _limited(source, sets.limit)
     return found
 
 
@@ -186,19 +241,17 @@ def _limited(source: SceneSource, limit: int | None) -> SceneSource:
     return dataclasses.replace(source, keys=tuple(keys), about={**source.about, "limit": limit})
 
 
-def _run(name: str, output: Path, **options: Any) -> None:
+def _run(name: str, job: _Job) -> None:
     """Run one axis, or all of them."""
     from difftap.study.axes import AXES
     from difftap.study.study import prepare, run_axis
     from difftap.study.summary import finish_axis, study_folder, write_report
 
-    if name == "layers" and options["taps"]:
+    if name == "layers" and was_given("taps"):
         raise InputError("the layers axis compares the UNet's own layers; leave --tap out")
-    if name == "steps" and options["timestep"] is not None:
+    if name == "steps" and was_given("timestep"):
         raise InputError("the steps axis compares several timesteps; give --timesteps in place of --timestep")
-    timesteps = _numbers(options.pop("timesteps", None), "--timesteps", 0, 999)
-    offsets = _numbers(options.pop("offsets", None), "--offsets", 1, 100_000)
-    sources = _sources(options)
+    sources = _sources(job.sets)
     stills = [one for one in sources if one != "davis"]
     if name == "all":
         axes = [axis for axis in AXES if (axis == "video") <= ("davis" in sources) and (axis == "video" or stills)]
@@ -209,8 +262,8 @@ def _run(name: str, output: Path, **options: Any) -> None:
         if name != "video" and not stills:
             raise InputError(f"the {name} axis needs images; give --voc, --coco or --folder ROOT")
     failed = 0
-    with study_folder(output) as folder:
-        study = _study(folder, timesteps, offsets, options)
+    with study_folder(job.output) as folder:
+        study = _study(folder, job)
         if name == "all":
             prepare(study, sources, axes)
         for axis in axes:
@@ -237,9 +290,7 @@ def _distance_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _study(
-    folder: Path, timesteps: tuple[int, ...] | None, offsets: tuple[int, ...] | None, options: dict[str, Any]
-) -> Study:
+def _study(folder: Path, job: _Job) -> Study:
     """The study that the options ask for."""
     from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder, model_key
@@ -251,20 +302,16 @@ def _study(
     from difftap.study.axes import OFFSETS, TIMESTEPS
     from difftap.study.study import Study
 
-    given = take_runtime(options)
-    opening = {key: options.pop(key) for key in ("revision", "random_weights")}
-    metric = options.pop("metric", "correlation")
-    rule, draws, seed, overwrite = (options.pop(key) for key in ("rule", "draws", "draw_seed", "overwrite"))
-    for what, value, allowed in (("--metric", metric, METRICS), ("--rule", rule, RULES)):
+    recipe, opening = job.recipe, job.opening
+    for what, value, allowed in (("--metric", job.metric, METRICS), ("--rule", job.rule, RULES)):
         if value not in allowed:
             raise InputError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
-    recipe = build_recipe(**semantic_recipe(options))
     if len(recipe.branches) != 1:
         raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
-    cache = Cache(given.cache or default_cache_folder())
+    cache = Cache(job.runtime.cache or default_cache_folder())
     model = open_model(recipe.model, cache, **opening, size=recipe.size)
     check_fits(recipe, model)
-    runtime = resolve(recipe, given, **opening)  # once: tables of several recipes must be of one backend
+    runtime = resolve(recipe, job.runtime, **opening)  # once: tables of several recipes must be of one backend
 
     def opener(filled: Recipe) -> Pipeline:
         return Opened.open(filled, runtime, **opening)
@@ -277,14 +324,14 @@ def _study(
         runtime.precision,
         opener,
         folder,
-        rule=rule,
-        metric=metric,
-        timesteps=timesteps or TIMESTEPS,
-        offsets=offsets or OFFSETS,
-        draws=draws,
-        seed=seed,
+        rule=job.rule,
+        metric=job.metric,
+        timesteps=job.timesteps or TIMESTEPS,
+        offsets=job.offsets or OFFSETS,
+        draws=job.draws,
+        seed=job.draw_seed,
         device=_distance_device(runtime.device),
-        overwrite=overwrite,
+        overwrite=job.overwrite,
         say=lambda text: click.echo(text, err=True),
         bar=lambda count: progress_bar(count, "images"),
     )

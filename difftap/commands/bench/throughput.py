@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from difftap.commands.options import Grouped, build_recipe, cache_option, parse_numbers, recipe_options, was_given
+from difftap.commands.options import (
+    Command,
+    Opening,
+    cache_option,
+    needs,
+    option,
+    parse_numbers,
+    recipe_options,
+    runtime_option,
+)
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.bench.contenders import Contender
     from difftap.bench.ensembles import CurveCase
     from difftap.pipeline.pipeline import Runtime
+    from difftap.recipe import Recipe
 
 __all__ = ["throughput"]
 
@@ -22,7 +32,7 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command(
-    cls=Grouped, epilog="Exit codes: 0 done; 1 done, but some way could not be measured; 2 bad input, nothing done."
+    cls=Command, epilog="Exit codes: 0 done; 1 done, but some way could not be measured; 2 bad input, nothing done."
 )
 @click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder for throughput.json, .txt and .png.")
 @click.option(
@@ -47,7 +57,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Least length of a turn, which is at least one call.",
 )
-@click.option(
+@runtime_option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Images per run on a GPU; a CPU takes one."
 )
 @click.option(
@@ -64,32 +74,35 @@ _PATH = click.Path(path_type=Path)
     is_flag=True,
     help="Instead of speed: fidelity against passes, for independent and antithetic noise, on the first backend.",
 )
-@click.option(
+@option(
     "--curve-timesteps",
     default="1,50,100,261",
     show_default=True,
     callback=parse_numbers(0),
     metavar="LIST",
     help="Timesteps of the curve.",
+    rules=(needs("ensemble_curve", "--curve-timesteps is of the curve alone; add --ensemble-curve, or leave it out"),),
 )
-@click.option(
+@option(
     "--curve-passes",
     default="1,2,4,8,16",
     show_default=True,
     callback=parse_numbers(1),
     metavar="LIST",
     help="Ensemble sizes of the curve.",
+    rules=(needs("ensemble_curve", "--curve-passes is of the curve alone; add --ensemble-curve, or leave it out"),),
 )
-@click.option(
+@option(
     "--curve-limit",
     type=click.IntRange(2),
     default=64,
     show_default=True,
     metavar="N",
     help="Members of the mean that the curve is held against.",
+    rules=(needs("ensemble_curve", "--curve-limit is of the curve alone; add --ensemble-curve, or leave it out"),),
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]")
+@runtime_option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@runtime_option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all cores]")
 @cache_option
 @recipe_options
 def throughput(
@@ -108,9 +121,8 @@ def throughput(
     device: str,
     threads: int | None,
     cache: Path | None,
-    revision: str | None,
-    random_weights: int | None,
-    **options: Any,
+    recipe: Recipe,
+    opening: Opening,
 ) -> None:
     """Measure every backend in every precision against DIFT's way in torch, side by side in one run.
 
@@ -129,9 +141,6 @@ def throughput(
     from difftap.bench.throughput_report import format_throughput, save_throughput
     from difftap.errors import require
 
-    for name in ("curve_timesteps", "curve_passes", "curve_limit"):
-        if was_given(name) and not ensemble_curve:
-            raise InputError(f"--{name.replace('_', '-')} is of the curve alone; add --ensemble-curve, or leave it out")
     ours, absent = ([], {}) if backends == "none" else parse_backends(backends, device)
     where = "cuda" if any(one.device == "cuda" for one in ours) or device == "cuda" else "cpu"
     others = parse_rivals(rivals, where)
@@ -140,13 +149,13 @@ def throughput(
     if output:  # now, not when all is measured
         with output_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-    recipe, files = build_recipe(**options), choose_pictures(images)
+    files = choose_pictures(images)
     if ensemble_curve:
         runtime = _first(ours, device, threads, cache)
         from difftap.bench.ensembles import CurveCase as Made
 
         curve = Made(recipe, curve_timesteps, curve_passes, curve_limit)
-        _curve(curve, files, runtime, {"revision": revision, "random_weights": random_weights}, output)
+        _curve(curve, files, runtime, opening, output)
         return
     case = ThroughputCase(
         recipe,
@@ -157,8 +166,7 @@ def throughput(
         threads=threads,
         images=files,
         matching=matching,
-        revision=revision,
-        random_weights=random_weights,
+        **opening,
         cache=cache,
     )
     result = run(case, lambda text: click.echo(text, err=True))
@@ -182,9 +190,7 @@ def _first(ours: list[Contender], device: str, threads: int | None, cache: Path 
     return Made(ours[0].name, device, threads, cache=cache, precision=ours[0].precision)
 
 
-def _curve(
-    case: CurveCase, files: tuple[Path, ...], runtime: Runtime, opening: dict[str, Any], output: Path | None
-) -> None:
+def _curve(case: CurveCase, files: tuple[Path, ...], runtime: Runtime, opening: Opening, output: Path | None) -> None:
     """Measure, print and write the curve."""
     import tempfile
 
