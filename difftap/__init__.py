@@ -6,6 +6,7 @@ The public names load on first use, so that ``import difftap`` costs nothing and
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from difftap.version import __version__
@@ -28,6 +29,29 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+
+_RENAMED = {
+    "difftap.bench.datasets": "difftap.datasets.keypoints",
+    "difftap.bench.objects": "difftap.datasets.objects",
+    "difftap.extraction": "difftap.features.extract",
+    "difftap.index": "difftap.retrieval (its 'build' is 'builder', its 'sources' is 'vectors')",
+    "difftap.sources": "difftap.features.sources",
+    "difftap.store": "difftap.features.store",
+}
+
+
+class _Renamed:
+    """Answer the import of a module that was renamed with its new name; asked only for what nobody else finds."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:  # noqa: ARG004 - the protocol's
+        if name in _RENAMED:
+            # No ModuleNotFoundError: `from difftap.bench import datasets` would hide its text.
+            raise ImportError(f"{name} was renamed: import {_RENAMED[name]}", name=name)
+
+
+sys.meta_path.append(_Renamed)
 
 
 def __getattr__(name: str) -> Any:

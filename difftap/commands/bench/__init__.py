@@ -17,9 +17,10 @@ from difftap.commands.bench.reproduce import reproduce
 from difftap.commands.bench.semantics import semantics
 from difftap.commands.bench.table import table
 from difftap.commands.bench.throughput import throughput
+from difftap.commands.options import LazyGroup
 
 
-@click.group()
+@click.group(cls=LazyGroup)
 def bench() -> None:
     """Measure speed, memory and quality."""
 
