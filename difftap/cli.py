@@ -13,7 +13,7 @@ import sys
 
 import click
 
-from difftap.commands.options import LazyGroup
+from difftap.commands.lazy import LazyGroup
 from difftap.errors import DifftapError
 from difftap.version import __version__
 

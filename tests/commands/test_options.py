@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 import difftap
 from difftap.cli import cli
-from difftap.commands.options import RENAMED, Command, LazyGroup, Option
+from difftap.commands.lazy import RENAMED, LazyGroup
+from difftap.commands.options import Command, Option
 from difftap.errors import InputError
 
 

@@ -185,7 +185,10 @@ def test_bad_input(scene, tmp_path):
     table = write_table(tmp_path / "a.parquet")
     difftap("index", "build", table, "--size", 64, "--index", tmp_path / "y", fails="--size is for images")
     difftap("index", "build", table, "--metric", "dcor", "--index", tmp_path / "y", fails="no index can hold")
-    difftap("index", "eval", table, "--per-image", 3, "--index", index, fails="of another origin")
+    difftap("index", "eval", table, "--index", index, fails="of another origin")
+    difftap(
+        "index", "eval", table, "--per-image", 3, "--index", index, fails="--per-image, --labels and --features are for"
+    )
     assert not (tmp_path / "y").exists()
 
 

@@ -17,7 +17,7 @@ from difftap.commands.bench.reproduce import reproduce
 from difftap.commands.bench.semantics import semantics
 from difftap.commands.bench.table import table
 from difftap.commands.bench.throughput import throughput
-from difftap.commands.options import LazyGroup
+from difftap.commands.lazy import LazyGroup
 
 
 @click.group(cls=LazyGroup)
