@@ -22,7 +22,8 @@ from typing import Any
 from difftap.artifacts.cache import Cache, Making
 from difftap.artifacts.manifest import Manifest
 from difftap.artifacts.tensors import locate_tensors
-from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, pocket_folder
+from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, backbones, pocket_folder
+from difftap.backbones.sd_unet import SDUNet
 from difftap.coords import Size
 from difftap.errors import ArtefactError, ModelError, first_line, require
 
@@ -32,21 +33,6 @@ PRESETS = ("sd15", "sd21", "sdxl")
 _SIZES = {"sd15": 3.8, "sd21": 3.8, "sdxl": 5.3}  # GB on disk
 _LOG = logging.getLogger("difftap")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_HUB_FILES = [
-    "model_index.json",
-    "scheduler/*.json",
-    "tokenizer/*",
-    "tokenizer_2/*",
-    *(
-        f"{part}/{name}"
-        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
-        for name in ("config.json", "*.safetensors.index.json")
-    ),
-    "unet/diffusion_pytorch_model*.safetensors",
-    "vae/diffusion_pytorch_model*.safetensors",
-    "text_encoder/model*.safetensors",
-    "text_encoder_2/model*.safetensors",
-]
 _GONE = "stabilityai/stable-diffusion-2-1"
 
 
@@ -81,7 +67,7 @@ def open_model(
             raise ModelError(f"--random-weights builds {', '.join(PRESETS[:-1])} or {PRESETS[-1]}; got model '{name}'")
         if size is not None:
             config = _preset(name)
-            Checkpoint(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
+            SDUNet(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
         return Checkpoint.load(
             _build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})"
         )
@@ -117,9 +103,11 @@ def _download(hub_id: str, revision: str | None) -> Path:
     """Fetch a checkpoint's parts from the hub, or find them in its local cache."""
     hub = require("huggingface_hub", "export", f"downloading model '{hub_id}'")
     try:
-        wanted = {"revision": revision, "allow_patterns": _HUB_FILES}
+        files = [pattern for kind in backbones().values() for pattern in kind.hub_files]
+        wanted = {"revision": revision, "allow_patterns": files}
         folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*fp16*", "*non_ema*"], **wanted))
-        if not any((folder / "unet").glob("*.safetensors")):  # a repository of half-precision weights alone
+        unet = folder / "unet"
+        if unet.is_dir() and not any(unet.glob("*.safetensors")):  # a repository of half-precision weights alone
             folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*non_ema*"], **wanted))
         return folder
     except Exception as error:  # the hub's, its HTTP client's and the system's errors share no base class

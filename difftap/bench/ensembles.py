@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.find import open_model
 from difftap.engine import Cache, Engine, Profile, choose_device, default_cache_folder, get_backend, model_key
-from difftap.engine.noise import draw
+from difftap.engine.noise import draw, network_feeds, scales
 from difftap.errors import InputError
 from difftap.export.parity import TensorParity
 from difftap.images import Image, to_input
@@ -132,9 +132,10 @@ def run_curve(
     model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
     check_fits(recipe, model)
     maker = Maker(cache, backend, device, threads, model, recipe, 1, runtime.precision, runtime.calibrate)
-    wrong = [t for t in case.timesteps if not 0 <= t < len(model.alphas_cumprod)]
-    if wrong:
-        raise InputError(f"timestep is {wrong[0]}; allowed: 0 to {len(model.alphas_cumprod) - 1}")
+    if model.noise_rule is None or model.encoder is None:
+        raise InputError(f"model '{model.name}' is fed images, without noise, so there is no ensemble to measure")
+    for timestep in case.timesteps:
+        scales(model.noise_rule, timestep, "independent")
     prompt = maker.prompts()[0]
 
     def opened(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
@@ -144,8 +145,8 @@ def run_curve(
     errors: dict[tuple[int, str, int], list[TensorParity]] = {}
     unet_profile = Profile(recipe.size, 1, len(prompt), precision=runtime.precision)
     with (
-        opened("vae", (), Profile(recipe.size, precision=runtime.precision)) as vae,
-        opened("unet", branch.taps, unet_profile) as unet,
+        opened(model.encoder, (), Profile(recipe.size, precision=runtime.precision)) as vae,
+        opened(model.tapped, branch.taps, unet_profile) as unet,
     ):
         for number, image in enumerate(images):
             pixels, _ = to_input(image, recipe.size, recipe.fit)
@@ -174,21 +175,16 @@ class _Members:
     def __init__(
         self, unet: Engine, model: Checkpoint, posterior: Mapping[str, Noise], prompt: Noise, timestep: int
     ) -> None:
-        alpha = float(model.alphas_cumprod[timestep])
         self._unet = unet
-        self._feeds: dict[str, NDArray[Any]] = {
-            "mean": posterior["mean"],
-            "std": posterior["std"],
-            "signal": np.array([alpha**0.5 * model.scaling_factor], np.float32),
-            "sigma": np.array([(1.0 - alpha) ** 0.5], np.float32),
-            "timestep": np.array([timestep], np.int64),
-            "prompt": prompt[None],
-        }
+        self._pass = model, timestep
+        self._posterior, self._prompt = posterior, prompt
         self.shape: tuple[int, int, int] = posterior["mean"].shape[1:]  # (C, h, w)
 
     def run(self, posterior: Noise, diffusion: Noise) -> NDArray[np.float64]:
         """A member's taps, as one vector of cells ``(C, N)``: grids one after another, channels padded with zeros."""
-        feeds = {**self._feeds, "posterior_noise": posterior[None, None], "noise": diffusion[None, None]}
+        model, timestep = self._pass
+        noises = np.stack([posterior, diffusion])[:, None, None]  # (2, B, E, C, h, w)
+        feeds = network_feeds(model, timestep, "independent", self._posterior, noises, self._prompt)
         maps = [value[0].reshape(value.shape[1], -1) for value in self._unet.run(feeds).values()]
         deepest = max(len(one) for one in maps)
         padded = [np.pad(one, ((0, deepest - len(one)), (0, 0))) for one in maps]

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.backbones.checkpoint import Checkpoint, pocket_folder
+from difftap.backbones.checkpoint import pocket_folder
+from difftap.backbones.sd_unet import SDUNet
 from difftap.coords import Size
 from difftap.engine import BranchEngine, Engine, Featurizer, Graph, Profile
 from difftap.engine.backend import Array
@@ -54,8 +55,8 @@ class FakeEngine(Engine):
     def _make(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if self.graph.component == "vae":
             pixels = feeds["image"]  # (B, 3, H, W)
-            model = self.graph.model
-            cells = pixels[:, np.arange(model.latent_channels) % 3, :: model.latent_stride, :: model.latent_stride]
+            mean = self.outputs[0].shape  # (B, C, h, w)
+            cells = pixels[:, np.arange(int(mean[1])) % 3, ::8, ::8]
             return {"mean": np.ascontiguousarray(cells), "std": np.full_like(cells, 0.1)}
         noisy = feeds["mean"] + (feeds["noise"] * feeds["std"][:, None]).mean(axis=1)  # (B, C, h, w)
         wanted = int(np.prod(self._shape))
@@ -83,7 +84,7 @@ class FakePipeline:
         size: Size = _INPUT,
         recipe: Recipe | None = None,
     ) -> None:
-        self.model = Checkpoint.load(pocket_folder(), "pocket")
+        self.model = SDUNet.read(pocket_folder(), "pocket")
         self.recipe = recipe or Recipe((Branch(("up1",), 261),), size=size, ensemble=2)
         self.batch = batch
         self.conditions: dict[str, Any] = {
@@ -95,7 +96,7 @@ class FakePipeline:
         vae = FakeEngine(Graph(self.model, "vae"), Profile(self.recipe.size, batch=batch), seconds / 2, shape)
         branches, self.engines = [], [vae]
         for branch in self.recipe.branches:
-            prompt: NDArray[np.float32] = np.zeros((1, int(self.model.unet["cross_attention_dim"])), np.float32)
+            prompt: NDArray[np.float32] = np.zeros((1, self.model.prompt_width), np.float32)
             profile = Profile(self.recipe.size, self.recipe.ensemble, 1, batch)
             share = seconds / 2 / len(self.recipe.branches)
             engine = FakeEngine(Graph(self.model, "unet", branch.taps), profile, share, shape)

@@ -25,10 +25,7 @@ _SMALL = 4096
 
 def axes_of(graph: Graph, profile: Profile) -> dict[str, int]:
     """The sizes of a graph's free axes for one image: the letters of `difftap.engine.backend`."""
-    width, height = profile.size
-    stride = graph.model.latent_stride
-    sides = {"H": height, "W": width, "h": height // stride, "w": width // stride}
-    return {"B": 1, "E": profile.ensemble, "T": profile.tokens, **sides}
+    return {"B": 1, **profile.axes(graph.model)}
 
 
 def count_graph(graph: Graph, profile: Profile) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from difftap.engine import featurizer as extractor
-from difftap.export.parity import example_feeds
+from difftap.engine import featurizer
+from difftap.engine.noise import example_feeds
 from difftap.featuremap import FeatureMap
 from difftap.images import load_image
 from difftap.pipeline.pipeline import Pipeline
@@ -37,8 +37,8 @@ class Ours:
         for engine in pipeline.engines:
             for name in ("_run", "_run_on_device"):
                 self._time(engine, name, engine.graph.component)
-        self._time(extractor, "to_input", "resize")
-        self._time(extractor, "draw", "noise")
+        self._time(featurizer, "to_input", "resize")
+        self._time(featurizer, "draw_noise", "noise")
         self.together = max(engine.profile.ensemble for engine in pipeline.engines)
 
     def _time(self, owner: Any, name: str, stage: str) -> None:

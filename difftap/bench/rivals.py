@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint
+from difftap.backbones.sd_unet import SDUNet
 from difftap.coords import Size
+from difftap.engine.noise import scales
 from difftap.errors import BackendError, first_line, require
 from difftap.machine import available_memory
 from difftap.recipe import Branch, Recipe
@@ -33,7 +35,7 @@ _SHARE = 0.8
 """Of the memory that is free, what one batch may be expected to take."""
 
 
-def vae_bytes(model: Checkpoint, size: Size, images: int, width: int = 4) -> int:
+def vae_bytes(model: SDUNet, size: Size, images: int, width: int = 4) -> int:
     """Roughly what encoding a batch takes beside the weights: a few maps of the first level's channels."""
     return _LIVE * images * size[0] * size[1] * int(model.vae["block_out_channels"][0]) * width
 
@@ -71,6 +73,9 @@ class Rival:
         from difftap.engine.torch_model import build
 
         torch = self._torch
+        if not isinstance(model, SDUNet):
+            raise BackendError(f"DIFT's way is Stable Diffusion's; got model '{model.name}'; allowed: SD's UNets")
+        self.rule = model.noise_rule
         self._model, self._recipe, self._device, self._tuned = model, recipe, device, tuned
         self._kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         self._layout = torch.channels_last if tuned else torch.contiguous_format
@@ -85,7 +90,7 @@ class Rival:
             if branch.taps not in cut:
                 network = build(model, "unet", branch.taps, stop_early=True)
                 network.to(device, self._kind, memory_format=self._layout)
-                cut[branch.taps] = _whole(_cut_after(network.unet, branch), compiled) if tuned else network.members
+                cut[branch.taps] = _whole(_cut_after(network.network, branch), compiled) if tuned else network.members
             self._networks.append(cut[branch.taps])
         if tuned and compiled:
             self._encode = torch.compile(encoder, dynamic=False)
@@ -111,9 +116,8 @@ class Rival:
         count = self._recipe.ensemble if self._tuned else 1
         images = batch if self._tuned else 1
         width, height = self._recipe.size
-        stride = self._model.latent_stride
         pixels = np.zeros((images, 3, height, width), np.float32)
-        latent = (images, count, self._model.latent_channels, height // stride, width // stride)
+        latent = (images, count, *self.rule.latent_shape(self._recipe.size))
         noises = np.random.default_rng(0).standard_normal((2, *latent), np.float32)
         self.extract(pixels, noises, members=count)
 
@@ -164,13 +168,14 @@ class Rival:
     ) -> list[Any]:
         """One image ``(3, H, W)`` as the published code takes it: repeated for every member from the start."""
         torch = self._torch
-        signal, sigma = self._scales(branch)
+        signal, sigma = scales(self.rule, branch.timestep, self._recipe.noise)
         sums: list[Any] = []
         step = min(self.together, count)
         for first in range(0, count, step):
             part = slice(first, first + step)
             mean, std = self._posterior(image.unsqueeze(0).repeat(step, 1, 1, 1), clock)
             start = self._now()
+            # The published code forms the latent of its repeated images itself: that way is what is measured here.
             latent = signal * (mean + std * drawn[0, part]) + sigma * drawn[1, part]  # (E, C, h, w)
             steps = torch.full((step,), branch.timestep, device=self._device)
             values = network(latent, steps, prompt.expand(step, -1, -1))
@@ -185,7 +190,7 @@ class Rival:
         """A batch of encoded images, all members of all of them in one pass."""
         torch = self._torch
         start = self._now()
-        signal, sigma = self._scales(branch)
+        signal, sigma = scales(self.rule, branch.timestep, self._recipe.noise)
         mean, std = (value.unsqueeze(1) for value in posterior)  # (B, 1, C, h, w)
         latent = (signal * (mean + std * drawn[0]) + sigma * drawn[1]).flatten(0, 1)
         latent = latent.contiguous(memory_format=self._layout)
@@ -194,10 +199,6 @@ class Rival:
         means = [value.unflatten(0, drawn.shape[1:3]).mean(1) for value in values]
         clock["unet"] += self._now() - start
         return means
-
-    def _scales(self, branch: Branch) -> tuple[float, float]:
-        alpha = float(self._model.alphas_cumprod[branch.timestep])
-        return alpha**0.5 * self._model.scaling_factor, (1.0 - alpha) ** 0.5
 
     def _now(self) -> float:
         if self._device == "cuda":

@@ -29,20 +29,20 @@ def survey(
     cache = Cache(cache_folder or default_cache_folder())
     model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
     check_fits(recipe, model)
-    graph = ensure_graph(cache, model, "vae")
+    encoder = ensure_graph(cache, model, model.encoder) if model.encoder else None
     about: dict[str, Any] = {
         "model": model.name,
         "key": model_key(cache, model),
-        "weights": sum(p.stat().st_size for part in ("unet", "vae") for p in model.weight_files(part)),
+        "weights": sum(p.stat().st_size for part in model.components for p in model.weight_files(part)),
         "vae": None,
         "unet": None,
         "uncounted": None,
     }
     networks = []
     for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
-        networks.append((ensure_graph(cache, model, "unet", branch.taps), Profile(recipe.size, 1, len(prompt))))
+        networks.append((ensure_graph(cache, model, model.tapped, branch.taps), Profile(recipe.size, 1, len(prompt))))
     try:
-        about["vae"] = count_graph(graph, Profile(recipe.size))
+        about["vae"] = count_graph(encoder, Profile(recipe.size)) if encoder else 0
         about["unet"] = sum(count_graph(one, profile) for one, profile in networks)
     except (MissingExtraError, ArtefactError) as error:
         about["uncounted"] = str(error)

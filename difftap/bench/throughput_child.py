@@ -121,11 +121,10 @@ class _RivalRunner:
         self._rival.warm_up(self.batch)
 
     def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, Any], dict[str, float]]:
-        from difftap.engine.featurizer import draw_noise
+        from difftap.engine.noise import draw_noise
 
         recipe = self._job.recipe
-        stride = self._model.latent_stride
-        latent = (self._model.latent_channels, recipe.size[1] // stride, recipe.size[0] // stride)
+        latent = self._rival.rule.latent_shape(recipe.size)
         noises = draw_noise(recipe, [load_image(path).digest for path in paths], latent, recipe.ensemble)
         start = time.perf_counter()
         images = [load_image(path) for path in paths]

@@ -42,7 +42,8 @@ def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path |
     opened = open_model(model or "pocket", store, **opening)
     for name in taps:
         opened.tap(name)
-    for component, names in (("vae", ()), ("unet", taps)):
+    encoder = [(opened.encoder, ())] if opened.encoder else []
+    for component, names in [*encoder, (opened.tapped, taps)]:
         graph, parity = export_graph(store, opened, component, tuple(names), opened.folder if beside else None)
         click.echo(f"{graph.path}" + (f"  (cut after {graph.cut})" if graph.cut else ""))
         for name, one in parity.items():

@@ -1,4 +1,4 @@
-"""``difftap taps``: what can be tapped in a model's UNet."""
+"""``difftap taps``: what can be tapped in a model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ def taps(model: str | None, cache: Path | None, opening: Opening) -> None:
     """
     from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
-    from difftap.taps import named_taps
 
     opened = open_model(model or "pocket", Cache(cache or default_cache_folder()), **opening)
     click.echo(f"{'tap':<14}{'channels':>9}{'stride':>8}  module")
-    for tap in named_taps(opened.unet, opened.latent_stride):
+    for tap in opened.taps:
         click.echo(f"{tap.name:<14}{tap.channels:>9}{tap.stride:>8}  {tap.module}")

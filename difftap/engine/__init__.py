@@ -1,4 +1,4 @@
-"""The runtime: backends behind one interface, the artefact cache, noise, and the streaming extractor."""
+"""The runtime: backends behind one interface, the artefact cache, noise, and the featurizer."""
 
 from difftap.artifacts.cache import Cache, default_cache_folder
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec
@@ -8,11 +8,10 @@ from difftap.engine.featurizer import (
     Features,
     Featurizer,
     Laid,
-    latent_scales,
+    Latents,
     members_per_run,
 )
 from difftap.engine.graphfiles import model_key
-from difftap.engine.latents import Latents
 from difftap.engine.registry import BACKENDS, check_precision, choose_device, get_backend
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "choose_device",
     "default_cache_folder",
     "get_backend",
-    "latent_scales",
     "members_per_run",
     "model_key",
 ]

@@ -18,12 +18,9 @@ import numpy as np
 from difftap.engine.graph import (
     CALIBRATED,
     PRECISIONS,
-    VAE_INPUTS,
     Array,
     Graph,
     Profile,
-    unet_inputs,
-    vae_outputs,
 )
 from difftap.errors import BackendError, NonFiniteError
 from difftap.tensorspec import TensorSpec
@@ -31,7 +28,6 @@ from difftap.tensorspec import TensorSpec
 __all__ = [
     "CALIBRATED",
     "PRECISIONS",
-    "VAE_INPUTS",
     "Array",
     "Backend",
     "Calibration",
@@ -41,8 +37,6 @@ __all__ = [
     "Profile",
     "TensorSpec",
     "Value",
-    "unet_inputs",
-    "vae_outputs",
 ]
 
 

@@ -1,8 +1,8 @@
 """Feeds of real images for post-training quantisation: the posterior, noise, timestep and prompt that a recipe gives.
 
-A network's quantised ranges should be those of what it will really be fed. So the VAE encoder is shown the images as
-they are laid on its input, and the UNet the posterior that the VAE's own engine gives for them, with the recipe's
-noise.
+A network's quantised ranges should be those of what it will really be fed. So the encoder is shown the images as they
+are laid on its input, and the tapped network the posterior that the encoder's own engine gives for them, with the
+recipe's noise.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from PIL import ImageDraw
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.backend import Calibration, Engine, Graph, Profile
-from difftap.engine.featurizer import branch_feeds, draw_noise
-from difftap.images import Image, load_image, to_input
-from difftap.recipe import Branch, Recipe
+from difftap.engine.featurizer import encode, lay
+from difftap.engine.noise import network_feeds
+from difftap.images import Image, load_image
+from difftap.recipe import Recipe
 
 __all__ = ["MAX_IMAGES", "RecipeCalibration", "bundled_images"]
 
@@ -72,7 +73,7 @@ class RecipeCalibration(Calibration):
         find: gives the images; of more than `MAX_IMAGES`, as many are taken at even steps. Like what follows, it is
             called only when an engine really has to be built.
         prompts: gives each branch's prompt, ``(T, D)`` float32.
-        vae: opens the VAE's engine, whose posteriors the UNet is fed.
+        encoder: opens the encoder's engine, whose posteriors the tapped network is fed; not called where there is none.
         chosen: whether the user named the images; then an engine calibrated on others is built again.
     """
 
@@ -80,7 +81,7 @@ class RecipeCalibration(Calibration):
     recipe: Recipe
     find: Callable[[], Sequence[Image]]
     prompts: Callable[[], Sequence[NDArray[np.float32]]]
-    vae: Callable[[], Engine]
+    encoder: Callable[[], Engine]
     chosen: bool = False
 
     @cached_property
@@ -96,7 +97,7 @@ class RecipeCalibration(Calibration):
         return hashlib.sha256("\n".join(image.digest for image in self.images).encode()).hexdigest()[:16]
 
     def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, NDArray[Any]]]:
-        """One image at a time; for the UNet, every branch that reads these taps takes its turn."""
+        """One image at a time; for the tapped network, every branch that reads these taps takes its turn."""
         for i, image in enumerate(self.images[:-1] or self.images):
             yield self._feeds(graph, profile, image, i)
 
@@ -105,21 +106,15 @@ class RecipeCalibration(Calibration):
         return self._feeds(graph, profile, self.images[-1], 0)
 
     def _feeds(self, graph: Graph, profile: Profile, image: Image, turn: int) -> Mapping[str, NDArray[Any]]:
-        recipe = self.recipe
-        if graph.component == "vae":
-            return {"image": to_input(image, recipe.size, recipe.fit)[0][None]}
+        laid = lay(self.recipe, [image])
+        if graph.component == self.model.encoder:
+            return {"image": laid.pixels}
         branches = [
             (branch, prompt)
-            for branch, prompt in zip(recipe.branches, self.prompts(), strict=True)
+            for branch, prompt in zip(self.recipe.branches, self.prompts(), strict=True)
             if branch.taps == graph.taps and len(prompt) == profile.tokens
         ]
-        return self._unet_feeds(image, *branches[turn % len(branches)], profile.ensemble)
-
-    def _unet_feeds(
-        self, image: Image, branch: Branch, prompt: NDArray[np.float32], members: int
-    ) -> Mapping[str, NDArray[Any]]:
-        pixels, _ = to_input(image, self.recipe.size, self.recipe.fit)
-        posterior = self.vae().run({"image": pixels[None]})
-        noises = draw_noise(self.recipe, [image.digest], posterior["mean"].shape[1:], members)
-        feeds = branch_feeds(self.model, self.recipe, branch, prompt, posterior, 1)
-        return {**feeds, **posterior, "posterior_noise": noises[0], "noise": noises[1]}
+        branch, prompt = branches[turn % len(branches)]
+        encoded = encode(self.recipe, self.encoder() if self.model.encoder else None, laid, profile.ensemble)
+        feeds = network_feeds(self.model, branch.timestep, self.recipe.noise, encoded.given, encoded.noises, prompt)
+        return {name: np.asarray(value) for name, value in feeds.items()}

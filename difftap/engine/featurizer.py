@@ -1,13 +1,16 @@
-"""The streaming extractor: images in, one feature map per branch and tap out.
+"""From images to feature maps: one map per branch and tap.
 
-The VAE encoder runs once per image; the ensemble's noisy latents, the tapped UNet and the ensemble's mean are one
-graph. On a CPU each image is one run whatever the batch size: the ensemble already fills the cores, and the features
-are then the same bit for bit in any company. Axis letters as in `difftap.engine.backend`.
+The encoder runs once per image; the ensemble's noisy latents, the tapped network and the ensemble's mean are one graph.
+A backbone without an encoder is fed the image itself. On a CPU each image is one run whatever the batch size: the
+ensemble already fills the cores, and the features are then the same bit for bit in any company. Axis letters as in
+`difftap.engine.backend`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,8 +21,7 @@ from numpy.typing import NDArray
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Geometry, Size
 from difftap.engine.backend import Engine, Value
-from difftap.engine.latents import Latents
-from difftap.engine.noise import draw
+from difftap.engine.noise import draw_noise, network_feeds
 from difftap.errors import InputError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image, to_input
@@ -31,9 +33,9 @@ __all__ = [
     "Features",
     "Featurizer",
     "Laid",
-    "branch_feeds",
-    "draw_noise",
-    "latent_scales",
+    "Latents",
+    "encode",
+    "lay",
     "members_per_run",
 ]
 
@@ -42,29 +44,22 @@ _Maps = Mapping[str, NDArray[np.float32]]
 
 
 ATTENTION_BUDGET = 1 << 30
-"""Bytes that the largest attention table of one UNet run may take; about three of that size live at once."""
+"""Bytes that the largest attention table of one run may take; about three of that size live at once."""
 
 
 def members_per_run(model: Checkpoint, size: Size, ensemble: int) -> int:
-    """How many ensemble members one UNet run takes: all, or as large a divisor of E as memory allows.
+    """Choose how many ensemble members one run takes: all, or as large a divisor of E as memory allows.
 
-    Self-attention on the finest grid makes a table of (heads, cells, cells) per member: 1.7 GB at 768 px for Stable
-    Diffusion 2.1. The answer depends on nothing but model and recipe, so it does not make features differ between
-    machines.
+    The answer depends on nothing but model and recipe, so it does not make features differ between machines.
     """
-    heads = model.unet.get("num_attention_heads") or model.unet.get("attention_head_dim", 8)
-    blocks = model.unet["down_block_types"]
-    finest = next((i for i, kind in enumerate(blocks) if "Attn" in kind), 0)  # SDXL's first block has no attention
-    count = int(heads[finest] if isinstance(heads, list) else heads)
-    stride = model.latent_stride << finest
-    cells = (size[0] // stride) * (size[1] // stride)
-    most = max(1, ATTENTION_BUDGET // (4 * count * cells**2))
+    table = model.attention_bytes(size)
+    most = max(1, ATTENTION_BUDGET // table) if table else ensemble
     return max(d for d in range(1, ensemble + 1) if ensemble % d == 0 and d <= most)
 
 
 @dataclass(frozen=True)
 class BranchEngine:
-    """What one branch runs: its UNet engine and its prompt, ``(T, D)`` float32.
+    """What one branch runs: its tapped network's engine and its prompt, ``(T, D)`` float32.
 
     The engine's profile says how many members it takes at once; the ensemble must be a multiple of that.
     """
@@ -98,11 +93,113 @@ class Laid:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch after the VAE: its posterior, ``(B, C, h, w)`` each, and its noises, ``(2, B, E, C, h, w)``."""
+    """A batch of images as the tapped networks are fed them, whatever branch and prompt.
 
-    laid: Laid
-    posterior: _Maps
-    noises: NDArray[np.float32]
+    Attributes:
+        digests: the images' identities.
+        geometries: take their pixels to the input.
+        given: the encoder's posterior, ``mean`` and ``std`` ``(B, C, h, w)``; or ``image`` where there is no encoder.
+        noises: the posterior's noise and the diffusion noise, ``(2, B, E, C, h, w)``; None without a noise rule.
+    """
+
+    digests: tuple[str, ...]
+    geometries: tuple[Geometry, ...]
+    given: Mapping[str, Value]
+    noises: NDArray[np.float32] | None
+
+
+def lay(recipe: Recipe, images: Sequence[Image]) -> Laid:
+    """Lay images on the network's input."""
+    laid = [to_input(image, recipe.size, recipe.fit) for image in images]
+    pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
+    return Laid(tuple(image.digest for image in images), tuple(geometry for _, geometry in laid), pixels)
+
+
+def encode(
+    recipe: Recipe,
+    encoder: Engine | None,
+    laid: Laid,
+    members: int,
+    turn: contextlib.AbstractContextManager[object] | None = None,
+) -> Encoded:
+    """Run the encoder on a batch of images, and draw their noise.
+
+    Args:
+        recipe: kind of noise, and seed.
+        encoder: its engine; None where the network is fed the images.
+        laid: the images.
+        members: E.
+        turn: held while the engine runs.
+
+    Raises:
+        NonFiniteError: the posterior holds NaN or infinity.
+    """
+    if encoder is None:
+        return Encoded(laid.digests, laid.geometries, {"image": laid.pixels}, None)
+    with turn or contextlib.nullcontext():
+        posterior = encoder.compute({"image": laid.pixels})
+    encoder.check_finite(posterior)
+    noises = draw_noise(recipe, laid.digests, posterior["mean"].shape[1:], members)
+    return Encoded(laid.digests, laid.geometries, posterior, noises)
+
+
+class Latents:
+    """Remembers the posteriors and noises of images, as far as a budget goes, so that the encoder runs once an image.
+
+    For where several passes see an image: each pair of images has a prompt of its own, say.
+
+    Args:
+        recipe: input size, fit, noise, seed and ensemble.
+        encoder: its engine.
+        budget: bytes to remember; 0 to remember nothing.
+
+    Attributes:
+        encoded: images that went through the encoder.
+    """
+
+    def __init__(self, recipe: Recipe, encoder: Engine, budget: int = 0) -> None:
+        self._recipe = recipe
+        self._encoder = encoder
+        self._budget = budget
+        self._kept: OrderedDict[str, Encoded] = OrderedDict()  # of one image each
+        self.encoded = 0
+
+    def get(self, images: Sequence[Image], members: int) -> Encoded:
+        """Give a batch of images with the noise of so many members; what is not remembered is encoded together."""
+        missing = [image for image in images if image.digest not in self._kept]
+        found = {image.digest: self._kept[image.digest] for image in images if image.digest in self._kept}
+        for digest in found:
+            self._kept.move_to_end(digest)
+        if missing:
+            made = encode(self._recipe, self._encoder, lay(self._recipe, missing), self._recipe.ensemble)
+            self.encoded += len(missing)
+            for k in range(len(missing)):
+                one = _one(made, k)
+                found[one.digests[0]] = one
+                if self._budget:
+                    self._kept[one.digests[0]] = one
+        while len(self._kept) > 2 and sum(map(_bytes, self._kept.values())) > self._budget:
+            self._kept.popitem(last=False)
+        parts = [found[image.digest] for image in images]
+        noises = [part.noises[:, :, :members] for part in parts if part.noises is not None]
+        return Encoded(
+            tuple(part.digests[0] for part in parts),
+            tuple(part.geometries[0] for part in parts),
+            {name: np.concatenate([part.given[name] for part in parts]) for name in parts[0].given},
+            np.concatenate(noises, axis=1),
+        )
+
+
+def _one(encoded: Encoded, k: int) -> Encoded:
+    """One image of a batch: copies, since a part of the batch's array would keep the whole of it in memory."""
+    given = {name: np.array(value[k : k + 1]) for name, value in encoded.given.items()}  # type: ignore[index]
+    noises = None if encoded.noises is None else encoded.noises[:, k : k + 1].copy()
+    return Encoded((encoded.digests[k],), (encoded.geometries[k],), given, noises)
+
+
+def _bytes(encoded: Encoded) -> int:
+    given = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in encoded.given.values())
+    return given + (0 if encoded.noises is None else encoded.noises.nbytes)
 
 
 class Featurizer:
@@ -111,17 +208,17 @@ class Featurizer:
     Args:
         model: the checkpoint.
         recipe: resolution, ensemble, noise, seed.
-        vae: the VAE encoder's engine.
+        encoder: the encoder's engine; None where the network is fed the images.
         branches: one per branch of the recipe.
         batch: images per engine run; the engines' profiles must allow it.
-        latents: what remembers what passes start from, where an image is seen under several prompts; None for nothing.
+        latents: what remembers posteriors, where an image is seen under several prompts; None for nothing.
     """
 
     def __init__(
         self,
         model: Checkpoint,
         recipe: Recipe,
-        vae: Engine,
+        encoder: Engine | None,
         branches: Sequence[BranchEngine],
         batch: int = 1,
         latents: Latents | None = None,
@@ -130,7 +227,7 @@ class Featurizer:
             raise InputError(f"batch is {batch}; allowed: 1 or more images")
         self._model = model
         self._recipe = recipe
-        self._vae = vae
+        self._encoder = encoder
         self._latents = latents
         self._branches = tuple(branches)
         self._batch = batch
@@ -151,123 +248,64 @@ class Featurizer:
         """Run one batch of images."""
         if self._latents is not None:
             with self._turn:
-                starts = self._latents.starts(images)
-            posterior: Mapping[str, Value] = {
-                name: np.stack([getattr(one, name) for one in starts]) for name in ("mean", "std")
-            }
-            noises = np.stack([one.noises[:, : self._recipe.ensemble] for one in starts], axis=1)  # (2, B, E, C, h, w)
-            digests, geometries = tuple(image.digest for image in images), tuple(one.geometry for one in starts)
+                encoded = self._latents.get(images, self._recipe.ensemble)
+                outputs = [self._run_branch(branch, encoded) for branch in branches]
+        else:
+            laid = self.lay(images)
             with self._turn:
-                outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-            yield from _features(digests, geometries, self._finite(branches, outputs))
-            return
-        laid = self.lay(images)
-        with self._turn:
-            posterior = self._vae.run_on_device({"image": laid.pixels})
-            noises = draw_noise(self._recipe, laid.digests, posterior["mean"].shape[1:], self._recipe.ensemble)
-            outputs = [self._run_branch(branch, posterior, noises) for branch in branches]
-        yield from _features(laid.digests, laid.geometries, self._finite(branches, outputs))
+                encoded = self._on_device(laid)
+                outputs = [self._run_branch(branch, encoded) for branch in branches]
+        yield from _features(encoded, branches, outputs)
+
+    def _on_device(self, laid: Laid) -> Encoded:
+        """As `encode`, but the posterior stays where the engine runs; the engine's next run may overwrite it."""
+        if self._encoder is None:
+            return self.encode(laid)
+        given = self._encoder.run_on_device({"image": laid.pixels})
+        noises = draw_noise(self._recipe, laid.digests, given["mean"].shape[1:], self._recipe.ensemble)
+        return Encoded(laid.digests, laid.geometries, given, noises)
 
     # The same in three stages, for who runs them at once on batches of their own. Engines take turns: they would be in
     # each other's way. Some write the next run's outputs where the last one's are, so the posterior is brought home.
 
     def lay(self, images: Sequence[Image]) -> Laid:
         """Lay images on the network's input."""
-        laid = [to_input(image, self._recipe.size, self._recipe.fit) for image in images]
-        pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
-        return Laid(tuple(image.digest for image in images), tuple(geometry for _, geometry in laid), pixels)
+        return lay(self._recipe, images)
 
     def encode(self, laid: Laid) -> Encoded:
-        """Run the VAE encoder, and draw the noise."""
-        with self._turn:
-            posterior = self._vae.compute({"image": laid.pixels})
-        self._vae.check_finite(posterior)
-        noises = draw_noise(self._recipe, laid.digests, posterior["mean"].shape[1:], self._recipe.ensemble)
-        return Encoded(laid, posterior, noises)
+        """Run the encoder, and draw the noise."""
+        return encode(self._recipe, self._encoder, laid, self._recipe.ensemble, self._turn)
 
     def tap(self, encoded: Encoded) -> Iterator[Features]:
-        """Run every branch's UNet."""
+        """Run every branch's tapped network."""
         with self._turn:
-            outputs = [self._run_branch(branch, encoded.posterior, encoded.noises) for branch in self._branches]
-        yield from _features(encoded.laid.digests, encoded.laid.geometries, self._finite(self._branches, outputs))
+            outputs = [self._run_branch(branch, encoded) for branch in self._branches]
+        yield from _features(encoded, self._branches, outputs)
 
-    @staticmethod
-    def _finite(branches: Sequence[BranchEngine], outputs: Sequence[_Maps]) -> Sequence[_Maps]:
-        """The branches' outputs, looked at when the turn is over: large maps take as long as a fast engine's run."""
-        for branch, maps in zip(branches, outputs, strict=True):
-            branch.engine.check_finite(maps)
-        return outputs
-
-    def _run_branch(
-        self, branch: BranchEngine, posterior: Mapping[str, Value], noises: NDArray[np.float32]
-    ) -> dict[str, NDArray[np.float32]]:
-        count, members = noises.shape[1:3]
-        feeds = branch_feeds(self._model, self._recipe, branch.branch, branch.prompt, posterior, count)
-        together = branch.engine.profile.ensemble
+    def _run_branch(self, branch: BranchEngine, encoded: Encoded) -> dict[str, NDArray[np.float32]]:
+        """Run as many members at once as the engine takes, and take the mean over all."""
         total: dict[str, NDArray[np.float32]] = {}
+        together, members = branch.engine.profile.ensemble, self._recipe.ensemble
         for start in range(0, members, together):
-            part = slice(start, start + together)
-            means = branch.engine.compute({**feeds, "posterior_noise": noises[0][:, part], "noise": noises[1][:, part]})
+            noises = None if encoded.noises is None else encoded.noises[:, :, start : start + together]
+            feeds = network_feeds(
+                self._model, branch.branch.timestep, self._recipe.noise, encoded.given, noises, branch.prompt
+            )
+            means = branch.engine.compute(feeds)
             total = {name: total[name] + mean for name, mean in means.items()} if total else means
         runs = members // together
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
 
 
-def draw_noise(recipe: Recipe, digests: Sequence[str], shape: tuple[int, ...], members: int) -> NDArray[np.float32]:
-    """The posterior's noise and the diffusion noise of the first ``members`` members: ``(2, B, E, C, h, w)``.
+def _features(encoded: Encoded, branches: Sequence[BranchEngine], outputs: Sequence[_Maps]) -> Iterator[Features]:
+    """Look at the branches' outputs and part them by image.
 
-    Args:
-        recipe: whose seed and kind of noise.
-        digests: the images' identities.
-        shape: ``(C, h, w)`` of the latent.
+    The engines' turn is over by then: looking at large maps takes as long as a fast engine's run.
     """
-    latent = (shape[0], shape[1], shape[2])
-    if recipe.noise == "none":
-        return np.zeros((2, len(digests), members, *latent), np.float32)
-    pairs = recipe.noise == "antithetic"
-    draws = [draw(recipe.seed, digest, members, latent, pairs) for digest in digests]
-    return np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
-
-
-def branch_feeds(
-    model: Checkpoint,
-    recipe: Recipe,
-    branch: Branch,
-    prompt: NDArray[np.float32],
-    posterior: Mapping[str, Value],
-    count: int,
-) -> dict[str, Value]:
-    """All that a branch's UNet is fed for ``count`` images, but for the noises."""
-    signal, sigma = latent_scales(model, branch.timestep, recipe.noise)
-    return {
-        "mean": posterior["mean"],
-        "std": posterior["std"],
-        "signal": np.full(count, signal, np.float32),
-        "sigma": np.full(count, sigma, np.float32),
-        "timestep": np.full(count, branch.timestep, np.int64),
-        "prompt": np.repeat(prompt[None], count, axis=0),
-    }
-
-
-def latent_scales(model: Checkpoint, timestep: int, noise: str) -> tuple[float, float]:
-    """Weights of the latent and of the noise at a timestep: DDPM's forward process (Ho et al. 2020, eq. 4).
-
-    Raises:
-        InputError: the schedule has no such timestep.
-    """
-    scaling = model.scaling_factor
-    if noise == "none":  # a clean latent; the timestep still conditions the UNet (CleanDIFT)
-        return scaling, 0.0
-    schedule = model.alphas_cumprod
-    if timestep >= len(schedule):
-        raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
-    alpha = float(schedule[timestep])
-    return alpha**0.5 * scaling, (1.0 - alpha) ** 0.5
-
-
-def _features(digests: Sequence[str], geometries: Sequence[Geometry], outputs: Sequence[_Maps]) -> Iterator[Features]:
-    for i, digest in enumerate(digests):
-        yield Features(digest, tuple(_maps(output, i, geometries[i]) for output in outputs))
+    for branch, maps in zip(branches, outputs, strict=True):
+        branch.engine.check_finite(maps)
+    for i, digest in enumerate(encoded.digests):
+        yield Features(digest, tuple(_maps(output, i, encoded.geometries[i]) for output in outputs))
 
 
 def _maps(output: _Maps, index: int, geometry: Geometry) -> dict[str, FeatureMap]:

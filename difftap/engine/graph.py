@@ -13,19 +13,16 @@ from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Size
+from difftap.engine.noise import network_inputs
 from difftap.errors import InputError
-from difftap.taps import deepest
 from difftap.tensorspec import TensorSpec
 
 __all__ = [
     "CALIBRATED",
     "PRECISIONS",
-    "VAE_INPUTS",
     "Array",
     "Graph",
     "Profile",
-    "unet_inputs",
-    "vae_outputs",
 ]
 
 Array = NDArray[Any]
@@ -39,12 +36,12 @@ CALIBRATED = ("int8", "fp8")
 
 @dataclass(frozen=True)
 class Graph:
-    """One exported network: the VAE encoder, or a UNet cut after its deepest tap.
+    """One exported network: a backbone's encoder, or its tapped network cut after the deepest tap.
 
     Attributes:
         model: the checkpoint it comes from.
-        component: ``vae`` or ``unet``.
-        taps: names of the tapped tensors, the UNet graph's outputs; empty for the VAE.
+        component: one of the checkpoint's: ``vae`` or ``unet``, for Stable Diffusion.
+        taps: names of the tapped tensors, the graph's outputs; empty for the encoder.
         path: the ONNX file; None where it has not been exported (the torch backend needs none).
         precision: the types inside: ``fp32`` as exported, or the half type of a variant (`difftap.export.variants`).
         takes: inputs of a small network beside the backbone's (a text encoder, a conditional head); none for the
@@ -68,60 +65,32 @@ class Graph:
 
     @property
     def cut(self) -> str | None:
-        """The tap that the network finishes last, after which it is cut; None for the VAE."""
+        """The tap that the network finishes last, after which it is cut; None for the encoder."""
         if not self.taps:
             return None
-        return deepest([self.model.tap(name) for name in self.taps], self.model.unet).name
+        return self.model.deepest([self.model.tap(name) for name in self.taps]).name
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What the network is fed."""
         if self.takes:
             return self.takes
-        return VAE_INPUTS if self.component == "vae" else unet_inputs(self.model)
+        return (self.model.image,) if self.component == self.model.encoder else network_inputs(self.model)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What it gives."""
+        """What it gives: the taps, or the posterior's mean and standard deviation before the scaling factor."""
         if self.gives:
             return self.gives
-        if self.component == "vae":
-            return vae_outputs(self.model)
+        rule = self.model.noise_rule
+        if self.component == self.model.encoder and rule is not None:
+            latent = ("B", rule.latent_channels, "h", "w")
+            return tuple(TensorSpec(name, "float32", latent) for name in ("mean", "std"))
         taps = [self.model.tap(name) for name in self.taps]
         return tuple(
             TensorSpec(tap.name, "float32", ("B", tap.channels or f"C{i}", f"h{i}", f"w{i}"))
             for i, tap in enumerate(taps)
         )
-
-
-VAE_INPUTS = (TensorSpec("image", "float32", ("B", 3, "H", "W")),)
-
-
-def vae_outputs(model: Checkpoint) -> tuple[TensorSpec, ...]:
-    """The posterior's mean and standard deviation, before the scaling factor."""
-    shape = ("B", model.latent_channels, "h", "w")
-    return (TensorSpec("mean", "float32", shape), TensorSpec("std", "float32", shape))
-
-
-def unet_inputs(model: Checkpoint) -> tuple[TensorSpec, ...]:
-    """What a tapped UNet is fed, per image; the graph forms every member's noisy latent itself.
-
-    ``latent = signal * (mean + std * posterior_noise) + sigma * noise``, where ``signal`` is the square root of the
-    schedule's cumulative alpha times the VAE's scaling factor and ``sigma`` the square root of one minus it. For SDXL
-    the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
-    """
-    posterior: tuple[int | str, ...] = ("B", model.latent_channels, "h", "w")
-    members: tuple[int | str, ...] = ("B", "E", model.latent_channels, "h", "w")
-    return (
-        TensorSpec("mean", "float32", posterior),
-        TensorSpec("std", "float32", posterior),
-        TensorSpec("posterior_noise", "float32", members),
-        TensorSpec("noise", "float32", members),
-        TensorSpec("signal", "float32", ("B",)),
-        TensorSpec("sigma", "float32", ("B",)),
-        TensorSpec("timestep", "int64", ("B",)),
-        TensorSpec("prompt", "float32", ("B", "T", model.prompt_width)),
-    )
 
 
 @dataclass(frozen=True)
@@ -147,11 +116,13 @@ class Profile:
             raise InputError(f"precision is '{self.precision}'; allowed: {', '.join(PRECISIONS)}")
 
     def axes(self, model: Checkpoint) -> dict[str, int]:
-        """How long the lettered axes are that a profile fixes: all but B."""
+        """Give the lengths of the lettered axes that a profile fixes: all but B."""
         width, height = self.size
-        stride = model.latent_stride
-        cells = {"h": height // stride, "w": width // stride}
-        return {"E": self.ensemble, "T": self.tokens, "H": height, "W": width, **cells}
+        axes = {"E": self.ensemble, "T": self.tokens, "H": height, "W": width}
+        rule = model.noise_rule
+        if rule is not None:
+            _, axes["h"], axes["w"] = rule.latent_shape(self.size)
+        return axes
 
     @property
     def label(self) -> str:

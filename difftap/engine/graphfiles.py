@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.artifacts.cache import Cache
-from difftap.backbones.checkpoint import COMPONENTS, Checkpoint
+from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.graph import Graph
 from difftap.errors import ArtefactError
 
@@ -40,7 +40,7 @@ def file_stem(name: str) -> str:
 
 def model_key(cache: Cache, model: Checkpoint) -> str:
     """Give 16 hex digits that stand for a model's weights and configuration."""
-    hashes = "\n".join(model.weights_hash(component, cache.memo) for component in COMPONENTS)
+    hashes = "\n".join(model.weights_hash(component, cache.memo) for component in model.components)
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
 

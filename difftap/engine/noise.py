@@ -1,28 +1,48 @@
-"""Noise that depends on nothing but (seed, image, member).
+"""What networks are fed: the one place that draws noise, applies a backbone's schedule and names the feeds.
 
-Each ensemble member of each image has its own counter-based stream (Philox 4x64-10, Salmon et al., SC 2011), keyed by
-a hash of the recipe's seed, the image's content and the member's number. So features do not depend on batch size,
-order, the other images, or how many workers share the job.
+A backbone with a noise rule is fed the posterior of its encoder's latent and two noises a member; the exported graph
+forms every member's noisy latent itself (`difftap.engine.torch_model.noisy_latent`):
+
+    ``latent = signal * (mean + std * posterior_noise) + sigma * noise``
+
+One without is fed the image.
+
+Noise depends on nothing but (seed, image, member). Each ensemble member of each image has its own counter-based stream
+(Philox 4x64-10, Salmon et al., SC 2011), keyed by a hash of the recipe's seed, the image's content and the member's
+number. So features do not depend on batch size, order, the other images, or how many workers share the job.
 
 Antithetic members come in pairs: the second of a pair has the first one's noise with the sign turned, posterior and
 diffusion noise alike. Each member by itself is standard normal as before, so the expectation over members is the same;
 whatever part of a feature is odd in the noise cancels within the pair (Hammersley and Morton, 1956).
+
+Axis letters as in `difftap.engine.backend`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["draw"]
+from difftap.backbones.checkpoint import Checkpoint, NoiseRule
+from difftap.errors import InputError
+from difftap.recipe import Recipe
+from difftap.tensorspec import TensorSpec
+
+if TYPE_CHECKING:
+    from difftap.engine.backend import Value
+    from difftap.engine.graph import Graph, Profile
+
+__all__ = ["draw", "draw_noise", "example_feeds", "latent_feeds", "network_feeds", "network_inputs", "scales"]
 
 
 def draw(
     seed: int, digest: str, members: int, shape: tuple[int, int, int], antithetic: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Standard normal noise for every ensemble member of one image.
+    """Draw standard normal noise for every ensemble member of one image.
 
     Args:
         seed: the recipe's.
@@ -45,3 +65,143 @@ def draw(
         both[0, member] = stream.standard_normal(shape, np.float32)
         both[1, member] = stream.standard_normal(shape, np.float32)
     return both[0], both[1]
+
+
+def draw_noise(recipe: Recipe, digests: Sequence[str], shape: tuple[int, ...], members: int) -> NDArray[np.float32]:
+    """Draw the posterior's noise and the diffusion noise of the first members of each image: ``(2, B, E, C, h, w)``.
+
+    Args:
+        recipe: whose seed and kind of noise; with noise ``none`` both are zero.
+        digests: the images' identities.
+        shape: ``(C, h, w)`` of the latent.
+        members: E; may be fewer than the recipe's.
+    """
+    latent = (shape[0], shape[1], shape[2])
+    if recipe.noise == "none":
+        return np.zeros((2, len(digests), members, *latent), np.float32)
+    pairs = recipe.noise == "antithetic"
+    draws = [draw(recipe.seed, digest, members, latent, pairs) for digest in digests]
+    return np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
+
+
+def scales(rule: NoiseRule, timestep: int, noise: str) -> tuple[float, float]:
+    """Compute signal and sigma, the weights of the latent and of the noise at a timestep, from a backbone's schedule.
+
+    Args:
+        rule: declared by the backbone.
+        timestep: from 0, the least noise.
+        noise: the recipe's kind.
+
+    Raises:
+        InputError: the schedule has no such timestep.
+    """
+    if noise == "none":  # a clean latent; the timestep still conditions the network (CleanDIFT)
+        return rule.scaling_factor, 0.0
+    schedule = rule.alphas_cumprod
+    if not 0 <= timestep < len(schedule):
+        raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
+    alpha = float(schedule[timestep])
+    return alpha**0.5 * rule.scaling_factor, (1.0 - alpha) ** 0.5
+
+
+def network_inputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
+    """Name a tapped network's inputs, per image: those that `network_feeds` gives, in the order in which it is called.
+
+    For SDXL the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
+    """
+    width, rule = checkpoint.prompt_width, checkpoint.noise_rule
+    prompt = (TensorSpec("prompt", "float32", ("B", "T", width)),) if width else ()
+    if rule is None:
+        return (checkpoint.image, *prompt)
+    posterior: tuple[int | str, ...] = ("B", rule.latent_channels, "h", "w")
+    members: tuple[int | str, ...] = ("B", "E", rule.latent_channels, "h", "w")
+    return (
+        TensorSpec("mean", "float32", posterior),
+        TensorSpec("std", "float32", posterior),
+        TensorSpec("posterior_noise", "float32", members),
+        TensorSpec("noise", "float32", members),
+        TensorSpec("signal", "float32", ("B",)),
+        TensorSpec("sigma", "float32", ("B",)),
+        TensorSpec("timestep", "int64", ("B",)),
+        *prompt,
+    )
+
+
+def latent_feeds(
+    rule: NoiseRule, timestep: int, noise: str, posterior: Mapping[str, Value], noises: NDArray[np.float32]
+) -> dict[str, Value]:
+    """Gather what makes the noisy latents of a batch of images, and their timestep.
+
+    Args:
+        rule: the backbone's.
+        timestep: of all images.
+        noise: the recipe's kind.
+        posterior: ``mean`` and ``std`` of the encoder, ``(B, C, h, w)`` each.
+        noises: from `draw_noise`, ``(2, B, E, C, h, w)``.
+    """
+    count = noises.shape[1]
+    signal, sigma = scales(rule, timestep, noise)
+    return {
+        "mean": posterior["mean"],
+        "std": posterior["std"],
+        "posterior_noise": noises[0],
+        "noise": noises[1],
+        "signal": np.full(count, signal, np.float32),
+        "sigma": np.full(count, sigma, np.float32),
+        "timestep": np.full(count, timestep, np.int64),
+    }
+
+
+def network_feeds(
+    checkpoint: Checkpoint,
+    timestep: int,
+    noise: str,
+    given: Mapping[str, Value],
+    noises: NDArray[np.float32] | None,
+    prompt: NDArray[np.float32],
+) -> dict[str, Value]:
+    """Gather all that a tapped network is fed for a batch of images: the arrays of `network_inputs`.
+
+    Args:
+        checkpoint: whose network.
+        timestep: of all images; of no matter where there is no noise rule.
+        noise: the recipe's kind.
+        given: what the images became: the encoder's posterior (`latent_feeds`), or ``image`` ``(B, 3, H, W)``.
+        noises: from `draw_noise`; None where there is no noise rule.
+        prompt: of all images, ``(T, D)``; left out where the network takes none.
+    """
+    rule = checkpoint.noise_rule
+    if rule is None or noises is None:
+        feeds = {"image": given["image"]}
+    else:
+        feeds = latent_feeds(rule, timestep, noise, given, noises)
+    if checkpoint.prompt_width:
+        feeds["prompt"] = np.repeat(prompt[None], next(iter(feeds.values())).shape[0], axis=0)
+    return feeds
+
+
+def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Make seeded inputs of the right kind for a graph: a noise picture, or a noisy latent; a unit-variance prompt."""
+    rng = np.random.default_rng(seed)
+    sides = {"B": profile.batch, **profile.axes(graph.model)}
+    rule = graph.model.noise_rule
+    constants, spread = {}, 1.0
+    if rule is not None:
+        signal, sigma = scales(rule, min(261, len(rule.alphas_cumprod) - 1), "independent")
+        constants = {"signal": signal, "sigma": sigma}
+        spread = 1 / rule.scaling_factor  # the standard deviation of a latent before scaling
+    feeds: dict[str, NDArray[Any]] = {}
+    for spec in graph.inputs:
+        shape = tuple(sides[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+        if spec.dtype == "int64":
+            feeds[spec.name] = np.full(shape, 261, np.int64)
+        elif spec.name in constants:
+            feeds[spec.name] = np.full(shape, constants[spec.name], np.float32)
+        elif spec.name == "image":
+            feeds[spec.name] = rng.uniform(-1, 1, shape).astype(np.float32)
+        elif spec.name == "std":
+            feeds[spec.name] = rng.uniform(0, 0.1, shape).astype(np.float32)
+        else:
+            width = spread if spec.name == "mean" else 1.0
+            feeds[spec.name] = (width * rng.standard_normal(shape)).astype(np.float32)
+    return feeds

@@ -17,9 +17,9 @@ __all__ = ["quantise", "reason"]
 def quantise(model: Any, feeds: Sequence[Mapping[str, Array]], graph: Graph) -> tuple[Any, dict[str, Any]]:
     """Quantise an OpenVINO model with static shapes; what nncf leaves alone stays float.
 
-    The UNet is treated as a transformer (SmoothQuant, Xiao et al. 2023, moves outliers of activations into weights),
-    with asymmetric activations, since SiLU and GELU are not symmetric. Between the VAE's convolutions symmetric ones
-    do.
+    A tapped network is treated as a transformer (SmoothQuant, Xiao et al. 2023, moves outliers of activations into
+    weights), with asymmetric activations, since SiLU and GELU are not symmetric. Between the VAE's convolutions
+    symmetric ones do.
 
     Returns:
         The quantised model, and what the engine's manifest should say of it.
@@ -30,15 +30,15 @@ def quantise(model: Any, feeds: Sequence[Mapping[str, Array]], graph: Graph) -> 
     """
     nncf = require("nncf", "openvino", "quantising to int8")
     nncf.set_log_level(logging.ERROR)
-    unet = graph.component == "unet"
+    tapped = bool(graph.taps)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # its progress bars
             quantised = nncf.quantize(
                 model,
                 nncf.Dataset(list(feeds)),
                 subset_size=len(feeds),
-                preset=nncf.QuantizationPreset.MIXED if unet else nncf.QuantizationPreset.PERFORMANCE,
-                model_type=nncf.ModelType.TRANSFORMER if unet else None,
+                preset=nncf.QuantizationPreset.MIXED if tapped else nncf.QuantizationPreset.PERFORMANCE,
+                model_type=nncf.ModelType.TRANSFORMER if tapped else None,
             )
     except (RuntimeError, nncf.ValidationError, nncf.InternalError) as error:
         raise BackendError(f"nncf cannot quantise {graph.name}: {reason(error)}") from error

@@ -1,6 +1,6 @@
-"""The two networks as torch modules: what the torch backend runs and what the export step traces.
+"""A backbone's networks as torch modules: what the torch backend runs and what the export step traces.
 
-Taps are read with forward hooks on diffusers' own modules; no forward pass is copied. Axis letters as in
+Taps are read with forward hooks on the network's own modules; no forward pass is copied. Axis letters as in
 `difftap.engine.backend`.
 """
 
@@ -9,99 +9,105 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.errors import ModelError, RecipeError, first_line, require
+from difftap.errors import ModelError, RecipeError
 
-__all__ = ["TappedUNet", "VAEEncoder", "build"]
+__all__ = ["ComponentModule", "EncoderModule", "NoisyModule", "TappedModule", "build", "noisy_latent"]
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, no error
     """Raised by the last tap's hook to end an eager pass: what follows feeds no tap."""
 
 
-class VAEEncoder(nn.Module):  # type: ignore[misc]
-    """Image to the posterior of its latent."""
+def noisy_latent(
+    mean: Tensor, std: Tensor, posterior_noise: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor
+) -> Tensor:
+    """Sample the posterior for every member and mix in the noise: ``(B, E, C, h, w)``.
 
-    def __init__(self, vae: nn.Module) -> None:
+    Args:
+        mean: of the posterior, ``(B, C, h, w)``.
+        std: ``(B, C, h, w)``.
+        posterior_noise: standard normal, ``(B, E, C, h, w)``.
+        noise: standard normal, ``(B, E, C, h, w)``.
+        signal: weight of the latent, ``(B,)`` (`difftap.engine.noise.scales`).
+        sigma: weight of the noise, ``(B,)``.
+    """
+    latent = mean.unsqueeze(1) + std.unsqueeze(1) * posterior_noise  # (B, E, C, h, w)
+    return signal.view(-1, 1, 1, 1, 1) * latent + sigma.view(-1, 1, 1, 1, 1) * noise
+
+
+class ComponentModule(nn.Module):  # type: ignore[misc]
+    """A component's network, its parameters named ``<component>.<tensor>``.
+
+    Attributes:
+        network: the backbone's own module.
+        entrance: the part at which inputs are cast to half precision.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, component: str, network: nn.Module) -> None:
         super().__init__()
-        self.vae = vae
+        self.checkpoint = checkpoint
+        self.component = component
+        self.add_module(component, network)
+
+    @property
+    def network(self) -> nn.Module:
+        """The backbone's own module."""
+        return self.get_submodule(self.component)
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The part at which inputs are cast to half precision."""
+        return self.checkpoint.entrance(self.component, self.network)
+
+
+class EncoderModule(ComponentModule):
+    """Image to the posterior of its latent."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, 3, H, W)`` in [-1, 1] to mean and standard deviation, each ``(B, C, h, w)``."""
-        posterior = self.vae.encode(image, return_dict=False)[0]
-        return posterior.mean, posterior.std
+        return self.checkpoint.encode(self.network, image)
 
 
-class TappedUNet(nn.Module):  # type: ignore[misc]
-    """A UNet that returns the ensemble mean of its taps.
+class TappedModule(ComponentModule):
+    """A network that returns its taps for an image.
 
     Args:
-        unet: a ``UNet2DConditionModel``.
+        checkpoint: whose network.
+        network: the tapped component, loaded.
         taps: ``(name, module path)`` of each tap, in the order of the outputs.
         stop_early: end the pass once every tap is there (eager runs); a traced pass must run on, and loses its dead
             tail when it is exported.
-        pooled: width of the pooled text embedding in the prompt's last row; 0 where there is none.
-        latent_stride: image pixels per latent cell.
     """
 
     def __init__(
-        self,
-        unet: nn.Module,
-        taps: Sequence[tuple[str, str]],
-        stop_early: bool,
-        pooled: int = 0,
-        latent_stride: int = 8,
+        self, checkpoint: Checkpoint, network: nn.Module, taps: Sequence[tuple[str, str]], stop_early: bool
     ) -> None:
-        super().__init__()
-        self.unet = unet
-        self.pooled = pooled
-        self.latent_stride = latent_stride
+        super().__init__(checkpoint, checkpoint.tapped, network)
         self.taps = tuple(taps)
         self.stop_early = stop_early
 
-    def forward(
-        self,
-        mean: Tensor,
-        std: Tensor,
-        posterior_noise: Tensor,
-        noise: Tensor,
-        signal: Tensor,
-        sigma: Tensor,
-        timestep: Tensor,
-        prompt: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Feeds as in `difftap.engine.backend.unet_inputs`; gives ``(B, C, h, w)`` per tap."""
-        batch, members = noise.shape[:2]
-        latent = mean.unsqueeze(1) + std.unsqueeze(1) * posterior_noise  # (B, E, C, h, w)
-        latent = signal.view(-1, 1, 1, 1, 1) * latent + sigma.view(-1, 1, 1, 1, 1) * noise
-        values = self.members(
-            latent.flatten(0, 1),  # (B*E, C, h, w)
-            timestep.unsqueeze(1).expand(batch, members).flatten(0, 1),
-            prompt.unsqueeze(1).expand(-1, members, -1, -1).flatten(0, 1),
-        )
-        return tuple(value.unflatten(0, (batch, members)).mean(1) for value in values)
+    def forward(self, image: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, ...]:
+        """``(B, 3, H, W)``, and ``(B, T, D)`` where it takes a prompt, to ``(B, C, h, w)`` per tap."""
+        return tuple(self.members(image, None, prompt))
 
-    def members(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
-        """Noisy latents ``(E, C, h, w)``, timesteps ``(E,)`` and prompts ``(E, T, D)`` to every member's taps."""
+    def members(self, given: Tensor, timestep: Tensor | None = None, prompt: Tensor | None = None) -> list[Tensor]:
+        """Run once: what `difftap.backbones.checkpoint.Checkpoint.run` takes, to the taps of every member."""
         caught: dict[str, Tensor] = {}
         handles = []
         paths = list(dict.fromkeys(path for _, path in self.taps))  # two names may mean one module
         for path in paths:
 
             def catch(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
-                # Blocks that feed skip connections return (hidden, skips); attention returns (hidden,).
-                caught[path] = output[0] if isinstance(output, tuple | list) else output
+                caught[path] = self.checkpoint.as_map(output, given)
                 if self.stop_early and len(caught) == len(paths):
                     raise _Stop
 
-            handles.append(self.unet.get_submodule(path).register_forward_hook(catch))
+            handles.append(self.network.get_submodule(path).register_forward_hook(catch))
         try:
-            prompt, added = self._conditions(latent, prompt)
-            self.unet(latent, timestep, encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False)
+            self.checkpoint.run(self.network, given, timestep, prompt)
         except _Stop:
             pass
         finally:
@@ -117,58 +123,53 @@ class TappedUNet(nn.Module):  # type: ignore[misc]
                 )
         return [caught[path] for _, path in self.taps]
 
-    def _conditions(self, latent: Tensor, prompt: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Take SDXL's pooled embedding out of the prompt, and add its sizes: the image whole and uncropped.
 
-        The six numbers are original height and width, the crop's top and left, and target height and width.
-        """
-        if not self.pooled:
-            return prompt, None
-        height, width = (side * self.latent_stride for side in latent.shape[-2:])
-        ones = torch.ones_like(prompt[:, -1, :1])  # (N, 1): sides may be symbolic while tracing
-        sizes = torch.cat([ones * height, ones * width, ones * 0, ones * 0, ones * height, ones * width], dim=1)
-        return prompt[:, :-1], {"text_embeds": prompt[:, -1, : self.pooled], "time_ids": sizes}
+class NoisyModule(TappedModule):
+    """A tapped network of a backbone with a noise rule: it returns the ensemble mean of its taps."""
 
-
-def _load(model: Checkpoint, component: str) -> nn.Module:
-    """Load one component in fp32 with diffusers; safetensors only, nothing from the network."""
-    diffusers = require("diffusers", "export", "loading a checkpoint with torch")
-    kind = diffusers.UNet2DConditionModel if component == "unet" else diffusers.AutoencoderKL
-    files = model.weight_files(component)
-    variant = "fp16" if files[0].name.endswith(".fp16.safetensors") else None
-    try:
-        loaded = kind.from_pretrained(
-            str(model.folder),
-            subfolder=component,
-            use_safetensors=True,
-            local_files_only=True,
-            variant=variant,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
+    def forward(  # type: ignore[override]
+        self,
+        mean: Tensor,
+        std: Tensor,
+        posterior_noise: Tensor,
+        noise: Tensor,
+        signal: Tensor,
+        sigma: Tensor,
+        timestep: Tensor,
+        prompt: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Feeds as in `difftap.engine.noise.network_inputs`; gives ``(B, C, h, w)`` per tap."""
+        batch, members = noise.shape[:2]
+        latent = noisy_latent(mean, std, posterior_noise, noise, signal, sigma)
+        values = self.members(
+            latent.flatten(0, 1),  # (B*E, C, h, w)
+            timestep.unsqueeze(1).expand(batch, members).flatten(0, 1),
+            None if prompt is None else prompt.unsqueeze(1).expand(-1, members, -1, -1).flatten(0, 1),
         )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the {component} in '{model.folder}' cannot be loaded ({first_line(error)})") from error
-    module: nn.Module = loaded.eval().requires_grad_(False)
-    return module
+        return tuple(value.unflatten(0, (batch, members)).mean(1) for value in values)
 
 
-def build(model: Checkpoint, component: str, tap_names: Sequence[str] = (), *, stop_early: bool = False) -> nn.Module:
-    """Load one network of a model as the module whose inputs and outputs the graph has.
+def build(
+    checkpoint: Checkpoint, component: str, tap_names: Sequence[str] = (), *, stop_early: bool = False
+) -> ComponentModule:
+    """Load one network of a checkpoint as the module whose inputs and outputs the graph has.
 
     Raises:
-        RecipeError: a tap does not exist in this UNet. (One that exists and gives no map is refused when it is run.)
+        RecipeError: a tap does not exist in this network. (One that exists and gives no map is refused when it is run.)
         ModelError: the checkpoint cannot be loaded.
     """
-    taps = [model.tap(name) for name in tap_names]
-    network = _load(model, component)
-    if component == "vae":
-        return VAEEncoder(network).eval()
+    taps = [checkpoint.tap(name) for name in tap_names]
+    network = checkpoint.network(component)
+    if component == checkpoint.encoder:
+        encoder: ComponentModule = EncoderModule(checkpoint, component, network).eval()
+        return encoder
     for tap in taps:
         try:
             network.get_submodule(tap.module)
         except AttributeError as error:
             raise ModelError(
-                f"the UNet in '{model.folder}' has no module '{tap.module}' for tap '{tap.name}'"
+                f"the {component} in '{checkpoint.folder}' has no module '{tap.module}' for tap '{tap.name}'"
             ) from error
-    named = [(tap.name, tap.module) for tap in taps]
-    return TappedUNet(network, named, stop_early, model.pooled_width, model.latent_stride).eval()
+    kind = TappedModule if checkpoint.noise_rule is None else NoisyModule
+    tapped: ComponentModule = kind(checkpoint, network, [(tap.name, tap.module) for tap in taps], stop_early).eval()
+    return tapped

@@ -118,7 +118,7 @@ def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> Grap
         ModelError: it cannot be loaded.
     """
     shape = ("B", length, width)
-    out = ("B", length, int(model.unet["cross_attention_dim"]))
+    out = ("B", length, model.prompt_width)
     graph = Graph(
         model, "text", takes=(TensorSpec("sequence", "float32", shape),), gives=(TensorSpec("hidden", "float32", out),)
     )

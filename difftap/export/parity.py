@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.engine.backend import Graph, Profile
+from difftap.engine.noise import example_feeds
 from difftap.engine.registry import get_backend
 
-__all__ = ["TensorParity", "example_feeds", "measure"]
+__all__ = ["TensorParity", "measure"]
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,6 @@ def _share(error: float, whole: float) -> float:
     return error / whole
 
 
-def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Seeded inputs of the right kind for a graph: a noise picture, or a noisy latent with a unit-variance prompt."""
-    rng = np.random.default_rng(seed)
-    sides = {"B": profile.batch, **profile.axes(graph.model)}
-    alpha = float(graph.model.alphas_cumprod[min(261, len(graph.model.alphas_cumprod) - 1)])
-    constants = {"signal": alpha**0.5 * graph.model.scaling_factor, "sigma": (1 - alpha) ** 0.5}
-    feeds: dict[str, NDArray[Any]] = {}
-    for spec in graph.inputs:
-        shape = tuple(sides[axis] if isinstance(axis, str) else axis for axis in spec.shape)
-        if spec.dtype == "int64":
-            feeds[spec.name] = np.full(shape, 261, np.int64)
-        elif spec.name in constants:
-            feeds[spec.name] = np.full(shape, constants[spec.name], np.float32)
-        elif spec.name == "image":
-            feeds[spec.name] = rng.uniform(-1, 1, shape).astype(np.float32)
-        elif spec.name == "std":
-            feeds[spec.name] = rng.uniform(0, 0.1, shape).astype(np.float32)
-        else:
-            # A latent before scaling has a standard deviation of one over the scaling factor.
-            spread = 1 / graph.model.scaling_factor if spec.name == "mean" else 1.0
-            feeds[spec.name] = (spread * rng.standard_normal(shape)).astype(np.float32)
-    return feeds
-
-
 def measure(
     graph: Graph,
     profile: Profile,
@@ -110,7 +87,7 @@ def measure(
     One after the other, so that only one of them is in memory.
 
     Args:
-        feeds: what to run on; None for `example_feeds`.
+        feeds: what to run on; None for `difftap.engine.noise.example_feeds`.
         against: the reference's backend and graph; None for torch.
     """
     feeds = example_feeds(graph, profile) if feeds is None else feeds

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["trace"]
 
 OPSET = 20
-_LATENT_SIDE = 16  # cells of the example latent; a traced size carries no meaning, since the axes are free
 
 
 def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
@@ -36,8 +35,9 @@ def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, An
     import torch
 
     dim = torch.export.Dim
-    cells = graph.model.size_step // graph.model.latent_stride  # latent cells per coarsest cell
-    step = graph.model.size_step if graph.component == "vae" else cells
+    step = graph.model.size_step
+    rule = graph.model.noise_rule
+    cells = step if rule is None else step // rule.latent_stride  # latent cells per coarsest cell
     high, wide = dim("high", min=1, max=4096), dim("wide", min=1, max=4096)
     free: dict[str, Any] = {
         "B": dim("images", min=1, max=4096),
@@ -45,11 +45,8 @@ def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, An
         "T": dim("tokens", min=1, max=4096),
     }
     # Sides are multiples of what every block halves evenly: diffusers branches on that, and a trace takes one branch.
-    for letter in "Hh":
-        free[letter] = step * high
-    for letter in "Ww":
-        free[letter] = step * wide
-    sides = {"B": 2, "E": 3, "T": 5, "H": 2 * step, "h": 2 * step, "W": 3 * step, "w": 3 * step}
+    free |= {"H": step * high, "W": step * wide, "h": cells * high, "w": cells * wide}
+    sides = {"B": 2, "E": 3, "T": 5, "H": 2 * step, "h": 2 * cells, "W": 3 * step, "w": 3 * cells}
     examples, axes = [], []
     for spec in graph.inputs:
         shape = [sides[axis] if isinstance(axis, str) else axis for axis in spec.shape]
@@ -73,7 +70,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _free_axes(graph: Graph, model: onnx_ir.Model) -> None:
-    """Name the free axes of inputs and outputs by their letters, so that a backend can fix them by name."""
+    """Name the free axes of inputs and outputs by their letters, so that a backend can fix them by name.
+
+    Raises:
+        ModelError: the network's own code has fixed an axis (``len(tensor)`` does); the graph would serve one size.
+    """
     import onnx_ir
 
     specs = {spec.name: spec for spec in (*graph.inputs, *graph.outputs)}
@@ -84,6 +85,11 @@ def _free_axes(graph: Graph, model: onnx_ir.Model) -> None:
         for i, axis in enumerate(spec.shape):
             if isinstance(axis, str) and not isinstance(value.shape[i], int):
                 value.shape[i] = onnx_ir.SymbolicDim(axis)
+            elif isinstance(axis, str) and value in model.graph.inputs:
+                raise ModelError(
+                    f"the {graph.component} of model '{graph.model.name}' cannot be traced: its code fixes axis {axis} "
+                    f"of '{spec.name}' at {value.shape[i]}"
+                )
 
 
 def trace(

@@ -40,15 +40,15 @@ class Opening:
     """What opens engines for a pipeline.
 
     Attributes:
-        unet: opens the UNet cut after taps, for a profile, on the pipeline's backend.
+        unet: opens the tapped network cut after taps, for a profile, on the pipeline's backend.
         small: opens a small graph (a head, a text encoder, a token network) on ONNX Runtime.
-        vae: the VAE encoder's engine.
+        encoder: the encoder's engine; None where the backbone has none.
         latents: what passes start from, shared with the pipeline.
     """
 
     unet: Callable[[tuple[str, ...], Profile], Engine]
     small: Callable[[Graph], Engine]
-    vae: Engine
+    encoder: Engine | None
     latents: Latents | None
 
 
@@ -127,7 +127,7 @@ def _tokens(
     # Of pairs of opposite sign, the first member is that of independent draws.
     noise = "none" if recipe.noise == "none" else "independent"
     plain = dataclasses.replace(recipe, branches=(branch,), ensemble=1, learned=None, combine="concat", noise=noise)
-    own = Featurizer(model, plain, opening.vae, [BranchEngine(branch, unet, empty)], latents=opening.latents)
+    own = Featurizer(model, plain, opening.encoder, [BranchEngine(branch, unet, empty)], latents=opening.latents)
 
     def tokens(image: Image) -> NDArray[np.float32]:
         (features,) = own([image])

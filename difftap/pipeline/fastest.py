@@ -33,8 +33,8 @@ from difftap.engine import (
     model_key,
 )
 from difftap.engine.builds import known_engine
+from difftap.engine.noise import example_feeds
 from difftap.errors import ArtefactError, BackendError, DifftapError, OutputError
-from difftap.export.parity import example_feeds
 from difftap.machine import cpu, gpu
 from difftap.pipeline.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph, run_members
 from difftap.recipe import Recipe
@@ -253,10 +253,12 @@ def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, back
     """Seconds an image takes; engines that must first be built are not, since that takes minutes."""
     threads = runtime.threads or available_cores()
     members = run_members(backend, device, model, recipe)
-    parts = [("vae", (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision), 1)]
+    parts: list[tuple[str, tuple[str, ...], Profile, int]] = []
+    if model.encoder:
+        parts.append((model.encoder, (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision), 1))
     for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
         profile = Profile(recipe.size, members, len(prompt), runtime.batch, runtime.precision)
-        parts.append(("unet", branch.taps, profile, recipe.ensemble // members))  # type: ignore[arg-type]
+        parts.append((model.tapped, branch.taps, profile, recipe.ensemble // members))
     total = 0.0
     for component, taps, profile, runs in parts:
         graph = prepare_graph(cache, backend, model, component, taps, profile, device)

@@ -22,8 +22,9 @@ from difftap.engine import Backend, Cache, Engine, Graph, Profile, get_backend, 
 from difftap.engine.backend import CALIBRATED, Array
 from difftap.engine.builds import ensure_built
 from difftap.engine.calibration import RecipeCalibration, bundled_images
+from difftap.engine.noise import example_feeds
 from difftap.errors import InputError
-from difftap.export.parity import TensorParity, example_feeds, measure
+from difftap.export.parity import TensorParity, measure
 from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
 from difftap.pipeline.conditioning import checked
 from difftap.prompts import PromptBook
@@ -81,7 +82,7 @@ def prepare_graph(
 
 
 def run_members(backend: Backend, device: str, model: Checkpoint, recipe: Recipe) -> int:
-    """How many ensemble members one UNet run of a backend takes."""
+    """How many ensemble members one run of a backend takes."""
     if backend.fused_attention(device):
         return recipe.ensemble
     return members_per_run(model, recipe.size, recipe.ensemble)
@@ -126,22 +127,23 @@ class Maker:
         """Each branch's prompt, ``(T, D)`` float32; one of them where it depends on what is in an image."""
         return PromptBook(self.model, self.recipe, self.cache, checked(self.recipe, self.model, self.cache)).any()
 
-    def vae_profile(self) -> Profile:
-        """The profile of the VAE's engine."""
+    def encoder_profile(self) -> Profile:
+        """Give the profile of the encoder's engine."""
         return Profile(self.recipe.size, batch=self.batch, precision=self.precision)
 
-    def unet_profile(self, tokens: int) -> Profile:
-        """The profile of a UNet's engine, for prompts of so many tokens."""
+    def tapped_profile(self, tokens: int) -> Profile:
+        """Give the profile of a tapped network's engine, for prompts of so many tokens."""
         members = run_members(self.backend, self.device, self.model, self.recipe)
         return Profile(self.recipe.size, members, tokens, self.batch, self.precision)
 
     def plan(self) -> list[tuple[str, tuple[str, ...], Profile]]:
-        """Component, taps and profile of every engine of the recipe, the VAE's first."""
-        unets = [
-            ("unet", branch.taps, self.unet_profile(len(prompt)))
+        """List component, taps and profile of every engine of the recipe, the encoder's first."""
+        encoder = [(self.model.encoder, (), self.encoder_profile())] if self.model.encoder else []
+        tapped = [
+            (self.model.tapped, branch.taps, self.tapped_profile(len(prompt)))
             for branch, prompt in zip(self.recipe.branches, self.prompts(), strict=True)
         ]
-        return list(dict.fromkeys([("vae", (), self.vae_profile()), *unets]))
+        return list(dict.fromkeys([*encoder, *tapped]))
 
     def graph(self, component: str, taps: tuple[str, ...], profile: Profile) -> Graph:
         """The graph of an engine, exported if it is not there."""
@@ -210,12 +212,12 @@ class Maker:
         return {"model": {"name": self.model.name, "folder": str(self.model.folder.resolve())}}
 
     def _calibration(self, stack: contextlib.ExitStack) -> RecipeCalibration:
-        """Calibration on the images; opens the VAE's engine when it is first needed, and closes it with the stack."""
+        """Calibrate on the images; the encoder's engine is opened when first needed, and closed with the stack."""
 
         @cache
-        def vae() -> Engine:
-            profile = self.vae_profile()
-            graph = self.graph("vae", (), profile)
+        def encoder() -> Engine:
+            profile = self.encoder_profile()
+            graph = self.graph(str(self.model.encoder), (), profile)
             return stack.enter_context(self.open(graph, profile, self.built(graph, profile)))
 
         return RecipeCalibration(
@@ -223,7 +225,7 @@ class Maker:
             self.recipe,
             lambda: calibration_images(self.calibrate),
             self.prompts,
-            vae,
+            encoder,
             chosen=bool(self.calibrate),
         )
 

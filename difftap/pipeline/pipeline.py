@@ -165,29 +165,32 @@ class Pipeline:
                     opened[key] = maker.open(graph, profile, maker.built(graph, profile))
                 return opened[key]
 
-            vae = engine("vae", (), maker.vae_profile())
-            device = vae.device  # a runtime may have fallen back, and then the rest follows it
-            maker = dataclasses.replace(maker, device=device)
-            latents = Latents(recipe, vae, LATENTS_KEPT) if recipe.learned is not None else None
+            encoder = engine(model.encoder, (), maker.encoder_profile()) if model.encoder else None
+            if encoder is not None:
+                device = encoder.device  # a runtime may have fallen back, and then the rest follows it
+                maker = dataclasses.replace(maker, device=device)
+            latents = Latents(recipe, encoder, LATENTS_KEPT) if encoder and recipe.learned is not None else None
 
             def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
                 # What prompts are made of is in no branch, so that there is nothing to calibrate it on.
                 precision = "fp32" if runtime.precision in CALIBRATED else runtime.precision
-                return engine("unet", taps, dataclasses.replace(profile, precision=precision))
+                return engine(model.tapped, taps, dataclasses.replace(profile, precision=precision))
 
             def small(graph: Graph) -> Engine:
                 key = (graph.name, graph.path)
                 opened[key] = small_engine(graph, device, threads)
                 return opened[key]
 
-            opening = Opening(unet, small, vae, latents)
+            opening = Opening(unet, small, encoder, latents)
             book = open_book(model, recipe, cache, opening)
             branches = []
             for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)
-                run = engine("unet", branch.taps, maker.unet_profile(len(tokens)))
+                run = engine(model.tapped, branch.taps, maker.tapped_profile(len(tokens)))
                 branches.append(BranchEngine(branch, run, tokens))
+            if encoder is None:
+                device = branches[0].engine.device
             batch = 1 if device == "cpu" else runtime.batch
-            featurizer = Featurizer(model, recipe, vae, branches, batch, latents)
+            featurizer = Featurizer(model, recipe, encoder, branches, batch, latents)
             said = describe(recipe, model, cache, backend, device, threads, runtime.precision)
             conditions = said | book.conditions
         except BaseException:
@@ -198,7 +201,7 @@ class Pipeline:
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """The engines that are open, the VAE's first."""
+        """The engines that are open, the encoder's first."""
         return tuple(self._engines)
 
     def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
@@ -324,15 +327,7 @@ def check_fits(recipe: Recipe, model: Checkpoint) -> None:
         RecipeError: the size, a tap or a timestep does not fit the model.
         ModelError: its noise schedule is of an unknown kind.
     """
-    model.check_size(recipe.size)
-    steps = len(model.alphas_cumprod)
-    for branch in recipe.branches:
-        if branch.timestep >= steps:
-            raise RecipeError(
-                f"timestep is {branch.timestep}; allowed: 0 to {steps - 1}, the schedule of '{model.name}'"
-            )
-        for name in branch.taps:
-            model.tap(name)
+    model.check(recipe)
 
 
 def embed_prompts(recipe: Recipe, model: Checkpoint, cache: Cache) -> list[NDArray[np.float32]]:

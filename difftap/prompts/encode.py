@@ -30,13 +30,15 @@ _RANDOM_TOKENS = 77  # CLIP's sequence length
 
 
 def encode_prompt(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.float32]:
-    """Turn a prompt into its embedding, float32 ``(T, D)``.
+    """Turn a prompt into its embedding, float32 ``(T, D)``; ``(0, 0)`` for a network that takes none.
 
     Raises:
         ModelError: the model holds nothing that encodes prompts.
         MissingExtraError: the model's text encoder needs packages that are not installed.
     """
     width = model.prompt_width
+    if not width:
+        return np.zeros((0, 0), np.float32)
     if (model.folder / "prompt_table").is_dir():
         embedding = _from_table(model.folder / "prompt_table", prompt)
     elif (model.folder / "text_encoder").is_dir():

@@ -14,7 +14,7 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import RecipeError
 from difftap.prototypes import Column, narrowed
 from difftap.recipe import Branch, Recipe
-from difftap.taps import Tap, named_taps
+from difftap.taps import Tap
 
 __all__ = [
     "AXES",
@@ -60,7 +60,7 @@ class Case:
 def _levels(model: Checkpoint, size: tuple[int, int]) -> Mapping[int, Sequence[Tap]]:
     """Attention layers by cells along the input's shorter side, the three finest grids, finest first."""
     levels: dict[int, list[Tap]] = {}
-    for tap in named_taps(model.unet, model.latent_stride):
+    for tap in model.taps:
         if ".attn" in tap.name:
             levels.setdefault(min(size) // tap.stride, []).append(tap)
     return {cells: levels[cells] for cells in sorted(levels, reverse=True)[:3]}
@@ -115,7 +115,7 @@ def table_name(taps: tuple[str, ...], timestep: int) -> str:
 
 def _by_timestep(model: Checkpoint, cases: Sequence[Case]) -> dict[int, tuple[str, ...]]:
     """The taps of each timestep's pass, in the order in which the network runs them."""
-    order = {tap.name: k for k, tap in enumerate(named_taps(model.unet, model.latent_stride))}
+    order = {tap.name: k for k, tap in enumerate(model.taps)}
     wanted: dict[int, set[str]] = {}
     for case in cases:
         wanted.setdefault(case.timestep, set()).update(case.taps)

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import atomic_path, only_writer, output_errors, write_atomic
 from difftap.backbones.checkpoint import Checkpoint
+from difftap.backbones.sd_unet import SDUNet
 from difftap.datasets.keypoints import Sample
-from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, latent_scales, model_key
+from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, model_key
+from difftap.engine.noise import network_feeds, scales
 from difftap.errors import ModelError, RecipeError, require
 from difftap.features.shelf import View
 from difftap.images import Image
@@ -153,7 +155,7 @@ class Tuned:
 class _Job:
     """One training's parts, made ready."""
 
-    model: Checkpoint
+    model: SDUNet
     recipe: Recipe
     settings: TuneSettings
     pairs: TrainingPairs
@@ -192,6 +194,8 @@ def tune(
     processes = open_processes(device)
     device = processes.device or (("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     check_fits(recipe, model)
+    if not isinstance(model, SDUNet):
+        raise ModelError(f"model '{model.name}' reads no prompt that can be learned; allowed: Stable Diffusion's UNets")
     if model.pooled_width:
         raise ModelError(f"model '{model.name}' reads two text encoders (SDXL); allowed for learning: one, or none")
     settings.check(recipe)
@@ -214,7 +218,7 @@ def tune(
         return _Run(job, watcher).run()
 
 
-def _timesteps(recipe: Recipe, settings: TuneSettings, model: Checkpoint) -> tuple[int, ...]:
+def _timesteps(recipe: Recipe, settings: TuneSettings, model: SDUNet) -> tuple[int, ...]:
     """At which timestep each branch's prompt is learned.
 
     Raises:
@@ -227,7 +231,7 @@ def _timesteps(recipe: Recipe, settings: TuneSettings, model: Checkpoint) -> tup
     for timestep in chosen:
         if timestep < 0:
             raise RecipeError(f"timestep is {timestep}; allowed: 0 or more")
-        latent_scales(model, timestep, recipe.noise)
+        scales(model.noise_rule, timestep, recipe.noise)
     return chosen
 
 
@@ -398,10 +402,9 @@ class _Run:
         if source is not None and source.kind == "own":
             empty = encode_prompt(job.model, "", job.cache)
             unet = engine("unet", (source.tap,), Profile(job.recipe.size, 1, len(empty)))
-            scales = latent_scales(job.model, source.timestep, job.recipe.noise)
 
             def tokens(_image: Image, known: Known) -> NDArray[np.float32]:
-                return own_tokens(_own_map(unet, source, scales, known, empty), source.grid)
+                return own_tokens(_own_map(job, unet, source, known, empty), source.grid)
 
         elif source is not None:
             from difftap.export.conditional import dino_folder, image_network, numpy_tokens
@@ -487,18 +490,11 @@ def _course(loop: Loop, group: Sequence[int]) -> dict[str, Any]:
 
 
 def _own_map(
-    unet: Engine, source: TokenSource, scales: tuple[float, float], known: Known, empty: NDArray[np.float32]
+    job: _Job, unet: Engine, source: TokenSource, known: Known, empty: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Compute the map ``(C, h, w)`` that an image's own tokens are made of."""
-    feeds: dict[str, NDArray[Any]] = {
-        "mean": known.mean[None],
-        "std": known.std[None],
-        "posterior_noise": known.posterior_noise[None],
-        "noise": known.noise[None],
-        "signal": np.full(1, scales[0], np.float32),
-        "sigma": np.full(1, scales[1], np.float32),
-        "timestep": np.full(1, source.timestep, np.int64),
-        "prompt": empty[None],
-    }
+    posterior = {"mean": known.mean[None], "std": known.std[None]}
+    noises = np.stack([known.posterior_noise, known.noise])[:, None]  # (2, B, E, C, h, w)
+    feeds = network_feeds(job.model, source.timestep, job.recipe.noise, posterior, noises, empty)
     found: NDArray[np.float32] = unet.run(feeds)[source.tap][0]
     return found

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from difftap.backbones.checkpoint import Checkpoint
-from difftap.engine import latent_scales
+from difftap.backbones.sd_unet import SDUNet
+from difftap.engine.noise import latent_feeds
 from difftap.recipe import Recipe
 from difftap.tuning.posteriors import Known
 
@@ -41,7 +41,7 @@ class Passes:
 
     def __init__(
         self,
-        model: Checkpoint,
+        model: SDUNet,
         recipe: Recipe,
         timesteps: Sequence[int],
         device: str,
@@ -50,13 +50,14 @@ class Passes:
         checkpointing: bool = False,
         unet: torch.nn.Module | None = None,
     ) -> None:
-        from difftap.engine.torch_model import TappedUNet, build
+        from difftap.engine.torch_model import NoisyModule, build
 
-        self.unet = unet if unet is not None else build(model, "unet", recipe.branches[0].taps).unet.to(device)
+        self.unet = unet if unet is not None else build(model, "unet").network.to(device)
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.stride = model.latent_stride
-        self._scales = [latent_scales(model, timestep, recipe.noise) for timestep in timesteps]
+        self._rule = model.noise_rule
+        self._noise = recipe.noise
         self._timesteps = tuple(timesteps)
         self._device = device
         self._precision = precision
@@ -65,23 +66,20 @@ class Passes:
             taps = [(name, model.tap(name).module) for name in branch.taps]
             # Recomputed layers must run to their end as they did the first time: a pass cut inside one could not.
             whole = all("." not in path.removeprefix("mid_block").split("blocks.")[-1] for _, path in taps)
-            self._nets.append(TappedUNet(self.unet, taps, stop_early=whole or not checkpointing).eval())
+            self._nets.append(NoisyModule(model, self.unet, taps, stop_early=whole or not checkpointing).eval())
 
     def run(self, branch: int, images: Sequence[Known], prompts: torch.Tensor) -> list[list[torch.Tensor]]:
         """Each image's maps ``(C, h, w)``, one a tap of the branch, in fp32; ``prompts`` is ``(B, T, D)``."""
         import torch
 
-        signal, sigma = self._scales[branch]
         count = len(images)
-
-        def stacked(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.stack([getattr(one, name) for one in images])).to(self._device, prompts.dtype)
-
-        feeds = [stacked(name) for name in ("mean", "std", "posterior_noise", "noise")]
-        feeds += [torch.full((count,), value, device=self._device, dtype=prompts.dtype) for value in (signal, sigma)]
-        timestep = torch.full((count,), self._timesteps[branch], device=self._device)
+        posterior = {name: np.stack([getattr(one, name) for one in images]) for name in ("mean", "std")}
+        noises = np.stack([np.stack([one.posterior_noise, one.noise]) for one in images], axis=1)  # (2, B, 1, C, h, w)
+        arrays = latent_feeds(self._rule, self._timesteps[branch], self._noise, posterior, noises)
+        feeds = {name: torch.from_numpy(np.asarray(array)).to(self._device) for name, array in arrays.items()}
+        feeds = {name: one.to(prompts.dtype) if one.is_floating_point() else one for name, one in feeds.items()}
         mixed = torch.autocast(self._device.split(":")[0], torch.bfloat16) if self._precision == "bf16" else None
         with mixed or contextlib.nullcontext():
-            values = self._nets[branch](*feeds, timestep, prompts)
+            values = self._nets[branch](**feeds, prompt=prompts)
         wide = prompts.dtype
         return [[value[k].to(wide) for value in values] for k in range(count)]

@@ -11,7 +11,7 @@ import logging
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import atomic_path, output_errors
 from difftap.coords import Geometry, Size
 from difftap.engine import Engine
-from difftap.engine.noise import draw
+from difftap.engine.featurizer import encode, lay
 from difftap.errors import ImageError
 from difftap.features.shelf import View, load_view
-from difftap.images import Image, to_input
+from difftap.images import Image
 from difftap.recipe import Recipe
 
 __all__ = ["ImageStore", "Known"]
@@ -136,16 +136,13 @@ class ImageStore:
         if view.path in self._makers and not view.path.exists():
             self._makers[view.path]()
         image = load_view(view)
-        pixels, geometry = to_input(image, self._recipe.size, self._recipe.fit)
-        posterior = self._vae.run({"image": pixels[None]})
-        mean, std = posterior["mean"][0], posterior["std"][0]
-        if self._recipe.noise == "none":
-            draws = (np.zeros((1, *mean.shape), np.float32), np.zeros((1, *mean.shape), np.float32))
-        else:
-            draws = draw(self._recipe.seed, image.digest, 1, mean.shape)
-        known = Known(mean, std, *draws, np.zeros((0, 0), np.float32), geometry)
+        # One member is learned on: the first, which is the same whether or not the recipe's come in pairs.
+        encoded = encode(self._recipe, self._vae, lay(self._recipe, [image]), 1)
+        mean, std = (np.asarray(encoded.given[name])[0] for name in ("mean", "std"))
+        draws = np.zeros((2, 1, *mean.shape), np.float32) if encoded.noises is None else encoded.noises[:, 0]
+        known = Known(mean, std, draws[0], draws[1], np.zeros((0, 0), np.float32), encoded.geometries[0])
         if self._tokens is not None:
-            known = Known(mean, std, *draws, self._tokens(image, known), geometry)
+            known = replace(known, tokens=self._tokens(image, known))
         self.made += 1
         arrays = (known.mean, known.std, known.posterior_noise, known.noise, known.tokens, np.array(image.size))
         with atomic_path(path) as scratch, open(scratch, "wb") as handle:

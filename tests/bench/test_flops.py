@@ -49,8 +49,8 @@ def hand_count(module, *inputs) -> int:
 @pytest.mark.parametrize("size", [(24, 16), (40, 32)])
 def test_the_graph_s_count_is_that_of_torch_s_layers(mini, mini_cache, component, size):
     torch = pytest.importorskip("torch")
+    from difftap.engine.noise import example_feeds
     from difftap.engine.torch_model import build
-    from difftap.export.parity import example_feeds
 
     model = Checkpoint.load(mini)
     taps = () if component == "vae" else MINI_TAPS

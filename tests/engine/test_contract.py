@@ -9,8 +9,8 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import BACKENDS, Backend, Engine, Graph, Profile, choose_device, get_backend
 from difftap.engine.backend import PRECISIONS, Calibration
 from difftap.engine.graphfiles import cached_graph
+from difftap.engine.noise import example_feeds
 from difftap.errors import BackendError, InputError, NonFiniteError
-from difftap.export.parity import example_feeds
 from tests.conftest import MINI_TAPS
 from tests.parity import compare
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image as PIL
 
 from difftap.backbones.checkpoint import Checkpoint
+from difftap.backbones.sd_unet import SDUNet
 from difftap.engine import BranchEngine, Featurizer, Profile, get_backend, members_per_run
 from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import draw
@@ -187,6 +188,6 @@ def test_members_run_in_equal_parts_when_memory_asks_for_it(recipe, mini_cache, 
 def test_full_size_networks_stay_within_memory():
     blocks = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     heads = {"attention_head_dim": [5, 10, 20, 20], "down_block_types": blocks}
-    sd21 = Checkpoint("sd21", Path(), heads, {"block_out_channels": [128, 256, 512, 512]}, {})
+    sd21 = SDUNet("sd21", Path(), heads, {"block_out_channels": [128, 256, 512, 512]}, {})
     assert members_per_run(sd21, (768, 768), 8) == 1
     assert members_per_run(sd21, (256, 256), 8) == 8

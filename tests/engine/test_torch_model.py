@@ -7,8 +7,8 @@ import pytest
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Graph, Profile, get_backend
+from difftap.engine.noise import example_feeds
 from difftap.errors import ModelError, RecipeError
-from difftap.export.parity import example_feeds
 
 torch = pytest.importorskip("torch")
 

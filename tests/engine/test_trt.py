@@ -17,9 +17,9 @@ from difftap.engine.backends.tensorrt import TensorRTBackend
 from difftap.engine.backends.tensorrt_rtx import TensorRTRTXBackend
 from difftap.engine.builds import ensure_built
 from difftap.engine.graphfiles import cached_graph
+from difftap.engine.noise import example_feeds
 from difftap.engine.trt.gpu import Gpu
 from difftap.errors import BackendError, NonFiniteError
-from difftap.export.parity import example_feeds
 from difftap.pipeline.engines import list_artefacts, verify_artefact
 from difftap.pipeline.making import Maker
 from difftap.recipe import load_recipe
@@ -280,8 +280,8 @@ def test_an_engine_built_without_a_gpu_is_measured_where_there_is_one(gpu, graph
     recipe = dataclasses.replace(load_recipe("pocket"), model=str(model.folder), size=(24, 16))
     maker = Maker(cache, backend, "cuda", 1, model, recipe)
     gpu(None)
-    graph = maker.graph("vae", (), maker.vae_profile())
-    maker.built(graph, maker.vae_profile())
+    graph = maker.graph("vae", (), maker.encoder_profile())
+    maker.built(graph, maker.encoder_profile())
 
     def found():
         return next(one for one in list_artefacts(cache) if "rtx" in one.path.name)

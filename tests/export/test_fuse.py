@@ -10,8 +10,9 @@ import pytest
 from difftap.artifacts.manifest import Manifest
 from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.engine.graphfiles import shipped_graph
+from difftap.engine.noise import example_feeds
 from difftap.export.fuse import fuse_attention
-from difftap.export.parity import TensorParity, example_feeds
+from difftap.export.parity import TensorParity
 from difftap.export.variants import ensure_variant
 
 onnx = pytest.importorskip("onnx")

@@ -17,8 +17,9 @@ from difftap.artifacts.tensors import locate_tensors
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.engine.graphfiles import cached_graph, model_folder, place_weights, shipped_graph
+from difftap.engine.noise import example_feeds
 from difftap.errors import InputError, NonFiniteError, OutputError
-from difftap.export.parity import TensorParity, example_feeds
+from difftap.export.parity import TensorParity
 from difftap.export.precision import ATTENTIONS, HALVES, narrow, to_half
 from difftap.export.variants import ensure_variant
 from tests.conftest import MINI_TAPS

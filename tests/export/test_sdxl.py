@@ -8,9 +8,9 @@ import pytest
 from difftap import Pipeline, Recipe
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Profile, get_backend, members_per_run
+from difftap.engine.noise import example_feeds
 from difftap.errors import ModelError
 from difftap.export import export_graph
-from difftap.export.parity import example_feeds
 from difftap.prompts import encode_prompt
 from difftap.recipe import Branch
 from tests.export.test_prompts import write_clip

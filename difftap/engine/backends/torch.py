@@ -55,7 +55,7 @@ class TorchEngine(Engine):
         self._module = None
 
 
-def to_precision(module: Any, component: str, precision: str) -> Any:
+def to_precision(module: Any, precision: str) -> Any:
     """Put a module's network into a precision, its inputs cast where they enter it."""
     import torch
 
@@ -69,8 +69,7 @@ def to_precision(module: Any, component: str, precision: str) -> Any:
     def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
-    network = module.unet if component == "unet" else module.vae.encoder
-    network.register_forward_pre_hook(enter, with_kwargs=True)
+    module.entrance.register_forward_pre_hook(enter, with_kwargs=True)
     return module.to(dtype)
 
 
@@ -110,7 +109,7 @@ class TorchBackend(Backend):
         from difftap.engine.torch_model import build
 
         module = build(graph.model, graph.component, graph.taps, stop_early=True)
-        module = to_precision(module, graph.component, profile.precision)
+        module = to_precision(module, profile.precision)
         return TorchEngine(graph, profile, on_device(graph, module, device), device, threads)
 
 

@@ -95,5 +95,5 @@ class TorchCompileBackend(TorchBackend):
         from difftap.engine.torch_model import build
 
         module = build(graph.model, graph.component, graph.taps)  # traced to the end; the tail goes with the export
-        module = to_precision(module, graph.component, profile.precision).to(memory_format=torch.channels_last)
+        module = to_precision(module, profile.precision).to(memory_format=torch.channels_last)
         return TorchCompileEngine(graph, profile, on_device(graph, module, device), device, threads)

@@ -75,10 +75,7 @@ class BuildSettings:
 
 def shape_of(spec: TensorSpec, graph: Graph, profile: Profile, batch: int) -> tuple[int, ...]:
     """An input's shape with every letter filled in."""
-    width, height = profile.size
-    stride = graph.model.latent_stride
-    sides = {"B": batch, "E": profile.ensemble, "T": profile.tokens}
-    sides |= {"H": height, "W": width, "h": height // stride, "w": width // stride}
+    sides = {"B": batch, **profile.axes(graph.model)}
     return tuple(sides[axis] if isinstance(axis, str) else axis for axis in spec.shape)
 
 

@@ -262,8 +262,8 @@ def _join(batches: list[_Batch]) -> _Batch:
 
 
 def _split(batch: _Batch) -> Iterator[_Batch]:
-    """Yield the images of a batch one by one, as they were before the VAE."""
-    laid = batch.encoded.laid if batch.encoded is not None else batch.laid
+    """Part a batch into images, each as it was before the encoder."""
+    laid = batch.laid
     place = 0
     for outcome in batch.outcomes:
         if outcome.fault is not None or laid is None:
@@ -296,7 +296,7 @@ def _alone(stage: Callable[[_Batch], _Batch]) -> Callable[[_Batch], _Batch]:
 
 def _encoder(featurizer: Featurizer) -> Callable[[_Batch], _Batch]:
     def encode(batch: _Batch) -> _Batch:
-        return batch if batch.laid is None else _Batch(batch.outcomes, None, featurizer.encode(batch.laid))
+        return batch if batch.laid is None else _Batch(batch.outcomes, batch.laid, featurizer.encode(batch.laid))
 
     return encode
 

@@ -75,8 +75,7 @@ def spoil(pipeline, stage, digests, error=NonFiniteError):
     inner = getattr(pipeline.stages, stage)
 
     def run(batch):
-        laid = batch if stage == "encode" else batch.laid
-        if set(laid.digests) & set(digests):
+        if set(batch.digests) & set(digests):
             raise error("spoiled")
         return inner(batch)
 

@@ -1,12 +1,14 @@
 """Taps against real diffusers modules with random weights: channels, stride and order are what the network does."""
 
+from pathlib import Path
+
 import pytest
 
+from difftap.backbones.sd_unet import SDUNet, depth
 from difftap.errors import RecipeError
-from difftap.taps import deepest, depth, named_taps, resolve
-from tests.tiny import MINI_UNET, TINY_UNET
+from tests.tiny import MINI_UNET, TINY_UNET, TINY_VAE
 
-STRIDE = 8
+STRIDE = 8  # image pixels per latent cell of TINY_VAE
 CONFIGS = {
     "tiny": TINY_UNET,
     "mini": MINI_UNET,
@@ -19,6 +21,11 @@ CONFIGS = {
         "up_block_types": ("CrossAttnUpBlock2D", "AttnUpBlock2D"),
     },
 }  # fmt: skip
+
+
+def of(config) -> SDUNet:
+    """A checkpoint without weights."""
+    return SDUNet("test", Path(), config, TINY_VAE, {})
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -52,7 +59,7 @@ def watched(request):
 
 def test_every_named_tap_is_what_a_hook_sees(watched):
     config, seen = watched
-    taps = named_taps(config, STRIDE)
+    taps = of(config).taps
     for tap in taps:
         assert seen[tap.module] == (tap.channels, (16 * STRIDE // tap.stride, 24 * STRIDE // tap.stride)), tap
     named = {tap.module for tap in taps}
@@ -63,42 +70,43 @@ def test_every_named_tap_is_what_a_hook_sees(watched):
 def test_taps_are_listed_in_the_order_of_execution(watched):
     config, seen = watched
     order = list(seen)
-    places = [order.index(tap.module) for tap in named_taps(config, STRIDE)]
+    places = [order.index(tap.module) for tap in of(config).taps]
     assert places == sorted(places)
 
 
 def test_depth_sorts_as_the_network_runs(watched):
     config, seen = watched
+    downs = len(config["down_block_types"])
     # Finer paths than a layer share the layer's place, so each path is held against the layer or block it belongs to.
-    named = {tap.module for tap in named_taps(config, STRIDE)}
+    named = {tap.module for tap in of(config).taps}
     order = [
         path
         for path in seen
         if path in named or path.split(".")[-2:-1] == ["upsamplers"] or path.split(".")[-2:-1] == ["downsamplers"]
     ]
-    depths = [depth(path, config) for path in order]
+    depths = [depth(path, downs) for path in order]
     assert depths == sorted(depths)
     for path in seen:
         layer = ".".join(path.split(".")[:4]) if not path.startswith("mid") else path
         if layer in named and layer != path:
-            assert depth(path, config) <= depth(layer, config)
+            assert depth(path, downs) <= depth(layer, downs)
 
 
 def test_deepest_is_the_last_to_finish(watched):
     config, seen = watched
     order = list(seen)
-    taps = named_taps(config, STRIDE)
+    taps = of(config).taps
     for first in taps[::3]:
         for second in taps[::2]:
             want = max((first, second), key=lambda tap: order.index(tap.module))
-            assert deepest([first, second], config).module == want.module
+            assert of(config).deepest([first, second]).module == want.module
 
 
 def test_names_and_paths_resolve_to_the_same_module(watched):
     config, seen = watched
-    for tap in named_taps(config, STRIDE):
-        assert resolve(tap.name, config, STRIDE) == tap
-        by_path = resolve(tap.module, config, STRIDE)
+    for tap in of(config).taps:
+        assert of(config).tap(tap.name) == tap
+        by_path = of(config).tap(tap.module)
         assert (by_path.name, by_path.module, by_path.channels, by_path.stride) == (
             tap.module,
             tap.module,
@@ -107,7 +115,7 @@ def test_names_and_paths_resolve_to_the_same_module(watched):
         )
     inner = next((path for path in seen if path.endswith("transformer_blocks.0.attn1")), None)
     if inner:
-        assert resolve(inner, config).module == inner
+        assert of(config).tap(inner).module == inner
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_names_and_paths_resolve_to_the_same_module(watched):
 )
 def test_unknown_taps_list_what_exists(name):
     with pytest.raises(RecipeError) as caught:
-        resolve(name, TINY_UNET)
+        of(TINY_UNET).tap(name)
     assert f"no tap '{name}'" in str(caught.value)
     assert "down0, down1, down2, down3, mid, up0, up1, up2, up3" in str(caught.value)
 
@@ -142,5 +150,5 @@ def test_index_one_of_dift_in_stable_diffusion():
         config = json.loads(resources.files("difftap").joinpath("assets", "configs", f"{name}.json").read_text())[
             "unet"
         ]
-        tap = resolve("up1", config)
+        tap = of(config).tap("up1")
         assert (tap.module, tap.channels, tap.stride) == ("up_blocks.1", 1280, 16)

@@ -1,0 +1,385 @@
+"""Stable Diffusion's family of UNets: SD 1.x and 2.x, SDXL's base model, and the embedded pocket model.
+
+The folder's layout is that of diffusers: ``unet/``, ``vae/`` and ``scheduler/``, and ``text_encoder/`` with
+``tokenizer/`` (Stable Diffusion) or ``prompt_table/`` (the embedded model). Only what decides the numbers is read here:
+the components' ``config.json`` and the noise schedule.
+
+Short names of taps follow the blocks of a diffusers ``UNet2DConditionModel``:
+
+=================  ==================================  ==========================================
+name               module path                         what it is
+=================  ==================================  ==========================================
+``down{i}``        ``down_blocks.{i}``                 an encoder block, *with* its downsampler
+``mid``            ``mid_block``                       the middle block
+``up{i}``          ``up_blocks.{i}``                   a decoder block, *with* its upsampler; what
+                                                       DIFT calls index ``i``
+``down2.attn0``    ``down_blocks.2.attentions.0``      one attention layer, in any block
+``down2.res0``     ``down_blocks.2.resnets.0``         one residual layer, in any block
+=================  ==================================  ==========================================
+
+Any other module path inside those blocks that gives a map (``up_blocks.1.resnets.0.conv1``) works too; its channels and
+stride are found when it is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from difftap.backbones.checkpoint import Checkpoint, NoiseRule, read_config
+from difftap.coords import Size
+from difftap.errors import ModelError, RecipeError, first_line, require
+from difftap.taps import Tap
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SDUNet", "depth"]
+
+_PATH = re.compile(r"^(?P<block>(?:down_blocks|up_blocks)\.\d+|mid_block)(?:\.[A-Za-z_0-9]+)*$")
+
+
+@dataclass(frozen=True)
+class SDUNet(Checkpoint):
+    """A diffusers-format checkpoint of Stable Diffusion's family.
+
+    Attributes:
+        unet: ``unet/config.json``.
+        vae: ``vae/config.json``.
+        scheduler: ``scheduler/scheduler_config.json``.
+    """
+
+    unet: Mapping[str, Any] = field(repr=False)
+    vae: Mapping[str, Any] = field(repr=False)
+    scheduler: Mapping[str, Any] = field(repr=False)
+
+    components: ClassVar[tuple[str, ...]] = ("unet", "vae")
+    tapped: ClassVar[str] = "unet"
+    encoder: ClassVar[str | None] = "vae"
+    hub_files: ClassVar[tuple[str, ...]] = (
+        "model_index.json",
+        "scheduler/*.json",
+        "tokenizer/*",
+        "tokenizer_2/*",
+        *(
+            f"{part}/{name}"
+            for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+            for name in ("config.json", "*.safetensors.index.json")
+        ),
+        "unet/diffusion_pytorch_model*.safetensors",
+        "vae/diffusion_pytorch_model*.safetensors",
+        "text_encoder/model*.safetensors",
+        "text_encoder_2/model*.safetensors",
+    )
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Tell by the UNet's folder."""
+        return (folder / "unet").is_dir()
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> SDUNet:
+        """Read the three configurations, and make sure of every entry that is used."""
+        model = cls(
+            name,
+            folder,
+            read_config(folder / "unet" / "config.json", "UNet"),
+            read_config(folder / "vae" / "config.json", "VAE"),
+            read_config(folder / "scheduler" / "scheduler_config.json", "scheduler"),
+        )
+        for config, wanted in ((model.unet, "UNet2DConditionModel"), (model.vae, "AutoencoderKL")):
+            if config.get("_class_name") != wanted:
+                raise ModelError(
+                    f"'{folder}' holds a {config.get('_class_name')!r} where a {wanted} is needed; difftap reads "
+                    "Stable Diffusion's UNet and VAE in diffusers format"
+                )
+        for component in cls.components:
+            _check_config(component, model.config(component), folder)
+            model.weight_files(component)
+        _check_kind(model)
+        return model
+
+    def config(self, component: str) -> Mapping[str, Any]:
+        """Give ``config.json`` of ``unet`` or ``vae``."""
+        return self.unet if component == "unet" else self.vae
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latent."""
+        return int(self.vae.get("latent_channels", 4))
+
+    @property
+    def latent_stride(self) -> int:
+        """Image pixels per latent cell."""
+        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+
+    @property
+    def size_step(self) -> int:
+        """Input sizes must be multiples of this many pixels, so that every block halves and doubles evenly."""
+        return int(self.latent_stride * 2 ** (len(self.unet["block_out_channels"]) - 1))
+
+    @property
+    def scaling_factor(self) -> float:
+        """What the latent is multiplied by before noise is added."""
+        return float(self.vae.get("scaling_factor", 0.18215))
+
+    @property
+    def prompt_width(self) -> int:
+        """D: the width of the prompt embedding that cross-attention reads."""
+        return int(self.unet["cross_attention_dim"])
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text embedding that SDXL's UNet takes besides the prompt; 0 for other UNets.
+
+        SDXL (Podell et al. 2024, section 2.2) projects it together with six sizes, each embedded like a timestep.
+        """
+        if self.unet.get("addition_embed_type") != "text_time":
+            return 0
+        return int(self.unet["projection_class_embeddings_input_dim"]) - 6 * int(self.unet["addition_time_embed_dim"])
+
+    @cached_property
+    def noise_rule(self) -> NoiseRule:
+        """Noise of the training schedule in the VAE's latent."""
+        return NoiseRule(self.latent_channels, self.latent_stride, self.scaling_factor, self.alphas_cumprod)
+
+    @cached_property
+    def alphas_cumprod(self) -> NDArray[np.float64]:
+        """The schedule's cumulative products of (1 - beta), ``(T,)``: DDPM, Ho et al. 2020, section 2.
+
+        Raises:
+            ModelError: the schedule is of a kind difftap does not know.
+        """
+        config = self.scheduler
+        kind = config.get("beta_schedule", "linear")
+        try:
+            steps = int(config.get("num_train_timesteps", 1000))
+            start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+            trained = config.get("trained_betas")
+            given = None if trained is None else np.asarray(trained, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"the scheduler of model '{self.name}' cannot be read ({error}); get the checkpoint again"
+            ) from error
+        if given is not None:
+            betas = given
+        elif kind == "scaled_linear":  # Stable Diffusion's: linear in the square root
+            betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+        elif kind == "linear":
+            betas = np.linspace(start, end, steps, dtype=np.float64)
+        else:
+            raise ModelError(f"model '{self.name}' has beta_schedule {kind!r}; allowed: scaled_linear, linear")
+        alphas = np.asarray(np.cumprod(1.0 - betas), np.float64)
+        if config.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1: the last step is pure noise
+            root = np.sqrt(alphas)
+            alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return alphas
+
+    def attention_bytes(self, size: Size) -> int:
+        """Bytes of self-attention's table on the finest grid: 1.7 GB a member at 768 px for Stable Diffusion 2.1."""
+        # diffusers' configs call the number of heads attention_head_dim
+        heads = self.unet.get("num_attention_heads") or self.unet.get("attention_head_dim", 8)
+        blocks = self.unet["down_block_types"]
+        finest = next((i for i, kind in enumerate(blocks) if "Attn" in kind), 0)  # SDXL's first block has no attention
+        count = int(heads[finest] if isinstance(heads, list) else heads)
+        stride = self.latent_stride << finest
+        cells = (size[0] // stride) * (size[1] // stride)
+        return 4 * count * cells**2
+
+    @cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """Every block and layer of the UNet that has a short name, in the order in which the network runs them."""
+        unet = self.unet
+        widths = [int(width) for width in unet["block_out_channels"]]
+        down_types, up_types = list(unet["down_block_types"]), list(unet["up_block_types"])
+        layers = unet.get("layers_per_block", 2)
+        per_block = [int(n) for n in layers] if isinstance(layers, Sequence) else [int(layers)] * len(widths)
+        taps: list[Tap] = []
+        stride = self.latent_stride
+
+        def add_block(name: str, path: str, kind: str, count: int, width: int, inner: int, outer: int) -> None:
+            for layer in range(count):
+                taps.append(Tap(f"{name}.res{layer}", f"{path}.resnets.{layer}", width, inner))
+                if "CrossAttn" in kind or "AttnDown" in kind or "AttnUp" in kind:
+                    taps.append(Tap(f"{name}.attn{layer}", f"{path}.attentions.{layer}", width, inner))
+            taps.append(Tap(name, path, width, outer))
+
+        for i, (kind, width) in enumerate(zip(down_types, widths, strict=True)):
+            outer = stride if i == len(widths) - 1 else stride * 2
+            add_block(f"down{i}", f"down_blocks.{i}", kind, per_block[i], width, stride, outer)
+            stride = outer
+        if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is not None:
+            taps.append(Tap("mid", "mid_block", widths[-1], stride))
+        for i, (kind, width) in enumerate(zip(up_types, reversed(widths), strict=True)):
+            outer = stride if i == len(widths) - 1 else stride // 2
+            add_block(f"up{i}", f"up_blocks.{i}", kind, per_block[-1 - i] + 1, width, stride, outer)
+            stride = outer
+        return tuple(taps)
+
+    def tap(self, name: str) -> Tap:
+        """Find a tap by its short name or module path, deeper ones too.
+
+        Raises:
+            RecipeError: the name fits no block or layer of this UNet; the message lists those that exist.
+        """
+        known = self.taps
+        for tap in known:
+            if name == tap.name:
+                return tap
+            if name == tap.module:
+                return Tap(name, tap.module, tap.channels, tap.stride)
+        path = _PATH.match(name)
+        if path and any(tap.module == path["block"] for tap in known):
+            return Tap(name, name, 0, 0)
+        blocks = ", ".join(tap.name for tap in known if "." not in tap.name)
+        raise RecipeError(
+            f"no tap '{name}' in this UNet; its blocks are {blocks}; layers are written like 'down2.attn0' or "
+            "'up1.res0' ('difftap taps --model M' lists them all), and a module path like "
+            "'up_blocks.1.attentions.0' works too"
+        )
+
+    def deepest(self, taps: Sequence[Tap]) -> Tap:
+        """Find the tap that the UNet finishes last, of any module path."""
+        downs = len(self.unet["down_block_types"])
+        return max(taps, key=lambda tap: depth(tap.module, downs))
+
+    def network(self, component: str) -> torch.nn.Module:
+        """Load one component in fp32 with diffusers; safetensors only, nothing from the network."""
+        import torch
+        from safetensors import SafetensorError
+
+        diffusers = require("diffusers", "export", "loading a checkpoint with torch")
+        kind = diffusers.UNet2DConditionModel if component == "unet" else diffusers.AutoencoderKL
+        files = self.weight_files(component)
+        variant = "fp16" if files[0].name.endswith(".fp16.safetensors") else None
+        try:
+            loaded = kind.from_pretrained(
+                str(self.folder),
+                subfolder=component,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=variant,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+            )
+        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ModelError(f"the {component} in '{self.folder}' cannot be loaded ({first_line(error)})") from error
+        module: torch.nn.Module = loaded.eval().requires_grad_(False)
+        return module
+
+    def encode(self, network: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the VAE's encoder; the posterior is that before the scaling factor."""
+        posterior = network.encode(image, return_dict=False)[0]
+        return posterior.mean, posterior.std
+
+    def run(
+        self,
+        network: torch.nn.Module,
+        given: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        prompt: torch.Tensor | None = None,
+    ) -> None:
+        """Run the UNet on noisy latents, ``(B, C, h, w)``.
+
+        SDXL's pooled embedding is taken out of the prompt's last row, and its six sizes are added, the image whole and
+        uncropped: original height and width, the crop's top and left, target height and width.
+        """
+        import torch
+
+        added = None
+        if self.pooled_width and prompt is not None:
+            height, width = (side * self.latent_stride for side in given.shape[-2:])
+            ones = torch.ones_like(prompt[:, -1, :1])  # (B, 1): sides may be symbolic while tracing
+            sizes = torch.cat([ones * height, ones * width, ones * 0, ones * 0, ones * height, ones * width], dim=1)
+            added = {"text_embeds": prompt[:, -1, : self.pooled_width], "time_ids": sizes}
+            prompt = prompt[:, :-1]
+        network(given, timestep, encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False)
+
+    def entrance(self, component: str, network: torch.nn.Module) -> torch.nn.Module:
+        """Give the UNet, or the VAE's encoder: its decoder is never run."""
+        return network if component == "unet" else network.encoder
+
+
+def _check_config(part: str, config: Mapping[str, Any], folder: Path) -> None:
+    """Make sure of every entry that difftap reads itself, so that a damaged file is named here and not where it hurts.
+
+    Raises:
+        ModelError: an entry is missing or makes no sense.
+    """
+
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and value > 0
+
+    def per_block(value: object) -> bool:
+        return isinstance(value, list) and len(value) == count
+
+    widths = config.get("block_out_channels")
+    count = len(widths) if isinstance(widths, list) and all(map(whole, widths)) else 0
+    good = {"block_out_channels": count > 0}
+    if part == "unet":
+        layers = config.get("layers_per_block", 2)
+        good |= {key: per_block(config.get(key)) for key in ("down_block_types", "up_block_types")}
+        good["cross_attention_dim"] = whole(config.get("cross_attention_dim"))
+        good["layers_per_block"] = whole(layers) or (per_block(layers) and all(map(whole, layers)))
+    else:
+        good["latent_channels"] = whole(config.get("latent_channels", 4))
+        good["scaling_factor"] = isinstance(config.get("scaling_factor", 1.0), int | float)
+    for key, fine in good.items():
+        if not fine:
+            raise ModelError(
+                f"'{folder / part / 'config.json'}' has {key} = {config.get(key)!r}, which makes no sense; "
+                "get the checkpoint again"
+            )
+
+
+def _check_kind(model: SDUNet) -> None:
+    """Refuse UNets that need inputs which difftap does not feed.
+
+    Raises:
+        ModelError: an inpainting UNet, or one with conditions besides timestep, prompt and SDXL's text and sizes.
+    """
+    channels = model.unet.get("in_channels", 4)
+    if channels != model.latent_channels:
+        raise ModelError(
+            f"the UNet of '{model.name}' takes {channels} channels and its VAE's latent has {model.latent_channels}; "
+            "allowed: equal numbers (an inpainting model's UNet takes a mask too: use the base model)"
+        )
+    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
+        if model.unet.get(key) not in (None, "text_time" if key == "addition_embed_type" else None):
+            raise ModelError(
+                f"the UNet of '{model.name}' has {key} = {model.unet[key]!r}; allowed: conditions on timestep and "
+                "prompt, as in Stable Diffusion 1.x and 2.x, and on text and sizes, as in SDXL's base model"
+            )
+    if model.unet.get("addition_embed_type") == "text_time":
+        given, sizes = (model.unet.get(k) for k in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
+        if not isinstance(given, int) or not isinstance(sizes, int) or not 0 < model.pooled_width <= model.prompt_width:
+            raise ModelError(
+                f"the UNet of '{model.name}' has projection_class_embeddings_input_dim = {given!r} and "
+                f"addition_time_embed_dim = {sizes!r}; allowed: those of SDXL's base model (a pooled text embedding "
+                "and six sizes)"
+            )
+
+
+def depth(module: str, downs: int) -> tuple[int, ...]:
+    """Sort module paths by when a UNet of so many encoder blocks finishes them.
+
+    Layers finish before the block that holds them; within a block, residual layer ``k`` comes before attention layer
+    ``k``. Deeper paths sort with the layer that holds them.
+    """
+    parts = module.split(".")
+    if parts[0] == "mid_block":
+        block, rest = downs, parts[1:]
+    else:
+        block, rest = int(parts[1]) + (0 if parts[0] == "down_blocks" else downs + 1), parts[2:]
+    if not rest:
+        return (block, 1, 0, 0)
+    if len(rest) == 1 or rest[0] not in ("resnets", "attentions"):
+        return (block, 0, 10**6, 0)  # a sampler, or a list of layers: after all of the block's layers
+    return (block, 0, int(rest[1]), int(rest[0] == "attentions"))
