@@ -1,13 +1,17 @@
 """The noise depends on seed, image and member alone; its values are part of the recipe's meaning."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difftap.engine.noise import draw
+from difftap.backbones.checkpoint import NoiseRule
+from difftap.engine.noise import draw, draw_noise, latent_feeds, scales
+from difftap.errors import InputError
+from difftap.recipe import Branch, Recipe
 
 DIGEST = "ab" * 32
 GOLDEN = (
@@ -96,3 +100,66 @@ def test_antithetic_members_are_standard_normal_one_by_one():
         assert np.allclose(block, [[1, -1], [-1, 1]])
     heads = members[0::2]
     assert np.abs(np.corrcoef(heads) - np.eye(8)).max() < 5.5 / count**0.5
+
+
+RULE = NoiseRule(1, 8, 0.5, np.array([0.81, 0.36, 0.0]))
+"""A schedule whose roots are whole tenths: signal 0.9, 0.6, 0 times 0.5; sigma the square root of 0.19, then 0.8, 1."""
+
+
+@pytest.mark.parametrize(
+    ("timestep", "noise", "want"),
+    [
+        (0, "independent", (0.45, 0.19**0.5)),  # the first step of the schedule counts, it is not "no timestep"
+        (1, "independent", (0.3, 0.8)),
+        (1, "antithetic", (0.3, 0.8)),
+        (2, "independent", (0.0, 1.0)),  # zero terminal signal: pure noise
+        (0, "none", (0.5, 0.0)),
+        (2, "none", (0.5, 0.0)),  # a clean latent at any timestep
+    ],
+)
+def test_signal_and_sigma_worked_out_by_hand(timestep, noise, want):
+    assert scales(RULE, timestep, noise) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("timestep", [-1, 3])
+def test_a_timestep_outside_the_schedule_is_refused(timestep):
+    with pytest.raises(InputError, match=f"timestep {timestep} of a schedule with 3; allowed: 0 to 2"):
+        scales(RULE, timestep, "independent")
+
+
+def test_feeds_of_two_cells_worked_out_by_hand():
+    """The noisy latent of two images of two cells each, as the graph forms it: the posterior sampled once a member."""
+    torch = pytest.importorskip("torch")
+    from difftap.engine.torch_model import noisy_latent
+
+    posterior = {
+        "mean": np.array([[[[2.0, -4.0]]], [[[0.0, 10.0]]]], np.float32),  # (B, C, h, w) = (2, 1, 1, 2)
+        "std": np.array([[[[1.0, 0.5]]], [[[2.0, 0.0]]]], np.float32),
+    }
+    first = [[[[[1.0, 2.0]]], [[[-1.0, -2.0]]]], [[[[3.0, 5.0]]], [[[3.0, 5.0]]]]]  # image 2: once for both members
+    second = [[[[[10.0, 0.0]]], [[[-10.0, 0.0]]]], [[[[1.0, 1.0]]], [[[-1.0, -1.0]]]]]
+    noises = np.array([first, second], np.float32)  # (2, B, E, C, h, w)
+    feeds = latent_feeds(RULE, 1, "independent", posterior, noises)
+    assert feeds["timestep"].tolist() == [1, 1] and feeds["timestep"].dtype == np.int64
+    names = ("mean", "std", "posterior_noise", "noise", "signal", "sigma")
+    found = noisy_latent(*(torch.from_numpy(feeds[name]) for name in names))
+    # 0.3 (mean + std * first) + 0.8 * second
+    want = [
+        [[[[0.3 * 3 + 8, 0.3 * -3]]], [[[0.3 * 1 - 8, 0.3 * -5]]]],
+        [[[[0.3 * 6 + 0.8, 0.3 * 10 + 0.8]]], [[[0.3 * 6 - 0.8, 0.3 * 10 - 0.8]]]],
+    ]
+    assert np.allclose(found.numpy(), want, atol=1e-6)
+    clean = latent_feeds(RULE, 1, "none", posterior, np.zeros_like(noises))
+    found = noisy_latent(*(torch.from_numpy(clean[name]) for name in names))
+    assert np.allclose(found.numpy()[:, 0], 0.5 * posterior["mean"])  # neither noise has a say
+
+
+def test_a_recipes_kind_decides_what_is_drawn():
+    recipe = Recipe((Branch(("up1",), 0),), ensemble=4, seed=3)
+    plain = draw_noise(recipe, [DIGEST, "cd" * 32], (2, 2, 3), 3)
+    assert plain.shape == (2, 2, 3, 2, 2, 3)
+    assert (plain[:, 0] == np.stack(draw(3, DIGEST, 3, (2, 2, 3)))).all()
+    pairs = draw_noise(replace(recipe, noise="antithetic"), [DIGEST], (2, 2, 3), 4)
+    assert (pairs[:, :, 1] == -pairs[:, :, 0]).all() and (pairs[:, :, 3] == -pairs[:, :, 2]).all()
+    assert (pairs[:, 0, 0] == plain[:, 0, 0]).all()  # a pair's first member is that of independent draws
+    assert not draw_noise(replace(recipe, noise="none", ensemble=1), [DIGEST], (2, 2, 3), 1).any()

@@ -15,8 +15,7 @@ import numpy as np
 from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, Profile
 from difftap.engine.bf16x3 import split_products
 from difftap.engine.float32 import check_kept
-from difftap.engine.openvino_network import fix_shapes, read_network
-from difftap.engine.quantise import quantise, reason
+from difftap.engine.openvino_network import fix_shapes, quantise, read_network, reason
 from difftap.errors import BackendError, OutputError, require
 
 _DEVICES = {"cpu": "CPU", "intel-gpu": "GPU"}
