@@ -44,6 +44,7 @@ __all__ = [
     "Branch",
     "Learned",
     "Matcher",
+    "ModelReference",
     "Recipe",
     "load_recipe",
     "presets",
@@ -147,6 +148,35 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class ModelReference:
+    """Which checkpoint is meant: its name, and the revision or the seed of its weights.
+
+    Attributes:
+        name: preset name, local folder, or hub id; any of them and ``+FILE.safetensors`` for another UNet's weights.
+        revision: branch, tag or commit of a hub id; None for the default branch.
+        random_weights: seed of the weights that a preset is built with, in place of loading them; None to load them.
+    """
+
+    name: str
+    revision: str | None = None
+    random_weights: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "model", self.name, "a preset name, a folder, or a hub id")
+
+    def __str__(self) -> str:
+        """Name the checkpoint as people and error messages do."""
+        if self.random_weights is not None:
+            return f"{self.name} (random weights, seed {self.random_weights})"
+        return self.name if self.revision is None else f"{self.name} at {self.revision}"
+
+    def to_data(self) -> str | dict[str, Any]:
+        """Give plain data: the name alone where there is nothing else to say."""
+        data = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return self.name if len(data) == 1 else data
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the numbers.
 
@@ -154,7 +184,7 @@ class Recipe:
         branches: one or more UNet passes; their maps are joined as in the poster's dual layer: each L2-normalised per
             cell, brought to the finest grid by ``upsample``, and concatenated so that the cosine of the joined map is
             the weighted mean of the branches' cosines.
-        model: preset name, local folder, or hub id.
+        model: the checkpoint; a name alone is enough.
         size: the network's input, ``(W, H)`` in pixels.
         fit: ``stretch`` (aspect not kept, as DIFT does) or ``letterbox``.
         ensemble: noise samples averaged per image, E.
@@ -170,7 +200,7 @@ class Recipe:
     """
 
     branches: tuple[Branch, ...]
-    model: str = "pocket"
+    model: ModelReference = ModelReference("pocket")
     size: Size = (768, 768)
     fit: str = "stretch"
     ensemble: int = 8
@@ -183,9 +213,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "branches", tuple(self.branches))
+        if isinstance(self.model, str):
+            object.__setattr__(self, "model", ModelReference(self.model))
         object.__setattr__(self, "size", tuple(self.size))
         _check(len(self.branches) > 0, "branches", len(self.branches), "at least one")
-        _check(bool(self.model), "model", self.model, "a preset name, a folder, or a hub id")
         _check(
             len(self.size) == 2 and all(isinstance(n, int) and 8 <= n <= MAX_SIDE for n in self.size),
             "size",
@@ -212,8 +243,8 @@ class Recipe:
         _check(self.upsample in INTERPOLATIONS, "upsample", self.upsample, ", ".join(INTERPOLATIONS))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested data, ready for JSON or TOML, what is None left out; `from_dict` reads it back."""
-        data = dataclasses.asdict(self)
+        """Give plain nested data, ready for JSON or TOML, what is None left out; `from_dict` reads it back."""
+        data = {**dataclasses.asdict(self), "model": self.model.to_data()}
         for table in (data, *data["branches"]):
             for name in [name for name, value in table.items() if value is None]:
                 del table[name]
@@ -232,6 +263,8 @@ class Recipe:
             matcher = _build(Matcher, values.pop("matcher", {}), "matcher")
             if values.get("learned") is not None:
                 values["learned"] = _build(Learned, values["learned"], "learned")
+            if not isinstance(values.get("model", ""), str):
+                values["model"] = _build(ModelReference, values["model"], "model")
             if isinstance(values.get("size"), int):
                 values["size"] = (values["size"], values["size"])
             recipe: Recipe = _build(cls, {**values, "branches": tuple(branches), "matcher": matcher}, "recipe")
@@ -240,8 +273,8 @@ class Recipe:
             raise RecipeError(f"recipe has a value of the wrong type: {error}") from error
 
     def feature_fields(self) -> dict[str, Any]:
-        """The part that decides the features: all but the matcher, and how the branches are joined."""
-        data = _known_by_content(self.to_dict())
+        """Give the part that decides the features: all but the matcher, and how the branches are joined."""
+        data = self._by_content()
         del data["matcher"], data["upsample"], data["combine"]
         for branch in data["branches"]:
             del branch["weight"]
@@ -249,20 +282,25 @@ class Recipe:
         return data
 
     def key(self) -> str:
-        """16 hex digits of everything asked for: with the model's key, the name of every artefact made with it."""
-        return _digest(_known_by_content(self.to_dict()))
+        """Hash everything asked for to 16 hex digits: with the model's key, they name every artifact made with it."""
+        return _digest(self._by_content())
 
     def feature_key(self) -> str:
         """Like `key`, for artefacts that hold features alone: the matcher has no say in them."""
         return _digest(self.feature_fields())
 
+    def _by_content(self) -> dict[str, Any]:
+        """Give the plain data that keys are made of.
 
-def _known_by_content(data: dict[str, Any]) -> dict[str, Any]:
-    """Name learned prompts whose hash is known by it: where they lie, and how the path is spelled, has no say."""
-    learned = data.get("learned")
-    if learned and learned["sha256"]:
-        data["learned"] = {name: learned[name] for name in ("sha256", "mode")}
-    return data
+        Learned prompts whose hash is known go by it: where they lie, and how the path is spelled, has no say. Of the
+        model the name alone counts: its weights have a key of their own. A field added after 0.1.0 must be left
+        out here while it has the value that 0.1.0 worked with, so that what was made by then still fits.
+        """
+        data = {**self.to_dict(), "model": self.model.name}
+        learned = data.get("learned")
+        if learned and learned["sha256"]:
+            data["learned"] = {name: learned[name] for name in ("sha256", "mode")}
+        return data
 
 
 def _digest(data: Mapping[str, Any]) -> str:

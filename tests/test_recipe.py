@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from difftap.cli import cli
 from difftap.errors import RecipeError
-from difftap.recipe import FITS, INTERPOLATIONS, MATCHERS, Branch, Learned, Matcher, Recipe, load_recipe, presets
+from difftap.recipe import (
+    FITS,
+    INTERPOLATIONS,
+    MATCHERS,
+    Branch,
+    Learned,
+    Matcher,
+    ModelReference,
+    Recipe,
+    load_recipe,
+    presets,
+)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 branches = st.builds(
@@ -213,3 +224,20 @@ def test_unknown_names_list_the_presets(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(RecipeError, match="TOML"):
         load_recipe(tmp_path / "binary.toml")
+
+
+def test_a_model_is_named_by_reference_and_its_weights_enter_no_key():
+    plain = load_recipe("dift")
+    assert plain.to_dict()["model"] == "sd21"
+    for extra in ({"revision": "abc"}, {"random_weights": 0}):
+        named = dataclasses.replace(plain, model=ModelReference("sd21", **extra))
+        assert named.to_dict()["model"] == {"name": "sd21", **extra}
+        assert Recipe.from_dict(named.to_dict()) == named != plain
+        assert (named.key(), named.feature_key()) == (plain.key(), plain.feature_key())
+    assert dataclasses.replace(plain, model="sd21") == plain
+    assert str(ModelReference("sd15", random_weights=3)) == "sd15 (random weights, seed 3)"
+    assert str(ModelReference("a/b", "main")) == "a/b at main"
+    with pytest.raises(RecipeError, match="unknown field 'seed' in model"):
+        Recipe.from_dict({**plain.to_dict(), "model": {"name": "sd21", "seed": 1}})
+    with pytest.raises(RecipeError, match="model"):
+        Recipe.from_dict({**plain.to_dict(), "model": ""})

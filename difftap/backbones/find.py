@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, backbones, poc
 from difftap.backbones.sd_unet import SDUNet
 from difftap.coords import Size
 from difftap.errors import ArtefactError, ModelError, first_line, require
+from difftap.recipe import ModelReference
 
 __all__ = ["PRESETS", "open_model"]
 
@@ -37,30 +39,27 @@ _GONE = "stabilityai/stable-diffusion-2-1"
 
 
 def open_model(
-    name: str,
+    reference: ModelReference,
     cache: Cache,
     *,
-    revision: str | None = None,
-    random_weights: int | None = None,
     size: Size | None = None,
 ) -> Checkpoint:
     """Find, build or download a model.
 
     Args:
-        name: ``pocket``, ``sd15``, ``sd21``, ``sdxl``, a folder, or a hub id; any of them and ``+FILE.safetensors``
-            for a UNet's weights to take in place of its own.
+        reference: ``pocket``, ``sd15``, ``sd21``, ``sdxl``, a folder, or a hub id; any of them and
+            ``+FILE.safetensors`` for a UNet's weights to take in place of its own.
         cache: where built checkpoints are kept.
-        revision: branch, tag or commit of a hub id.
-        random_weights: seed; build the preset with random weights instead of loading it.
         size: the input that is wanted, ``(W, H)``: refused before anything is built, if it cannot fit.
 
     Raises:
         ModelError: there is no such model, or it cannot be had, or the options do not fit it.
         RecipeError: the size does not fit the model that would be built.
     """
+    name, revision, random_weights = reference.name, reference.revision, reference.random_weights
     base, plus, file = name.rpartition("+")
     if plus and base and file.endswith(".safetensors") and not _is_folder(name):
-        under = open_model(base, cache, revision=revision, random_weights=random_weights, size=size)
+        under = open_model(replace(reference, name=base), cache, size=size)
         return Checkpoint.load(_with_unet(under, Path(file), cache), name)
     if random_weights is not None:
         if name not in PRESETS:

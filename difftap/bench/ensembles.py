@@ -111,8 +111,6 @@ def run_curve(
     images: Sequence[Image],
     runtime: Runtime | None = None,
     *,
-    revision: str | None = None,
-    random_weights: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Curve:
     """Measure the curves.
@@ -129,7 +127,7 @@ def run_curve(
     backend = get_backend(runtime.backend)
     device = choose_device(backend, runtime.device)
     threads = runtime.threads or available_cores()
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
+    model = open_model(recipe.model, cache, size=recipe.size)
     check_fits(recipe, model)
     maker = Maker(cache, backend, device, threads, model, recipe, 1, runtime.precision, runtime.calibrate)
     if model.noise_rule is None or model.encoder is None:

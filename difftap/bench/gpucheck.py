@@ -47,8 +47,6 @@ class GpuCheckCase:
         limit: seconds a cell may take, building included.
         seconds: least length of the timed part.
         threads: CPU threads; None for all.
-        revision: of a hub id.
-        random_weights: seed of random weights.
         cache: the cache folder.
     """
 
@@ -60,8 +58,6 @@ class GpuCheckCase:
     limit: float = 900.0
     seconds: float = 3.0
     threads: int | None = None
-    revision: str | None = None
-    random_weights: int | None = None
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -225,8 +221,8 @@ def _conditions(case: GpuCheckCase, threads: int) -> dict[str, Any]:
     return {
         "difftap": __version__,
         "recipe": recipe,
-        "random_weights": case.random_weights,
-        "revision": case.revision,
+        "random_weights": case.recipe.model.random_weights,
+        "revision": case.recipe.model.revision,
         "device": case.device,
         "gpu": gpu(),
         "cpu": cpu(),
@@ -256,8 +252,6 @@ def _measure(case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Pa
         cache=case.cache,
         threads=threads,
         batch=cell.batch,
-        revision=case.revision,
-        random_weights=case.random_weights,
     )
     end = time.monotonic() + case.limit
     before = gpu_memory()

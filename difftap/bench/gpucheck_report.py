@@ -40,9 +40,8 @@ def format_gpu_check(result: GpuCheck) -> list[str]:
     case, at = result.case, result.conditions
     recipe = case.recipe
     branches = " with ".join(f"{'+'.join(b.taps)} at t={b.timestep}" for b in recipe.branches)
-    weights = "" if case.random_weights is None else f", random weights (seed {case.random_weights})"
     lines = [
-        f"{recipe.model}{weights}, {branches}, ensemble {recipe.ensemble}; {at['gpu'] or 'no NVIDIA GPU'}; "
+        f"{recipe.model}, {branches}, ensemble {recipe.ensemble}; {at['gpu'] or 'no NVIDIA GPU'}; "
         f"{at['cpu']}, {at['threads']} threads; difftap {at['difftap']}"
     ]
     for size in case.sizes:

@@ -11,7 +11,7 @@ from difftap.errors import InputError
 from difftap.matching import Joining
 from difftap.prompts import made_of_images
 from difftap.prompts.learned import find_learned
-from difftap.recipe import KINDS, Branch, Learned, Recipe, load_recipe
+from difftap.recipe import KINDS, Branch, Learned, ModelReference, Recipe, load_recipe
 
 __all__ = ["LEARNED", "POSTER", "PROMPT", "PosterRow", "learned_rows", "poster_rows", "stand_in_rows", "with_prompts"]
 
@@ -50,7 +50,7 @@ class PosterRow:
         return not made_of_images(self.recipe)
 
 
-def poster_rows(model: str) -> list[PosterRow]:
+def poster_rows(model: ModelReference) -> list[PosterRow]:
     """The poster's rows that need no learned prompts, on a Stable Diffusion 2.1 checkpoint."""
     return [PosterRow(name, dataclasses.replace(load_recipe(name), model=model)) for name in POSTER]
 
@@ -68,7 +68,7 @@ def stand_in_rows(size: int | None = None) -> list[PosterRow]:
     return [PosterRow("pocket", recipe), PosterRow("pocket-bicubic", bicubic), PosterRow("pocket-dual", dual)]
 
 
-def learned_rows(model: str | None = None, size: int | None = None) -> list[PosterRow]:
+def learned_rows(model: ModelReference | None = None, size: int | None = None) -> list[PosterRow]:
     """The rows with learned prompts, each from the folder of its name.
 
     SD4Match's read by corners, as its authors do. On the embedded model they are called ``pocket-single`` and so on.

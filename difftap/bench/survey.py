@@ -16,9 +16,7 @@ from difftap.recipe import Recipe
 __all__ = ["survey"]
 
 
-def survey(
-    recipe: Recipe, cache_folder: Path | None, *, revision: str | None, random_weights: int | None
-) -> dict[str, Any]:
+def survey(recipe: Recipe, cache_folder: Path | None) -> dict[str, Any]:
     """Export what is missing, and count.
 
     Returns:
@@ -27,7 +25,7 @@ def survey(
         be counted.
     """
     cache = Cache(cache_folder or default_cache_folder())
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
+    model = open_model(recipe.model, cache, size=recipe.size)
     check_fits(recipe, model)
     encoder = ensure_graph(cache, model, model.encoder) if model.encoder else None
     about: dict[str, Any] = {

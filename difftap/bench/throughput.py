@@ -53,8 +53,6 @@ class ThroughputCase:
         images: files to extract from; generated pictures by default.
         matching: also time matching one pair's keypoints, once a contender.
         resident: whether processes stay alive between rounds; None to let memory decide.
-        revision: of a hub id.
-        random_weights: seed of random weights.
         cache: the cache folder.
     """
 
@@ -67,8 +65,6 @@ class ThroughputCase:
     images: tuple[Path, ...] = ()
     matching: bool = True
     resident: bool | None = None
-    revision: str | None = None
-    random_weights: int | None = None
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -239,8 +235,6 @@ def _order(case: ThroughputCase, threads: int, images: Sequence[Path]) -> dict[s
         cache=case.cache,
         threads=threads,
         batch=case.batch,
-        revision=case.revision,
-        random_weights=case.random_weights,
     )
 
 

@@ -54,7 +54,6 @@ class _Job:
             cache=self.cache,
             precision=self.contender.precision,
         )
-        self.opening = {"revision": data["revision"], "random_weights": data["random_weights"]}
 
     @property
     def threads(self) -> int:
@@ -69,7 +68,7 @@ class _OursRunner:
 
         self._job = job
         before = _artefacts(job.cache)
-        self._pipeline = Pipeline.open(job.recipe, job.runtime, **job.opening)
+        self._pipeline = Pipeline.open(job.recipe, job.runtime)
         self.made = _artefacts(job.cache) != before
         self.batch = self._pipeline.batch
         self._ours = Ours(self._pipeline)
@@ -102,7 +101,7 @@ class _RivalRunner:
 
         self._job = job
         cache = Cache(job.cache or default_cache_folder())
-        self._model = open_model(job.recipe.model, cache, **job.opening, size=job.recipe.size)
+        self._model = open_model(job.recipe.model, cache, size=job.recipe.size)
         prompts = embed_prompts(job.recipe, self._model, cache)
         self._tuned = job.contender.name == "dift-tuned"
         device, precision = job.contender.device, job.contender.precision
@@ -163,7 +162,7 @@ class _Child:
         from difftap.bench.survey import survey
 
         job = _Job(order)
-        return survey(job.recipe, job.cache, **job.opening)
+        return survey(job.recipe, job.cache)
 
     def open(self, order: dict[str, Any]) -> dict[str, Any]:
         """Open the contender and warm it up."""

@@ -126,8 +126,6 @@ def make_order(
     cache: Path | None,
     threads: int,
     batch: int,
-    revision: str | None,
-    random_weights: int | None,
 ) -> dict[str, Any]:
     """What every contender is told of a job, as plain data; who it is goes beside it as ``contender``."""
     return {
@@ -136,8 +134,6 @@ def make_order(
         "cache": str(cache.resolve()) if cache else None,
         "threads": threads,
         "batch": batch,
-        "revision": revision,
-        "random_weights": random_weights,
     }
 
 

@@ -11,7 +11,6 @@ import click
 from difftap.commands.options import (
     RECIPE_NAMES,
     Command,
-    Opening,
     cache_option,
     feature_options,
     needs,
@@ -21,7 +20,7 @@ from difftap.commands.options import (
 if TYPE_CHECKING:
     from difftap.recipe import Recipe
 
-_MEASURED = ("device", "precision", "threads", "revision", "random_weights", *RECIPE_NAMES)
+_MEASURED = ("device", "precision", "threads", *RECIPE_NAMES)
 
 
 @click.command(
@@ -53,7 +52,6 @@ def doctor(
     threads: int | None,
     cache: Path | None,
     recipe: Recipe,
-    opening: Opening,
 ) -> None:
     """List backends, extras, devices and the cache; say what is missing and the pip line that brings it.
 
@@ -72,7 +70,7 @@ def doctor(
         from difftap.pipeline.pipeline import Runtime
 
         runtime = Runtime(AUTO, device, threads, cache=store.folder, precision=precision)
-        choose(recipe, runtime, **opening, afresh=True)
+        choose(recipe, runtime, afresh=True)
     health = examine(store)
     if as_json:
         click.echo(json.dumps(to_json(health), indent=1))

@@ -10,7 +10,6 @@ import click
 
 from difftap.commands.options import (
     Command,
-    Opening,
     cache_option,
     excludes,
     feature_options,
@@ -43,7 +42,7 @@ def engines() -> None:
     help="Network inputs to build for, in place of the recipe's size.",
     rules=(excludes("--size and --sizes are both given; leave one of them out", "size"),),
 )
-def build(recipe: Recipe, opening: Opening, runtime: Runtime, sizes: list[tuple[int, int]]) -> None:
+def build(recipe: Recipe, runtime: Runtime, sizes: list[tuple[int, int]]) -> None:
     """Make a recipe's engines, and hold each against the float32 reference: torch, or onnxruntime without it.
 
     --backend and --precision take several, separated by commas, or 'all': every backend that can be used here, every
@@ -61,7 +60,7 @@ def build(recipe: Recipe, opening: Opening, runtime: Runtime, sizes: list[tuple[
     rows, failed = [], []
     for job in jobs:
         try:
-            for record, seconds in build_engines(job.recipe, job.runtime, **opening):
+            for record, seconds in build_engines(job.recipe, job.runtime):
                 rows.append((job, record, seconds))
                 click.echo(f"{record.path}", err=len(jobs) > 1)
         except DifftapError as error:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from difftap.commands.options import Command, Opening, cache_option, model_options, needs, option
+from difftap.commands.options import Command, cache_option, checkpoint_options, needs, option
+
+if TYPE_CHECKING:
+    from difftap.recipe import ModelReference
 
 
 @click.command(cls=Command)
-@model_options
+@checkpoint_options
 @click.option(
     "--tap",
     "taps",
@@ -27,7 +31,7 @@ from difftap.commands.options import Command, Opening, cache_option, model_optio
     rules=(needs("model", "--beside writes into the model's folder; say which by --model"),),
 )
 @cache_option
-def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path | None, opening: Opening) -> None:
+def export(reference: ModelReference, taps: tuple[str, ...], beside: bool, cache: Path | None) -> None:
     """Export the VAE encoder and the tapped UNet, and print each output's parity with torch.
 
     \b
@@ -39,7 +43,7 @@ def export(model: str | None, taps: tuple[str, ...], beside: bool, cache: Path |
     from difftap.export.graphs import export_graph
 
     store = Cache(cache or default_cache_folder())
-    opened = open_model(model or "pocket", store, **opening)
+    opened = open_model(reference, store)
     for name in taps:
         opened.tap(name)
     encoder = [(opened.encoder, ())] if opened.encoder else []

@@ -10,7 +10,6 @@ import click
 
 from difftap.commands.options import (
     Command,
-    Opening,
     category_option,
     feature_options,
     gives,
@@ -113,7 +112,6 @@ def extract(
     category: str | None,
     settings: ExtractSettings,
     recipe: Recipe,
-    opening: Opening,
     runtime: Runtime,
 ) -> None:
     """Extract the features of a whole data set into a store that every other command can read.
@@ -151,7 +149,7 @@ def extract(
         from difftap.pipeline.pipeline import Pipeline
 
         with (
-            Pipeline.open(recipe, runtime, **opening) as pipeline,
+            Pipeline.open(recipe, runtime) as pipeline,
             progress_bar(len(listed), "images", rate=True) as advance,
         ):
             run = extract_to_store(pipeline, listed, output, settings, progress=advance)
@@ -160,7 +158,7 @@ def extract(
 
         cluster = Cluster(None if ray_address == "local" else ray_address, ray_workers, stall)
         with progress_bar(len(listed), "images", rate=True) as advance:
-            run = extract_on_cluster(recipe, runtime, listed, output, settings, cluster, {**opening}, progress=advance)
+            run = extract_on_cluster(recipe, runtime, listed, output, settings, cluster, progress=advance)
     _report(run, output)
 
 

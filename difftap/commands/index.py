@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,15 +15,14 @@ import click
 from difftap.commands.options import (
     RECIPE_NAMES,
     Command,
-    Opening,
     Rule,
     excludes,
     feature_options,
     gives,
-    gives_opening,
     needs,
     option,
     recipe_option,
+    reference_to,
     runtime_options,
     stack,
     store_option,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from difftap.recipe import Recipe
     from difftap.retrieval.builder import Options
     from difftap.retrieval.index import Origin, VectorBatch
-    from difftap.retrieval.queries import Query
+    from difftap.retrieval.queries import Query, Weights
     from difftap.retrieval.vectors import AlreadyIndexed, Patches
 
 __all__ = ["index"]
@@ -60,13 +60,20 @@ _LABELS = click.option(
 _PER_IMAGE = click.option(
     "--per-image", type=click.IntRange(1), metavar="N", help="Images: N cells of each, drawn at random.  [default: all]"
 )
-_opening = stack(
+
+
+def _weights(revision: str | None, random_weights: int | None) -> Weights:
+    """Say how the index's model is to be had, where it was not a plain folder or preset."""
+    return functools.partial(reference_to, None, revision, random_weights)
+
+
+_weights_options = stack(
     [
         recipe_option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
         recipe_option(
             "--random-weights", type=int, metavar="SEED", help="The model was built with seeded random weights."
         ),
-        gives_opening,
+        gives("weights", _weights),
     ]
 )
 _SOURCES = click.argument("sources", metavar="SOURCE...", type=_FILE, nargs=-1, required=True)
@@ -176,7 +183,6 @@ def build(
     wanted: Options,
     which: Patches,
     recipe: Recipe,
-    opening: Opening,
     runtime: Runtime,
     overwrite: bool,
     features: str | None,
@@ -201,7 +207,7 @@ def build(
 
         paths = list_images(sources)
         with (
-            open_features(recipe, features, runtime, **opening) as pipeline,
+            open_features(recipe, features, runtime) as pipeline,
             progress_bar(len(paths), "images") as advance,
         ):
             origin = Origin.of_patches(pipeline.recipe, pipeline.conditions)
@@ -225,7 +231,7 @@ def build(
 @_LABELS
 @gives("which", _patches)
 @store_option
-@_opening
+@_weights_options
 @runtime_options
 def add(
     sources: tuple[Path, ...],
@@ -233,7 +239,7 @@ def add(
     name: str,
     which: Patches,
     features: str | None,
-    opening: Opening,
+    weights: Weights,
     runtime: Runtime,
 ) -> None:
     """Add SOURCEs to an index: all of them or, if it is interrupted, none.
@@ -247,7 +253,7 @@ def add(
     with open_index(where, name=name) as opened:
         trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
         known = AlreadyIndexed(opened.rows())
-        with _vectors(sources, opened.about.origin, which, runtime, opening, features, failures, known) as (
+        with _vectors(sources, opened.about.origin, which, runtime, weights, features, failures, known) as (
             batches,
             _,
         ):
@@ -302,7 +308,7 @@ def add(
 )
 @_GPU
 @store_option
-@_opening
+@_weights_options
 @runtime_options
 def search(
     image: Path | None,
@@ -318,7 +324,7 @@ def search(
     roots: tuple[Path, ...],
     gpu: bool,
     features: str | None,
-    opening: Opening,
+    weights: Weights,
     runtime: Runtime,
 ) -> None:
     """Find what is nearest to IMAGE, to the object under --mask, to the place at --point, or to a table's row.
@@ -346,7 +352,7 @@ def search(
                 opened.about.origin,
                 runtime,
                 features=features,
-                **opening,
+                weights=weights,
             ) as pipeline:
                 vector, conditions = embed(query, opened.about.origin, pipeline), pipeline.conditions
         else:
@@ -381,7 +387,7 @@ def search(
 @_GPU
 @gives("which", _patches)
 @store_option
-@_opening
+@_weights_options
 @runtime_options
 def evaluate(
     sources: tuple[Path, ...],
@@ -394,7 +400,7 @@ def evaluate(
     json_file: Path | None,
     gpu: bool,
     features: str | None,
-    opening: Opening,
+    weights: Weights,
     runtime: Runtime,
 ) -> None:
     """Search for every vector of SOURCEs, their own images left out: recall@k, mAP and kNN accuracy, by class.
@@ -408,7 +414,7 @@ def evaluate(
     failures: list[tuple[str, str]] = []
     with (
         retrieve.open_index(where, name=name, gpu=gpu) as opened,
-        _vectors(sources, opened.about.origin, which, runtime, opening, features, failures) as (
+        _vectors(sources, opened.about.origin, which, runtime, weights, features, failures) as (
             batches,
             conditions,
         ),
@@ -436,7 +442,7 @@ def _vectors(
     origin: Origin,
     which: Patches,
     runtime: Runtime,
-    opening: Opening,
+    weights: Weights,
     features: str | None,
     failures: list[tuple[str, str]],
     known: AlreadyIndexed | None = None,
@@ -457,7 +463,7 @@ def _vectors(
     if known is not None:
         paths = known.images(paths)
     with (
-        open_pipeline(origin, runtime, features=features, **opening) as pipeline,
+        open_pipeline(origin, runtime, features=features, weights=weights) as pipeline,
         progress_bar(len(paths), "images") as advance,
     ):
         yield patch_batches(pipeline, paths, which, advance, failures), pipeline.conditions

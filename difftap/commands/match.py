@@ -13,7 +13,6 @@ import click
 
 from difftap.commands.options import (
     Command,
-    Opening,
     category_option,
     excludes,
     gives,
@@ -127,7 +126,6 @@ def match(
     features: str | None,
     category: str | None,
     recipe: Recipe,
-    opening: Opening,
     runtime: Runtime,
 ) -> None:
     """Find the points of TARGET that correspond to points of SOURCE.
@@ -143,7 +141,6 @@ def match(
     job = _Job(
         with_category(recipe, category),
         runtime,
-        opening,
         threshold,
         mutual,
         5 if grid is None else grid,
@@ -173,7 +170,6 @@ class _Job:
 
     recipe: Recipe
     runtime: Runtime
-    opening: Opening
     threshold: Threshold
     mutual: bool
     grid: int
@@ -188,9 +184,9 @@ class _Job:
 
         pipeline: Pipeline
         if self.features is None:
-            pipeline = Pipeline.open(self.recipe, self.runtime, **self.opening)
+            pipeline = Pipeline.open(self.recipe, self.runtime)
         else:
-            pipeline = FeatureSource.open(self.recipe, self.features, self.runtime, **self.opening)
+            pipeline = FeatureSource.open(self.recipe, self.features, self.runtime)
         if self.category is not None and pipeline.prompts.depends_on != "category":
             pipeline.close()
             raise InputError("--category chooses among learned prompts, and these do not depend on it; leave it out")

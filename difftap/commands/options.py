@@ -13,7 +13,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -22,17 +22,17 @@ from difftap.commands.lazy import RENAMED
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.recipe import Learned, Recipe
+    from difftap.recipe import Learned, ModelReference, Recipe
 
 __all__ = [
     "RECIPE_NAMES",
     "Command",
     "Decorator",
-    "Opening",
     "Rule",
     "build_recipe",
     "cache_option",
     "category_option",
+    "checkpoint_options",
     "excludes",
     "feature_options",
     "gives",
@@ -45,6 +45,7 @@ __all__ = [
     "parse_size",
     "recipe_option",
     "recipe_options",
+    "reference_to",
     "runtime_option",
     "runtime_options",
     "size_option",
@@ -252,6 +253,8 @@ def build_recipe(
     *,
     recipe_name: str | None = None,
     model: str | None = None,
+    revision: str | None = None,
+    random_weights: int | None = None,
     size: tuple[int, int] | None = None,
     ensemble: int | None = None,
     taps: tuple[str, ...] = (),
@@ -278,12 +281,31 @@ def build_recipe(
     branches = tuple(dataclasses.replace(branch, **given) for branch in recipe.branches)
     matcher_changes: dict[str, Any] = {"name": matcher, "interpolation": interpolation}
     new_matcher = dataclasses.replace(recipe.matcher, **{k: v for k, v in matcher_changes.items() if v is not None})
-    changes: dict[str, Any] = {"model": model, "size": size, "ensemble": ensemble, "seed": seed, "noise": noise}
+    reference = reference_to(model, revision, random_weights, recipe.model)
+    changes: dict[str, Any] = {"model": reference, "size": size, "ensemble": ensemble, "seed": seed, "noise": noise}
     changes["learned"] = _learned(recipe, prompt, prompts, prompt_mode)
     if noise is None and recipe.noise == "antithetic" and ensemble is not None and ensemble % 2:
         changes["noise"] = "independent"  # no pairs can be made of an odd number
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(recipe, branches=branches, matcher=new_matcher, **changes)
+
+
+def reference_to(
+    model: str | None, revision: str | None, random_weights: int | None, otherwise: ModelReference
+) -> ModelReference:
+    """Put together which checkpoint is meant: what was given, and the rest as it is otherwise."""
+    return dataclasses.replace(
+        otherwise,
+        name=model or otherwise.name,
+        revision=otherwise.revision if revision is None else revision,
+        random_weights=otherwise.random_weights if random_weights is None else random_weights,
+    )
+
+
+def _checkpoint(model: str | None, revision: str | None, random_weights: int | None) -> ModelReference:
+    from difftap.recipe import ModelReference
+
+    return reference_to(model, revision, random_weights, ModelReference("pocket"))
 
 
 def with_category(recipe: Recipe, category: str | None) -> Recipe:
@@ -330,19 +352,6 @@ cache_option = runtime_option(
 )
 
 
-class Opening(TypedDict):
-    """Which weights of a model are opened: a hub id's revision, or random ones of a seed."""
-
-    revision: str | None
-    random_weights: int | None
-
-
-def _opening(revision: str | None, random_weights: int | None) -> Opening:
-    return {"revision": revision, "random_weights": random_weights}
-
-
-gives_opening = gives("opening", _opening)
-
 model_options = stack(
     [
         recipe_option(
@@ -358,9 +367,12 @@ model_options = stack(
             metavar="SEED",
             help="Build sd15, sd21 or sdxl at full size with seeded random weights.",
         ),
-        gives_opening,
     ]
 )
+
+
+checkpoint_options = stack([model_options, gives("reference", _checkpoint)])
+"""Which checkpoint, for commands that need no recipe: gives ``reference``."""
 
 
 size_option = recipe_option("--size", callback=_size, metavar="N|WxH", help="Network input in pixels.")

@@ -12,7 +12,6 @@ import click
 
 from difftap.commands.options import (
     Command,
-    Opening,
     build_recipe,
     excludes,
     feature_options,
@@ -126,7 +125,6 @@ def build(
     source: SceneSource,
     output: Path,
     recipe: Recipe,
-    opening: Opening,
     runtime: Runtime,
     rule: str,
     overwrite: bool,
@@ -149,7 +147,7 @@ def build(
     if rule not in RULES:
         raise InputError(f"--rule is {rule!r}; allowed: {', '.join(RULES)}")
     column = recipe_column(output, recipe)
-    with open_features(column.recipe, features, runtime, **opening) as pipeline:
+    with open_features(column.recipe, features, runtime) as pipeline:
         if not overwrite and is_built(source, column, rule, pipeline.conditions):
             click.echo(f"'{output}' is there already, built under these conditions", err=True)
             return

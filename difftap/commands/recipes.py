@@ -43,4 +43,4 @@ def recipes(name: str | None) -> None:
             how += f", noise {recipe.noise}"
         if recipe.learned is not None:
             how += f", learned prompts ({recipe.learned.kind})"
-        click.echo(f"{preset:<18}{recipe.model:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")
+        click.echo(f"{preset:<18}{recipe.model.name:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from difftap.commands.options import Opening, cache_option, model_options
+from difftap.commands.options import cache_option, checkpoint_options
+
+if TYPE_CHECKING:
+    from difftap.recipe import ModelReference
 
 
 @click.command()
-@model_options
+@checkpoint_options
 @cache_option
-def taps(model: str | None, cache: Path | None, opening: Opening) -> None:
+def taps(reference: ModelReference, cache: Path | None) -> None:
     """List a model's taps: name, channels, image pixels per cell, module path.
 
     \b
@@ -21,7 +25,7 @@ def taps(model: str | None, cache: Path | None, opening: Opening) -> None:
     from difftap.backbones.find import open_model
     from difftap.engine import Cache, default_cache_folder
 
-    opened = open_model(model or "pocket", Cache(cache or default_cache_folder()), **opening)
+    opened = open_model(reference, Cache(cache or default_cache_folder()))
     click.echo(f"{'tap':<14}{'channels':>9}{'stride':>8}  module")
     for tap in opened.taps:
         click.echo(f"{tap.name:<14}{tap.channels:>9}{tap.stride:>8}  {tap.module}")

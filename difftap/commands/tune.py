@@ -12,7 +12,6 @@ import click
 
 from difftap.commands.options import (
     Decorator,
-    Opening,
     build_recipe,
     cache_option,
     gives,
@@ -44,7 +43,6 @@ class _Job:
 
     settings: TuneSettings
     recipe: Recipe
-    opening: Opening
     data: tuple[str, str]
     output: Path
     layout: str | None
@@ -170,7 +168,7 @@ def _tune(job: _Job) -> None:
         val_limit=job.val_limit,
     )
     cache = Cache(job.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, **job.opening)
+    model = open_model(recipe.model, cache)
     click.echo(f"{len(pairs.train)} pairs to learn from, {len(pairs.val)} to choose by", err=True)
     from difftap.tuning.learn import tune as run
     from difftap.tuning.loop import Watcher

@@ -36,22 +36,21 @@ def precisions_agree(one: str, other: str) -> bool:
     return one == other or (one in _FLOATING and other in _FLOATING)
 
 
-def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | None = None, **opening: Any) -> Pipeline:
+def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | None = None) -> Pipeline:
     """A pipeline, or where a store is named what stands in for one.
 
     Args:
         recipe: decides the numbers.
         store: where extracted features lie; None for engines alone.
         runtime: for images that are not in.
-        opening: ``revision`` and ``random_weights``, as `difftap.Pipeline.open` takes them.
 
     Raises:
         RecipeError: the store holds other features; names the first field that differs.
         InputError: no such store, or images that are not in would be computed in another precision than those that are.
     """
     if store is None:
-        return Pipeline.open(recipe, runtime, **opening)
-    source = FeatureSource.open(recipe, store, runtime, **opening)
+        return Pipeline.open(recipe, runtime)
+    source = FeatureSource.open(recipe, store, runtime)
     theirs, ours = precision_of(source.conditions), str(source.conditions["backend"]["precision"])
     if not precisions_agree(theirs, ours):
         raise InputError(
@@ -86,7 +85,6 @@ class FeatureSource(Pipeline):
         store: FeatureStore,
         model: Checkpoint,
         conditions: dict[str, Any],
-        opening: dict[str, Any],
         book: PromptBook,
         *,
         complete: bool,
@@ -100,7 +98,6 @@ class FeatureSource(Pipeline):
         self.extracted = 0
         self.served = 0
         self._runtime = runtime
-        self._opening = opening
         self._complete = complete
         self._pipeline: Pipeline | None = None
 
@@ -112,7 +109,6 @@ class FeatureSource(Pipeline):
         runtime: Runtime | None = None,
         *,
         complete: bool = False,
-        **opening: Any,
     ) -> FeatureSource:
         """Open a store for a recipe.
 
@@ -121,7 +117,6 @@ class FeatureSource(Pipeline):
             path: the store.
             runtime: for images that are not in.
             complete: refuse images that are not in, instead of extracting them.
-            opening: ``revision`` and ``random_weights``, as `difftap.Pipeline.open` takes them.
 
         Raises:
             InputError: no such store.
@@ -133,9 +128,9 @@ class FeatureSource(Pipeline):
 
         store = FeatureStore.open(path)
         recipe = pinned(recipe)
-        runtime = resolve(recipe, runtime or Runtime(), **opening)
+        runtime = resolve(recipe, runtime or Runtime())
         cache = Cache(runtime.cache or default_cache_folder())
-        model = open_model(recipe.model, cache, **opening, size=recipe.size)
+        model = open_model(recipe.model, cache, size=recipe.size)
         check_fits(recipe, model)
         book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
         book.check_one_map_an_image()
@@ -150,13 +145,13 @@ class FeatureSource(Pipeline):
             "backend": made.conditions["backend"],
             "complete": complete,
         }
-        return cls(recipe, runtime, store, model, conditions, opening, book, complete=complete)
+        return cls(recipe, runtime, store, model, conditions, book, complete=complete)
 
     @property
     def pipeline(self) -> Pipeline:
         """The engines, opened when first needed."""
         if self._pipeline is None:
-            self._pipeline = Pipeline.open(self.recipe, self._runtime, **self._opening)
+            self._pipeline = Pipeline.open(self.recipe, self._runtime)
         return self._pipeline
 
     def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:

@@ -34,7 +34,7 @@ from difftap.export.parity import TensorParity
 from difftap.pipeline.fastest import AUTO, forget_choices, resolve
 from difftap.pipeline.making import Maker, report_of
 from difftap.pipeline.pipeline import Runtime, available_cores, check_fits
-from difftap.recipe import Branch, Recipe
+from difftap.recipe import Branch, ModelReference, Recipe
 
 __all__ = ["Artefact", "BuildJob", "build_engines", "clean", "list_artefacts", "plan_builds", "verify_artefact"]
 
@@ -131,21 +131,19 @@ def plan_builds(
     ]
 
 
-def build_engines(
-    recipe: Recipe, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
-) -> Iterator[tuple[Artefact, float]]:
+def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artefact, float]]:
     """Make a recipe's engines on one backend: yields each one's record, and the seconds that it took.
 
     Raises:
         DifftapError: as `difftap.pipeline.pipeline.Pipeline.open` does.
     """
-    runtime = resolve(recipe, runtime, revision=revision, random_weights=random_weights)
+    runtime = resolve(recipe, runtime)
     cache = Cache(runtime.cache or default_cache_folder())
     backend = get_backend(runtime.backend)
     device = choose_device(backend, runtime.device)
     check_precision(backend, device, runtime.precision)
     threads = runtime.threads or available_cores()
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
+    model = open_model(recipe.model, cache, size=recipe.size)
     check_fits(recipe, model)
     maker = Maker(cache, backend, device, threads, model, recipe, runtime.batch, runtime.precision, runtime.calibrate)
     for component, taps, profile in maker.plan():
@@ -228,7 +226,9 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
         made_from["precision"],
     )
     taps = tuple(made_from["taps"])
-    recipe = Recipe(model=model.name, size=profile.size, branches=(Branch(taps or ("up1",), 0),))  # nothing reads it
+    recipe = Recipe(
+        model=ModelReference(model.name), size=profile.size, branches=(Branch(taps or ("up1",), 0),)
+    )  # nothing reads it
     backend, device = get_backend(made_from["backend"]), made_from["device"]
     maker = Maker(cache, backend, device, available_cores(), model, recipe, profile.batch, profile.precision)
     graph = maker.graph(made_from["component"], taps, profile)

@@ -96,9 +96,7 @@ class Choice:
         return f"{self.backend} on {self.device} is the fastest here; measured for an image: {figures}"
 
 
-def resolve(
-    recipe: Recipe, runtime: Runtime, *, revision: str | None = None, random_weights: int | None = None
-) -> Runtime:
+def resolve(recipe: Recipe, runtime: Runtime) -> Runtime:
     """The runtime with ``auto`` replaced by what is fastest here; any other runtime as it is.
 
     Raises:
@@ -106,7 +104,7 @@ def resolve(
     """
     if runtime.backend != AUTO:
         return runtime
-    choice = choose(recipe, runtime, revision=revision, random_weights=random_weights)
+    choice = choose(recipe, runtime)
     return replace(runtime, backend=choice.backend, device=choice.device)
 
 
@@ -114,8 +112,6 @@ def choose(
     recipe: Recipe,
     runtime: Runtime,
     *,
-    revision: str | None = None,
-    random_weights: int | None = None,
     afresh: bool = False,
 ) -> Choice:
     """The remembered choice, or a new one by measurement.
@@ -128,7 +124,7 @@ def choose(
         BackendError: no backend can run this here.
     """
     cache = Cache(runtime.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
+    model = open_model(recipe.model, cache, size=recipe.size)
     check_fits(recipe, model)
     about = _about(recipe, runtime, model, cache)
     stamp = _stamp()

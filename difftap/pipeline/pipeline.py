@@ -126,9 +126,6 @@ class Pipeline:
         cls,
         recipe: Recipe,
         runtime: Runtime | None = None,
-        *,
-        revision: str | None = None,
-        random_weights: int | None = None,
     ) -> Pipeline:
         """Find the model, export the graphs that are missing, encode the prompts and open the engines.
 
@@ -141,7 +138,7 @@ class Pipeline:
         from difftap.pipeline.fastest import resolve
 
         recipe = pinned(recipe)
-        runtime = resolve(recipe, runtime or Runtime(), revision=revision, random_weights=random_weights)
+        runtime = resolve(recipe, runtime or Runtime())
         cache = Cache(runtime.cache or default_cache_folder())
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
@@ -150,7 +147,7 @@ class Pipeline:
         if hindrance:
             raise BackendError(hindrance)
         threads = runtime.threads or available_cores()
-        model = open_model(recipe.model, cache, revision=revision, random_weights=random_weights, size=recipe.size)
+        model = open_model(recipe.model, cache, size=recipe.size)
         check_fits(recipe, model)
         maker = Maker(
             cache, backend, device, threads, model, recipe, runtime.batch, runtime.precision, runtime.calibrate

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from difftap.features.provider import open_features, precision_of, precisions_ag
 from difftap.images import Image
 from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.points import check_inside
-from difftap.recipe import Recipe
+from difftap.recipe import ModelReference, Recipe
 from difftap.retrieval.index import Origin
 from difftap.retrieval.vectors import table_batches, table_origin
 
@@ -99,13 +99,16 @@ def row_query(path: Path, number: int, origin: Origin) -> Query:
     raise InputError(f"row {number} of '{path}' does not exist; allowed: 0 to {start - 1}")
 
 
+Weights = Callable[[ModelReference], ModelReference]
+"""Says how an index's model is to be had: adds a revision or a seed to what the index knows of it."""
+
+
 def open_pipeline(
     origin: Origin,
     runtime: Runtime,
     *,
     features: str | None = None,
-    revision: str | None = None,
-    random_weights: int | None = None,
+    weights: Weights = lambda known: known,
 ) -> Pipeline:
     """Open the pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
 
@@ -114,9 +117,10 @@ def open_pipeline(
         RecipeError: the store holds other features.
     """
     recipe = Recipe.from_dict(origin.recipe)
+    recipe = replace(recipe, model=weights(recipe.model))
     if features is None:
         _check_precision(runtime.precision, origin)  # before engines are made in vain
-    pipeline = open_features(recipe, features, runtime, revision=revision, random_weights=random_weights)
+    pipeline = open_features(recipe, features, runtime)
     _check_precision(precision_of(pipeline.conditions), origin)  # of a store, no engine is open yet
     found = str(pipeline.conditions["model"]["key"])
     if found != origin.model_key:

@@ -10,6 +10,7 @@ from difftap.bench.flops import axes_of, count_graph, count_macs
 from difftap.engine import Graph, Profile
 from difftap.engine.graphfiles import cached_graph
 from difftap.errors import ArtefactError, MissingExtraError
+from difftap.recipe import ModelReference
 from tests.conftest import MINI_TAPS
 
 onnx = pytest.importorskip("onnx")
@@ -79,7 +80,7 @@ def test_stable_diffusion_costs_what_the_papers_tables_say(size, vae, unet, tmp_
     from difftap.export.graphs import ensure_graph
 
     cache = Cache(Path(os.environ.get("DIFFTAP_SLOW_CACHE", tmp_path_factory.getbasetemp() / "full")))
-    model = open_model("sd15", cache, random_weights=0)
+    model = open_model(ModelReference("sd15", random_weights=0), cache)
     encoder, network = ensure_graph(cache, model, "vae"), ensure_graph(cache, model, "unet", ("up1",))
     assert count_graph(encoder, Profile((size, size))) / 1e9 == pytest.approx(vae, rel=1e-3)
     assert count_graph(network, Profile((size, size), tokens=77)) / 1e9 == pytest.approx(unet, rel=1e-3)

@@ -20,7 +20,7 @@ from difftap.engine.trt.gpu import find_gpu
 from difftap.errors import ArtefactError
 from difftap.pipeline.engines import build_engines, list_artefacts, verify_artefact
 from difftap.pipeline.pipeline import Runtime
-from difftap.recipe import load_recipe
+from difftap.recipe import ModelReference, load_recipe
 
 pytestmark = pytest.mark.skipif(find_gpu() is not None, reason="what a machine without a GPU does")
 pytest.importorskip("tensorrt_rtx")
@@ -144,8 +144,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_full_size_unet_is_built_without_a_gpu(tmp_path):
     """Stable Diffusion 1.5 at 512 px to up1: minutes and 10 GB."""
-    recipe = dataclasses.replace(load_recipe("dift"), model="sd15", size=(512, 512))
+    recipe = dataclasses.replace(load_recipe("dift"), model=ModelReference("sd15", random_weights=0), size=(512, 512))
     runtime = Runtime(backend="tensorrt-rtx", cache=tmp_path, precision="fp16")
-    for record, _ in build_engines(recipe, runtime, random_weights=0):
+    for record, _ in build_engines(recipe, runtime):
         assert record.not_run and verify_artefact(record)
         assert record.manifest.report["build"]["plan_bytes"] > 50e6

@@ -18,6 +18,7 @@ from difftap.export import ensure_graph
 from difftap.export.conditional import dino_facts, dino_graph, text_graph
 from difftap.export.variants import ensure_variant
 from difftap.prompts import encode_prompt
+from difftap.recipe import ModelReference
 from tests.engine.test_builds import Compiler
 
 KEPT = json.loads((Path(__file__).parent / "cache.json").read_text())
@@ -53,7 +54,7 @@ def graph(model):
 
 
 MADE = {
-    "checkpoints/sd15-random-3": lambda t, m, c: open_model("sd15", c, random_weights=3).folder,
+    "checkpoints/sd15-random-3": lambda t, m, c: open_model(ModelReference("sd15", random_weights=3), c).folder,
     "d23fba6622c51bdc/text.77.onnx": lambda t, m, c: text_graph(m, c, 77, 12).path,
     "d23fba6622c51bdc/vae.fp16.onnx": lambda t, m, c: ensure_variant(c, graph(m), "fp16").path,
     "d23fba6622c51bdc/vae.fp32-fused.onnx": lambda t, m, c: ensure_variant(c, graph(m), "fp32", "fused").path,

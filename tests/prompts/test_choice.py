@@ -16,7 +16,7 @@ from difftap.errors import InputError, RecipeError
 from difftap.images import Image
 from difftap.pipeline.pipeline import Pipeline, Runtime
 from difftap.prompts import Prompt, Subject, choose_prompt, choose_prompts, fill, wants_category
-from difftap.recipe import Branch, Recipe, load_recipe
+from difftap.recipe import Branch, ModelReference, Recipe, load_recipe
 from tests.conftest import MINI_TAPS, picture
 
 ASKED = Branch(("up1",), 261, "a photo of a {category}")
@@ -153,5 +153,5 @@ def test_match_keeps_branches_apart(photos, tmp_path):
 
 def test_a_size_that_cannot_fit_is_refused_before_anything_is_built(tmp_path):
     with pytest.raises(RecipeError, match="size 100 x 100 does not fit model 'sd15'"):
-        open_model("sd15", Cache(tmp_path / "cache"), random_weights=0, size=(100, 100))
+        open_model(ModelReference("sd15", random_weights=0), Cache(tmp_path / "cache"), size=(100, 100))
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -8,7 +8,7 @@ import pytest
 
 from difftap.coords import Geometry
 from difftap.engine import Cache
-from difftap.recipe import load_recipe
+from difftap.recipe import ModelReference, load_recipe
 from difftap.tuning.posteriors import Known
 from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
@@ -42,7 +42,7 @@ def test_one_step_at_full_size_fits_into_24_gigabytes(tmp_path):
 
     torch.set_num_threads(2)
     cache = Cache(tmp_path) if "DIFFTAP_FULL_SIZE_CACHE" not in os.environ else Cache(_path("DIFFTAP_FULL_SIZE_CACHE"))
-    model = open_model("sd21", cache, random_weights=0)
+    model = open_model(ModelReference("sd21", random_weights=0), cache)
     recipe, settings = load_recipe("sd4match-single"), TuneSettings("single", epochs=1, batch=1, checkpointing=True)
     (pair, *_) = samples(tmp_path / "pictures")
     pairs = TrainingPairs([pair], [pair], {"name": "spair"})

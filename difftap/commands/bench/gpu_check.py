@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import click
 
 from difftap.commands.options import (
     Command,
-    Opening,
     build_recipe,
     cache_option,
     feature_options,
@@ -106,7 +106,6 @@ def gpu_check(
     overwrite: bool,
     cache: Path | None,
     recipe: Recipe,
-    opening: Opening,
 ) -> None:
     """Build, run, time and check every GPU backend that is installed, each cell in a process of its own.
 
@@ -132,8 +131,8 @@ def gpu_check(
             "--device cpu --model pocket"
         )
     require("threadpoolctl", "bench", "measuring throughput")
-    if not was_given("model", "recipe_name") and opening["random_weights"] is None:
-        opening["random_weights"] = 0
+    if not was_given("model", "recipe_name", "random_weights"):
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, random_weights=0))
     ours, absent = present(backends, device)
     others = parse_rivals(rivals, device)
     if not ours and not others:
@@ -147,8 +146,6 @@ def gpu_check(
         limit,
         seconds,
         threads,
-        opening["revision"],
-        opening["random_weights"],
         cache,
     )
     result = run(case, output, absent, lambda text: click.echo(text, err=True), overwrite)

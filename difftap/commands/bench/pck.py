@@ -12,7 +12,6 @@ import click
 from difftap.commands.options import (
     RECIPE_NAMES,
     Command,
-    Opening,
     excludes,
     gives,
     option,
@@ -137,7 +136,6 @@ def pck(
     protocols: tuple[str, ...],
     settings: Resampling,
     recipe: Recipe,
-    opening: Opening,
     runtime: Runtime,
     combine: str | None,
     reading: str,
@@ -173,7 +171,7 @@ def pck(
             click.echo(line, err=True)
     else:
         joining = Joining.of(recipe, combine, reading)
-        job = _Job(selection, folder, recipe, opening, runtime, joining, confidence, memory << 20, features, overwrite)
+        job = _Job(selection, folder, recipe, runtime, joining, confidence, memory << 20, features, overwrite)
         _predict(job)
     results = write_results(folder, chosen, settings, show_published=published, plots=plots, gallery=gallery)
     for line in format_results(results, show_published=published):
@@ -190,7 +188,6 @@ class _Job:
     selection: Selection
     folder: Path
     recipe: Recipe
-    opening: Opening
     runtime: Runtime
     joining: Joining
     confidence: bool
@@ -224,9 +221,9 @@ def _predict(job: _Job) -> None:
         if stored is not None:
             from difftap.features.provider import FeatureSource
 
-            sources.append(FeatureSource.open(filled, stored, job.runtime, **job.opening))
+            sources.append(FeatureSource.open(filled, stored, job.runtime))
             return sources[-1]
-        return Opened.open(filled, job.runtime, **job.opening)
+        return Opened.open(filled, job.runtime)
 
     passes = pairs.passes(job.recipe)
     click.echo(

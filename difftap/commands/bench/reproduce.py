@@ -83,17 +83,19 @@ def reproduce(
     from difftap.bench.reproduce import reproduce as run
     from difftap.bench.session import Selection, load_pairs, make_folder
     from difftap.pipeline.pipeline import Pipeline as Opened
+    from difftap.recipe import ModelReference
 
     roots = {"spair": spair, "pf-pascal": pf_pascal, "pf-willow": pf_willow, "synthetic": synthetic}
     if not any(roots.values()):
         raise InputError("no data set was given; allowed: --spair, --pf-pascal, --pf-willow, --synthetic")
-    learned, absent = with_prompts(learned_rows(model, size), prompts_root or Path("prompts"))
+    reference = None if model is None else ModelReference(model)
+    learned, absent = with_prompts(learned_rows(reference, size), prompts_root or Path("prompts"))
     if prompts_root is not None and not learned:
         raise InputError(
             f"'{prompts_root}' holds no learned prompts for a row; allowed: a folder with {', '.join(absent)}, or some "
             "of them, as 'difftap tune' writes them"
         )
-    rows = [*(stand_in_rows(size) if model is None else poster_rows(model)), *learned]
+    rows = [*(stand_in_rows(size) if reference is None else poster_rows(reference)), *learned]
     if features is not None and (features / "zarr.json").is_file():
         raise InputError(f"'{features}' is a store of 'difftap extract', of one recipe; rows keep features in a folder")
     folder = make_folder(output)

@@ -14,7 +14,6 @@ import click
 from difftap.commands.options import (
     Command,
     Decorator,
-    Opening,
     feature_options,
     gives,
     runtime_options,
@@ -76,7 +75,6 @@ class _Job:
     output: Path
     sets: _Sets
     recipe: Recipe
-    opening: Opening
     runtime: Runtime
     rule: str
     draws: int
@@ -302,19 +300,19 @@ def _study(folder: Path, job: _Job) -> Study:
     from difftap.study.axes import OFFSETS, TIMESTEPS
     from difftap.study.study import Study
 
-    recipe, opening = job.recipe, job.opening
+    recipe = job.recipe
     for what, value, allowed in (("--metric", job.metric, METRICS), ("--rule", job.rule, RULES)):
         if value not in allowed:
             raise InputError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
     if len(recipe.branches) != 1:
         raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
     cache = Cache(job.runtime.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, **opening, size=recipe.size)
+    model = open_model(recipe.model, cache, size=recipe.size)
     check_fits(recipe, model)
-    runtime = resolve(recipe, job.runtime, **opening)  # once: tables of several recipes must be of one backend
+    runtime = resolve(recipe, job.runtime)  # once: tables of several recipes must be of one backend
 
     def opener(filled: Recipe) -> Pipeline:
-        return Opened.open(filled, runtime, **opening)
+        return Opened.open(filled, runtime)
 
     return Study(
         recipe,

@@ -10,7 +10,6 @@ import click
 
 from difftap.commands.options import (
     Command,
-    Opening,
     cache_option,
     needs,
     option,
@@ -122,7 +121,6 @@ def throughput(
     threads: int | None,
     cache: Path | None,
     recipe: Recipe,
-    opening: Opening,
 ) -> None:
     """Measure every backend in every precision against DIFT's way in torch, side by side in one run.
 
@@ -155,7 +153,7 @@ def throughput(
         from difftap.bench.ensembles import CurveCase as Made
 
         curve = Made(recipe, curve_timesteps, curve_passes, curve_limit)
-        _curve(curve, files, runtime, opening, output)
+        _curve(curve, files, runtime, output)
         return
     case = ThroughputCase(
         recipe,
@@ -166,7 +164,6 @@ def throughput(
         threads=threads,
         images=files,
         matching=matching,
-        **opening,
         cache=cache,
     )
     result = run(case, lambda text: click.echo(text, err=True))
@@ -190,7 +187,7 @@ def _first(ours: list[Contender], device: str, threads: int | None, cache: Path 
     return Made(ours[0].name, device, threads, cache=cache, precision=ours[0].precision)
 
 
-def _curve(case: CurveCase, files: tuple[Path, ...], runtime: Runtime, opening: Opening, output: Path | None) -> None:
+def _curve(case: CurveCase, files: tuple[Path, ...], runtime: Runtime, output: Path | None) -> None:
     """Measure, print and write the curve."""
     import tempfile
 
@@ -201,7 +198,7 @@ def _curve(case: CurveCase, files: tuple[Path, ...], runtime: Runtime, opening: 
 
     with tempfile.TemporaryDirectory(prefix="difftap-curve-") as folder:
         images = [load_image(path) for path in files or write_pictures(Path(folder))]
-    curve = run_curve(case, images, runtime, **opening, say=lambda text: click.echo(text, err=True))
+    curve = run_curve(case, images, runtime, say=lambda text: click.echo(text, err=True))
     for line in format_curve(curve):
         click.echo(line)
     if output is not None:

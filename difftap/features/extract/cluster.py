@@ -137,12 +137,10 @@ class PipelineOpener:
 
     recipe: Recipe
     runtime: Runtime
-    revision: str | None = None
-    random_weights: int | None = None
 
     def __call__(self) -> Pipeline:
         """Open it."""
-        return Pipeline.open(self.recipe, self.runtime, revision=self.revision, random_weights=self.random_weights)
+        return Pipeline.open(self.recipe, self.runtime)
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,6 @@ def extract_on_cluster(
     path: str | Path,
     settings: ExtractSettings | None = None,
     cluster: Cluster | None = None,
-    opening: dict[str, Any] | None = None,
     *,
     opener: Opener | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -168,7 +165,7 @@ def extract_on_cluster(
     """Extract a data set into a feature store with Ray, or go on where an earlier run was stopped.
 
     Args:
-        recipe, runtime, opening: what each worker opens, as `difftap.Pipeline.open` takes it.
+        recipe, runtime: what each worker opens, as `difftap.Pipeline.open` takes it.
         source: the images; every machine must find them under the same paths.
         path: the store, on a file system that all machines share, or an fsspec address.
         settings: how.
@@ -186,7 +183,7 @@ def extract_on_cluster(
     began = time.monotonic()
     with _connected(cluster) as (ray, share):
         threads = runtime.threads or share.threads
-        opener = opener or PipelineOpener(recipe, replace(runtime, threads=threads), **(opening or {}))
+        opener = opener or PipelineOpener(recipe, replace(runtime, threads=threads))
         items = list(source)
         folder = os.getcwd()  # noqa: PTH109 - sent as text
         found = _look(ray, share, (opener, settings, folder), items, cluster.stall)
