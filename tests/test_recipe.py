@@ -78,9 +78,9 @@ def test_presets_are_listed_and_hold_the_published_settings():
     listing = CliRunner().invoke(cli, ["recipes"]).stdout.splitlines()
     assert [line.split()[0] for line in listing] == list(presets())
     dift = load_recipe("dift")
-    assert (dift.model, dift.size, dift.ensemble) == ("sd21", (768, 768), 8)
+    assert (dift.model.name, dift.size, dift.ensemble) == ("sd21", (768, 768), 8)
     assert dift.branches == (Branch(("up1",), 261, "a photo of a {category}"),)
-    assert load_recipe("pocket").model == "pocket"
+    assert load_recipe("pocket").model.name == "pocket"
 
 
 def test_a_recipe_is_frozen_all_the_way_down():

@@ -156,7 +156,7 @@ def prompt_file(folder: Path, kind: str, recipe: Recipe, value: float = 0.0, **a
         "kind": kind,
         "classes": classes,
         "fits": fits_of(recipe),
-        "model": {"name": recipe.model, "key": "0"},
+        "model": {"name": recipe.model.name, "key": "0"},
         **dict.fromkeys(("data", "settings", "scores", "steps")),
     }
     embedding = np.full((max(1, len(classes)), 3, 2), value, np.float32)
@@ -187,7 +187,7 @@ class FakePipeline:
         self.asked = []
         self.conditions = {
             "difftap": "0",
-            "model": {"name": recipe.model, "key": "0"},
+            "model": {"name": recipe.model.name, "key": "0"},
             "backend": {"name": "fake", "precision": "fp32"},
         }
         self.prompts = FakeBook()

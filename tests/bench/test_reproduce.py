@@ -34,7 +34,7 @@ def test_rows():
     rows = poster_rows("folder/sd21")
     assert [row.name for row in rows] == ["dift", "dift-bicubic", "dual"]
     for row in rows:
-        assert row.recipe.model == "folder/sd21"
+        assert row.recipe.model.name == "folder/sd21"
         assert {branch.prompt for branch in row.recipe.branches} == {PROMPT}
         assert row.recipe.size == (768, 768)
         assert row.joining.combine == row.recipe.combine

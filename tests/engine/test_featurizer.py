@@ -173,7 +173,7 @@ def test_members_run_in_equal_parts_when_memory_asks_for_it(recipe, mini_cache, 
     recipe = dataclasses.replace(recipe, ensemble=6)
     [whole] = run(recipe, IMAGES[:1], mini_cache)
     sizes = []
-    model = Checkpoint.load(Path(recipe.model))
+    model = Checkpoint.load(Path(recipe.model.name))
     stride = 2 * model.latent_stride  # attention begins in the second block
     table = 4 * model.unet["attention_head_dim"] * (SIZE[0] // stride * (SIZE[1] // stride)) ** 2  # bytes
     for budget in (1, 2 * table):

@@ -80,7 +80,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
     learned = dataclasses.replace(recipe, learned=Learned(str(folder), "single"))
 
     def learn(value):
-        model = Checkpoint.load(Path(recipe.model))
+        model = Checkpoint.load(Path(recipe.model.name))
         key = model_key(mini_cache, model)
         shape = embed_prompts(recipe, model, mini_cache)[0].shape
         said = dict.fromkeys(("data", "settings", "scores", "steps"))
