@@ -19,7 +19,7 @@ _HOMES = {
     "Image": "difftap.images",
     "Pipeline": "difftap.pipeline.pipeline",
     "Recipe": "difftap.recipe",
-    "Runtime": "difftap.pipeline.pipeline",
+    "Runtime": "difftap.pipeline.environment",
     "extract_to_store": "difftap.features.extract",
     "load_image": "difftap.images",
     "load_recipe": "difftap.recipe",

@@ -366,7 +366,7 @@ def test_every_room_that_takes_a_folder_finds_the_same_pictures(tmp_path):
     from difftap.bench.pictures import choose_pictures
     from difftap.datasets import keypoints, objects
     from difftap.features.sources import open_source
-    from difftap.pipeline.making import calibration_images
+    from difftap.pipeline.environment import calibration_images
     from difftap.retrieval.retrieve import same_image
     from difftap.retrieval.sheet import find_image
     from difftap.retrieval.vectors import list_images

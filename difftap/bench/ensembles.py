@@ -25,14 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.backbones.find import open_model
-from difftap.engine import Cache, Engine, Profile, choose_device, default_cache_folder, get_backend, model_key
+from difftap.engine import Engine, Profile, model_key
 from difftap.engine.noise import draw, network_feeds, scales
 from difftap.errors import InputError
 from difftap.export.parity import TensorParity
 from difftap.images import Image, to_input
-from difftap.pipeline.making import Maker
-from difftap.pipeline.pipeline import Runtime, available_cores, check_fits
+from difftap.pipeline.environment import Environment, RecipeEngines, Runtime
 from difftap.recipe import Recipe
 
 __all__ = ["KINDS", "Curve", "CurveCase", "Point", "run_curve", "worth"]
@@ -123,28 +121,20 @@ def run_curve(
         raise InputError("no images for the curve; give some by --image")
     runtime = runtime or Runtime()
     recipe, branch = case.recipe, case.recipe.branches[0]
-    cache = Cache(runtime.cache or default_cache_folder())
-    backend = get_backend(runtime.backend)
-    device = choose_device(backend, runtime.device)
-    threads = runtime.threads or available_cores()
-    model = open_model(recipe.model, cache, size=recipe.size)
-    check_fits(recipe, model)
-    maker = Maker(cache, backend, device, threads, model, recipe, 1, runtime.precision, runtime.calibrate)
+    at = Environment.open(recipe, runtime)
+    engines = RecipeEngines(at, recipe, 1, runtime.calibrate)
+    model, cache, backend, device, threads = at.model, at.cache, at.backend, at.device, at.threads
     if model.noise_rule is None or model.encoder is None:
         raise InputError(f"model '{model.name}' is fed images, without noise, so there is no ensemble to measure")
     for timestep in case.timesteps:
         scales(model.noise_rule, timestep, "independent")
-    prompt = maker.prompts()[0]
-
-    def opened(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
-        graph = maker.graph(component, taps, profile)
-        return maker.open(graph, profile, maker.built(graph, profile))
+    prompt = engines.prompts()[0]
 
     errors: dict[tuple[int, str, int], list[TensorParity]] = {}
     unet_profile = Profile(recipe.size, 1, len(prompt), precision=runtime.precision)
     with (
-        opened(model.encoder, (), Profile(recipe.size, precision=runtime.precision)) as vae,
-        opened(model.tapped, branch.taps, unet_profile) as unet,
+        engines.open_engine(model.encoder, (), Profile(recipe.size, precision=runtime.precision)) as vae,
+        engines.open_engine(model.tapped, branch.taps, unet_profile) as unet,
     ):
         for number, image in enumerate(images):
             pixels, _ = to_input(image, recipe.size, recipe.fit)

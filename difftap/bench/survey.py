@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from difftap.backbones.find import open_model
 from difftap.bench.flops import count_graph
-from difftap.engine import Cache, Profile, default_cache_folder, model_key
+from difftap.engine import Profile, model_key
 from difftap.errors import ArtefactError, MissingExtraError
 from difftap.export.graphs import ensure_graph
-from difftap.pipeline.pipeline import check_fits, embed_prompts
+from difftap.pipeline.conditioning import embed_prompts
+from difftap.pipeline.environment import check_fits, open_cache, open_checkpoint
 from difftap.recipe import Recipe
 
 __all__ = ["survey"]
@@ -24,8 +24,8 @@ def survey(recipe: Recipe, cache_folder: Path | None) -> dict[str, Any]:
         encoding, ``unet`` of one member in all branches; both None with the reason in ``uncounted`` where they cannot
         be counted.
     """
-    cache = Cache(cache_folder or default_cache_folder())
-    model = open_model(recipe.model, cache, size=recipe.size)
+    cache = open_cache(cache_folder)
+    model = open_checkpoint(recipe.model, cache, recipe.size)
     check_fits(recipe, model)
     encoder = ensure_graph(cache, model, model.encoder) if model.encoder else None
     about: dict[str, Any] = {

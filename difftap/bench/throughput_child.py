@@ -22,12 +22,13 @@ import numpy as np
 
 from difftap.bench.contenders import Contender
 from difftap.bench.host import hold_threads
-from difftap.engine import Cache, default_cache_folder, get_backend
+from difftap.engine import default_cache_folder, get_backend
 from difftap.errors import DifftapError, first_line
 from difftap.featuremap import FeatureMap
 from difftap.images import load_image, to_input
 from difftap.machine import peak_memory
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Recipe
 
 __all__ = ["serve"]
@@ -95,13 +96,13 @@ class _RivalRunner:
     """A rival behind the child's orders."""
 
     def __init__(self, job: _Job) -> None:
-        from difftap.backbones.find import open_model
         from difftap.bench.rivals import Rival
-        from difftap.pipeline.pipeline import embed_prompts
+        from difftap.pipeline.conditioning import embed_prompts
+        from difftap.pipeline.environment import open_cache, open_checkpoint
 
         self._job = job
-        cache = Cache(job.cache or default_cache_folder())
-        self._model = open_model(job.recipe.model, cache, size=job.recipe.size)
+        cache = open_cache(job.cache)
+        self._model = open_checkpoint(job.recipe.model, cache, job.recipe.size)
         prompts = embed_prompts(job.recipe, self._model, cache)
         self._tuned = job.contender.name == "dift-tuned"
         device, precision = job.contender.device, job.contender.precision

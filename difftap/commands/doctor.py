@@ -62,12 +62,12 @@ def doctor(
     difftap doctor --measure --recipe dift --model sd21/
     """
     from difftap.doctor import examine, format_health, to_json
-    from difftap.engine import Cache, default_cache_folder
+    from difftap.pipeline.environment import open_cache
 
-    store = Cache(cache or default_cache_folder())
+    store = open_cache(cache)
     if measure:
+        from difftap.pipeline.environment import Runtime
         from difftap.pipeline.fastest import AUTO, choose
-        from difftap.pipeline.pipeline import Runtime
 
         runtime = Runtime(AUTO, device, threads, cache=store.folder, precision=precision)
         choose(recipe, runtime, afresh=True)

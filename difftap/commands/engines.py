@@ -19,7 +19,7 @@ from difftap.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from difftap.pipeline.pipeline import Runtime
+    from difftap.pipeline.environment import Runtime
     from difftap.recipe import Recipe
 
 
@@ -109,9 +109,9 @@ def _table(rows: list[tuple[Any, Any, float]]) -> str:
 
 
 def _open(cache: Path | None) -> Any:
-    from difftap.engine import Cache, default_cache_folder
+    from difftap.pipeline.environment import open_cache
 
-    return Cache(cache or default_cache_folder())
+    return open_cache(cache)
 
 
 @engines.command("list")

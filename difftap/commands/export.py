@@ -38,12 +38,11 @@ def export(reference: ModelReference, taps: tuple[str, ...], beside: bool, cache
     difftap export --model path/to/checkpoint --tap up1
     difftap export --model sd15 --random-weights 0 --tap up1
     """
-    from difftap.backbones.find import open_model
-    from difftap.engine import Cache, default_cache_folder
     from difftap.export.graphs import export_graph
+    from difftap.pipeline.environment import open_cache, open_checkpoint
 
-    store = Cache(cache or default_cache_folder())
-    opened = open_model(reference, store)
+    store = open_cache(cache)
+    opened = open_checkpoint(reference, store)
     for name in taps:
         opened.tap(name)
     encoder = [(opened.encoder, ())] if opened.encoder else []

@@ -24,7 +24,7 @@ from difftap.errors import InputError, require
 if TYPE_CHECKING:
     from difftap.features.extract.extraction import ExtractionSummary, ExtractSettings
     from difftap.features.store import Encoding
-    from difftap.pipeline.pipeline import Runtime
+    from difftap.pipeline.environment import Runtime
     from difftap.recipe import Recipe
 
 

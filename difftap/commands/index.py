@@ -31,7 +31,8 @@ from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline.pipeline import Pipeline, Runtime
+    from difftap.pipeline.environment import Runtime
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.recipe import Recipe
     from difftap.retrieval.builder import Options
     from difftap.retrieval.index import Origin, VectorBatch

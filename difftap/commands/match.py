@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from difftap.matching import Joining, Matches, Ready
     from difftap.matching.matches import Threshold
-    from difftap.pipeline.pipeline import Pipeline, Runtime
+    from difftap.pipeline.environment import Runtime
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.recipe import Recipe
 
 _FILE = click.Path(path_type=Path)

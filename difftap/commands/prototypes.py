@@ -25,7 +25,7 @@ from difftap.commands.progress import progress_bar
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline.pipeline import Runtime
+    from difftap.pipeline.environment import Runtime
     from difftap.prototypes import PrototypeTable, SceneSource
     from difftap.recipe import Recipe
 

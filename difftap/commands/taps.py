@@ -22,10 +22,9 @@ def taps(reference: ModelReference, cache: Path | None) -> None:
     \b
     difftap taps --model sd15 --random-weights 0
     """
-    from difftap.backbones.find import open_model
-    from difftap.engine import Cache, default_cache_folder
+    from difftap.pipeline.environment import open_cache, open_checkpoint
 
-    opened = open_model(reference, Cache(cache or default_cache_folder()))
+    opened = open_checkpoint(reference, open_cache(cache))
     click.echo(f"{'tap':<14}{'channels':>9}{'stride':>8}  module")
     for tap in opened.taps:
         click.echo(f"{tap.name:<14}{tap.channels:>9}{tap.stride:>8}  {tap.module}")

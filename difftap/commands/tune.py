@@ -148,9 +148,8 @@ def cpm(job: _Job) -> None:
 
 
 def _tune(job: _Job) -> None:
-    from difftap.backbones.find import open_model
-    from difftap.engine import Cache, default_cache_folder
     from difftap.errors import require
+    from difftap.pipeline.environment import open_cache, open_checkpoint
     from difftap.tuning.training_pairs import load_training_pairs
 
     settings, recipe = job.settings, job.recipe
@@ -167,8 +166,8 @@ def _tune(job: _Job) -> None:
         limit=job.limit,
         val_limit=job.val_limit,
     )
-    cache = Cache(job.cache or default_cache_folder())
-    model = open_model(recipe.model, cache)
+    cache = open_cache(job.cache)
+    model = open_checkpoint(recipe.model, cache)
     click.echo(f"{len(pairs.train)} pairs to learn from, {len(pairs.val)} to choose by", err=True)
     from difftap.tuning.learn import tune as run
     from difftap.tuning.loop import Watcher

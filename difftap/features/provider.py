@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.engine import Cache, Features, Featurizer, choose_device, default_cache_folder, get_backend, model_key
+from difftap.engine import Features, Featurizer, model_key
 from difftap.errors import InputError
 from difftap.features.store import FeatureStore
 from difftap.images import Image
 from difftap.pipeline.conditioning import checked
-from difftap.pipeline.pipeline import Pipeline, Runtime, available_cores, check_fits, describe
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.fastest import open_environment
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import Prompt, PromptBook, Subject
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
@@ -123,22 +125,14 @@ class FeatureSource(Pipeline):
             RecipeError: the store holds other features, or those of a prompt file that was changed since; names the
                 first field that differs.
         """
-        from difftap.backbones.find import open_model
-        from difftap.pipeline.fastest import resolve
-
         store = FeatureStore.open(path)
-        recipe = pinned(recipe)
-        runtime = resolve(recipe, runtime or Runtime())
-        cache = Cache(runtime.cache or default_cache_folder())
-        model = open_model(recipe.model, cache, size=recipe.size)
-        check_fits(recipe, model)
+        recipe, runtime = pinned(recipe), runtime or Runtime()
+        environment = open_environment(recipe, runtime, to_run=False)
+        model, cache = environment.model, environment.cache
         book = PromptBook(model, recipe, cache, checked(recipe, model, cache))
         book.check_one_map_an_image()
         store.check(recipe, model_key(cache, model), book.conditions.get("prompts"))
-        backend = get_backend(runtime.backend)
-        device = choose_device(backend, runtime.device)
-        threads = runtime.threads or available_cores()
-        conditions = describe(recipe, model, cache, backend, device, threads, runtime.precision) | book.conditions
+        conditions = environment.conditions(recipe) | book.conditions
         made = store.provenance
         conditions["store"] = {
             "encoding": made.encoding.to_dict(),

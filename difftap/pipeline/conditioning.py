@@ -29,7 +29,7 @@ from difftap.prompts.learned import LearnedPrompts, load_learned
 from difftap.prompts.tokens import TokenSource, dino_input, own_tokens
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["LATENTS_KEPT", "Opening", "checked", "open_book", "small_engine"]
+__all__ = ["LATENTS_KEPT", "Opening", "checked", "embed_prompts", "open_book", "small_engine"]
 
 LATENTS_KEPT = 1 << 30
 """Bytes of latents and noise that are remembered where an image is seen under several prompts."""
@@ -141,3 +141,8 @@ def small_engine(graph: Graph, device: str, threads: int | None) -> Engine:
     backend = get_backend("ort")
     at = device if device in backend.devices() else choose_device(backend, "auto")
     return backend.open(graph, Profile((8, 8)), at, threads)
+
+
+def embed_prompts(recipe: Recipe, model: Checkpoint, cache: Cache) -> list[NDArray[np.float32]]:
+    """Every branch's prompt for images of no named category, ``(T, D)`` each; one of them where it depends on more."""
+    return PromptBook(model, recipe, cache, checked(recipe, model, cache)).any()

@@ -16,7 +16,6 @@ from typing import Any
 from difftap.artifacts.files import output_errors
 from difftap.artifacts.manifest import Manifest
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.backbones.find import open_model
 from difftap.coords import Size
 from difftap.engine import (
     BACKENDS,
@@ -24,17 +23,16 @@ from difftap.engine import (
     Profile,
     check_precision,
     choose_device,
-    default_cache_folder,
     get_backend,
 )
 from difftap.engine.builds import built_folder, save_engine_manifest
 from difftap.engine.graphfiles import graph_identity
 from difftap.errors import ArtefactError, BackendError, InputError
 from difftap.export.parity import TensorParity
-from difftap.pipeline.fastest import AUTO, forget_choices, resolve
-from difftap.pipeline.making import Maker, report_of
-from difftap.pipeline.pipeline import Runtime, available_cores, check_fits
-from difftap.recipe import Branch, ModelReference, Recipe
+from difftap.machine import available_cores
+from difftap.pipeline.environment import Environment, RecipeEngines, Runtime, open_cache, report_of
+from difftap.pipeline.fastest import AUTO, forget_choices, open_environment
+from difftap.recipe import Recipe
 
 __all__ = ["Artefact", "BuildJob", "build_engines", "clean", "list_artefacts", "plan_builds", "verify_artefact"]
 
@@ -137,27 +135,21 @@ def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artefact, 
     Raises:
         DifftapError: as `difftap.pipeline.pipeline.Pipeline.open` does.
     """
-    runtime = resolve(recipe, runtime)
-    cache = Cache(runtime.cache or default_cache_folder())
-    backend = get_backend(runtime.backend)
-    device = choose_device(backend, runtime.device)
-    check_precision(backend, device, runtime.precision)
-    threads = runtime.threads or available_cores()
-    model = open_model(recipe.model, cache, size=recipe.size)
-    check_fits(recipe, model)
-    maker = Maker(cache, backend, device, threads, model, recipe, runtime.batch, runtime.precision, runtime.calibrate)
-    for component, taps, profile in maker.plan():
+    at = open_environment(recipe, runtime, to_run=False)
+    check_precision(at.backend, at.device, at.precision)
+    engines = RecipeEngines(at, recipe, runtime.batch, runtime.calibrate)
+    for component, taps, profile in engines.plan():
         start = time.perf_counter()
-        graph = maker.graph(component, taps, profile)
+        graph = at.graph(component, taps, profile)
         report: dict[str, Any] = {}
-        engine_is_file = maker.built(graph, profile) is not None
+        engine_is_file = engines.built(graph, profile) is not None
         if not engine_is_file:  # what has files was measured when it was built
             # The fidelity of one member is that of many, in less memory.
-            parity = maker.fidelity(graph, replace(profile, ensemble=1, batch=1), None)
-            report = {**maker.record(), **report_of(parity)}
-        path, manifest = save_engine_manifest(cache, graph, backend, profile, device, report)
+            parity = at.fidelity(graph, replace(profile, ensemble=1, batch=1), None)
+            report = {**at.record(), **report_of(parity)}
+        path, manifest = save_engine_manifest(at.cache, graph, at.backend, profile, at.device, report)
         if engine_is_file:
-            forget_choices(cache)  # what was left out for want of this engine is measured next time
+            forget_choices(at.cache)  # what was left out for want of this engine is measured next time
         yield Artefact(path, manifest), time.perf_counter() - start
 
 
@@ -204,7 +196,7 @@ def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bo
     hindrance = backend.cannot_run(str(made_from.get("device")))
     if hindrance or quick:
         return hindrance
-    return _measure_again(artefact, cache or Cache(default_cache_folder()))
+    return _measure_again(artefact, cache or open_cache())
 
 
 def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
@@ -225,17 +217,13 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
         made_from["batch"],
         made_from["precision"],
     )
-    taps = tuple(made_from["taps"])
-    recipe = Recipe(
-        model=ModelReference(model.name), size=profile.size, branches=(Branch(taps or ("up1",), 0),)
-    )  # nothing reads it
     backend, device = get_backend(made_from["backend"]), made_from["device"]
-    maker = Maker(cache, backend, device, available_cores(), model, recipe, profile.batch, profile.precision)
-    graph = maker.graph(made_from["component"], taps, profile)
+    at = Environment(cache, model, backend, device, available_cores(), profile.precision)
+    graph = at.graph(made_from["component"], tuple(made_from["taps"]), profile)
     artefact.manifest.check(artefact.path.parent, graph_identity(cache, graph) | {"precision": profile.precision})
     built = built_folder(artefact.path)
     files = built if built.is_dir() else None
-    parity = maker.fidelity(graph, profile if files else replace(profile, ensemble=1, batch=1), files)
+    parity = at.fidelity(graph, profile if files else replace(profile, ensemble=1, batch=1), files)
     if artefact.not_run and parity:  # built where it could not run: what is measured here is what it is held to
         kept = {name: value for name, value in report.items() if name != "not_run"}
         replace(artefact.manifest, report={**kept, **report_of(parity)}).save(artefact.path)

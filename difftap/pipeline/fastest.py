@@ -21,26 +21,24 @@ from typing import Any
 
 from difftap.artifacts.files import write_atomic
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.backbones.find import open_model
 from difftap.engine import (
     BACKENDS,
     Backend,
     Cache,
-    Profile,
     choose_device,
-    default_cache_folder,
     get_backend,
     model_key,
 )
 from difftap.engine.builds import known_engine
 from difftap.engine.noise import example_feeds
 from difftap.errors import ArtefactError, BackendError, DifftapError, OutputError
-from difftap.machine import cpu, gpu
-from difftap.pipeline.pipeline import Runtime, available_cores, check_fits, embed_prompts, prepare_graph, run_members
+from difftap.machine import available_cores, cpu, gpu
+from difftap.pipeline.conditioning import embed_prompts
+from difftap.pipeline.environment import Environment, RecipeEngines, Runtime, check_fits, open_cache, open_checkpoint
 from difftap.recipe import Recipe
 from difftap.version import __version__
 
-__all__ = ["AUTO", "Choice", "Trial", "choose", "forget_choices", "resolve", "stored_choices"]
+__all__ = ["AUTO", "Choice", "Trial", "choose", "forget_choices", "open_environment", "resolve", "stored_choices"]
 
 AUTO = "auto"
 _LOG = logging.getLogger("difftap")
@@ -108,6 +106,11 @@ def resolve(recipe: Recipe, runtime: Runtime) -> Runtime:
     return replace(runtime, backend=choice.backend, device=choice.device)
 
 
+def open_environment(recipe: Recipe, runtime: Runtime, *, to_run: bool = True) -> Environment:
+    """Decide where a recipe runs, on the fastest backend where ``auto`` is asked for; as `Environment.open`."""
+    return Environment.open(recipe, resolve(recipe, runtime), to_run=to_run)
+
+
 def choose(
     recipe: Recipe,
     runtime: Runtime,
@@ -123,8 +126,8 @@ def choose(
         InputError: the model or the recipe does not fit.
         BackendError: no backend can run this here.
     """
-    cache = Cache(runtime.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, size=recipe.size)
+    cache = open_cache(runtime.cache)
+    model = open_checkpoint(recipe.model, cache, recipe.size)
     check_fits(recipe, model)
     about = _about(recipe, runtime, model, cache)
     stamp = _stamp()
@@ -246,18 +249,12 @@ def _no_graph(other: Backend, device: str) -> str:
 
 
 def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, backend: Backend, device: str) -> Trial:
-    """Seconds an image takes; engines that must first be built are not, since that takes minutes."""
+    """Measure the seconds an image takes; engines that must first be built are left out, since that takes minutes."""
     threads = runtime.threads or available_cores()
-    members = run_members(backend, device, model, recipe)
-    parts: list[tuple[str, tuple[str, ...], Profile, int]] = []
-    if model.encoder:
-        parts.append((model.encoder, (), Profile(recipe.size, batch=runtime.batch, precision=runtime.precision), 1))
-    for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
-        profile = Profile(recipe.size, members, len(prompt), runtime.batch, runtime.precision)
-        parts.append((model.tapped, branch.taps, profile, recipe.ensemble // members))
+    at = Environment(cache, model, backend, device, threads, runtime.precision)
     total = 0.0
-    for component, taps, profile, runs in parts:
-        graph = prepare_graph(cache, backend, model, component, taps, profile, device)
+    for component, taps, profile in RecipeEngines(at, recipe, runtime.batch).plan():
+        graph = at.graph(component, taps, profile)
         built = None
         if backend.builds(profile, device):
             command = f"difftap engines build --backend {backend.name} --precision {profile.precision}"
@@ -267,7 +264,7 @@ def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, back
                 return Trial(backend.name, device, reason=f"{error}; {command}")
             if built is None:
                 return Trial(backend.name, device, reason=f"its engines are not built; {command}")
-        with backend.open(graph, profile, device, threads, built) as engine:
+        with at.open_engine(graph, profile, built) as engine:
             if engine.device != device:
                 return Trial(backend.name, device, reason=f"falls back to {engine.device}")
             feeds = example_feeds(graph, profile)
@@ -277,6 +274,7 @@ def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, back
                 start = time.perf_counter()
                 engine.run(feeds)
                 seconds.append(time.perf_counter() - start)
+            runs = 1 if component == model.encoder else recipe.ensemble // profile.ensemble
             total += runs * min(seconds) / profile.batch
     return Trial(backend.name, device, total)
 

@@ -8,79 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import (
-    Backend,
     BranchEngine,
-    Cache,
     Engine,
     Features,
     Featurizer,
     Graph,
     Latents,
     Profile,
-    check_precision,
-    choose_device,
-    default_cache_folder,
-    get_backend,
-    model_key,
 )
 from difftap.engine.backend import CALIBRATED
-from difftap.errors import BackendError, RecipeError
+from difftap.errors import RecipeError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image
-from difftap.machine import available_cores
 from difftap.matching import combine
-from difftap.pipeline.conditioning import LATENTS_KEPT, Opening, checked, open_book, small_engine
-from difftap.pipeline.making import Maker, prepare_graph, run_members
+from difftap.pipeline.conditioning import LATENTS_KEPT, Opening, open_book, small_engine
+from difftap.pipeline.environment import RecipeEngines, Runtime
+from difftap.pipeline.fastest import open_environment
 from difftap.prompts import Prompt, PromptBook, Subject, wants_category
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 
-__all__ = [
-    "Pipeline",
-    "Runtime",
-    "available_cores",
-    "check_fits",
-    "describe",
-    "embed_prompts",
-    "prepare_graph",
-    "run_members",
-]
+__all__ = ["Pipeline"]
 
 _LOG = logging.getLogger("difftap")
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how engines run; at fp32, nothing here changes the features beyond rounding.
-
-    Attributes:
-        backend: name of a backend, or ``auto`` for the one that is fastest here (`difftap.pipeline.fastest`).
-        device: ``auto``, or one of the backend's, such as ``cpu`` or ``cuda``.
-        threads: CPU threads; None for all that the process may use.
-        batch: images per engine run on a GPU; a CPU takes one at a time.
-        cache: the cache folder; None for the default one.
-        precision: what engines compute in; all but fp32 change the features a little, by what their manifests say.
-        calibrate: pictures, and folders of them, for precisions that are calibrated; none for the bundled ones.
-    """
-
-    backend: str = "ort"
-    device: str = "auto"
-    threads: int | None = None
-    batch: int = 1
-    cache: Path | None = None
-    precision: str = "fp32"
-    calibrate: tuple[Path, ...] = ()
 
 
 class Pipeline:
@@ -134,62 +89,46 @@ class Pipeline:
             MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
             BackendError, ArtefactError: an engine cannot be opened, or a file it needs is not to be trusted.
         """
-        from difftap.backbones.find import open_model
-        from difftap.pipeline.fastest import resolve
-
-        recipe = pinned(recipe)
-        runtime = resolve(recipe, runtime or Runtime())
-        cache = Cache(runtime.cache or default_cache_folder())
-        backend = get_backend(runtime.backend)
-        device = choose_device(backend, runtime.device)
-        check_precision(backend, device, runtime.precision)
-        hindrance = backend.cannot_run(device)
-        if hindrance:
-            raise BackendError(hindrance)
-        threads = runtime.threads or available_cores()
-        model = open_model(recipe.model, cache, size=recipe.size)
-        check_fits(recipe, model)
-        maker = Maker(
-            cache, backend, device, threads, model, recipe, runtime.batch, runtime.precision, runtime.calibrate
-        )
+        recipe, runtime = pinned(recipe), runtime or Runtime()
+        environment = open_environment(recipe, runtime)
+        engines = RecipeEngines(environment, recipe, runtime.batch, runtime.calibrate)
         opened: dict[tuple[Any, ...], Engine] = {}
         try:
 
             def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
                 key = (component, taps, profile)
                 if key not in opened:
-                    graph = maker.graph(component, taps, profile)
-                    opened[key] = maker.open(graph, profile, maker.built(graph, profile))
+                    opened[key] = engines.open_engine(component, taps, profile)
                 return opened[key]
 
-            encoder = engine(model.encoder, (), maker.encoder_profile()) if model.encoder else None
-            if encoder is not None:
-                device = encoder.device  # a runtime may have fallen back, and then the rest follows it
-                maker = dataclasses.replace(maker, device=device)
+            model, precision = environment.model, environment.precision
+            encoder = engine(model.encoder, (), engines.encoder_profile()) if model.encoder else None
+            if encoder is not None:  # a runtime may have fallen back, and then the rest follows it
+                environment = dataclasses.replace(environment, device=encoder.device)
+                engines = dataclasses.replace(engines, environment=environment)
             latents = Latents(recipe, encoder, LATENTS_KEPT) if encoder and recipe.learned is not None else None
 
             def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
                 # What prompts are made of is in no branch, so that there is nothing to calibrate it on.
-                precision = "fp32" if runtime.precision in CALIBRATED else runtime.precision
-                return engine(model.tapped, taps, dataclasses.replace(profile, precision=precision))
+                exact = "fp32" if precision in CALIBRATED else precision
+                return engine(model.tapped, taps, dataclasses.replace(profile, precision=exact))
 
             def small(graph: Graph) -> Engine:
                 key = (graph.name, graph.path)
-                opened[key] = small_engine(graph, device, threads)
+                opened[key] = small_engine(graph, environment.device, environment.threads)
                 return opened[key]
 
             opening = Opening(unet, small, encoder, latents)
-            book = open_book(model, recipe, cache, opening)
+            book = open_book(model, recipe, environment.cache, opening)
             branches = []
             for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)
-                run = engine(model.tapped, branch.taps, maker.tapped_profile(len(tokens)))
+                run = engine(model.tapped, branch.taps, engines.tapped_profile(len(tokens)))
                 branches.append(BranchEngine(branch, run, tokens))
             if encoder is None:
-                device = branches[0].engine.device
-            batch = 1 if device == "cpu" else runtime.batch
+                environment = dataclasses.replace(environment, device=branches[0].engine.device)
+            batch = 1 if environment.device == "cpu" else runtime.batch
             featurizer = Featurizer(model, recipe, encoder, branches, batch, latents)
-            said = describe(recipe, model, cache, backend, device, threads, runtime.precision)
-            conditions = said | book.conditions
+            conditions = environment.conditions(recipe) | book.conditions
         except BaseException:
             for one in opened.values():
                 one.close()
@@ -315,47 +254,3 @@ class Pipeline:
 
 def _flat(features: Features) -> tuple[FeatureMap, ...]:
     return tuple(one for taps in features.branches for one in taps.values())
-
-
-def check_fits(recipe: Recipe, model: Checkpoint) -> None:
-    """Make sure, before anything slow starts, that a model can do what a recipe asks.
-
-    Raises:
-        RecipeError: the size, a tap or a timestep does not fit the model.
-        ModelError: its noise schedule is of an unknown kind.
-    """
-    model.check(recipe)
-
-
-def embed_prompts(recipe: Recipe, model: Checkpoint, cache: Cache) -> list[NDArray[np.float32]]:
-    """Every branch's prompt for images of no named category, ``(T, D)`` each; one of them where it depends on more."""
-    return PromptBook(model, recipe, cache, checked(recipe, model, cache)).any()
-
-
-def describe(
-    recipe: Recipe,
-    model: Checkpoint,
-    cache: Cache,
-    backend: Backend,
-    device: str,
-    threads: int,
-    precision: str = "fp32",
-) -> dict[str, Any]:
-    """The conditions that go with every number: recipe, model, backend, precision, versions, machine."""
-    from difftap.version import __version__
-
-    return {
-        "difftap": __version__,
-        "recipe": recipe.to_dict(),
-        "recipe_key": recipe.key(),
-        "model": {"name": model.name, "key": model_key(cache, model)},
-        "backend": {
-            "name": backend.name,
-            "version": backend.version(),
-            "device": device,
-            "precision": precision,
-            "threads": threads,
-        },
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "machine": platform.machine(),
-    }

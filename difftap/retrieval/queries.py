@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from difftap.errors import InputError
 from difftap.features.provider import open_features, precision_of, precisions_agree
 from difftap.images import Image
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.points import check_inside
 from difftap.recipe import ModelReference, Recipe
 from difftap.retrieval.index import Origin

@@ -20,13 +20,13 @@ from difftap.artifacts.files import atomic_path, only_writer, output_errors, wri
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.sd_unet import SDUNet
 from difftap.datasets.keypoints import Sample
-from difftap.engine import Cache, Engine, Graph, Profile, default_cache_folder, get_backend, model_key
+from difftap.engine import Cache, Engine, Graph, Profile, get_backend, model_key
 from difftap.engine.noise import network_feeds, scales
 from difftap.errors import ModelError, RecipeError, require
 from difftap.features.shelf import View
 from difftap.images import Image
 from difftap.machine import available_cores
-from difftap.pipeline.pipeline import check_fits
+from difftap.pipeline.environment import check_fits, open_cache
 from difftap.prompts import encode_prompt
 from difftap.prompts.learned import PROMPT_FILE, LearnedPrompts, fits_of, save_learned
 from difftap.prompts.tokens import TokenSource, dino_input, own_grid, own_tokens
@@ -207,7 +207,7 @@ def tune(
         recipe,
         settings,
         pairs,
-        cache or Cache(default_cache_folder()),
+        cache or open_cache(),
         folder,
         device,
         count,

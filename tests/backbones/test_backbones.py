@@ -12,7 +12,8 @@ from difftap.cli import cli
 from difftap.errors import ModelError, RecipeError
 from difftap.features.store import FeatureStore
 from difftap.images import load_image, to_input
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
 from tests.backbones.tiny_vit import CONFIG, TinyViT, make_vit, write_vit
 

@@ -12,7 +12,7 @@ from difftap.bench.rivals import Rival, vae_bytes
 from difftap.engine.noise import draw
 from difftap.errors import BackendError, MissingExtraError
 from difftap.images import to_input
-from difftap.pipeline.pipeline import embed_prompts
+from difftap.pipeline.conditioning import embed_prompts
 from difftap.recipe import Branch
 from tests.conftest import picture
 

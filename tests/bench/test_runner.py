@@ -396,7 +396,8 @@ def test_shelf_remembers_faults(tmp_path):
 
 
 def test_end_to_end_with_the_embedded_model(tmp_path):
-    from difftap.pipeline.pipeline import Pipeline, Runtime
+    from difftap.pipeline.environment import Runtime
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.recipe import Branch, Recipe
 
     pairs = samples(tmp_path / "data", 4)

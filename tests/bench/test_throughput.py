@@ -144,16 +144,16 @@ def test_what_is_timed_as_an_engine_call_and_what_is_not(monkeypatch, tmp_path):
 
             return paused
 
-        monkeypatch.setattr(extractor, "draw", slow(extractor.draw, pauses["noise"]))
+        monkeypatch.setattr(extractor, "draw_noise", slow(extractor.draw_noise, pauses["noise"]))
         monkeypatch.setattr(extractor, "to_input", slow(extractor.to_input, pauses["resize"]))
         for engine in pipeline.engines:
             inner = slow(engine._bound_run, pauses[engine.graph.component])
             monkeypatch.setattr(engine, "_bound_run", inner)
-        kept = extractor.draw
+        kept = extractor.draw_noise
         ours = Ours(pipeline)
         _, maps, stages = ours.call(paths)
         ours.close()
-        assert extractor.draw is kept
+        assert extractor.draw_noise is kept
     for stage, pause in pauses.items():
         assert pause <= stages[stage] < pause + 0.14, stages
     assert set(maps) == {"0.up2"}

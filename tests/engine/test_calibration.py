@@ -10,7 +10,7 @@ from difftap.engine.calibration import MAX_IMAGES, RecipeCalibration, bundled_im
 from difftap.engine.noise import draw
 from difftap.errors import ImageError, InputError
 from difftap.images import Image, to_input
-from difftap.pipeline.making import calibration_images
+from difftap.pipeline.environment import calibration_images
 from difftap.recipe import Branch, Recipe
 from tests.conftest import picture
 

@@ -14,7 +14,8 @@ from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import draw
 from difftap.errors import InputError
 from difftap.images import Image
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import encode_prompt
 from difftap.recipe import Branch, Recipe
 from tests.conftest import MINI_TAPS, picture

@@ -19,7 +19,7 @@ from difftap.engine import Cache
 from difftap.engine.trt.gpu import find_gpu
 from difftap.errors import ArtefactError
 from difftap.pipeline.engines import build_engines, list_artefacts, verify_artefact
-from difftap.pipeline.pipeline import Runtime
+from difftap.pipeline.environment import Runtime
 from difftap.recipe import ModelReference, load_recipe
 
 pytestmark = pytest.mark.skipif(find_gpu() is not None, reason="what a machine without a GPU does")

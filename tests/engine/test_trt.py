@@ -21,7 +21,7 @@ from difftap.engine.noise import example_feeds
 from difftap.engine.trt.gpu import Gpu
 from difftap.errors import BackendError, NonFiniteError
 from difftap.pipeline.engines import list_artefacts, verify_artefact
-from difftap.pipeline.making import Maker
+from difftap.pipeline.environment import Environment, RecipeEngines
 from difftap.recipe import load_recipe
 from tests.conftest import MINI_TAPS
 from tests.engine.fake_trt import Fake, Flag, HostMemory
@@ -216,7 +216,7 @@ def test_an_engine_for_another_gpu_is_built_again_with_the_reason(gpu, graphs, t
     gpu(H100)
     with caplog.at_level(logging.WARNING):
         built(backend, graphs["vae"], tmp_path)
-    assert "made for gpu = 'NVIDIA L4 (8.9)', not 'NVIDIA H100 (9.0)'; building it again" in caplog.text
+    assert "made for gpu = 'NVIDIA L4 (8.9)', not 'NVIDIA H100 (9.0)'; making it again" in caplog.text
     count = backend.fake.calls.count("build")
     built(backend, graphs["vae"], tmp_path, device="cuda-ampere")
     assert backend.fake.calls.count("build") == count
@@ -278,10 +278,10 @@ def test_an_engine_built_without_a_gpu_is_measured_where_there_is_one(gpu, graph
     shutil.copytree(mini_cache.folder, cache.folder)
     model = graphs["vae"].model
     recipe = dataclasses.replace(load_recipe("pocket"), model=str(model.folder), size=(24, 16))
-    maker = Maker(cache, backend, "cuda", 1, model, recipe)
+    engines = RecipeEngines(Environment(cache, model, backend, "cuda", 1), recipe)
     gpu(None)
-    graph = maker.graph("vae", (), maker.encoder_profile())
-    maker.built(graph, maker.encoder_profile())
+    graph = engines.environment.graph("vae", (), engines.encoder_profile())
+    engines.built(graph, engines.encoder_profile())
 
     def found():
         return next(one for one in list_artefacts(cache) if "rtx" in one.path.name)

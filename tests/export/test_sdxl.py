@@ -79,7 +79,7 @@ def test_from_a_recipe_to_features(folder, cache, tmp_path):
     from PIL import Image as Pillow
 
     import difftap
-    from difftap.pipeline.pipeline import Runtime
+    from difftap.pipeline.environment import Runtime
 
     Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "a.png")
     recipe = Recipe((Branch(("up0",), 5),), model=str(folder), size=(24, 16), ensemble=2)

@@ -15,7 +15,9 @@ from difftap.features.sources import Item, Source
 from difftap.features.store import Encoding
 from difftap.images import Image
 from difftap.pipeline import fastest as auto
-from difftap.pipeline.pipeline import Pipeline, Runtime, embed_prompts
+from difftap.pipeline.conditioning import embed_prompts
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts.learned import fits_of, save_learned
 from difftap.recipe import Branch, Learned, Recipe
 from tests.conftest import MINI_TAPS, picture

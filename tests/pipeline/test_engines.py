@@ -12,7 +12,8 @@ from difftap.cli import cli
 from difftap.engine import Cache, get_backend
 from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError
 from difftap.pipeline.engines import Artefact, build_engines, list_artefacts, plan_builds, verify_artefact
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
 
 RECIPE = Recipe(model="pocket", size=(64, 64), ensemble=2, branches=(Branch(("down2.attn0",), 100),))

@@ -16,8 +16,8 @@ from difftap.engine.builds import engine_manifest_path
 from difftap.errors import BackendError
 from difftap.images import Image
 from difftap.pipeline import fastest as auto
+from difftap.pipeline.environment import prepare_graph
 from difftap.pipeline.fastest import AUTO, choose, forget_choices, resolve, stored_choices
-from difftap.pipeline.making import prepare_graph
 from tests.conftest import picture
 
 SMALL = dataclasses.replace(load_recipe("pocket"), size=(64, 64))
@@ -96,7 +96,7 @@ def backends(monkeypatch):
         for module in (auto, registry):
             monkeypatch.setattr(module, "BACKENDS", dict.fromkeys(known, ""))
         monkeypatch.setattr(auto, "get_backend", known.__getitem__)
-        monkeypatch.setattr("difftap.pipeline.pipeline.get_backend", known.__getitem__)
+        monkeypatch.setattr("difftap.pipeline.environment.get_backend", known.__getitem__)
         auto._stamp.cache_clear()
 
     yield hold

@@ -14,7 +14,8 @@ from difftap.cli import cli
 from difftap.engine import Cache
 from difftap.errors import InputError, RecipeError
 from difftap.images import Image
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import Prompt, Subject, choose_prompt, choose_prompts, fill, wants_category
 from difftap.recipe import Branch, ModelReference, Recipe, load_recipe
 from tests.conftest import MINI_TAPS, picture

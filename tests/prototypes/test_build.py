@@ -12,7 +12,8 @@ from difftap.artifacts.run import Run
 from difftap.cli import cli
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prototypes import (
     ObjectFilter,
     PrototypeTable,

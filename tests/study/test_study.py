@@ -2,10 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from difftap.backbones.checkpoint import pocket_folder
+from difftap.backbones.sd_unet import SDUNet
 from difftap.cli import cli
 from difftap.errors import InputError, OutputError
 from difftap.recipe import load_recipe
@@ -22,21 +25,14 @@ def run(*arguments):
     return CliRunner().invoke(cli, ["bench", "semantics", *map(str, arguments)])
 
 
-class Unet:
-    """What `layer_cases` needs of a model."""
-
-    latent_stride = 8
-    name = "sd15"
-    unet = {  # noqa: RUF012
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-    }
+def sd15() -> SDUNet:
+    """Stable Diffusion 1.5 as it is published, without its weights."""
+    config = json.loads((pocket_folder().parent / "configs" / "sd15.json").read_text())
+    return SDUNet("sd15", Path("sd15"), config["unet"], config["vae"], config["scheduler"])
 
 
 def test_layers_of_stable_diffusion_are_the_papers():
-    cases = {case.label: case for case in layer_cases(Unet(), (512, 512), 0)}
+    cases = {case.label: case for case in layer_cases(sd15(), (512, 512), 0)}
     assert list(cases) == [
         "64+32+16", "64", "32", "16",
         "encoder 64", "encoder 32", "encoder 16", "decoder 64", "decoder 32", "decoder 16",

@@ -13,7 +13,8 @@ import pytest
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError, MissingExtraError, ModelError, OutputError, RecipeError
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts.learned import load_learned
 from difftap.recipe import Learned
 from tests.tuning.conftest import learn, recipe

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from difftap.bench.session import Selection
     from difftap.features.provider import FeatureSource
     from difftap.matching import Joining
-    from difftap.pipeline.pipeline import Pipeline, Runtime
+    from difftap.pipeline.environment import Runtime
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.recipe import Recipe
 
 __all__ = ["pck"]

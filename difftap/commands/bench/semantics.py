@@ -25,7 +25,8 @@ from difftap.commands.prototypes import STUDY_DEFAULT, open_objects, semantic_re
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
-    from difftap.pipeline.pipeline import Pipeline, Runtime
+    from difftap.pipeline.environment import Runtime
+    from difftap.pipeline.pipeline import Pipeline
     from difftap.prototypes import SceneSource
     from difftap.recipe import Recipe
     from difftap.study.study import Study
@@ -290,11 +291,10 @@ def _distance_device(device: str) -> str:
 
 def _study(folder: Path, job: _Job) -> Study:
     """The study that the options ask for."""
-    from difftap.backbones.find import open_model
-    from difftap.engine import Cache, default_cache_folder, model_key
+    from difftap.engine import model_key
+    from difftap.pipeline.environment import check_fits, open_cache, open_checkpoint
     from difftap.pipeline.fastest import resolve
     from difftap.pipeline.pipeline import Pipeline as Opened
-    from difftap.pipeline.pipeline import check_fits
     from difftap.prototypes import RULES
     from difftap.retrieval.distances import METRICS
     from difftap.study.axes import OFFSETS, TIMESTEPS
@@ -306,8 +306,8 @@ def _study(folder: Path, job: _Job) -> Study:
             raise InputError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
     if len(recipe.branches) != 1:
         raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
-    cache = Cache(job.runtime.cache or default_cache_folder())
-    model = open_model(recipe.model, cache, size=recipe.size)
+    cache = open_cache(job.runtime.cache)
+    model = open_checkpoint(recipe.model, cache, recipe.size)
     check_fits(recipe, model)
     runtime = resolve(recipe, job.runtime)  # once: tables of several recipes must be of one backend
 

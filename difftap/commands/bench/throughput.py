@@ -22,7 +22,7 @@ from difftap.errors import InputError
 if TYPE_CHECKING:
     from difftap.bench.contenders import Contender
     from difftap.bench.ensembles import CurveCase
-    from difftap.pipeline.pipeline import Runtime
+    from difftap.pipeline.environment import Runtime
     from difftap.recipe import Recipe
 
 __all__ = ["throughput"]
@@ -180,7 +180,7 @@ def throughput(
 
 def _first(ours: list[Contender], device: str, threads: int | None, cache: Path | None) -> Runtime:
     """Where the curve is measured: on the first backend that was named."""
-    from difftap.pipeline.pipeline import Runtime as Made
+    from difftap.pipeline.environment import Runtime as Made
 
     if not ours:
         raise InputError("the curve needs a backend; allowed: --backends with one that runs here")

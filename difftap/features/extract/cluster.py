@@ -40,8 +40,10 @@ from difftap.features.store.encoding import shapes_of
 from difftap.features.store.place import Place
 from difftap.features.store.schema import Page, read_provenance, tap_arrays
 from difftap.features.store.writer import Shard, open_writer
+from difftap.machine import available_cores
+from difftap.pipeline.environment import Runtime
 from difftap.pipeline.fastest import AUTO
-from difftap.pipeline.pipeline import Pipeline, Runtime, available_cores
+from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.features.extract import ExtractSettings
 from difftap.features.extract.cluster import Cluster, extract_on_cluster
-from difftap.pipeline.pipeline import Runtime
+from difftap.pipeline.environment import Runtime
 
 COUNT = 240
 

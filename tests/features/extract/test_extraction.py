@@ -26,7 +26,8 @@ from difftap.features.store import place as places
 from difftap.features.store.care import verify
 from difftap.features.store.writer import StoreWriter
 from difftap.images import load_image
-from difftap.pipeline.pipeline import Pipeline, Runtime
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
 from tests.conftest import MINI_TAPS, picture
 
