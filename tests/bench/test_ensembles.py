@@ -134,7 +134,7 @@ def test_bad_cases(tmp_path):
         CurveCase(dataclasses.replace(SMALL, learned=Learned("prompts/mine")))
     with pytest.raises(InputError, match="no images"):
         run_curve(CurveCase(SMALL), [])
-    with pytest.raises(InputError, match="timestep 1000 .*allowed: 0 to 999"):
+    with pytest.raises(InputError, match=r"timestep 1000 .*allowed: 0 to 999"):
         run_curve(CurveCase(SMALL, (1000,)), [Image(picture(1))], Runtime(cache=tmp_path))
     done = CliRunner().invoke(cli, ["bench", "throughput", "--ensemble-curve", "--curve-passes", "1,x"])
     assert done.exit_code == 2
