@@ -95,9 +95,13 @@ reproduce: dev
 	  $(if $(SPAIR)$(PF_PASCAL)$(PF_WILLOW),,--synthetic examples) $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(PROMPTS),--prompts-root "$(PROMPTS)") $(REPRODUCE)
 
+# Speed and quality of what ships, on one page: out/bench/bench.html and bench.md.
 bench: dev
-	mkdir -p $(OUT)
-	$(BIN)/difftap bench matching --json $(OUT)/bench-matching.json
+	@mkdir -p "$(OUT)/bench"
+	$(BIN)/difftap bench throughput --backends ort,openvino --rounds 2 -o "$(OUT)/bench/throughput"
+	$(BIN)/difftap bench pck $(if $(PF_WILLOW),pf-willow "$(PF_WILLOW)",synthetic examples) --recipe pocket --overwrite \
+	  $(if $(PF_WILLOW),--per-class 10) -o "$(OUT)/bench/pck"
+	$(BIN)/python benchmarks/page.py "$(OUT)/bench"
 
 # On a machine with an NVIDIA GPU: builds, checks and times every GPU backend that is installed; docs/gpu.md says how to
 # bring wheels to one without a network. It installs nothing: it takes .venv's difftap, or the one on the PATH.

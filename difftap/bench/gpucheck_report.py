@@ -9,7 +9,7 @@ from difftap.bench.gpucheck import SCHEMA, Cell, CellResult, GpuCheck
 
 __all__ = ["format_gpu_check", "to_json"]
 
-_YARDSTICKS = ("torch-compile:fp16", "torch:fp16", "ort:fp16", "ort:fp32")
+_YARDSTICKS = ("torch:fp16", "ort:fp16", "ort:fp32")
 """What the fastest is compared with, where it was measured."""
 
 

@@ -24,10 +24,11 @@ from difftap.backbones.sd_unet import SDUNet
 from difftap.coords import Size
 from difftap.engine.noise import scales
 from difftap.errors import BackendError, first_line, require
+from difftap.featuremap import FeatureMap
 from difftap.machine import available_memory
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["Rival", "vae_bytes"]
+__all__ = ["Rival", "slow_way", "vae_bytes"]
 
 _LIVE = 5
 """Largest activations of the VAE's first level that are in memory at once."""
@@ -232,3 +233,38 @@ def _whole(unet: Any, compiled: bool) -> Callable[[Any, Any, Any], list[Any]]:
         return [run(latent, timestep, encoder_hidden_states=prompt, return_dict=False)[0]]
 
     return members
+
+
+def slow_way(
+    source: FeatureMap, target: FeatureMap, points: NDArray[np.int64], interpolation: str, once: bool
+) -> NDArray[np.float64]:
+    """Match as DIFT's evaluation does, in torch, float32: both maps are enlarged to image size and searched.
+
+    Args:
+        source: map that the points are in.
+        target: map that is searched.
+        points: whole pixels ``(N, 2)``, x then y.
+        interpolation: ``bilinear`` or ``bicubic``.
+        once: normalise the enlarged target once for all points, the fairer rival, instead of once a point.
+
+    Returns:
+        Pixels ``(N, 2)``, x then y.
+    """
+    # Channels stay first: normalising the map transposed to (H W, C), as one also finds, is no faster.
+    torch = require("torch", "bench", "comparing with the slow way")
+    functional = torch.nn.functional
+    maps = []
+    for features in (source, target):
+        width, height = features.image_size
+        data = torch.from_numpy(features.data)[None]
+        maps.append(functional.interpolate(data, size=(height, width), mode=interpolation, align_corners=False)[0])
+    near, far = maps[0], maps[1].flatten(1)  # (C, H, W), (C, H W)
+    if once:
+        far = functional.normalize(far, dim=0)
+    width = target.image_size[0]
+    found = np.empty((len(points), 2))
+    for n, (x, y) in enumerate(points):
+        vector = functional.normalize(near[:, y, x], dim=0)
+        pixels = far if once else functional.normalize(far, dim=0)
+        found[n] = divmod(int(torch.argmax(vector @ pixels)), width)[::-1]
+    return found

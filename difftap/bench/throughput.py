@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 
 from difftap.bench.contenders import Contender
-from difftap.bench.matching import Timing
 from difftap.bench.pictures import write_pictures
-from difftap.bench.workers import Worker, call_timing, make_order, open_contender, stage_medians
+from difftap.bench.workers import Timing, Worker, call_timing, make_order, open_contender, stage_medians
 from difftap.errors import BackendError, DifftapError, InputError
 from difftap.export.parity import TensorParity
 from difftap.images import load_image

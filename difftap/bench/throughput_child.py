@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from difftap.engine import default_cache_folder, get_backend
 from difftap.errors import DifftapError, first_line
 from difftap.featuremap import FeatureMap
 from difftap.images import load_image, to_input
-from difftap.machine import peak_memory
+from difftap.machine import peak_memory, resident_memory
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Recipe
@@ -140,7 +141,7 @@ class _RivalRunner:
         return joined, maps, {"total": end - start, **stages, "rest": end - start - sum(stages.values())}
 
     def match(self, source: FeatureMap, target: FeatureMap, points: np.ndarray[Any, Any]) -> None:
-        from difftap.bench.matching_ways import slow_way
+        from difftap.bench.rivals import slow_way
 
         slow_way(source, target, points, self._job.recipe.matcher.interpolation, self._tuned)
 
@@ -151,7 +152,7 @@ def _artefacts(cache: Path | None) -> dict[Path, int]:
 
 
 class _Child:
-    """The orders: ``survey``, ``open``, ``round``, ``gemm``."""
+    """The orders: ``survey``, ``open``, ``round``, ``gemm``, ``peak``."""
 
     def __init__(self) -> None:
         self._runner: Any = None
@@ -215,6 +216,14 @@ class _Child:
 
         return {"gemm": measure_gemm(GEMM_SIDE, order["device"])}
 
+    def peak(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Measure by how many bytes one call grows this process; what the call needs is made before."""
+        module, _, name = order["place"].partition(":")
+        call = getattr(importlib.import_module(module), name)(**order["arguments"])
+        before = resident_memory()
+        call()
+        return {"peak": max(0, peak_memory() - before)}
+
 
 def serve(orders: TextIO, replies: TextIO) -> None:
     """Carry out orders until there are no more; what goes wrong is a reply too."""
@@ -224,6 +233,7 @@ def serve(orders: TextIO, replies: TextIO) -> None:
         "open": child.open,
         "round": child.round,
         "gemm": child.gemm,
+        "peak": child.peak,
     }
     for order in _lines(orders):
         try:

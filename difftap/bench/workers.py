@@ -15,16 +15,38 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftap.bench.matching import Timing
 from difftap.errors import BackendError
 from difftap.recipe import Recipe
 
-__all__ = ["Worker", "call_timing", "make_order", "open_contender", "stage_medians"]
+__all__ = ["Timing", "Worker", "call_timing", "make_order", "open_contender", "stage_medians"]
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of one way, warmed up.
+
+    Attributes:
+        seconds: every measured call, in order.
+        median: of `seconds`.
+        low: the fastest.
+        high: the slowest.
+    """
+
+    seconds: tuple[float, ...]
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Summarise measured calls."""
+        return cls(tuple(seconds), statistics.median(seconds), min(seconds), max(seconds))
 
 
 class Worker:

@@ -453,8 +453,7 @@ runtime_options = stack(
             default="ort",
             show_default=True,
             metavar="B",
-            help="ort, openvino, tensorrt-rtx, tensorrt, torch, torch-compile, or auto: the fastest here, by "
-            "measurement.",
+            help="ort, openvino, tensorrt-rtx, tensorrt, torch, or auto: the fastest here, by measurement.",
         ),
         runtime_option(
             "--device",

@@ -14,7 +14,6 @@ BACKENDS = {
     "ort": "difftap.engine.backends.ort:OrtBackend",
     "openvino": "difftap.engine.backends.openvino:OpenVinoBackend",
     "torch": "difftap.engine.backends.torch:TorchBackend",
-    "torch-compile": "difftap.engine.backends.torch_compile:TorchCompileBackend",
     "tensorrt": "difftap.engine.backends.tensorrt:TensorRTBackend",
     "tensorrt-rtx": "difftap.engine.backends.tensorrt_rtx:TensorRTRTXBackend",
 }

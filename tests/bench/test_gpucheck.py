@@ -14,8 +14,7 @@ from difftap.bench.contenders import Contender
 from difftap.bench.faisscheck import FaissCheck, check_faiss
 from difftap.bench.gpucheck import CellResult, GpuCheck, GpuCheckCase, cells_of, present, run
 from difftap.bench.gpucheck_report import format_gpu_check, to_json
-from difftap.bench.matching import Timing
-from difftap.bench.workers import Worker
+from difftap.bench.workers import Timing, Worker
 from difftap.cli import cli
 from difftap.errors import BackendError, DifftapError, InputError, OutputError
 from difftap.recipe import Learned, load_recipe

@@ -11,7 +11,6 @@ from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
 from difftap.bench.scoring import score
 from difftap.commands.bench.compare import compare
-from difftap.commands.bench.dense_speed import dense_speed
 from difftap.commands.bench.pck import pck
 from difftap.commands.bench.table import table
 from difftap.errors import InputError
@@ -219,25 +218,3 @@ def test_compare_and_table(tmp_path):
     assert invoke(table, *files, "--format", "latex").output.startswith("\\begin{table*}")
     wrong = invoke(table, *files, "--name", "one")
     assert "1 names for 2 results" in str(wrong.exception)
-
-
-def test_dense_speed(tmp_path):
-    done = invoke(
-        dense_speed,
-        "--pairs",
-        3,
-        "--images",
-        3,
-        "--channels",
-        4,
-        "--grid",
-        4,
-        "--image",
-        20,
-        16,
-        "--json",
-        tmp_path / "s.json",
-    )
-    assert done.exit_code == 0, done.exception
-    assert "pairs/s" in done.output
-    assert json.loads((tmp_path / "s.json").read_text())["case"]["pairs"] == 3

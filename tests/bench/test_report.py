@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from difftap.bench.densespeed import SpeedCase, format_speed, run, to_json
 from difftap.bench.gallery import choose, save_gallery
 from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS, get_protocols
@@ -271,27 +270,3 @@ def test_few_pairs_are_not_shown_twice():
     chosen = choose(measured, 3)
     assert sorted(k for group in chosen.values() for k in group) == [0, 1]
     assert choose([], 3) == {"best": [], "median": [], "worst": []}
-
-
-def test_dense_speed_on_small_maps():
-    case = SpeedCase(pairs=6, images=4, keypoints=3, channels=8, grid=6, size=(40, 30), confidence=True, memory=1)
-    made = run(case)
-    assert made.rate == pytest.approx(6 / made.seconds)
-    assert made.reads == 4
-    assert made.peak > 1e6
-    assert json.loads(json.dumps(to_json(made)))["case"]["channels"] == 8
-    text = "\n".join(format_speed(made))
-    for words in ("8 x 6 x 6", "40 x 30 at full resolution", "pairs/s", "peak memory", "SPair-71k's 12234"):
-        assert words in text
-    with pytest.raises(InputError, match="pairs is 0"):
-        SpeedCase(pairs=0)
-    with pytest.raises(InputError, match="1 images"):
-        SpeedCase(images=1)
-
-
-@pytest.mark.slow
-def test_dense_speed_at_full_size():
-    """Issue 5: at least 25 pairs/s at about 7 keypoints on 2 cores, below 2 GB."""
-    made = run(SpeedCase(pairs=300))
-    assert made.rate >= 25
-    assert made.peak < 2e9

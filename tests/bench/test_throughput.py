@@ -258,7 +258,5 @@ def test_bad_input_is_refused_before_anything_is_measured(tmp_path):
     assert "no rival" in str(refused("--rivals", "dino"))
     assert "no backend and no rival" in str(refused("--backends", "none", "--rivals", "none"))
     assert "an even number" in str(refused("--noise", "antithetic", "--ensemble", "3"))
-    assert "the curve needs a backend" in str(refused("--ensemble-curve", "--backends", "none"))
     (tmp_path / "file").touch()
     assert isinstance(refused("--backends", "ort", "-o", tmp_path / "file"), OutputError)
-    assert "of the curve alone; add --ensemble-curve" in str(refused("--curve-limit", "4"))

@@ -215,7 +215,7 @@ def test_bad_images(refused, photos, tmp_path, monkeypatch, name, place):
         (("--model", ""), "model"),
         (
             ("--backend", "nope"),
-            "no backend 'nope'; allowed: ort, openvino, torch, torch-compile",
+            "no backend 'nope'; allowed: ort, openvino, torch, tensorrt",
         ),
         (("--device", "tpu"), "no device 'tpu'"),
         (("--matcher", "best"), "matcher is 'best'; allowed: dense"),

@@ -25,12 +25,7 @@ TOLERANCES = {
 PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=3)
 
 
-SLOW = {"torch-compile"}  # half a minute of compiling for every network, precision and batch size
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in BACKENDS]
-)
+@pytest.fixture(scope="module", params=list(BACKENDS))
 def backend(request) -> Backend:
     found = get_backend(request.param)
     if found.missing():

@@ -11,7 +11,6 @@ import pytest
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Graph, Profile, get_backend
 from difftap.engine.noise import example_feeds
-from difftap.errors import BackendError
 from difftap.export.parity import TensorParity
 from tests.conftest import MINI_TAPS
 
@@ -53,30 +52,3 @@ def test_logits_beyond_fp16_do_not_overflow(mini, tmp_path):
     graph = Graph(Checkpoint.load(folder), "unet", ("up1",))
     ((want,), (got,)) = run("torch", graph, "fp32"), run("torch", graph, "fp16")
     assert TensorParity.of(got["up1"], want["up1"]).cosine_mean > 0.99
-
-
-@pytest.mark.slow
-def test_compiled_is_eager_for_every_batch_size(mini):
-    graph = Graph(Checkpoint.load(mini), "vae")
-    backend = get_backend("torch-compile")
-    if backend.missing():
-        pytest.skip(backend.missing())
-    pairs = zip(*(run(name, graph, "fp32", (2, 1, 2)) for name in ("torch-compile", "torch")), strict=True)
-    for got, want in pairs:
-        for name, value in got.items():
-            assert value.shape == want[name].shape
-            assert np.allclose(value, want[name], rtol=1e-4, atol=1e-5 * np.abs(want[name]).max())
-
-
-def test_compiling_needs_a_compiler(monkeypatch, mini):
-    backend = get_backend("torch-compile")
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "needs a C++ compiler" in backend.missing()
-    monkeypatch.undo()
-
-    def fail(*_, **__):
-        raise ValueError("cannot trace\nthis")
-
-    monkeypatch.setattr("torch.export.export", fail)
-    with pytest.raises(BackendError, match=r"torch cannot compile vae: cannot trace$"):
-        run("torch-compile", Graph(Checkpoint.load(mini), "vae"), "fp32")

@@ -251,28 +251,3 @@ def test_bench_index(tmp_path):
     other = tmp_path / "mine"
     other.write_text("mine")
     difftap(*arguments, "--file", other, fails="a file stands there")
-
-
-def test_bench_distances(tmp_path):
-    pytest.importorskip("threadpoolctl")
-    pytest.importorskip("scipy")
-    difftap(
-        "bench", "distances", "--vectors", 30, "--width", 20, "--metric", "cosine", "--metric", "manhattan",
-        "--repeats", 2, "--json", tmp_path / "r.json",
-    )  # fmt: skip
-    data = json.loads((tmp_path / "r.json").read_text())
-    assert set(data["times"]) == set(data["rivals"]) == set(data["ratios"]) == {"cosine", "manhattan"}
-    (rival,) = data["rivals"]["cosine"]
-    assert (rival["pairs"], len(rival["seconds"])) == (435, 2)
-    assert rival["gap"] < 1e-5
-    assert data["ratios"]["cosine"] == pytest.approx(rival["table_seconds"] / data["times"]["cosine"]["median"])
-
-
-@pytest.mark.slow  # importing the dcor package compiles it
-def test_bench_of_dcor(tmp_path):
-    pytest.importorskip("dcor")
-    difftap(
-        "bench", "distances", "--vectors", 40, "--width", 1280, "--pairs", 200, "--repeats", 2, "--json", tmp_path / "r"
-    )
-    data = json.loads((tmp_path / "r").read_text())
-    assert max(rival["gap"] for rival in data["rivals"]["dcor"]) < 1e-4

@@ -51,7 +51,7 @@ def _full_size(**options: Any) -> Recipe:
     default="all",
     show_default=True,
     metavar="LIST",
-    help="all, or backends with commas between: tensorrt:fp16,torch-compile:fp16,ort (without a precision: all).",
+    help="all, or backends with commas between: tensorrt:fp16,torch:fp16,ort (without a precision: all).",
 )
 @click.option(
     "--rivals", default="none", show_default=True, metavar="LIST", help="dift, dift-tuned, with :fp16 or :bf16; none."
@@ -114,7 +114,7 @@ def gpu_check(
 
     \b
     difftap bench gpu-check
-    difftap bench gpu-check --backends tensorrt:fp16,torch-compile:fp16 --sizes 768 --batches 8
+    difftap bench gpu-check --backends tensorrt:fp16,torch:fp16 --sizes 768 --batches 8
     difftap bench gpu-check --device cpu --model pocket --sizes 128 --backends ort,torch:fp32
     """
     from difftap.artifacts.files import write_atomic

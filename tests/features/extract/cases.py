@@ -10,9 +10,9 @@ from pathlib import Path
 
 import zarr  # noqa: F401 - so that the children need not
 
-from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import Encoding, FeatureStore
+from tests.features.extract.fakeengine import FakePipeline, made_source
 
 ENGINE = 0.0005
 SHARD = 4

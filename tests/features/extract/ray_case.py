@@ -9,10 +9,10 @@ import threading
 import time
 from pathlib import Path
 
-from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.features.extract import ExtractSettings
 from difftap.features.extract.cluster import Cluster, extract_on_cluster
 from difftap.pipeline.environment import Runtime
+from tests.features.extract.fakeengine import FakePipeline, made_source
 
 COUNT = 240
 

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image as PIL
 
 import difftap
-from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.cli import cli
 from difftap.errors import BackendError, ImageError, InputError, NonFiniteError, OutputError
 from difftap.features.extract import Extractor, ExtractSettings, extract_to_store, stream
@@ -24,12 +23,14 @@ from difftap.features.sources import open_source
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store import place as places
 from difftap.features.store.care import verify
-from difftap.features.store.writer import StoreWriter
+from difftap.features.store.writer import StoreWriter, shard_rows
 from difftap.images import load_image
+from difftap.machine import resident_memory
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
 from tests.conftest import MINI_TAPS, picture
+from tests.features.extract.fakeengine import FakePipeline, made_source
 
 
 @pytest.fixture
@@ -208,19 +209,8 @@ def test_engines_go_on_while_a_shard_is_written(tmp_path, monkeypatch):
     assert len(FeatureStore.open(tmp_path / "s.zarr")) == 32
 
 
-def test_the_bench_counts_every_second_once(tmp_path):
-    from difftap.bench.extraction import format_paces, measure
-
-    pace = measure(0.002, 50, tmp_path)
-    assert pace.busy >= 0.1
-    assert pace.opening + pace.busy * (1 + pace.steady) + pace.closing == pytest.approx(pace.seconds)
-    assert pace.overhead == pytest.approx(pace.seconds / pace.busy - 1)
-    assert 0 <= pace.steady <= pace.overhead
-    assert len(format_paces([[pace]])[0].split()) >= len(format_paces([[pace]])[1].split())
-
-
 def test_nothing_is_kept_of_an_image_that_is_safe(tmp_path):
-    """What Python itself holds at each commit; for resident memory there is 'difftap bench extract --images'."""
+    """What Python itself holds at each commit."""
     held = []
 
     def note(count):
@@ -244,11 +234,15 @@ def test_nothing_is_kept_of_an_image_that_is_safe(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    """The long run of 100,000 is 'difftap bench extract --images'; this one is short enough for every day."""
-    from difftap.bench.extraction import measure
+    held = []
 
-    pace = measure(0.0002, 3000, tmp_path)
-    assert pace.memory[-1] - pace.memory[0] < 12 << 20
+    def note(count):
+        if count:
+            held.append(resident_memory())
+
+    settings = ExtractSettings(shard=shard_rows(16 * 8 * 8 * 2))
+    extract_to_store(FakePipeline(0.0002), made_source(3000), tmp_path / "store.zarr", settings, progress=note)
+    assert held[-1] - held[len(held) // 10] < 12 << 20
     assert len(FeatureStore.open(tmp_path / "store.zarr")) == 3000
 
 

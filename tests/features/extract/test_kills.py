@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 
-from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store.care import verify
 from tests.features.extract.cases import SHARD
+from tests.features.extract.fakeengine import FakePipeline, made_source
 
 COUNT, KILLS = 300, 36
 

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from difftap.bench.fakeengine import FakePipeline, made_source
 from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import FeatureStore
 from difftap.features.store.care import verify
+from tests.features.extract.fakeengine import FakePipeline, made_source
 from tests.features.extract.ray_case import COUNT
 
 

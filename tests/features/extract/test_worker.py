@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image as PIL
 
-from difftap.bench.fakeengine import FakePipeline
 from difftap.features.extract import ExtractSettings
 from difftap.features.extract.cluster import _Task, _Worker
 from difftap.features.extract.stream import stream
@@ -16,6 +15,7 @@ from difftap.features.store import Encoding, FeatureStore, open_writer
 from difftap.features.store.care import verify
 from difftap.features.store.encoding import shapes_of
 from tests.conftest import picture
+from tests.features.extract.fakeengine import FakePipeline
 
 
 class Died(BaseException):

@@ -1,0 +1,81 @@
+"""The one way in which these scripts time: warmed up, in turns, median and spread, memory in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+
+from difftap.artifacts.table import Table, TableColumn
+from difftap.bench.host import blas, hold_threads
+from difftap.bench.workers import Timing, Worker
+from difftap.machine import available_cores, cpu
+
+Way = Callable[[], object]
+
+
+def measure(ways: Mapping[str, Way], repeats: int, threads: int = 2, calls: int = 1) -> dict[str, Timing]:
+    """Time every way in turn, so that whatever else the machine does falls on all of them.
+
+    Args:
+        ways: what is timed, by name; each runs once before, as warm-up.
+        repeats: rounds.
+        threads: for BLAS and torch.
+        calls: of each way in a round; more than one for ways so short that a single call says little.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with hold_threads(threads):
+        for way in ways.values():
+            way()
+        for _ in range(repeats):
+            for name, way in ways.items():
+                for _ in range(calls):
+                    start = time.perf_counter()
+                    way()
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: Timing.of(spent) for name, spent in seconds.items()}
+
+
+def peak(place: str, threads: int = 2, **arguments: object) -> int:
+    """Measure by how many bytes a call grows the memory of a fresh process.
+
+    Args:
+        place: ``module:function``, which prepares with ``arguments`` and gives back the call that is measured.
+        threads: for BLAS and torch.
+        arguments: plain data.
+    """
+    with Worker(threads) as worker:
+        return int(worker.ask("peak", place=place, arguments=arguments)["peak"])
+
+
+def table(title: str, times: Mapping[str, Timing], ours: str, peaks: Mapping[str, int] | None = None) -> Table:
+    """Lay out medians, spread, how many times faster ``ours`` is, and peak memory."""
+    columns = (
+        TableColumn("way", left=True),
+        *(TableColumn(head, "ms", ".1f") for head in ("median", "low", "high")),
+        TableColumn(f"{ours} is x faster", form=".1f"),
+        TableColumn("peak", "MB", ".0f"),
+    )
+    own = times[ours].median
+    rows = tuple(
+        (name, one.median, one.low, one.high, one.median / own, (peaks or {}).get(name)) for name, one in times.items()
+    )
+    return Table(columns, rows, title)
+
+
+def conditions(threads: int, *packages: str) -> str:
+    """Say on what was measured: processor, cores, load, versions."""
+    versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in ("numpy", *packages))]
+    return (
+        f"{cpu()}, {available_cores()} cores, {threads} threads, load {os.getloadavg()[0]:.1f}; "
+        f"{', '.join(versions)}; {blas()}"
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
