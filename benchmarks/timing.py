@@ -55,7 +55,7 @@ def table(title: str, times: Mapping[str, Timing], ours: str, peaks: Mapping[str
     columns = (
         TableColumn("way", left=True),
         *(TableColumn(head, "ms", ".1f") for head in ("median", "low", "high")),
-        TableColumn(f"{ours} is x faster", form=".1f"),
+        TableColumn("difftap is x faster", form=".1f"),
         TableColumn("peak", "MB", ".0f"),
     )
     own = times[ours].median
