@@ -12,11 +12,17 @@ from difftap.errors import InputError
 
 __all__ = ["RENAMED", "LazyGroup"]
 
+_CURVE = "the curve over ensemble sizes is measured no more; docs/recipes.md has what it showed"
+
 RENAMED = {
-    "bench dense-speed": "'bench dense-speed' is not a command any more: benchmarks/ times our own parts",
-    "bench distances": "'bench distances' is not a command any more: benchmarks/ times our own parts",
-    "bench extract": "'bench extract' is not a command any more: benchmarks/ times our own parts",
-    "bench matching": "'bench matching' is not a command any more: benchmarks/ times our own parts",
+    "bench dense-speed": "'bench dense-speed' is gone: benchmarks/matching.py in the repository times dense matching",
+    "bench distances": "'bench distances' is gone: benchmarks/distances.py in the repository measures it",
+    "bench extract": "'bench extract' is gone: 'difftap extract' says at its end how fast it was",
+    "bench matching": "'bench matching' is gone: benchmarks/matching.py in the repository measures it",
+    **{
+        f"bench throughput --{name}": f"--{name} is gone: {_CURVE}"
+        for name in ("ensemble-curve", "curve-timesteps", "curve-passes", "curve-limit")
+    },
 }
 """What to say to a command (``bench old``) or an option (``bench pck --old``) that was renamed or removed."""
 
