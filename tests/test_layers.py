@@ -92,7 +92,6 @@ def test_no_modules_import_one_another_in_a_circle():
         visit(name, ())
 
 
-@pytest.mark.xfail(strict=True, reason="being cured")
 def test_a_file_name_means_one_thing():
     seen: dict[str, str] = {}
     for path in sorted(ROOT.rglob("*.py")):
@@ -103,7 +102,6 @@ def test_a_file_name_means_one_thing():
         seen[path.name] = str(where)
 
 
-@pytest.mark.xfail(strict=True, reason="being cured")
 def test_a_public_class_name_means_one_thing():
     seen: dict[str, str] = {}
     for name in ARROWS:

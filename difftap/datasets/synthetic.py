@@ -30,9 +30,9 @@ __all__ = [
     "TREE",
     "Distortion",
     "Homography",
-    "Making",
     "ThinPlate",
     "Warp",
+    "WarpedTarget",
     "keypoints",
     "load",
     "occlude",
@@ -257,7 +257,7 @@ class Distortion:
 
 
 @dataclass(frozen=True)
-class Making:
+class WarpedTarget:
     """One target: the settings, the kind of warp, the source's file and its digest."""
 
     distortion: Distortion
@@ -289,7 +289,7 @@ class Making:
         save_png(path, occlude(pixels, rng, patches))
 
 
-def keypoints(making: Making, size: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def keypoints(making: WarpedTarget, size: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the keypoints that stay in sight, ``(N, 2)`` in the source and ``(N, 2)`` in the target."""
     warp, patches, _ = making.plan(size)
     grid = making.distortion.grid
@@ -371,7 +371,7 @@ def _sample(collector: Collector, root: Path, file: Path, cache: Path, distortio
         raise BadPairError(
             "malformed", f"'{file}' is {width}x{height}; allowed: {_SMALLEST} pixels a side or more", file
         )
-    making = Making(distortion, kind, file, collector.document(file, file_digest))
+    making = WarpedTarget(distortion, kind, file, collector.document(file, file_digest))
     source, target = keypoints(making, size)
     made = cache / f"{file.stem}-{kind}-{making.key[:16]}.png"
     collector.makers[made] = lambda: making.draw(made)

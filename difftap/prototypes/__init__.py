@@ -6,7 +6,7 @@ from difftap.datasets.objects import ObjectFilter, Scene, SceneObject, SceneSour
 from difftap.prototypes.average import prototypes
 from difftap.prototypes.build import Built, Column, build, is_built, narrowed, recipe_column
 from difftap.prototypes.cells import RULES, KeptCells, cell_shares, keep_cells
-from difftap.prototypes.table import PrototypeTable, load_provenance
+from difftap.prototypes.prototype_table import PrototypeTable, load_provenance
 
 __all__ = [
     "RULES",

@@ -28,7 +28,7 @@ from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts.learned import pinned
 from difftap.prototypes.average import average, joined_grid
 from difftap.prototypes.cells import KeptCells, keep_cells
-from difftap.prototypes.table import PrototypeTable, load_provenance, save_stream
+from difftap.prototypes.prototype_table import PrototypeTable, load_provenance, save_stream
 from difftap.recipe import Recipe
 
 __all__ = ["Built", "Column", "build", "is_built", "narrowed", "recipe_column"]

@@ -6,7 +6,7 @@ import pytest
 from difftap.artifacts.manifest import file_digest
 from difftap.datasets.keypoints import load
 from difftap.datasets.layout import DatasetError
-from difftap.datasets.synthetic import Distortion, Making
+from difftap.datasets.synthetic import Distortion, WarpedTarget
 from difftap.errors import InputError
 from difftap.images import load_image
 from tests.datasets.builders import write_picture
@@ -75,7 +75,7 @@ def test_covered_keypoints_are_left_out_and_the_cover_is_where_it_is_said_to_be(
     covered = load("synthetic", root, cache=tmp_path / "made", distortion=covering)
     bare = {s.name: s for s in load("synthetic", root, cache=tmp_path / "made", distortion=PLAIN)}
     for sample in covered:
-        making = Making(covering, "thin-plate", sample.source, file_digest(sample.source))
+        making = WarpedTarget(covering, "thin-plate", sample.source, file_digest(sample.source))
         _, patches, _ = making.plan(sample.source_size)
         assert len(sample.keypoint_ids) < len(bare[sample.name].keypoint_ids)
         for x1, y1, x2, y2 in patches:
@@ -106,7 +106,7 @@ def test_the_same_settings_make_the_same_bytes_whatever_else_is_there(root, tmp_
 def test_only_what_decides_the_pixels_names_the_target(root):
     file = root / "top.png"
     keys = [
-        Making(distortion, "homography", file, "0").key
+        WarpedTarget(distortion, "homography", file, "0").key
         for distortion in (
             Distortion(),
             Distortion(grid=3),

@@ -14,8 +14,8 @@ from typing import Any
 from difftap.artifacts.files import write_atomic
 from difftap.engine.backend import Profile
 from difftap.engine.trt.bindings import TrtBackend, slug
-from difftap.engine.trt.builder import BuildSettings
 from difftap.engine.trt.gpu import capability_text, find_gpu
+from difftap.engine.trt.plans import BuildSettings
 from difftap.errors import DifftapError
 
 _LOG = logging.getLogger("difftap")

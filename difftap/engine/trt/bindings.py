@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from difftap.artifacts.files import output_errors
 from difftap.engine.backend import Backend, Calibration, Engine, Graph, Profile
-from difftap.engine.trt.builder import BuildSettings, Log, build_plan, make_log
 from difftap.engine.trt.engine import Memory, TrtEngine, refit
 from difftap.engine.trt.gpu import find_gpu
+from difftap.engine.trt.plans import BuildSettings, Log, build_plan, make_log
 from difftap.errors import BackendError, first_line
 
 __all__ = ["TrtBackend", "slug"]

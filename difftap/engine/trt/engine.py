@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from difftap.engine.backend import Array, DeviceArray, Engine, Graph, Profile
-from difftap.engine.trt.builder import Log, shape_of
+from difftap.engine.trt.plans import Log, shape_of
 from difftap.errors import BackendError, first_line
 
 __all__ = ["Memory", "TorchArray", "TrtEngine", "refit"]

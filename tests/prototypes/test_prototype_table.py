@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from difftap.errors import InputError, OutputError
 from difftap.prototypes import PrototypeTable
-from difftap.prototypes.table import load_provenance, save_stream
+from difftap.prototypes.prototype_table import load_provenance, save_stream
 
 pytest.importorskip("pyarrow")
 
@@ -58,7 +58,7 @@ def test_how_rows_are_cut_into_tables_does_not_show(tmp_path_factory, cuts):
     whole = table(40)
     edges = [0, *sorted(cuts), 40]
     pieces = [whole.take(slice(a, b)) for a, b in itertools.pairwise(edges)]
-    import difftap.prototypes.table as module
+    import difftap.prototypes.prototype_table as module
 
     rows, module._ROWS = module._ROWS, 7
     try:
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
 
 
 def test_another_schema_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("difftap.prototypes.table.SCHEMA", 7)
+    monkeypatch.setattr("difftap.prototypes.prototype_table.SCHEMA", 7)
     table(1).save(tmp_path / "t")
     monkeypatch.undo()
     with pytest.raises(InputError, match="has schema 7; this difftap reads 1"):
