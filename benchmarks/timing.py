@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 
 from difftap.artifacts.table import Table, TableColumn
-from difftap.bench.host import blas, hold_threads
-from difftap.bench.workers import Timing, Worker
+from difftap.bench.workers import Timing, Worker, blas, hold_threads
 from difftap.machine import available_cores, cpu
 
 Way = Callable[[], object]

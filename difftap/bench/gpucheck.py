@@ -21,7 +21,7 @@ from difftap.artifacts.files import output_errors
 from difftap.artifacts.run import Run, open_run
 from difftap.bench.contenders import Contender, parse_backends
 from difftap.bench.pictures import write_pictures
-from difftap.bench.workers import call_timing, make_order, open_contender, stage_medians
+from difftap.bench.workers import Worker, call_timing, make_order, open_contender, stage_medians
 from difftap.coords import Size
 from difftap.engine import BACKENDS
 from difftap.errors import BackendError, DifftapError, InputError
@@ -29,7 +29,174 @@ from difftap.export.parity import TensorParity
 from difftap.machine import available_cores, cpu, gpu, gpu_memory
 from difftap.recipe import Recipe
 
-__all__ = ["SCHEMA", "Cell", "CellResult", "GpuCheck", "GpuCheckCase", "present", "run"]
+__all__ = [
+    "SCHEMA",
+    "Cell",
+    "CellResult",
+    "FaissCheck",
+    "GpuCheck",
+    "GpuCheckCase",
+    "check_faiss",
+    "format_gpu_check",
+    "present",
+    "run",
+    "search_faiss",
+    "to_json",
+]
+
+
+_YARDSTICKS = ("torch:fp16", "ort:fp16", "ort:fp32")
+
+"""What the fastest is compared with, where it was measured."""
+
+
+def to_json(result: GpuCheck) -> dict[str, Any]:
+    """The result as plain data, with the schema's name and version first; docs/gpu.md describes it."""
+    return {
+        "schema": SCHEMA,
+        "conditions": dict(result.conditions),
+        "limit": result.case.limit,
+        "absent": dict(result.absent),
+        "cells": [
+            {
+                "backend": cell.contender.name,
+                "precision": cell.contender.precision,
+                "device": cell.contender.device,
+                "size": list(cell.size),
+                "batch": cell.batch,
+                **asdict(one),
+                "sound": one.sound,
+            }
+            for cell, one in result.cells
+        ],
+    }
+
+
+def format_gpu_check(result: GpuCheck) -> list[str]:
+    """Lines for a terminal."""
+    case, at = result.case, result.conditions
+    recipe = case.recipe
+    branches = " with ".join(f"{'+'.join(b.taps)} at t={b.timestep}" for b in recipe.branches)
+    lines = [
+        f"{recipe.model}, {branches}, ensemble {recipe.ensemble}; {at['gpu'] or 'no NVIDIA GPU'}; "
+        f"{at['cpu']}, {at['threads']} threads; difftap {at['difftap']}"
+    ]
+    for size in case.sizes:
+        lines += _table(result, size)
+    lines += [f"not run: {name}: {reason}" for name, reason in result.absent.items()]
+    lines.append(f"reference: {case.reference.label}; parity is that of the first picture's features")
+    lines.append(f"timed: {at['inside']}")
+    return lines
+
+
+def _table(result: GpuCheck, size: tuple[int, int]) -> list[str]:
+    rows = [(cell, one) for cell, one in result.cells if cell.size == size]
+    head = (
+        f"{f'{size[0]} x {size[1]}':22}{'batch':>6}{'images/s':>10}{'ms/image':>10}{'low':>9}{'high':>9}{'VAE':>8}"
+        f"{'UNet':>9}{'GPU MB':>8}{'build s':>9}{'open s':>8}{'relative':>10}{'cosine':>10}  parity"
+    )
+    return ["", head, *(_line(cell, one) for cell, one in rows), *_summary(rows)]
+
+
+def _line(cell: Cell, one: CellResult) -> str:
+    start = f"{cell.contender.label:22}{cell.batch:>6}"
+    if one.failed is not None or one.timing is None or one.rate is None:
+        return f"{start}  not run: {one.failed}"
+    worst = max((two["relative"] for two in one.fidelity.values()), default=None)
+    cosine = min((two["cosine_mean"] for two in one.fidelity.values()), default=None)
+    times = [*(one.timing[name] for name in ("median", "low", "high")), *(one.stages.get(n) for n in ("vae", "unet"))]
+    widths = zip(times, (10, 9, 9, 8, 9), strict=True)
+    ms = "".join(f"{'-' if t is None else f'{1e3 * t:.1f}':>{width}}" for t, width in widths)
+    held = "-" if one.device_peak is None else f"{one.device_peak / 1e6:.0f}"
+    built = "-" if one.build_seconds is None else f"{one.build_seconds:.0f}"
+    parity = {None: "the reference" if not one.fidelity else "", True: "good", False: "LOW"}[one.sound]
+    return (
+        f"{start}{one.rate:>10.3g}{ms}{held:>8}{built:>9}{one.open_seconds or 0:>8.1f}"
+        f"{'-' if worst is None else f'{worst:.1e}':>10}{'-' if cosine is None else f'{cosine:.6f}':>10}  {parity}"
+    ).rstrip()
+
+
+def _summary(rows: list[tuple[Cell, CellResult]]) -> list[str]:
+    """The fastest cell whose features are right, and how it stands to the yardsticks' own best."""
+    timed = [(cell, one.rate) for cell, one in rows if one.rate is not None and one.sound is not False]
+    if not timed:
+        return ["fastest: nothing was measured"]
+    best, rate = max(timed, key=lambda pair: pair[1])
+    against = []
+    for label in _YARDSTICKS:
+        theirs = [other for cell, other in timed if cell.contender.label == label]
+        if theirs and label != best.contender.label:
+            against.append(f"{rate / max(theirs):.2f} x {label}")
+    ratios = f" = {', '.join(against)} at their best batches" if against else ""
+    return [f"fastest: {rate:.3g} images/s, {best.contender.label} at batch {best.batch}{ratios}"]
+
+
+_POINTS, _QUERIES, _WIDTH, _NEAREST = 20_000, 200, 256, 5
+
+
+@dataclass(frozen=True)
+class FaissCheck:
+    """What came of it.
+
+    Attributes:
+        reason: why it was not run; None if it was.
+        sound: whether every neighbour was as near as numpy's; None if it was not run.
+        seconds: of the search of 200 queries among 20,000 points of 256 values.
+        device: where it ran.
+    """
+
+    reason: str | None = None
+    sound: bool | None = None
+    seconds: float | None = None
+    device: str = "cpu"
+
+    @property
+    def line(self) -> str:
+        """For a terminal."""
+        if self.reason is not None or self.seconds is None:
+            return f"not run: faiss: {self.reason}"
+        verdict = "same neighbours as numpy" if self.sound else "OTHER NEIGHBOURS than numpy"
+        return f"faiss on {self.device}: {1e3 * self.seconds:.1f} ms for {_QUERIES} queries of {_POINTS}; {verdict}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def check_faiss(device: str, limit: float) -> FaissCheck:
+    """Search in a child process, which a broken CUDA build may take down; it is ended after ``limit`` seconds."""
+    try:
+        with Worker(available_cores()) as worker:
+            return FaissCheck(**worker.ask("faiss", limit, device=device))
+    except BackendError as error:
+        return FaissCheck(str(error), device=device)
+
+
+def search_faiss(device: str) -> FaissCheck:
+    """Compare the neighbours that FAISS finds on a device with those of numpy in float64."""
+    try:
+        import faiss
+    except ImportError as error:
+        return FaissCheck(f"not installed ({error})", device=device)
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    if device == "cuda" and (not gpus or not hasattr(faiss, "StandardGpuResources")):
+        return FaissCheck("installed without GPU support, or it sees no GPU", device=device)
+    rng = np.random.default_rng(0)
+    points, queries = (rng.standard_normal((count, _WIDTH)).astype(np.float32) for count in (_POINTS, _QUERIES))
+    index: Any = faiss.IndexFlatIP(_WIDTH)
+    if device == "cuda":
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    index.add(points)
+    index.search(queries, _NEAREST)  # the first call sets things up
+    began = time.perf_counter()
+    _, found = index.search(queries, _NEAREST)
+    seconds = time.perf_counter() - began
+    products = queries.astype(np.float64) @ points.astype(np.float64).T
+    best = -np.sort(-products, axis=1)[:, :_NEAREST]
+    # Neighbours may be swapped where they are equally near to rounding, so distances are compared.
+    sound = bool(np.allclose(np.take_along_axis(products, found, axis=1), best, rtol=1e-3, atol=1e-2))
+    return FaissCheck(None, sound, seconds, device)
+
 
 SCHEMA = "difftap.bench.gpu-check/1"
 

@@ -14,15 +14,44 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftap.errors import BackendError
+from difftap.errors import BackendError, require
 from difftap.recipe import Recipe
 
-__all__ = ["Timing", "Worker", "call_timing", "make_order", "open_contender", "stage_medians"]
+__all__ = ["Timing", "Worker", "blas", "call_timing", "hold_threads", "make_order", "open_contender", "stage_medians"]
+
+
+@contextmanager
+def hold_threads(threads: int) -> Iterator[None]:
+    """Hold BLAS, and torch where it is loaded, to a number of threads; both get their own back afterwards."""
+    threadpoolctl = require("threadpoolctl", "bench", "holding BLAS to a number of threads")
+    torch: Any = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(threads)
+    try:
+        with threadpoolctl.threadpool_limits(limits=threads):
+            yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
+
+
+def blas() -> str:
+    """Return name, version and architecture of the BLAS libraries loaded."""
+    pools = require("threadpoolctl", "bench", "naming the BLAS").threadpool_info()
+    names = {
+        f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
+        for p in pools
+        if p["user_api"] == "blas"
+    }
+    return ", ".join(sorted(names))
+
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -50,7 +79,7 @@ class Timing:
 
 
 class Worker:
-    """A fresh process behind `difftap.bench.throughput_child`.
+    """A fresh process behind `difftap.bench.worker_child`.
 
     Args:
         threads: CPU threads of the libraries that read them from the environment.
@@ -65,7 +94,7 @@ class Worker:
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "difftap.bench.throughput_child"],
+            [sys.executable, "-m", "difftap.bench.worker_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

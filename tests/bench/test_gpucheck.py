@@ -11,9 +11,18 @@ from click.testing import CliRunner
 
 from difftap.bench import gpucheck
 from difftap.bench.contenders import Contender
-from difftap.bench.faisscheck import FaissCheck, check_faiss
-from difftap.bench.gpucheck import CellResult, GpuCheck, GpuCheckCase, cells_of, present, run
-from difftap.bench.gpucheck_report import format_gpu_check, to_json
+from difftap.bench.gpucheck import (
+    CellResult,
+    FaissCheck,
+    GpuCheck,
+    GpuCheckCase,
+    cells_of,
+    check_faiss,
+    format_gpu_check,
+    present,
+    run,
+    to_json,
+)
 from difftap.bench.workers import Timing, Worker
 from difftap.cli import cli
 from difftap.errors import BackendError, DifftapError, InputError, OutputError

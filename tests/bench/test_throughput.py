@@ -12,10 +12,18 @@ from click.testing import CliRunner
 from difftap import Pipeline, Runtime, load_recipe
 from difftap.bench import throughput as bench
 from difftap.bench.contenders import Contender, parse_backends, parse_rivals
-from difftap.bench.ours import Ours
 from difftap.bench.pictures import choose_pictures, write_pictures
-from difftap.bench.throughput import OWN_STAGES, Throughput, ThroughputCase, run
-from difftap.bench.throughput_report import SCHEMA, format_throughput, save_throughput, to_json
+from difftap.bench.throughput import (
+    OWN_STAGES,
+    SCHEMA,
+    Throughput,
+    ThroughputCase,
+    format_throughput,
+    run,
+    save_throughput,
+    to_json,
+)
+from difftap.bench.worker_child import Ours
 from difftap.bench.workers import Worker, call_timing, stage_medians
 from difftap.cli import cli
 from difftap.engine import featurizer as extractor

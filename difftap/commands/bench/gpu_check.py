@@ -119,9 +119,7 @@ def gpu_check(
     """
     from difftap.artifacts.files import write_atomic
     from difftap.bench.contenders import parse_rivals
-    from difftap.bench.faisscheck import check_faiss
-    from difftap.bench.gpucheck import GpuCheckCase, present, run
-    from difftap.bench.gpucheck_report import format_gpu_check, to_json
+    from difftap.bench.gpucheck import GpuCheckCase, check_faiss, format_gpu_check, present, run, to_json
     from difftap.errors import InputError, require
     from difftap.machine import gpu
 

@@ -86,8 +86,7 @@ def throughput(
     from difftap.artifacts.files import output_errors
     from difftap.bench.contenders import parse_backends, parse_rivals
     from difftap.bench.pictures import choose_pictures
-    from difftap.bench.throughput import ThroughputCase, run
-    from difftap.bench.throughput_report import format_throughput, save_throughput
+    from difftap.bench.throughput import ThroughputCase, format_throughput, run, save_throughput
     from difftap.errors import require
 
     ours, absent = ([], {}) if backends == "none" else parse_backends(backends, device)

@@ -1,13 +1,16 @@
-"""The process that one contender of `difftap bench throughput` has to itself: orders in, replies out, one JSON a line.
+"""The child process that measures: orders in, replies out, one JSON a line (`difftap.bench.workers` is the other end).
 
-So peak memory and threads are its own, a contender that dies takes nobody along, and several full-size models are in
-memory at once only where they fit.
+A process of its own gives a contender its own peak memory and threads; one that dies takes nobody along, and several
+full-size models are in memory at once only where they fit. What it can be told: look at what must be there (``survey``),
+open a contender, run rounds with a clock in our own stages, measure the rate of matrix products (``gemm``), the peak
+memory of a function, and a search with FAISS.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import itertools
 import json
@@ -15,28 +18,186 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from difftap.bench.contenders import Contender
-from difftap.bench.host import hold_threads
-from difftap.engine import default_cache_folder, get_backend
-from difftap.errors import DifftapError, first_line
+from difftap.bench.flops import count_graph
+from difftap.bench.workers import hold_threads
+from difftap.engine import Profile, default_cache_folder, featurizer, get_backend, model_key
+from difftap.engine.noise import example_feeds
+from difftap.errors import ArtefactError, DifftapError, MissingExtraError, first_line, require
+from difftap.export.graphs import ensure_graph
 from difftap.featuremap import FeatureMap
 from difftap.images import load_image, to_input
 from difftap.machine import peak_memory, resident_memory
-from difftap.pipeline.environment import Runtime
+from difftap.pipeline.conditioning import embed_prompts
+from difftap.pipeline.environment import Runtime, check_fits, open_cache, open_checkpoint
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Recipe
 
-__all__ = ["serve"]
+__all__ = ["ENGINE_STAGES", "Ours", "measure_gemm", "serve", "survey"]
+
+
+ENGINE_STAGES = ("vae", "unet")
+
+"""What the runtime does; everything else in a call is our own."""
+
+
+class Ours:
+    """A pipeline, ready and clocked.
+
+    The runtimes' own calls are timed where they are made, inside `difftap.engine.Engine.compute`: its checks of shapes
+    are outside, and so are the look for values that are not finite, decoding, resizing, drawing noise, copies, joining.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._clock: dict[str, float] = {}
+        self._within = False
+        self._undo: list[Callable[[], None]] = []
+        for engine in pipeline.engines:
+            for name in ("_run", "_run_on_device"):
+                self._time(engine, name, engine.graph.component)
+        self._time(featurizer, "to_input", "resize")
+        self._time(featurizer, "draw_noise", "noise")
+        self.together = max(engine.profile.ensemble for engine in pipeline.engines)
+
+    def _time(self, owner: Any, name: str, stage: str) -> None:
+        plain = getattr(owner, name)
+        own = name in vars(owner)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._within:  # one engine call may be made of another
+                return plain(*args, **kwargs)
+            self._within = True
+            start = time.perf_counter()
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._within = False
+                self._clock[stage] = self._clock.get(stage, 0.0) + time.perf_counter() - start
+
+        setattr(owner, name, timed)
+        self._undo.append(lambda: setattr(owner, name, plain) if own else delattr(owner, name))
+
+    def warm_up(self) -> None:
+        """Run every engine once, on a full batch."""
+        for engine in self._pipeline.engines:
+            shapes = dataclasses.replace(engine.profile, batch=self._pipeline.batch)
+            engine.run(example_feeds(engine.graph, shapes))
+
+    def call(self, paths: Sequence[Path]) -> tuple[list[FeatureMap], dict[str, np.ndarray[Any, Any]], dict[str, float]]:
+        """Files to joined maps, as every command does it.
+
+        Returns:
+            The joined maps; the first image's map of every branch and tap by ``branch.tap``; and seconds by stage:
+            ``total``, ``decode``, ``resize``, ``noise``, ``vae``, ``unet``, ``join``, and ``rest`` (checks and copies).
+        """
+        self._clock = {}
+        start = time.perf_counter()
+        images = [load_image(path) for path in paths]
+        decoded = time.perf_counter()
+        features = list(self._pipeline.features(images))
+        extracted = time.perf_counter()
+        joined = [self._pipeline.join(one) for one in features]
+        end = time.perf_counter()
+        stages = {"decode": decoded - start, **self._clock, "join": end - extracted}
+        rest = end - start - sum(stages.values())
+        maps = {f"{i}.{tap}": one.data for i, taps in enumerate(features[0].branches) for tap, one in taps.items()}
+        return joined, maps, {"total": end - start, **stages, "rest": rest}
+
+    def close(self) -> None:
+        """Take the clock out and close the engines."""
+        for undo in reversed(self._undo):
+            undo()
+        self._pipeline.close()
+
+
+def survey(recipe: Recipe, cache_folder: Path | None) -> dict[str, Any]:
+    """Export what is missing, and count.
+
+    Returns:
+        ``model`` and its ``key``, ``weights`` in bytes, and multiply-adds: ``vae`` of one
+        encoding, ``unet`` of one member in all branches; both None with the reason in ``uncounted`` where they cannot
+        be counted.
+    """
+    cache = open_cache(cache_folder)
+    model = open_checkpoint(recipe.model, cache, recipe.size)
+    check_fits(recipe, model)
+    encoder = ensure_graph(cache, model, model.encoder) if model.encoder else None
+    about: dict[str, Any] = {
+        "model": model.name,
+        "key": model_key(cache, model),
+        "weights": sum(p.stat().st_size for part in model.components for p in model.weight_files(part)),
+        "vae": None,
+        "unet": None,
+        "uncounted": None,
+    }
+    networks = []
+    for branch, prompt in zip(recipe.branches, embed_prompts(recipe, model, cache), strict=True):
+        networks.append((ensure_graph(cache, model, model.tapped, branch.taps), Profile(recipe.size, 1, len(prompt))))
+    try:
+        about["vae"] = count_graph(encoder, Profile(recipe.size)) if encoder else 0
+        about["unet"] = sum(count_graph(one, profile) for one, profile in networks)
+    except (MissingExtraError, ArtefactError) as error:
+        about["uncounted"] = str(error)
+    return about
+
+
+_TIMES = 6
+
+
+def measure_gemm(side: int, device: str = "cpu") -> dict[str, float]:
+    """Operations a second of ``side`` x ``side`` products, the best of several, by ``library precision``.
+
+    A multiply-add is two operations. numpy's BLAS on the CPU, and torch's on the device where torch is installed.
+    """
+    rates: dict[str, float] = {}
+    left, right = np.random.default_rng(0).standard_normal((2, side, side), np.float32)
+    if device == "cpu":
+        rates["numpy fp32"] = 2 * side**3 / _best(lambda: left @ right)
+    try:
+        torch = require("torch", "bench", "measuring torch's products")
+    except MissingExtraError:
+        return rates
+    kinds = {"fp32": torch.float32}
+    if device != "cpu":  # most processors multiply halves slower than fp32, some by far
+        kinds |= {"fp16": torch.float16, "bf16": torch.bfloat16}
+    for name, kind in kinds.items():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        a, b = (torch.from_numpy(value).to(device, kind) for value in (left, right))
+
+        def product(a: Any = a, b: Any = b) -> None:
+            with torch.inference_mode():
+                a @ b
+                if device == "cuda":
+                    torch.cuda.synchronize()
+
+        rates[f"torch {name}"] = 2 * side**3 / _best(product)
+    return rates
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of several calls, the first left out."""
+    call()
+    seconds = []
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
 
 _MOST_CALLS = 200
+
 _QUICK = 1.0  # seconds: a warm-up this short is followed by a whole call, which then is quick too
+
 KEYPOINTS = 10
+
 GEMM_SIDE = 2048
 
 
@@ -66,7 +227,7 @@ class _OursRunner:
     """A backend of ours behind the child's orders."""
 
     def __init__(self, job: _Job) -> None:
-        from difftap.bench.ours import Ours
+        from difftap.bench.worker_child import Ours
 
         self._job = job
         before = _artefacts(job.cache)
@@ -161,7 +322,7 @@ class _Child:
 
     def survey(self, order: dict[str, Any]) -> dict[str, Any]:
         """Make model, graphs and prompts ready, and count the arithmetic of one image."""
-        from difftap.bench.survey import survey
+        from difftap.bench.worker_child import survey
 
         job = _Job(order)
         return survey(job.recipe, job.cache)
@@ -212,9 +373,15 @@ class _Child:
 
     def gemm(self, order: dict[str, Any]) -> dict[str, Any]:
         """Multiply-add rates of square products, operations a second (two a multiply-add), best of several."""
-        from difftap.bench.gemm import measure_gemm
+        from difftap.bench.worker_child import measure_gemm
 
         return {"gemm": measure_gemm(GEMM_SIDE, order["device"])}
+
+    def faiss(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Search with FAISS and with numpy on a device."""
+        from difftap.bench.gpucheck import search_faiss
+
+        return search_faiss(order["device"]).to_dict()
 
     def peak(self, order: dict[str, Any]) -> dict[str, Any]:
         """Measure by how many bytes one call grows this process; what the call needs is made before."""
@@ -234,6 +401,7 @@ def serve(orders: TextIO, replies: TextIO) -> None:
         "round": child.round,
         "gemm": child.gemm,
         "peak": child.peak,
+        "faiss": child.faiss,
     }
     for order in _lines(orders):
         try:
