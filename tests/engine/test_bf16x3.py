@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from difftap.engine.bf16x3 import split_products
-from difftap.engine.float32 import check_kept
+from difftap.engine.bf16x3 import check_kept, split_products
 from difftap.errors import BackendError
 
 openvino = pytest.importorskip("openvino")
