@@ -6,7 +6,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +33,46 @@ def reproduce(
     batch: int = 1,
     features: Path | None = None,
     overwrite: bool = False,
-    refused: Collection[tuple[str, str]] = (),
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Run every row on every data set; after each, write the data set's table, ours below the published rows.
 
-    A row that cannot run here (its graphs are missing, say) is left out, and said; so are pairs of row and data set
-    that are ``refused`` beforehand, by name. Features are kept under ``folder`` unless another place is given, so that
-    a branch that several rows share is extracted once; not those of rows whose prompts are made for each pair.
+    A row that cannot run here (its graphs are missing, say) is left out, and said. Features are kept under
+    ``folder`` unless another place is given, so that a branch that several rows share is extracted once; not those
+    of rows whose prompts are made for each pair.
 
     Returns:
         results by data set and row.
+
+    Raises:
+        InputError: there is nothing to run, or no row can run here.
     """
     if not sets or not rows:
         raise InputError("nothing to reproduce; give the root of at least one data set")
     made: dict[str, dict[str, Mapping[str, Any]]] = {}
+    refusals: list[str] = []
     kept = features or folder / "features"
     for pairs in sets:
         name = str(pairs.about["name"])
         made[name] = {}
         for row in rows:
             place = folder / name / row.name
-            if (row.name, name) in refused:
-                continue
             say(f"{name}: {row.name}")
             options: dict[str, Any] = {"memory": memory, "batch": batch, "overwrite": overwrite, "progress": progress}
             try:
                 options["features"] = kept if row.keepable else None
                 run = match_pairs(pairs, row.recipe, place, opener, joining=row.joining, **options)
             except DifftapError as error:
-                say(f"{name}: {row.name} left out: {' '.join(str(error).split())}")
+                reason = " ".join(str(error).split())
+                refusals.append(reason)
+                say(f"{name}: {row.name} left out: {reason}")
                 continue
             say(f"{name}: {row.name}: {run.written} pairs in {run.seconds:.0f} s, {run.skipped} already there")
             made[name][row.name] = write_results(place, get_protocols(), settings)
             _write_tables(folder / name, made[name])  # a run that is stopped leaves the rows that are done
+    if not any(made.values()):
+        raise InputError(f"no row can run here: {refusals[0]}")
     return made
 
 

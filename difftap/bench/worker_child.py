@@ -2,8 +2,8 @@
 
 A process of its own gives a contender its own peak memory and threads; one that dies takes nobody along, and several
 full-size models are in memory at once only where they fit. What it can be told: look at what must be there, open a
-contender, run rounds with a clock in our own stages, measure the rate of matrix products, the peak memory of a function,
-and a search with FAISS.
+contender, run rounds with a clock in our own stages, measure the rate of matrix products, the peak memory of a
+function, and a search with FAISS.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ RENAMED = {
     "bench distances": "'bench distances' is gone: benchmarks/distances.py in the repository measures it",
     "bench extract": "'bench extract' is gone: 'difftap extract' says at its end how fast it was",
     "bench matching": "'bench matching' is gone: benchmarks/matching.py in the repository measures it",
+    "bench reproduce --estimate-only": "--estimate-only is gone: a run can be stopped and goes on where it was",
     **{
         f"bench throughput --{name}": f"--{name} is gone: {_CURVE}"
         for name in ("ensemble-curve", "curve-timesteps", "curve-passes", "curve-limit")

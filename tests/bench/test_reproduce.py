@@ -1,11 +1,10 @@
-"""The poster's table: its rows, the estimate, resuming, rows that cannot run, published rows where they compare."""
+"""The poster's table: its rows, resuming, rows that cannot run, published rows where they compare."""
 
 import dataclasses
 
 import pytest
 from click.testing import CliRunner
 
-from difftap.bench.estimate import Estimator, format_estimates
 from difftap.bench.poster import LEARNED, PROMPT, learned_rows, poster_rows, stand_in_rows, with_prompts
 from difftap.bench.reproduce import reproduce
 from difftap.bench.runner import count_passes
@@ -44,29 +43,18 @@ def test_rows():
     assert stand_in_rows(128)[0].recipe.size == (128, 128)
 
 
-def test_estimate_then_run_then_nothing_left(tmp_path, pairs):
+def test_run_then_nothing_left(tmp_path, pairs):
     rows = stand_in_rows(96)
     folder = tmp_path / "out"
-    estimate = Estimator(opener)
-    first = [estimate(row, pairs, folder / "spair" / row.name) for row in rows]
-    for one in first:
-        assert (one.pairs, one.refusal) == (6, None)
-        assert one.images == count_passes(pairs.samples, rows[0].recipe)
-        assert one.seconds > 0
-    # The second row reads what the first one leaves, and so does the third for one of its two branches.
-    assert [one.passes for one in first] == [first[0].images, 0, first[0].images]
-    text = "\n".join(format_estimates(first))
-    assert "pocket-bicubic" in text
-    assert "in all about" in text
     made = reproduce(rows, [pairs], folder, opener)
     assert set(made["spair"]) == {"pocket", "pocket-bicubic", "pocket-dual"}
     table = (folder / "spair" / "table.md").read_text()
     assert "## dift" in table
     assert "## distilldift-img" in table
     before = (folder / "spair" / "pocket" / "results.json").read_bytes()
-    assert sum(len(pipeline.asked) for pipeline in FakePipeline.opened[-3:]) == 2 * first[0].images
-    left = [Estimator(opener)(row, pairs, folder / "spair" / row.name) for row in rows]
-    assert [(one.pairs, one.images, one.seconds) for one in left] == [(0, 0, 0.0)] * 3
+    # The second row reads what the first one leaves, and so does the third for one of its two branches.
+    passes = count_passes(pairs.samples, rows[0].recipe)
+    assert [len(pipeline.asked) for pipeline in FakePipeline.opened[-3:]] == [passes, 0, passes]
     said = []
     reproduce(rows, [pairs], folder, opener, say=said.append)
     assert any("0 pairs in" in line and "6 already there" in line for line in said)
@@ -89,24 +77,14 @@ def test_rows_that_cannot_run_are_said(tmp_path, pairs):
         return opener(recipe)
 
     rows = stand_in_rows(96)
-    estimate = Estimator(partly)
-    estimates = [estimate(row, pairs, tmp_path / row.name) for row in rows]
-    assert estimates[2].refusal == "exporting needs torch"
-    assert "pocket-dual       cannot run here: exporting needs torch" in "\n".join(format_estimates(estimates))
     said = []
     made = reproduce(rows, [pairs], tmp_path, partly, say=said.append)
     assert set(made["spair"]) == {"pocket", "pocket-bicubic"}
     assert any("pocket-dual left out: exporting needs torch" in line for line in said)
     with pytest.raises(InputError, match="nothing to reproduce"):
         reproduce(rows, [], tmp_path, opener)
-
-
-def test_a_refusal_is_of_a_row_on_one_data_set(tmp_path, pairs):
-    other = Pairs(pairs.samples, {"name": "pf-willow", "split": "test"})
-    rows = stand_in_rows(96)[:2]
-    made = reproduce(rows, [pairs, other], tmp_path, opener, refused={("pocket", "pf-willow")})
-    assert set(made["spair"]) == {"pocket", "pocket-bicubic"}
-    assert set(made["pf-willow"]) == {"pocket-bicubic"}
+    with pytest.raises(InputError, match="no row can run here: exporting needs torch"):
+        reproduce(rows[2:], [pairs], tmp_path, partly)
 
 
 def test_learned_rows():
@@ -131,10 +109,6 @@ def test_rows_with_prompts_run_and_the_others_are_named(tmp_path, pairs):
     assert absent == ["pocket-class", "pocket-dual-single", "pocket-dual-cpm"]
     assert [row.keepable for row in rows] == [True, False, True]
     folder = tmp_path / "out"
-    estimates = [Estimator(opener)(row, pairs, folder / row.name) for row in rows]
-    assert not any(one.refusal for one in estimates)
-    assert [one.passes > 0 and one.costs.kept > 0 for one in estimates] == [True, False, True]
-    assert estimates[1].passes == count_passes(pairs.samples, rows[1].recipe)
     results = reproduce(rows, [pairs], folder, opener)
     assert set(results["spair"]) == {row.name for row in rows}
     assert "| pocket-dual-class |" in (folder / "spair" / "table.md").read_text()
@@ -142,13 +116,10 @@ def test_rows_with_prompts_run_and_the_others_are_named(tmp_path, pairs):
     before = (folder / "spair" / "pocket-single" / "predictions.jsonl").read_bytes()
     recipe = dataclasses.replace(made["pocket-single"].recipe, learned=None)
     prompt_file(tmp_path / "prompts" / "pocket-single", "single", recipe, 5.0)
-    said = []
-    assert reproduce(rows[:1], [pairs], folder, opener, say=said.append)["spair"] == {}
-    assert any("prompts.sha256 is" in line for line in said)
+    with pytest.raises(InputError, match=r"no row can run here: .*prompts\.sha256 is"):
+        reproduce(rows[:1], [pairs], folder, opener)
     reproduce(rows[:1], [pairs], folder, opener, overwrite=True)
     assert (folder / "spair" / "pocket-single" / "predictions.jsonl").read_bytes() != before
-    assert Estimator(opener)(rows[0], pairs, folder / "spair" / "pocket-single").pairs == 0
-    assert Estimator(opener, afresh=True)(rows[0], pairs, folder / "spair" / "pocket-single").pairs == 6
 
 
 def test_a_row_that_knows_not_all_classes_is_refused_and_ends_nothing(tmp_path):
@@ -156,13 +127,16 @@ def test_a_row_that_knows_not_all_classes_is_refused_and_ends_nothing(tmp_path):
     (row,) = [row for row in learned_rows(size=96) if row.name == "pocket-class"]
     prompt_file(tmp_path / "prompts" / "pocket-class", "class", dataclasses.replace(row.recipe, learned=None))
     (row,), _ = with_prompts([row], tmp_path / "prompts")
-    assert "no prompt for class 'horse'" in Estimator(opener)(row, horses, tmp_path / "out").refusal
+    said = []
+    results = reproduce([row, *stand_in_rows(96)[:1]], [horses], tmp_path / "out", opener, say=said.append)
+    assert set(results["spair"]) == {"pocket"}
+    assert any("pocket-class left out" in line and "no prompt for class 'horse'" in line for line in said)
 
 
 def test_a_damaged_image_does_not_refuse_the_row(tmp_path, pairs):
     pairs.samples[0].source.write_bytes(b"no picture")
-    one = Estimator(opener)(stand_in_rows(96)[0], pairs, tmp_path / "out")
-    assert (one.refusal, one.pairs) == (None, 6)
+    results = reproduce(stand_in_rows(96)[:1], [pairs], tmp_path / "out", opener)
+    assert 0 < results["spair"]["pocket"]["counts"]["pairs_failed"] < 6
 
 
 def test_a_stopped_run_leaves_the_table_of_the_rows_that_are_done(tmp_path, pairs):

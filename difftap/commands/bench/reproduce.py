@@ -51,7 +51,6 @@ _DIR = click.Path(path_type=Path)
 @click.option("--features", type=_DIR, metavar="DIR", help="Where features are kept.  [default: DIR/features]")
 @runtime_option("--memory", type=click.IntRange(1), default=2048, show_default=True, metavar="MB", help="For features.")
 @click.option("--overwrite", is_flag=True, help="Start every row afresh instead of resuming; features stay.")
-@click.option("--estimate-only", is_flag=True, help="Say what it will take, and stop.")
 @runtime_options
 def reproduce(
     output: Path,
@@ -68,18 +67,16 @@ def reproduce(
     features: Path | None,
     memory: int,
     overwrite: bool,
-    estimate_only: bool,
     runtime: Runtime,
 ) -> None:
     """Fill the poster's table with this machine's own figures; stop and go on at will.
 
-    Says what it will take before it starts. The poster's rows with learned prompts run where 'difftap tune' has left
+    The poster's rows with learned prompts run where 'difftap tune' has left
     prompts for them (docs/tuning.md), and are named where it has not.
 
     \b
     difftap bench reproduce -o out/poster --spair SPair-71k --model sd21/ --prompts-root prompts --batch 8
     """
-    from difftap.bench.estimate import Estimator, format_estimates
     from difftap.bench.poster import learned_rows, poster_rows, stand_in_rows, with_prompts
     from difftap.bench.reproduce import reproduce as run
     from difftap.bench.session import Selection, load_pairs, make_folder
@@ -115,19 +112,7 @@ def reproduce(
             "tune' makes them (docs/tuning.md)",
             err=True,
         )
-    click.echo("timing a pair of each row ...", err=True)
-    estimate = Estimator(opener, runtime.batch, afresh=overwrite)
-    estimates = [estimate(row, pairs, folder / str(pairs.about["name"]) / row.name) for pairs in sets for row in rows]
-    for line in format_estimates(estimates):
-        click.echo(line, err=not estimate_only)
-    if estimate_only:
-        return
-    refused = {(one.row, one.dataset) for one in estimates if one.refusal}
-    if len(refused) == len(estimates):
-        raise InputError(f"no row can run here: {estimates[0].refusal}")
-    running = [one for one in estimates if not one.refusal]
-    sizes = {str(pairs.about["name"]): len(pairs.samples) for pairs in sets}
-    with progress_bar(sum(sizes[one.dataset] for one in running)) as advance:
+    with progress_bar(len(rows) * sum(len(pairs.samples) for pairs in sets)) as advance:
         results = run(
             rows,
             sets,
@@ -137,7 +122,6 @@ def reproduce(
             batch=runtime.batch,
             features=features,
             overwrite=overwrite,
-            refused=refused,
             say=lambda text: click.echo(text, err=True),
             progress=advance,
         )
