@@ -100,7 +100,7 @@ class OutputError(DifftapError, OSError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another package's error says, as the one line that fits into ours."""
+    """Shorten another package's error to the one line that fits into ours."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

@@ -49,5 +49,5 @@ class FeatureMap:
         return self.geometry.to_cells(points, self.grid)
 
     def to_pixels(self, cells: NDArray[np.floating]) -> NDArray[np.float64]:
-        """This map's cells ``(N, 2)`` to image pixels ``(N, 2)``."""
+        """Take this map's cells ``(N, 2)`` to image pixels ``(N, 2)``."""
         return self.geometry.to_pixels(cells, self.grid)

@@ -339,13 +339,13 @@ def _build(kind: Any, data: Any, where: str) -> Any:
 
 @cache
 def presets() -> Mapping[str, Recipe]:
-    """The recipes that ship with difftap, by name."""
+    """Load the recipes that ship with difftap, by name."""
     text = resources.files("difftap").joinpath("presets.toml").read_text(encoding="utf-8")
     return {name: Recipe.from_dict(data) for name, data in tomllib.loads(text).items()}
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A preset by name, or a recipe from a TOML file.
+    """Load a preset by name, or a recipe from a TOML file.
 
     Raises:
         RecipeError: neither a preset nor a readable, valid TOML file.

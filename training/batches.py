@@ -81,7 +81,7 @@ class Ahead:
             self._queue.put(error)
 
     def next(self) -> Batch:
-        """The next batch."""
+        """Draw the next batch."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item

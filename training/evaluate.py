@@ -39,7 +39,7 @@ NOISE_TIMESTEPS = [1, 25, 50, 100, 200, 400, 600, 800, 999]
 
 
 def joined(maps: dict[str, torch.Tensor], names: str) -> list[torch.Tensor]:
-    """Maps of "up2" or "up1+up2": unit length per cell each, brought to the finest grid, concatenated."""
+    """Compute maps of "up2" or "up1+up2": unit length per cell each, brought to the finest grid, concatenated."""
     parts = [maps[name] for name in names.split("+")]
     if len(parts) == 1:
         return list(parts[0])
@@ -106,7 +106,7 @@ def dense_sift() -> Iterator[tuple[str, Extract]]:
 
 
 def choose(name: str, candidates: Iterator[tuple[str, Extract]], pairs: list) -> tuple[str, Extract, dict]:
-    """The candidate with the best mean of the validation figures (three kinds of pairs, PCK at 0.05 and 0.10)."""
+    """Choose the candidate with the best mean validation figure (three kinds of pairs, PCK at 0.05 and 0.10)."""
     best: tuple[str, Extract, dict] | None = None
     for setting, function in candidates:
         found = {k: [round(float(x), 4) for x in v] for k, v in score(pairs, function).items()}
@@ -186,7 +186,7 @@ def by_class(details: list) -> dict[str, list[float]]:
 
 
 def score_position(pairs: list) -> dict[str, np.ndarray]:
-    """The baseline that answers with the point's own relative place."""
+    """Give the baseline that answers with the point's own relative place."""
     rows: dict[str, list[np.ndarray]] = {}
     for pair in pairs:
         rows.setdefault(pair.kind, []).append(pck(pair.points_a, pair.points_b, (0.05, 0.10)))

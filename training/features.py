@@ -27,7 +27,7 @@ def extract(
     pocket: Pocket, taps: Taps, std: float, images: list[np.ndarray], size: int, timestep: int,
     ensemble: int = 1, device: str = "cpu", chunk: int = 8,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Maps of whole images, empty prompt, mean over `ensemble` noise draws.
+    """Compute maps of whole images, empty prompt, mean over `ensemble` noise draws.
 
     Returns {"latent": (B, C, h, w), "up1": ..., "up2": ...} float32. Noise is seeded by the image's own pixels and the
     member: noise shared by two images would tell where a cell is, which lifts every score, an untrained network's too.

@@ -127,7 +127,7 @@ class Taps:
 
 
 def scheduler() -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion 1.x."""
+    """Build the noise schedule of Stable Diffusion 1.x."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -182,7 +182,7 @@ def export(pocket: Pocket, scaling_factor: float, folder: Path) -> int:
 
 
 def load(folder: Path) -> tuple[Pocket, float]:
-    """An exported checkpoint in float32, and the std of its latents (1 / scaling factor)."""
+    """Load an exported checkpoint in float32, and the std of its latents (1 / scaling factor)."""
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
     table = json.loads((folder / "prompt_table" / "config.json").read_text())

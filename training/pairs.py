@@ -43,7 +43,7 @@ class Pair:
 
 
 def held_out_indices(cache: ImageCache, one_in: int) -> list[int]:
-    """Indices of the photographs never trained on."""
+    """List the indices of the photographs never trained on."""
     return [i for i, item in enumerate(cache.items) if is_held_out(item, one_in)]
 
 

@@ -31,7 +31,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Running mean over the last `width` values."""
+    """Compute the running mean over the last `width` values."""
     total = np.cumsum(np.insert(values, 0, 0.0))
     index = np.arange(1, len(values) + 1)
     first = np.maximum(index - width, 0)

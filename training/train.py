@@ -68,7 +68,7 @@ class Trainer:
         self.latent_std = torch.tensor(0.0)
 
     def identity(self) -> str:
-        """What must not change between a checkpoint and its continuation."""
+        """Say what must not change between a checkpoint and its continuation."""
         fixed = {k: v for k, v in self.config.items() if k not in ("run", "schedule")}
         return json.dumps(fixed, sort_keys=True)
 

@@ -117,7 +117,7 @@ class Table:
         return [self.title, *lines] if self.title else lines
 
     def markdown(self) -> str:
-        """A Markdown table: under a heading if it has a title, the best cells bold, the note below."""
+        """Format as a Markdown table: under a heading if it has a title, the best cells bold, the note below."""
         cells = self._marked(_markdown_text, lambda text: f"**{text}**", lambda text: text)
         lines = [f"### {self.title}", ""] if self.title else []
         lines.append("| " + " | ".join(_markdown_text(column.title) for column in self.columns) + " |")
@@ -126,7 +126,7 @@ class Table:
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
     def latex(self) -> str:
-        """A LaTeX table across both columns, for booktabs: best cells bold, names of quoted rows in italics."""
+        """Format as a LaTeX table across both columns, for booktabs: best cells bold, quoted rows in italics."""
         cells = self._marked(_latex_text, lambda text: f"\\textbf{{{text}}}", lambda text: f"\\textit{{{text}}}")
         lines = [
             "\\begin{table*}",
@@ -141,7 +141,7 @@ class Table:
         return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table*}", ""])
 
     def html(self) -> str:
-        """An HTML table under a heading; quoted rows are of class ``published``."""
+        """Format as an HTML table under a heading; quoted rows are of class ``published``."""
         cells = self._marked(html.escape, lambda text: f"<b>{text}</b>", lambda text: text)
         heads = "".join(f"<th>{html.escape(column.title)}</th>" for column in self.columns)
         rows = []
@@ -154,12 +154,12 @@ class Table:
         return f'{title}<div class="wide">{body}</div>{note}'
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The rows as objects by head, values in plain units."""
+        """Give the rows as objects by head, values in plain units."""
         heads = [column.head for column in self.columns]
         return [dict(zip(heads, plain(row), strict=True)) for row in self.rows]
 
     def with_best(self, columns: Sequence[int]) -> Table:
-        """The table with the best of each of these columns bold: the largest as printed, where our own rows differ."""
+        """Make the best of each of these columns bold: the largest as printed, where our own rows differ."""
         ours = [k for k in range(len(self.rows)) if k not in self.quoted]
         bold = set()
         for j in columns:
@@ -200,7 +200,7 @@ def _latex_text(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Data ready for strict JSON: dataclasses as objects, arrays as lists, numbers that are not finite as None."""
+    """Make data ready for strict JSON: dataclasses as objects, arrays as lists, numbers that are not finite as None."""
     if hasattr(value, "tolist"):  # an array, or a number of numpy's
         value = value.tolist()
     if is_dataclass(value) and not isinstance(value, type):
@@ -215,7 +215,7 @@ def plain(value: Any) -> Any:
 
 
 def result_json(schema: str, result: Any, **more: Any) -> dict[str, Any]:
-    """A result as one JSON object: its schema's name and version first, then its fields and what else is given."""
+    """Give a result as one JSON object: its schema's name and version first, then its fields and what else is given."""
     return {"schema": schema, **plain(result), **plain(more)}
 
 

@@ -43,7 +43,7 @@ class Contender:
 
 
 def parse_backends(text: str, device: str = "auto") -> tuple[list[Contender], dict[str, str]]:
-    """The backends that a list names.
+    """Find the backends that a list names.
 
     Args:
         text: ``all``, or names with commas between them; ``name:precision`` for one precision, ``name`` or ``name:all``
@@ -85,7 +85,7 @@ def parse_backends(text: str, device: str = "auto") -> tuple[list[Contender], di
 
 
 def parse_rivals(text: str, device: str) -> list[Contender]:
-    """The rivals that a list names: ``dift``, ``dift-tuned``, either with ``:fp16`` or ``:bf16``; ``none`` for none.
+    """Find the rivals that a list names: ``none``, or ``dift``, ``dift-tuned``, with ``:fp16`` or ``:bf16``.
 
     Raises:
         InputError: a name or a precision is unknown.

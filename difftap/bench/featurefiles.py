@@ -92,7 +92,7 @@ class FeatureFiles:
         return self._folders[branch, prompt]
 
     def get(self, image: Image, branch: int, prompt: Prompt) -> tuple[FeatureMap, ...] | None:
-        """A branch's maps of an image, tap by tap; None if they are not there or damaged."""
+        """Read a branch's maps of an image, tap by tap; None if they are not there or damaged."""
         path = self.folder(branch, prompt) / f"{image.digest}.npz"
         if not path.is_file():
             return None

@@ -24,7 +24,7 @@ _SMALL = 4096
 
 
 def axes_of(graph: Graph, profile: Profile) -> dict[str, int]:
-    """The sizes of a graph's free axes for one image: the letters of `difftap.engine.backend`."""
+    """Give the sizes of a graph's free axes for one image: the letters of `difftap.engine.backend`."""
     return {"B": 1, **profile.axes(graph.model)}
 
 
@@ -83,7 +83,7 @@ class _Walk:
                 self.constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a value.
+        """Find the shape of a value.
 
         Raises:
             ArtefactError: it is not known.
@@ -128,7 +128,7 @@ class _Walk:
         self.types.update(found)
 
     def _compute(self, node: Any) -> None:
-        """The node's values, where they are small and all that it reads is known."""
+        """Compute the node's values, where they are small and all that it reads is known."""
         if node.op_type == "Shape":
             first, last = (next((a.i for a in node.attribute if a.name == key), None) for key in ("start", "end"))
             self.constants[node.output[0]] = np.array(self.shape(node.input[0])[first:last], np.int64)

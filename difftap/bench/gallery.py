@@ -38,7 +38,7 @@ def _merit(measured: MeasuredPair) -> tuple[float, float]:
 
 
 def choose(measured: Sequence[MeasuredPair], count: int) -> dict[str, list[int]]:
-    """Indices of the best, median and worst pairs, ``count`` of each where there are as many; none twice."""
+    """Choose the indices of the best, median and worst pairs, ``count`` of each where there are as many; none twice."""
     order = sorted(range(len(measured)), key=lambda k: (*_merit(measured[k]), -k), reverse=True)
     count = min(count, max(1, len(order) // 3)) if order else 0
     middle = (len(order) - count) // 2

@@ -51,7 +51,7 @@ _YARDSTICKS = ("torch:fp16", "ort:fp16", "ort:fp32")
 
 
 def to_json(result: GpuCheck) -> dict[str, Any]:
-    """The result as plain data, with the schema's name and version first; docs/gpu.md describes it."""
+    """Give the result as plain data, with the schema's name and version first; docs/gpu.md describes it."""
     return {
         "schema": SCHEMA,
         "conditions": dict(result.conditions),
@@ -117,7 +117,7 @@ def _line(cell: Cell, one: CellResult) -> str:
 
 
 def _summary(rows: list[tuple[Cell, CellResult]]) -> list[str]:
-    """The fastest cell whose features are right, and how it stands to the yardsticks' own best."""
+    """Find the fastest cell whose features are right, and how it stands to the yardsticks' own best."""
     timed = [(cell, one.rate) for cell, one in rows if one.rate is not None and one.sound is not False]
     if not timed:
         return ["fastest: nothing was measured"]
@@ -311,7 +311,7 @@ class GpuCheck:
 
 
 def present(names: str, device: str) -> tuple[list[Contender], dict[str, str]]:
-    """The backends that a list names, as far as they can run on a device, and the reasons of those that cannot.
+    """Find the backends that a list names, as far as they can run on a device, and the reasons of those that cannot.
 
     Args:
         names: ``all``, or backends with commas between, with or without ``:precision``.

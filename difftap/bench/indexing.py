@@ -132,7 +132,7 @@ def _draw(case: IndexCase) -> Callable[[int, int], NDArray[np.float32]]:
 
 
 def generate(case: IndexCase, path: Path) -> tuple[NDArray[Any], float]:
-    """The vectors ``(N, D)``, memory-mapped, and the seconds it took to make them; a whole file is used again.
+    """Make the vectors ``(N, D)``, memory-mapped, and the seconds it took to make them; a whole file is used again.
 
     Raises:
         OutputError: the file cannot be written, or another one stands there.
@@ -311,7 +311,7 @@ def _direct(
 
 
 def format_table(result: IndexBench) -> Iterator[str]:
-    """The result for people."""
+    """Format the result for people."""
     case, conditions = result.case, result.conditions
     yield (
         f"{case.vectors:,} vectors of {case.width} ({'float16' if case.half else 'float32'} file), {result.metric}, "

@@ -100,7 +100,7 @@ class Tally:
             raise InputError("a pair has more points right than it has points")
 
     def select(self, chosen: NDArray[np.bool_]) -> Tally:
-        """The pairs of a mask ``(P,)``."""
+        """Take the pairs of a mask ``(P,)``."""
         return Tally(self.classes, self.members[chosen], self.points[chosen], self.hits[chosen])
 
 

@@ -51,12 +51,12 @@ class PosterRow:
 
 
 def poster_rows(model: ModelReference) -> list[PosterRow]:
-    """The poster's rows that need no learned prompts, on a Stable Diffusion 2.1 checkpoint."""
+    """List the poster's rows that need no learned prompts, on a Stable Diffusion 2.1 checkpoint."""
     return [PosterRow(name, dataclasses.replace(load_recipe(name), model=model)) for name in POSTER]
 
 
 def stand_in_rows(size: int | None = None) -> list[PosterRow]:
-    """The same rows on the embedded model: the same path where there is neither a checkpoint nor a GPU."""
+    """List the same rows on the embedded model: the same path where there is neither a checkpoint nor a GPU."""
     recipe = load_recipe("pocket")
     if size is not None:
         recipe = dataclasses.replace(recipe, size=(size, size))
@@ -69,7 +69,7 @@ def stand_in_rows(size: int | None = None) -> list[PosterRow]:
 
 
 def learned_rows(model: ModelReference | None = None, size: int | None = None) -> list[PosterRow]:
-    """The rows with learned prompts, each from the folder of its name.
+    """List the rows with learned prompts, each from the folder of its name.
 
     SD4Match's read by corners, as its authors do. On the embedded model they are called ``pocket-single`` and so on.
 

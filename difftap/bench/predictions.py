@@ -76,7 +76,7 @@ class Prediction:
 
     @classmethod
     def of(cls, index: int, sample: Sample, found: Matches | None, clamped: int = 0, error: str = "") -> Prediction:
-        """A sample with what was found for it, or with the reason why nothing was."""
+        """Join a sample with what was found for it, or with the reason why nothing was."""
         count = len(sample.source_points)
         nothing = np.full(count, np.nan)
         return cls(
@@ -108,7 +108,7 @@ class Prediction:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prediction:
-        """The inverse of `to_dict`.
+        """Read what `to_dict` gave.
 
         Raises:
             InputError: a field is missing or has another shape.

@@ -78,11 +78,11 @@ class Protocol:
                 raise InputError(f"protocol '{self.name}': alphas are {alphas}; allowed: numbers above 0")
 
     def basis(self, dataset: str) -> str | None:
-        """What alpha is a share of on a data set; None where the protocol does not apply."""
+        """Say what alpha is a share of on a data set; None where the protocol does not apply."""
         return self.bases.get(dataset, self.bases.get("*"))
 
     def thresholds(self, dataset: str) -> tuple[float, ...]:
-        """The authors' alphas on a data set."""
+        """List the authors' alphas on a data set."""
         return self.own_alphas.get(dataset, self.alphas)
 
     def to_frame(self, points: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
@@ -180,7 +180,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 
 def alpha_key(alpha: float) -> str:
-    """A threshold as the results' keys have it: all the digits that tell it from others, and no more.
+    """Write a threshold as the results' keys have it: all the digits that tell it from others, and no more.
 
     >>> alpha_key(0.10), alpha_key(0.1000001), alpha_key(1)
     ('0.1', '0.1000001', '1')
@@ -189,7 +189,7 @@ def alpha_key(alpha: float) -> str:
 
 
 def get_protocols(names: Sequence[str] = ()) -> list[Protocol]:
-    """The protocols of these names, all of them if none is given.
+    """Find the protocols of these names, all of them if none is given.
 
     Raises:
         InputError: there is none of that name.

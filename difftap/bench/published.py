@@ -76,7 +76,7 @@ class PublishedRow:
         return TEST_PAIRS[self.dataset]
 
     def label(self, comparable: bool, mark: str = "") -> str:
-        """The row's name, with whose it is, and whether it may be compared with ours: in words, or by a mark."""
+        """Write the row's name, with whose it is, and whether it may be compared with ours: in words, or by a mark."""
         note = "" if comparable else mark or f"; not comparable: of {self.pairs:,} pairs"
         return f"{self.method} (published, {self.source}{note})"
 
@@ -164,7 +164,7 @@ PUBLISHED = _rows()
 def published(
     dataset: str, split: str, alpha: float, by: str | None = None, protocol: str | None = None
 ) -> list[PublishedRow]:
-    """What was published for a data set's split at a threshold; ``by`` and ``protocol`` keep only what was measured so.
+    """List what was published for a split at a threshold; ``by`` and ``protocol`` keep what was measured so.
 
     Rows whose averaging is unstated stay with either.
     """

@@ -49,7 +49,7 @@ def _cell(figure: Mapping[str, float | None]) -> str:
 
 
 def conditions_line(results: Mapping[str, Any]) -> str:
-    """What a reader must know of every figure, on one line."""
+    """Say what a reader must know of every figure, on one line."""
     at, counts = results["conditions"], results["counts"]
     recipe, matching, data = at["recipe"], at["matching"], at["dataset"]
     matcher = recipe["matcher"]
@@ -75,7 +75,7 @@ _BASIS_WORDS = {"extent": "keypoint extent", "box": "box", "image": "image side"
 
 
 def headline_of(results: Mapping[str, Any]) -> str:
-    """The one figure that most people look for: the first protocol's own mean, at 0.1 or its highest alpha."""
+    """Choose the one figure that most people look for: the first protocol's own mean, at 0.1 or its highest alpha."""
     chosen = _main(results)
     data = results["conditions"]["dataset"]
     what = f"{recipe_name(results)} on {data['name']}"
@@ -90,14 +90,14 @@ def headline_of(results: Mapping[str, Any]) -> str:
 
 
 def recipe_name(results: Mapping[str, Any]) -> str:
-    """The preset's name, if the run's recipe is one as it stands; else the model's."""
+    """Give the preset's name, if the run's recipe is one as it stands; else the model's."""
     at = results["conditions"]
     known = {recipe.key(): name for name, recipe in presets().items()}
     return known.get(at["recipe_key"], str(at["model"]["name"]))
 
 
 def format_results(results: Mapping[str, Any], *, show_published: bool = True) -> list[str]:
-    """The results as lines for a terminal."""
+    """Format the results as lines for a terminal."""
     lines = [headline_of(results), conditions_line(results), ""]
     boot = results["bootstrap"]
     lines.append(
@@ -137,7 +137,7 @@ def _protocol_notes(results: Mapping[str, Any]) -> list[str]:
 
 
 def _main(results: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The protocol and threshold that cuts are shown for: the first protocol, at 0.1 or its highest alpha."""
+    """Find the protocol and threshold that cuts are shown for: the first protocol, at 0.1 or its highest alpha."""
     for name, result in results["protocols"].items():
         alphas = [alpha for alpha, _ in _by_alpha(result["pck"])]
         return name, "0.1" if "0.1" in alphas else alphas[-1]
@@ -211,7 +211,7 @@ def result_table(
     *,
     show_published: bool = False,
 ) -> Table:
-    """The poster's table: methods by SPair-71k's 18 classes, or the data set's own, and All.
+    """Make the poster's table: methods by SPair-71k's 18 classes, or the data set's own, and All.
 
     Args:
         runs: per method, its name and its results.
@@ -275,7 +275,7 @@ def _same_pairs(runs: Sequence[tuple[str, Mapping[str, Any]]], protocol: str) ->
 
 
 def _rules(results: Mapping[str, Any], protocol: str) -> Any:
-    """What decides a protocol's figures on a data set, beside the thresholds."""
+    """Say what decides a protocol's figures on a data set, beside the thresholds."""
     if protocol not in results["protocols"]:
         return None
     at = results["protocols"][protocol]["conditions"]

@@ -188,7 +188,7 @@ class Rival:
     def _batched(
         self, posterior: tuple[Any, Any], drawn: Any, branch: Branch, network: Any, prompt: Any, clock: dict[str, float]
     ) -> list[Any]:
-        """A batch of encoded images, all members of all of them in one pass."""
+        """Run a batch of encoded images, all members of all of them in one pass."""
         torch = self._torch
         start = self._now()
         signal, sigma = scales(self.rule, branch.timestep, self._recipe.noise)
@@ -226,7 +226,7 @@ def _cut_after(unet: Any, branch: Branch) -> Any:
 
 
 def _whole(unet: Any, compiled: bool) -> Callable[[Any, Any, Any], list[Any]]:
-    """A pass whose output is the tap itself."""
+    """Build a pass whose output is the tap itself."""
     run = require("torch", "bench", "running DIFT's way").compile(unet, dynamic=False) if compiled else unet
 
     def members(latent: Any, timestep: Any, prompt: Any) -> list[Any]:

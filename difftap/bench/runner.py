@@ -90,7 +90,7 @@ def count_passes(samples: Sequence[Sample], recipe: Recipe) -> int:
 
 
 def subset(samples: Sequence[Sample], limit: int | None = None, per_class: int | None = None) -> list[Sample]:
-    """The first ``limit`` of the pairs, or of each class ``per_class`` evenly spaced ones, in the list's order."""
+    """Take the first ``limit`` of the pairs, or of each class ``per_class`` evenly spaced ones, in the list's order."""
     chosen = list(range(len(samples)))
     if per_class is not None:
         members: dict[str, list[int]] = {}
@@ -105,7 +105,7 @@ def subset(samples: Sequence[Sample], limit: int | None = None, per_class: int |
 
 
 def finished(records: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Indices of the pairs that earlier records settle: the last one of each counts, and only if it did not fail."""
+    """Find the pairs that earlier records settle: the last record of each counts, and only if it did not fail."""
     last = {record["index"]: record.get("error") is None for record in records if "index" in record}
     return {index for index, good in last.items() if good}
 

@@ -76,7 +76,7 @@ class Pairs:
 
 
 def make_folder(path: Path) -> Path:
-    """A folder, made if it is not there.
+    """Make a folder, unless it is there.
 
     Raises:
         OutputError: it cannot be made.

@@ -53,7 +53,7 @@ _COLOURS = {"vae": "#1f6f8b", "unet": "#d1495b", "own": "#edae49"}
 
 
 def to_json(result: Throughput) -> dict[str, Any]:
-    """The result as plain data, with the schema's name and version first; docs/throughput.md describes it."""
+    """Give the result as plain data, with the schema's name and version first; docs/throughput.md describes it."""
     case = asdict(result.case)
     case["recipe"] = result.case.recipe.to_dict()
     case["cache"] = str(result.case.cache) if result.case.cache else None
@@ -157,7 +157,7 @@ def save_throughput(result: Throughput, folder: Path) -> list[Path]:
 
 
 def draw_throughput(result: Throughput) -> bytes:
-    """A PNG: time an image by stage, one bar a contender, with its images a second and its ratio.
+    """Draw a PNG: time an image by stage, one bar a contender, with its images a second and its ratio.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -199,7 +199,7 @@ def draw_throughput(result: Throughput) -> bytes:
 
 
 def _width(row: Row, stage: str) -> float:
-    """A bar's part: medians of stages, and for the rest what brings the bar to the median of whole calls."""
+    """Measure a bar's part: medians of stages, and for the rest what brings the bar to the median of whole calls."""
     engines = row.stages["vae"] + row.stages["unet"]
     if stage != "own":
         return row.stages[stage]
@@ -320,7 +320,7 @@ class Throughput:
     conditions: Mapping[str, Any]
 
     def row(self, label: str) -> Row:
-        """The row of ``name:precision``.
+        """Find the row of ``name:precision``.
 
         Raises:
             KeyError: there is none.
@@ -517,7 +517,7 @@ def _flop(case: ThroughputCase, contender: Contender, about: dict[str, Any]) -> 
 
 
 def _fastest(gemm: Mapping[str, float], precision: str) -> float:
-    """The fastest product of a precision, or of fp32 where that was not measured."""
+    """Find the fastest product of a precision, or of fp32 where that was not measured."""
     same = [rate for kind, rate in gemm.items() if kind.endswith(precision)]
     return max(same or [rate for kind, rate in gemm.items() if kind.endswith("fp32")])
 

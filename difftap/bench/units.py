@@ -50,7 +50,7 @@ class Unit:
 
 
 def units(sample: Sample, recipe: Recipe) -> tuple[Unit, Unit]:
-    """A pair's source and target."""
+    """Name a pair's source and target."""
     pair = View(sample.source), View(sample.target, sample.mirrored)
     first, second = (Unit(view, choose_prompts(recipe, Subject(sample.category, view, pair))) for view in pair)
     return first, second

@@ -178,7 +178,7 @@ def make_order(
     threads: int,
     batch: int,
 ) -> dict[str, Any]:
-    """What every contender is told of a job, as plain data; who it is goes beside it as ``contender``."""
+    """Say what every contender is told of a job, as plain data; who it is goes beside it as ``contender``."""
     return {
         "recipe": recipe.to_dict(),
         "images": [str(path.resolve()) for path in images],
@@ -191,7 +191,7 @@ def make_order(
 def open_contender(
     order: Mapping[str, Any], left: Callable[[], float | None] = lambda: None
 ) -> tuple[Worker, dict[str, Any], float | None]:
-    """A process in which a contender is open and warm; if something had to be made for it, a fresh one after that.
+    """Start a process in which a contender is open and warm, anew after something had to be made for it.
 
     Args:
         order: as `make_order` gives it, with the ``contender``.

@@ -80,7 +80,7 @@ def _names(text: str) -> list[str]:
 
 
 def _table(rows: list[tuple[Any, Any, float]]) -> str:
-    """A line per engine and output: what it is, its own files' size, how long it took, how near the reference it is."""
+    """Print a line per engine and output: what it is, its files' size, how long it took, how exact it is."""
     lines = [("size", "backend", "precision", "engine", "MB", "s", "output", "relative", "cosine mean", "min")]
     for job, record, seconds in rows:
         made_from = record.manifest.made_from

@@ -448,7 +448,7 @@ def _vectors(
     failures: list[tuple[str, str]],
     known: AlreadyIndexed | None = None,
 ) -> Iterator[tuple[Iterable[VectorBatch], dict[str, Any]]]:
-    """The vectors of some sources, less those that are known, made as an index's were, and the conditions."""
+    """Open the vectors of some sources, less those that are known, made as an index's were, and the conditions."""
     from difftap.retrieval.queries import open_pipeline
     from difftap.retrieval.vectors import list_images, open_tables, patch_batches
 
@@ -481,7 +481,7 @@ def _say_extracted(pipeline: Pipeline, store: str | None) -> None:
 def _query(
     image: Path | None, mask: Path | None, mask_value: int | None, point: str | None, row: str | None
 ) -> Callable[[Origin], Query]:
-    """What is searched for, read and checked as far as it can be before the index is open."""
+    """Read what is searched for, read and checked as far as it can be before the index is open."""
     from difftap.images import load_image, read_mask
     from difftap.points import parse_point
     from difftap.retrieval.queries import image_query, mask_query, point_query, row_query

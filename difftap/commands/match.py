@@ -158,7 +158,7 @@ def match(
 
 
 def _empty_prompt(recipe: Recipe) -> str:
-    """What to say of a prompt that asks for a category when none is given."""
+    """Say what to say of a prompt that asks for a category when none is given."""
     from difftap.prompts import wants_category
 
     asked = [] if recipe.learned else [b.prompt for b in recipe.branches if wants_category([b])]
@@ -179,7 +179,7 @@ class _Job:
     category: str | None = None
 
     def open(self) -> Pipeline:
-        """The recipe made ready; then, bad input being out of the way, says what there is to say."""
+        """Open the recipe; then, with bad input refused, say what is worth a remark."""
         from difftap.features.provider import FeatureSource
         from difftap.pipeline.pipeline import Pipeline
 

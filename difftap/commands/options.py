@@ -227,7 +227,7 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tu
 
 
 def parse_size(value: str) -> tuple[int, int]:
-    """A network input, ``512`` or ``640x480``, as ``(W, H)``."""
+    """Parse a network input, ``512`` or ``640x480``, as ``(W, H)``."""
     parts = value.lower().split("x")
     if len(parts) not in (1, 2) or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r} is not a size; allowed: N or WxH in pixels, such as 512 or 640x480")
@@ -236,7 +236,7 @@ def parse_size(value: str) -> tuple[int, int]:
 
 
 def parse_numbers(least: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
-    """A callback that reads a list such as ``1,4,8``: whole numbers from ``least``, each once, in their order."""
+    """Make a callback that reads a list such as ``1,4,8``: whole numbers from ``least``, each once, in their order."""
 
     def parse(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
         parts = [part.strip() for part in value.split(",")]
@@ -267,7 +267,7 @@ def build_recipe(
     matcher: str | None = None,
     interpolation: str | None = None,
 ) -> Recipe:
-    """The recipe that the options ask for: the named one, with what was given put in its place."""
+    """Build the recipe that the options ask for: the named one, with what was given put in its place."""
     from difftap.recipe import load_recipe
 
     recipe = load_recipe(recipe_name or ("dift" if model not in (None, "pocket") else "pocket"))
@@ -309,7 +309,7 @@ def _checkpoint(model: str | None, revision: str | None, random_weights: int | N
 
 
 def with_category(recipe: Recipe, category: str | None) -> Recipe:
-    """The recipe with the category in its prompts, so that its key and record name what was really asked.
+    """Put the category into the recipe's prompts, so that its key and record name what was really asked.
 
     Raises:
         InputError: no prompt asks for one.
@@ -327,7 +327,7 @@ def with_category(recipe: Recipe, category: str | None) -> Recipe:
 
 
 def _learned(recipe: Recipe, prompt: str | None, path: str | None, mode: str | None) -> Learned | None:
-    """The recipe's learned prompts with what was given put in their place; None to leave them as they are."""
+    """Say which learned prompts take the place of the recipe's; None to leave those as they are."""
     from difftap.recipe import Learned
 
     if prompt is not None and (path is not None or recipe.learned is not None):
@@ -409,7 +409,7 @@ def _feature_list(default: str, *, sized: bool = True) -> list[Decorator]:
 
 
 def feature_options(default: str, *, sized: bool = True, make: Callable[..., Recipe | None] | None = None) -> Decorator:
-    """The recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe.
+    """Make the recipe's options but for the matcher's, for commands that match nothing; ``default`` names their recipe.
 
     Without ``sized`` there is no --size, for commands that go through several; ``make`` stands in for `build_recipe`
     where a command has a default of its own.

@@ -11,7 +11,7 @@ __all__ = ["progress_bar"]
 
 @contextlib.contextmanager
 def progress_bar(total: int, what: str = "pairs", *, rate: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar with time left on a terminal, and with how many a second if ``rate``; nothing elsewhere."""
+    """Show a progress bar with time left on a terminal, and with how many a second if ``rate``; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return

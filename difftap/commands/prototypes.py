@@ -60,7 +60,7 @@ object_options = stack(
 
 
 def classes_of(text: str | None, dataset: str) -> tuple[str, ...] | None:
-    """The classes that ``--classes`` names; ``voc`` stands for VOC's 20 in the data set's own words."""
+    """List the classes that ``--classes`` names; ``voc`` stands for VOC's 20 in the data set's own words."""
     if text is None:
         return None
     if text == "voc":
@@ -84,7 +84,7 @@ def open_objects(
     crowds: str = "exclude",
     allow_missing: bool = False,
 ) -> SceneSource:
-    """The scenes that the options ask for."""
+    """Open the scenes that the options ask for."""
     from difftap.datasets.objects import load, read_listing
     from difftap.prototypes import ObjectFilter
 

@@ -143,7 +143,7 @@ def class_(job: _Job) -> None:
 @click.option("--image-tap", metavar="TAP", help="Where own tokens are read.  [default: up1]")
 @_options("cpm")
 def cpm(job: _Job) -> None:
-    """A prompt made from each pair's images, by a small network that is learned."""
+    """Learn a small network that makes a prompt from each pair's images."""
     _tune(job)
 
 
@@ -192,7 +192,7 @@ def _tune(job: _Job) -> None:
 
 
 def _stepper(advance: Callable[[int], None]) -> Callable[[int, int, float], None]:
-    """Moves the bar to where the training is, also when it starts in the middle."""
+    """Move the bar to where the training is, also when it starts in the middle."""
     shown = 0
 
     def step(done: int, _of: int, _left: float) -> None:

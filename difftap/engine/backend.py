@@ -56,7 +56,7 @@ class Calibration(ABC):
 
     @abstractmethod
     def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, Array]]:
-        """Feeds of a graph, one image at a time (B = 1) with all members of the profile."""
+        """Yield feeds of a graph, one image at a time (B = 1) with all members of the profile."""
 
 
 class DeviceArray(ABC):
@@ -77,7 +77,7 @@ class DeviceArray(ABC):
 
     @abstractmethod
     def numpy(self) -> Array:
-        """A copy on the host."""
+        """Make a copy on the host."""
 
 
 Value = Array | DeviceArray
@@ -214,11 +214,11 @@ class Backend(ABC):
     by_default: ClassVar[bool] = True
 
     def precisions(self, device: str) -> tuple[str, ...]:
-        """What it can compute in on a device, exact first."""
+        """List what it can compute in on a device, exact first."""
         return ("fp32",)
 
     def graph_precision(self, profile: Profile, device: str) -> str:
-        """The types of the graph it opens for a profile: a half type, if it computes in what the graph says.
+        """Name the types of the graph it opens for a profile: a half type, if it computes in what the graph says.
 
         ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too; ``fp32-fused`` and
         ``fp16-fused`` have attention as one operator of onnxruntime's (`difftap.export.variants`).
@@ -246,7 +246,7 @@ class Backend(ABC):
         raise BackendError(f"backend '{self.name}' builds no files for {profile.label} on {device}")
 
     def identity(self, profile: Profile, device: str) -> Mapping[str, Any]:
-        """What else a built file must have been made with to be used here (a GPU's compute capability, say)."""
+        """Say what else a built file must have been made with to be used here (a GPU's compute capability, say)."""
         return {}
 
     def fused_attention(self, device: str) -> bool:
@@ -263,11 +263,11 @@ class Backend(ABC):
 
     @abstractmethod
     def devices(self) -> tuple[str, ...]:
-        """The devices it can use here, or build for, best first: ``cpu``, ``cuda``."""
+        """List the devices it can use here, or build for, best first: ``cpu``, ``cuda``."""
 
     @abstractmethod
     def version(self) -> str:
-        """The runtime's version: part of every engine's identity."""
+        """Say the runtime's version: part of every engine's identity."""
 
     @abstractmethod
     def open(

@@ -43,7 +43,7 @@ _LARGE = 4096
 
 
 def keep_float32(core: Any, model: Any, products: set[str]) -> Any:
-    """The model again, all nodes but the products marked to keep their types.
+    """Mark all nodes of a model but its products, so that they keep their types.
 
     Python cannot set the mark, but OpenVINO's files have it; so the model goes through one, its weights left out.
 
@@ -156,7 +156,7 @@ def _ops() -> Any:
 
 
 def _floats(model: Any, *kinds: str) -> Iterable[Any]:
-    """The nodes of some kinds that give float32."""
+    """List the nodes of some kinds that give float32."""
     import openvino
 
     for node in model.get_ordered_ops():
@@ -169,7 +169,7 @@ def _indices(values: Sequence[int] | Any) -> Any:
 
 
 def _constant(value: Any) -> Any:
-    """What a value is, if it is a constant; else None."""
+    """Read what a value is, if it is a constant; else None."""
     node = value.get_node()
     return node.data if node.get_type_name() == "Constant" else None
 
@@ -183,7 +183,7 @@ def _fixed(value: Any) -> bool:
 
 
 def _split(value: Any, axis: int, parts: str) -> Any:
-    """The ``h``igh and ``l``ow parts of a value, in the order asked for, side by side."""
+    """Lay the ``h``igh and ``l``ow parts of a value side by side, in the order asked for."""
     import openvino
 
     ops = _ops()
@@ -195,7 +195,7 @@ def _split(value: Any, axis: int, parts: str) -> Any:
 
 
 def _fence(value: Any) -> Any:
-    """An operation that changes nothing: fused to the end of a product, it makes the product's output float32.
+    """Make an operation that changes nothing: fused to the end of a product, it makes the product's output float32.
 
     It keeps what is not finite so (NaN becomes minus infinity).
     """
@@ -239,7 +239,7 @@ def _join_some(model: Any) -> bool:
 
 
 def _use_gathers(model: Any) -> None:
-    """Copying nodes that OpenVINO would replace by others of its own, as gathers, which it leaves alone."""
+    """Turn copying nodes, which OpenVINO would replace by others, into gathers, which it leaves alone."""
     ops = _ops()
     for node in _floats(model, "Interpolate", "Broadcast", "Slice"):
         value = node.input_value(0)
@@ -392,7 +392,7 @@ def _split_weighted(model: Any) -> set[str]:
 
 
 def _with_bias(node: Any, made: Any) -> tuple[Any, Any]:
-    """The last node of a product and its bias, if it has one, and the same behind what takes the product's place."""
+    """Find the last node of a product and its bias, if any, and the same behind what takes its place."""
     users = [target.get_node() for target in node.output(0).get_target_inputs()]
     if len(users) == 1 and users[0].get_type_name() == "Add":
         same = list(users[0].get_output_shape(0)) == list(node.get_output_shape(0))

@@ -34,7 +34,7 @@ MAX_IMAGES = 32
 
 
 def bundled_images() -> list[Image]:
-    """What is calibrated on where the user names nothing.
+    """Load what is calibrated on where the user names nothing.
 
     A portrait, two mirrored parts of it, and three seeded pictures of overlapping discs, whose sizes follow a power law
     (the dead leaves model: Lee, Mumford and Huang 2001) and so have edges and flat parts at all scales as photographs
@@ -102,7 +102,7 @@ class RecipeCalibration(Calibration):
             yield self._feeds(graph, profile, image, i)
 
     def probe(self, graph: Graph, profile: Profile) -> Mapping[str, NDArray[Any]]:
-        """Feeds of an image that is not calibrated on (unless there is only one)."""
+        """Make feeds of an image that is not calibrated on (unless there is only one)."""
         return self._feeds(graph, profile, self.images[-1], 0)
 
     def _feeds(self, graph: Graph, profile: Profile, image: Image, turn: int) -> Mapping[str, NDArray[Any]]:

@@ -21,7 +21,7 @@ BACKENDS = {
 
 @cache
 def get_backend(name: str) -> Backend:
-    """The backend of a name, which need not be able to run here.
+    """Find the backend of a name, which need not be able to run here.
 
     Raises:
         InputError: there is no such backend.
@@ -34,7 +34,7 @@ def get_backend(name: str) -> Backend:
 
 
 def choose_device(backend: Backend, device: str) -> str:
-    """The device to use: the best one for ``auto``, else the one asked for.
+    """Choose the device to use: the best one for ``auto``, else the one asked for.
 
     Raises:
         BackendError: the backend cannot run here, or not on that device.

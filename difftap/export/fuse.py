@@ -101,7 +101,7 @@ def _recognise(
 
 def _readers(proto: onnx.ModelProto) -> Callable[[str, str], list[Any]]:
     def find(name: str, kind: str) -> list[Any]:
-        """The one node that reads a tensor, if it is of this kind and the only one."""
+        """Find the one node that reads a tensor, if it is of this kind and the only one."""
         found = [node for node in proto.graph.node if name in node.input]
         return found if len(found) == 1 and found[0].op_type == kind else []
 
@@ -119,7 +119,7 @@ def _constant(proto: onnx.ModelProto, name: str) -> float | None:
 
 
 def _width(proto: onnx.ModelProto, name: str, made_by: dict[str, Any]) -> int | None:
-    """Outputs of the linear layer that gives a tensor: its weight lies transposed, ``(out, in)``."""
+    """Count the outputs of the linear layer that gives a tensor: its weight lies transposed, ``(out, in)``."""
     node = made_by.get(name)
     if node is not None and node.op_type == "Add":
         node = made_by.get(node.input[0])
@@ -130,7 +130,7 @@ def _width(proto: onnx.ModelProto, name: str, made_by: dict[str, Any]) -> int | 
 
 
 def _alive(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
-    """The nodes that the outputs depend on, in their order."""
+    """List the nodes that the outputs depend on, in their order."""
     kept = []
     for node in reversed(nodes):
         if wanted & set(node.output):

@@ -72,7 +72,7 @@ class _Halver:
         return any(name in self.half for name in node.input)
 
     def read(self, name: str, as_half: bool) -> str:
-        """The name under which a float tensor can be read in the wanted type; adds a cast the first time."""
+        """Find the name under which a float tensor can be read in the wanted type; adds a cast the first time."""
         import onnx
 
         if name not in self.floats or (name in self.half) == as_half:
@@ -119,7 +119,7 @@ class _Halver:
 
 
 def to_half(proto: onnx.ModelProto, kind: str, attention: str = "softmax") -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The variant of a float32 graph that computes in a half type.
+    """Make the variant of a float32 graph that computes in a half type.
 
     Args:
         proto: as `difftap.export.trace.trace` makes it; left alone.
@@ -192,7 +192,7 @@ def _float_names(proto: onnx.ModelProto) -> set[str]:
 
 
 def _logits(proto: onnx.ModelProto) -> set[str]:
-    """What every softmax reads, and the scaling of queries and keys before their product."""
+    """Find what every softmax reads, and the scaling of queries and keys before their product."""
     made_by = {name: node for node in proto.graph.node for name in node.output}
     found: set[str] = set()
     for node in proto.graph.node:

@@ -31,7 +31,7 @@ OPSET = 20
 
 
 def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Example inputs and which of their axes are free, in the order of ``graph.inputs``."""
+    """Make example inputs and which of their axes are free, in the order of ``graph.inputs``."""
     import torch
 
     dim = torch.export.Dim

@@ -182,7 +182,7 @@ def _uses(pair: Pair, apart: bool) -> tuple[_Use, _Use]:
 def _maker(
     pipeline: Pipeline, joining: Joining, category: str | None
 ) -> Callable[[Sequence[_Use]], Iterator[Made | DifftapError]]:
-    """What makes image files' maps; an unreadable image becomes its fault, and that of the pairs it is in."""
+    """Give the function that makes image files' maps; an unreadable image fails alone, with the pairs it is in."""
 
     def load(path: Path) -> Image | ImageError:
         try:

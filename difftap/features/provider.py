@@ -28,7 +28,7 @@ _FLOATING = ("fp32", "bf16x3", "fp16", "bf16")
 
 
 def precision_of(conditions: Mapping[str, Any]) -> str:
-    """What engines computed in, of features made under some conditions: those of the store, where one gave them."""
+    """Say what engines computed in, of features made under some conditions: those of the store, where one gave them."""
     made = conditions.get("store") or conditions
     return str(made.get("backend", {}).get("precision", "fp32"))
 
@@ -39,7 +39,7 @@ def precisions_agree(one: str, other: str) -> bool:
 
 
 def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | None = None) -> Pipeline:
-    """A pipeline, or where a store is named what stands in for one.
+    """Open a pipeline, or where a store is named what stands in for one.
 
     Args:
         recipe: decides the numbers.

@@ -43,7 +43,7 @@ class View:
 
 
 def load_view(view: View, makers: Makers | None = None) -> Image:
-    """The image, made if it has to be, flipped if the view says so.
+    """Load the image, made if it has to be, flipped if the view says so.
 
     Raises:
         ImageError: it cannot be read.
@@ -128,7 +128,7 @@ class MapShelf(Generic[Key]):
         self.made = 0
 
     def get(self, key: Key) -> Made:
-        """A key's maps.
+        """Make a key's maps.
 
         Raises:
             DifftapError: there are none; the same each time it is asked for.
@@ -136,7 +136,7 @@ class MapShelf(Generic[Key]):
         return self._get(key).made
 
     def ready(self, key: Key) -> Ready:
-        """A key's maps, made ready.
+        """Prepare a key's maps for matching.
 
         Raises:
             DifftapError: as `get`.

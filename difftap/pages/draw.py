@@ -98,7 +98,7 @@ def draw_matches(
 
 
 def _surest(matches: Matches, limit: int, wanted: int | None) -> list[int]:
-    """Indices of at most ``limit`` matches, those of the largest margin and the wanted one, in their own order."""
+    """Choose at most ``limit`` matches, those of the largest margin and the wanted one, in their own order."""
     order = np.argsort(-np.nan_to_num(matches.margin, nan=-1.0), kind="stable")[:limit].tolist()
     if wanted is not None and wanted not in order:
         order[-1:] = [wanted]

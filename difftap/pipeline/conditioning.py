@@ -53,7 +53,7 @@ class Opening:
 
 
 def checked(recipe: Recipe, model: Checkpoint, cache: Cache) -> LearnedPrompts | None:
-    """The recipe's learned prompts, made sure to fit; None if it has none.
+    """Load the recipe's learned prompts and make sure that they fit; None if it has none.
 
     Raises:
         InputError: they are missing, or were learned for another model or recipe.
@@ -68,7 +68,7 @@ def checked(recipe: Recipe, model: Checkpoint, cache: Cache) -> LearnedPrompts |
 
 
 def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: Opening) -> PromptBook:
-    """A recipe's prompts.
+    """Open a recipe's prompts.
 
     Raises:
         InputError, ModelError: as `checked`.
@@ -137,7 +137,7 @@ def _tokens(
 
 
 def small_engine(graph: Graph, device: str, threads: int | None) -> Engine:
-    """A small graph on ONNX Runtime, where conditional prompts' networks always run; on the CPU if need be."""
+    """Open a small graph on ONNX Runtime, where conditional prompts' networks always run; on the CPU if need be."""
     backend = get_backend("ort")
     at = device if device in backend.devices() else choose_device(backend, "auto")
     return backend.open(graph, Profile((8, 8)), at, threads)

@@ -87,7 +87,7 @@ class BuildJob:
 def plan_builds(
     recipe: Recipe, runtime: Runtime, backends: Sequence[str], precisions: Sequence[str], sizes: Sequence[Size]
 ) -> list[BuildJob]:
-    """What to build: every backend in every precision at every size.
+    """Plan what to build: every backend in every precision at every size.
 
     Args:
         backends: names; ``all`` for those that can be used here, without those that are there to be compared with;

@@ -120,7 +120,7 @@ def check_fits(recipe: Recipe, model: Checkpoint) -> None:
 
 
 def calibration_images(paths: tuple[Path, ...]) -> list[Image]:
-    """The pictures that are named, of a folder all below it in the order of their paths; the bundled ones for none.
+    """Load the pictures that are named, of a folder all below it by their paths; the bundled ones for none.
 
     Raises:
         ImageError: a file is no picture that can be read.
@@ -146,7 +146,7 @@ def prepare_graph(
     profile: Profile,
     device: str,
 ) -> Graph:
-    """The graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
+    """Give the graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
 
     For a backend that runs the checkpoint itself it is just named.
     """
@@ -172,7 +172,7 @@ def run_members(backend: Backend, device: str, model: Checkpoint, recipe: Recipe
 
 
 def fidelity_feeds(built: Path | None, graph: Graph, profile: Profile) -> Mapping[str, Array]:
-    """What an engine is held against its reference on: real feeds kept when it was built, else seeded ones."""
+    """Give what an engine is held against its reference on: real feeds kept when it was built, else seeded ones."""
     probe = built / _PROBE if built else None
     if probe is None or not probe.is_file():
         return example_feeds(graph, profile)

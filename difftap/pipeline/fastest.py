@@ -95,7 +95,7 @@ class Choice:
 
 
 def resolve(recipe: Recipe, runtime: Runtime) -> Runtime:
-    """The runtime with ``auto`` replaced by what is fastest here; any other runtime as it is.
+    """Replace ``auto`` by what is fastest here; leave any other runtime as it is.
 
     Raises:
         DifftapError: as `choose`.
@@ -117,7 +117,7 @@ def choose(
     *,
     afresh: bool = False,
 ) -> Choice:
-    """The remembered choice, or a new one by measurement.
+    """Find the remembered choice, or a new one by measurement.
 
     Args:
         afresh: measure whatever is remembered.
@@ -143,7 +143,7 @@ def choose(
 
 
 def stored_choices(cache: Cache) -> list[tuple[Choice, bool]]:
-    """What is remembered, and whether each still holds on this machine with what is installed."""
+    """List what is remembered, and whether each still holds on this machine with what is installed."""
     stamp = _stamp()
     return [(choice, choice.stamp == stamp) for choice in _load(cache).values()]
 
@@ -172,7 +172,7 @@ def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) ->
 
 @memoise
 def _stamp() -> Mapping[str, Any]:
-    """What a choice depends on, read without importing a runtime: most take seconds."""
+    """Say what a choice depends on, read without importing a runtime: most take seconds."""
     versions = {}
     for name in _RUNTIMES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -280,7 +280,7 @@ def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, back
 
 
 def _load(cache: Cache) -> dict[str, Choice]:
-    """What is remembered by key; a file that cannot be read is no memory."""
+    """Load what is remembered by key; a file that cannot be read is no memory."""
     try:
         data = json.loads((cache.folder / _FILE).read_text(encoding="utf-8"))
         return {

@@ -177,7 +177,7 @@ class Pipeline:
         return self._featurizer
 
     def join(self, features: Features) -> FeatureMap:
-        """The one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
+        """Join the one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
 
         Its cosines are those of ``concat`` and ``score-sum`` alike.
 
@@ -217,7 +217,7 @@ class Pipeline:
         return self.features(images, self.prompts.choose(Subject(category)) if named else None)
 
     def _alone(self, image: Image) -> Features:
-        """An image's features under a prompt made of itself."""
+        """Compute an image's features under a prompt made of itself."""
         self.prompts.know(image.digest, image)
         return next(self.features([image], self.prompts.choose(Subject(image=image.digest))))
 

@@ -66,7 +66,7 @@ class Conditional:
             self._known.popitem(last=False)
 
     def embedding(self, branch: int, pair: tuple[Hashable, Hashable]) -> NDArray[np.float32]:
-        """The prompt ``(T, D)`` of a pair whose images are known.
+        """Make the prompt ``(T, D)`` of a pair whose images are known.
 
         Raises:
             InputError: one of them is not.
@@ -137,7 +137,7 @@ class PromptBook:
         return {"prompts": {"kind": self._learned.kind, "mode": mode, "sha256": self._learned.sha256}}
 
     def choose(self, subject: Subject) -> tuple[Prompt, ...]:
-        """What conditions every branch for an image of the subject; see `difftap.prompts.choose_prompts`."""
+        """Choose what conditions every branch for an image of the subject; see `difftap.prompts.choose_prompts`."""
         return choose_prompts(self._recipe, subject, self._learned)
 
     def knows(self, name: Hashable) -> bool:
@@ -150,7 +150,7 @@ class PromptBook:
             self._conditional.know(name, image)
 
     def embedding(self, prompt: Prompt) -> NDArray[np.float32]:
-        """What the branch's cross-attention reads, float32 ``(T, D)``.
+        """Give what the branch's cross-attention reads, float32 ``(T, D)``.
 
         Raises:
             ModelError: the model holds nothing that encodes prompts.

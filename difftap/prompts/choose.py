@@ -70,7 +70,7 @@ class Prompt:
 
 
 def choose_prompt(branch: Branch, subject: Subject) -> Prompt:
-    """What conditions a branch for an image of the subject.
+    """Choose what conditions a branch for an image of the subject.
 
     A prompt that asks for a category nobody has named is left out as a whole: "a photo of a" would be no sentence. Of a
     category that is a path the last part counts, and what stands in parentheses (PF-WILLOW's ``car(S)``) does not.
@@ -118,7 +118,7 @@ def made_of_images(recipe: Recipe) -> bool:
 
 
 def embed(model: Checkpoint, prompt: Prompt, cache: Cache) -> NDArray[np.float32]:
-    """The embedding ``(T, D)`` that a branch's cross-attention reads.
+    """Compute the embedding ``(T, D)`` that a branch's cross-attention reads.
 
     Raises:
         ModelError: the model holds nothing that encodes prompts.
@@ -133,7 +133,7 @@ def wants_category(branches: Sequence[Branch]) -> bool:
 
 
 def fill(recipe: Recipe, subject: Subject) -> Recipe:
-    """The recipe with its prompts filled in for one subject, so that its key names what was really asked."""
+    """Fill in the recipe's prompts for one subject, so that its key names what was really asked."""
     if recipe.learned is not None:
         return recipe
     branches = [

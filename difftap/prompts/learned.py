@@ -51,7 +51,7 @@ _KEY = "difftap"
 
 
 def fits_of(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that a learned prompt is made for: ensemble, seed, joining and matcher are free.
+    """Take the part of a recipe that a learned prompt is made for: ensemble, seed, joining and matcher are free.
 
     So is how the noise of several members goes together, since a prompt is learned on one; a clean latent is not.
     """
@@ -96,7 +96,7 @@ class LearnedPrompts:
         return None if data is None else TokenSource.from_dict(data)
 
     def mode(self, asked: Learned) -> str:
-        """What the prompt depends on: ``all`` (nothing), ``class``, ``pair`` or ``image``.
+        """Say what the prompt depends on: ``all`` (nothing), ``class``, ``pair`` or ``image``.
 
         Raises:
             InputError: the kind has no such mode.
@@ -166,7 +166,7 @@ class LearnedPrompts:
 
 
 def find_learned(path: str | Path) -> Path:
-    """The prompt file of a folder, or the file itself.
+    """Find the prompt file of a folder, or the file itself.
 
     Raises:
         InputError: there is none.
@@ -231,7 +231,7 @@ def remembered(path: str | Path) -> LearnedPrompts:
 
 
 def pinned(recipe: Recipe) -> Recipe:
-    """The recipe with its learned prompts named by what their file holds now, and by the mode they are used in.
+    """Name the recipe's learned prompts by what their file holds now, and by the mode they are used in.
 
     Raises:
         InputError: there is no such file, it has no such mode, or it is another one than the recipe was pinned to.

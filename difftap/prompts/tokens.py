@@ -65,7 +65,7 @@ def own_grid(size: Size, stride: int) -> Size:
 
 
 def own_tokens(data: NDArray[np.float32], grid: Size) -> NDArray[np.float32]:
-    """A map ``(C, h, w)`` as tokens ``(N, C)``, rows first, each with mean 0 and variance 1.
+    """Turn a map ``(C, h, w)`` into tokens ``(N, C)``, rows first, each with mean 0 and variance 1.
 
     The average is adaptive: bin i of n over a side of length s covers [floor(i s / n), ceil((i + 1) s / n)).
     """
@@ -83,7 +83,7 @@ def _averaged(data: NDArray[np.float64], count: int, axis: int) -> NDArray[np.fl
 
 
 def dino_input(image: Image, side: int) -> NDArray[np.float32]:
-    """An image stretched to a square and normalised as DINOv2 wants it, ``(3, side, side)``."""
+    """Stretch an image to a square and normalise it as DINOv2 wants it, ``(3, side, side)``."""
     resized = PIL.fromarray(image.pixels).resize((side, side), PIL.Resampling.BICUBIC)
     values = (np.asarray(resized, np.float32) / 255.0 - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)

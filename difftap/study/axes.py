@@ -67,7 +67,7 @@ def _levels(model: Checkpoint, size: tuple[int, int]) -> Mapping[int, Sequence[T
 
 
 def layer_cases(model: Checkpoint, size: tuple[int, int], timestep: int) -> tuple[Case, ...]:
-    """The cases of Figs. 4 to 6: grids, encoder and decoder on each, the layers of the coarsest encoder block.
+    """List the cases of Figs. 4 to 6: grids, encoder and decoder on each, the layers of the coarsest encoder block.
 
     A grid stands for all attention layers on it, joined. Where the coarsest block has one attention layer alone (the
     embedded model), the residual layer before it stands beside it.
@@ -102,19 +102,19 @@ def layer_cases(model: Checkpoint, size: tuple[int, int], timestep: int) -> tupl
 
 
 def step_cases(taps: tuple[str, ...], timesteps: Sequence[int]) -> tuple[Case, ...]:
-    """The cases of Fig. 7: one a timestep."""
+    """List the cases of Fig. 7: one a timestep."""
     return tuple(Case(str(t), taps, t, "steps") for t in timesteps)
 
 
 def table_name(taps: tuple[str, ...], timestep: int) -> str:
-    """The file name of a case's table of prototypes."""
+    """Name the file of a case's table of prototypes."""
     joined = "+".join(taps)
     short = joined if len(joined) <= 40 else f"{len(taps)}-taps~{hashlib.sha256(joined.encode()).hexdigest()[:10]}"
     return f"{short}.t{timestep:03d}.parquet"
 
 
 def _by_timestep(model: Checkpoint, cases: Sequence[Case]) -> dict[int, tuple[str, ...]]:
-    """The taps of each timestep's pass, in the order in which the network runs them."""
+    """List the taps of each timestep's pass, in the order in which the network runs them."""
     order = {tap.name: k for k, tap in enumerate(model.taps)}
     wanted: dict[int, set[str]] = {}
     for case in cases:
@@ -126,14 +126,14 @@ def _by_timestep(model: Checkpoint, cases: Sequence[Case]) -> dict[int, tuple[st
 
 
 def union_recipe(recipe: Recipe, model: Checkpoint, cases: Sequence[Case]) -> Recipe:
-    """A recipe that gives the maps of all cases: a branch a timestep, each with all its taps; encoded once an image."""
+    """Build a recipe that gives the maps of all cases: a branch a timestep, each with all its taps."""
     prompt = recipe.branches[0].prompt
     branches = tuple(Branch(taps, t, prompt) for t, taps in _by_timestep(model, cases).items())
     return replace(recipe, branches=branches)
 
 
 def columns(recipe: Recipe, model: Checkpoint, cases: Sequence[Case], folder: Path) -> tuple[Column, ...]:
-    """The tables that cases need, each once, read from the branches of `union_recipe`."""
+    """List the tables that cases need, each once, read from the branches of `union_recipe`."""
     times = list(_by_timestep(model, cases))
     made: dict[Path, Column] = {}
     for case in cases:

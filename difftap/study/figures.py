@@ -50,7 +50,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _box(one: Mapping[str, Any]) -> dict[str, float] | None:
-    """A set's figures as matplotlib's ``bxp`` takes them; None without values."""
+    """Give a set's figures as matplotlib's ``bxp`` takes them; None without values."""
     box = one["box"]
     if not box["count"]:
         return None
@@ -242,7 +242,7 @@ _COLUMNS = 3
 
 
 def _choose(found: Sequence[Clip], offsets: Sequence[int]) -> tuple[Clip, int, list[int]] | None:
-    """A clip, its first frame to show and the later ones: as many people and as many offsets as there are."""
+    """Find a clip, its first frame to show and the later ones: as many people and as many offsets as there are."""
     best: tuple[tuple[int, int, int], Clip, int, list[int]] | None = None
     for clip in found:
         for frame in np.unique(clip.frames):
@@ -303,7 +303,7 @@ def draw_frames(
 
 
 def _marked(clip: Clip, first: int, scene: Scene, frames: Sequence[int]) -> int:
-    """The person of the first frame that is seen most often later; of several, the largest."""
+    """Find the person of the first frame that is seen most often later; of several, the largest."""
     rows = np.flatnonzero(clip.frames == first)
     areas: Mapping[str, float] = {one.instance: one.area for one in scene.objects}
 

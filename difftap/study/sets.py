@@ -67,7 +67,7 @@ def codes(table: PrototypeTable) -> NDArray[np.int64]:
 
 
 def _which(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int8]:
-    """The set of each pair, ``(n, m)``, by its place in `SETS`; -1 for the same instance seen twice in one image."""
+    """Find the set of each pair, ``(n, m)``, by its place in `SETS`; -1 for one instance seen twice in an image."""
     same = left[:, :, None] == right[:, None, :]  # (3, n, m)
     which = np.where(same[0], np.where(same[1], 0, 1), np.where(same[1], 2, 3)).astype(np.int8)
     which[same[2]] = np.where(same[1], -1, 4)[same[2]]
@@ -103,7 +103,7 @@ def _upper(
 def pair_sets(
     table: PrototypeTable, metric: str, *, device: str = "cpu", most: int = MOST_PAIRS, seed: int = 0
 ) -> Mapping[str, PairSet]:
-    """The distances of all pairs of objects, set by set.
+    """Compute the distances of all pairs of objects, set by set.
 
     Args:
         table: the prototypes.
@@ -219,7 +219,7 @@ def analyse(
 
 
 def _pair(first: PairSet, second: PairSet, draws: int, seed: int) -> dict[str, Any]:
-    """What is said of two sets."""
+    """Describe two sets and their difference."""
     a, b = first.kept, second.kept
     test = kruskal_wallis(a.values, b.values)
     return {
@@ -231,7 +231,7 @@ def _pair(first: PairSet, second: PairSet, draws: int, seed: int) -> dict[str, A
 
 
 def _effect(a: DistanceSet, b: DistanceSet, value: float, draws: int, seed: int) -> Interval:
-    """The effect size of all pairs, with the interval that seeded samples of them give."""
+    """Compute the effect size of all pairs, with the interval that seeded samples of them give."""
     drawn = bootstrap_effect(_sample(a, seed), _sample(b, seed), draws=draws, seed=seed)
     return dataclasses.replace(drawn, value=value)
 

@@ -81,7 +81,7 @@ class BoxFigures:
 
 
 def box_figures(values: ArrayLike) -> BoxFigures:
-    """The figures of one box.
+    """Give the figures of one box.
 
     >>> box = box_figures([1, 2, 3, 4, 100])
     >>> box.median, box.q3, box.high, box.outliers
@@ -459,7 +459,7 @@ class _ImageSums:
         return cls(left, right, sums, counts, matrices)
 
     def means(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The means of several draws, ``(R,)``, from their weights ``(R, I)``."""
+        """Compute the means of several draws, ``(R,)``, from their weights ``(R, I)``."""
         if self.matrices is not None:
             total, many = (_products(table, weights) for table in self.matrices)
         else:
@@ -489,7 +489,7 @@ def _table(
 
 
 def _products(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The weighted sums of a table's entries, ``(R,)``.
+    """Compute the weighted sums of a table's entries, ``(R,)``.
 
     An entry between two images counts as often as the product of their weights, one within an image as its weight.
     """
@@ -499,7 +499,7 @@ def _products(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArr
 
 
 def _batches(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """The weights of `_weights` in stacks ``(R, I)``, each with its first draw's number."""
+    """Compute the weights of `_weights` in stacks ``(R, I)``, each with its first draw's number."""
     start, rows = 0, []
     for row in _weights(present, draws, seed):
         rows.append(row)

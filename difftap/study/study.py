@@ -96,18 +96,18 @@ class Study:
 
 
 def base_case(study: Study) -> Case:
-    """The recipe's own taps and timestep."""
+    """Give the recipe's own taps and timestep."""
     branch = study.recipe.branches[0]
     return Case("+".join(branch.taps), branch.taps, branch.timestep, "base")
 
 
 def still_sources(sources: Mapping[str, SceneSource]) -> dict[str, SceneSource]:
-    """The data sets of single images."""
+    """Keep the data sets of single images."""
     return {name: source for name, source in sources.items() if name != VIDEO}
 
 
 def tables(study: Study, source: SceneSource, cases: Sequence[Case], name: str) -> list[PrototypeTable]:
-    """The prototypes of each case, in their order; tables that are there are used, the others made in one pass.
+    """Build the prototypes of each case, in their order; tables that are there are used, the others made in one pass.
 
     Args:
         study: recipe, model, folder.
@@ -244,7 +244,7 @@ def _video(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
 
 
 def _cases(study: Study, axis: str) -> tuple[Case, ...]:
-    """The tables an axis needs of the images as they are."""
+    """Build the tables an axis needs of the images as they are."""
     branch = study.recipe.branches[0]
     if axis == "layers":
         return layer_cases(study.model, study.recipe.size, branch.timestep)

@@ -26,12 +26,12 @@ Results = Mapping[str, Any]
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure for print; ``-`` where there is none."""
+    """Format a figure for print; ``-`` where there is none."""
     return "-" if value is None else f"{value:.{digits}g}"
 
 
 def conditions_line(data: Results) -> str:
-    """What a reader must know of a data set's figures, on one line."""
+    """Say what a reader must know of a data set's figures, on one line."""
     at, counts, about = data["conditions"], data["counts"], data["data"]
     recipe = at["recipe"]
     size = f"{recipe['size'][0]} x {recipe['size'][1]}"
@@ -201,7 +201,7 @@ _HEADINGS = {
 
 
 def load_axes(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of every axis that a study's folder holds.
+    """Load the results of every axis that a study's folder holds.
 
     Raises:
         InputError: a file is there that cannot be read.
@@ -222,7 +222,7 @@ def load_axes(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _report(axes: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Sequence[tuple[str, Path]]]) -> str:
-    """The report as one HTML document.
+    """Build the report as one HTML document.
 
     Args:
         axes: results by axis.
@@ -257,7 +257,7 @@ def _report(axes: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Sequenc
 
 @contextlib.contextmanager
 def study_folder(path: Path) -> Iterator[Path]:
-    """A study's folder, made if need be, held for this process alone.
+    """Make a study's folder if need be, and hold it for this process alone.
 
     Raises:
         OutputError: it cannot be made, or another run is writing it.

@@ -45,7 +45,7 @@ TRANSFORMS = (*OBJECT_TRANSFORMS, *WHOLE_TRANSFORMS)
 
 
 def _crop_pad(pixels: Pixels, mask: Mask) -> tuple[Pixels, Mask]:
-    """The object's box where it was, mid-grey around it."""
+    """Draw the object's box where it was, mid-grey around it."""
     x0, y0, x1, y1 = mask_boxes(mask[None])[0].tolist()
     padded = np.full_like(pixels, _GREY)
     padded[y0:y1, x0:x1] = pixels[y0:y1, x0:x1]
@@ -53,7 +53,7 @@ def _crop_pad(pixels: Pixels, mask: Mask) -> tuple[Pixels, Mask]:
 
 
 def _window(pixels: Pixels, mask: Mask, share: float) -> tuple[Pixels, Mask]:
-    """The object's box alone, moved sideways by a share of its width to the side where the image has more room.
+    """Draw the object's box alone, moved sideways by a share of its width to the side where the image has more room.
 
     What of the box the move leaves behind is lost; where the image ends, mid-grey follows. The network's input then
     is the window, so that it is seen larger.

@@ -42,7 +42,7 @@ class Clip:
 
 
 def clips(table: PrototypeTable, metric: str, device: str = "cpu") -> list[Clip]:
-    """A table of frames named ``clip/00012``, clip by clip.
+    """Read a table of frames named ``clip/00012``, clip by clip.
 
     Raises:
         InputError: an image's name is no frame's.
@@ -65,7 +65,7 @@ def clips(table: PrototypeTable, metric: str, device: str = "cpu") -> list[Clip]
 
 
 def _pairs(clip: Clip, offset: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The objects of each two frames that lie so far apart, every pair once."""
+    """Pair the objects of each two frames that lie so far apart, every pair once."""
     later = clip.frames[None, :] - clip.frames[:, None] == offset
     i, j = np.nonzero(np.triu(later, 1) if offset == 0 else later)
     return i.astype(np.int64), j.astype(np.int64)
@@ -81,7 +81,7 @@ def _set(parts: Sequence[tuple[Clip, NDArray[np.int64], NDArray[np.int64]]]) -> 
 def offset_results(
     found: Sequence[Clip], offsets: Sequence[int], *, draws: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """What is said of each offset.
+    """Describe each offset.
 
     Returns:
         ``scsi``: two people in one frame; ``offsets``: by offset ``sidi`` (the same person that many frames later),

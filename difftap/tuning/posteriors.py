@@ -92,7 +92,7 @@ class ImageStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, view: View, size: Size) -> Known:
-        """What is known of a view.
+        """Say what is known of a view.
 
         Args:
             view: the image.

@@ -87,7 +87,7 @@ class _Job:
 
 
 def _options(name: str) -> Decorator:
-    """What an axis takes; an option stands where it does something."""
+    """Say what an axis takes; an option stands where it does something."""
     voc = click.option("--voc", type=_DIR, metavar="ROOT", help="VOC 2012: VOCdevkit or the folder VOC2012.")
     coco = click.option("--coco", type=_DIR, metavar="ROOT", help="COCO 2017: the folder that holds annotations/.")
     folder = click.option("--folder", type=_DIR, metavar="ROOT", help="Your own images/ and masks/.")
@@ -153,7 +153,7 @@ def _options(name: str) -> Decorator:
 
 @click.group()
 def semantics() -> None:
-    """The semantic study: how near objects of one class, and one object seen twice, lie to each other.
+    """Study how near objects of one class, and one object seen twice, lie to each other.
 
     Each axis builds the prototypes it needs (or finds them in the folder), and writes AXIS.json, AXIS.md, its figures
     as PNG and SVG, and report.html with everything the folder holds.
@@ -191,7 +191,7 @@ for _name in _HELP:
 
 
 def _sources(sets: _Sets) -> dict[str, SceneSource]:
-    """The data sets that were given, open."""
+    """Open the data sets that were given, open."""
     roots = {"voc": sets.voc, "coco": sets.coco, "folder": sets.folder, "davis": sets.davis}
     splits = dict(pair.partition("=")[::2] for pair in sets.splits)
     unknown = sorted(name for name in splits if roots.get(name) is None)
@@ -222,7 +222,7 @@ def _sources(sets: _Sets) -> dict[str, SceneSource]:
 
 
 def _people(root: Path, split: str | None, listing: Path | None, allow_missing: bool) -> str | None:
-    """The class of clips that the study takes: people; None, for all objects, where nothing says which they are."""
+    """Choose the class of clips that the study takes: people, or all objects (None) where nothing tells them."""
     from difftap.datasets.davis import PEOPLE
 
     source = open_objects("davis", root, split=split, listing=listing, allow_missing=allow_missing)
@@ -290,7 +290,7 @@ def _distance_device(device: str) -> str:
 
 
 def _study(folder: Path, job: _Job) -> Study:
-    """The study that the options ask for."""
+    """Set up the study that the options ask for."""
     from difftap.engine import model_key
     from difftap.pipeline.environment import check_fits, open_cache, open_checkpoint
     from difftap.pipeline.fastest import resolve

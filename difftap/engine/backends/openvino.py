@@ -73,7 +73,7 @@ def quantise(model: Any, feeds: Sequence[Mapping[str, Array]], graph: Graph) -> 
 
 
 def reason(error: BaseException) -> str:
-    """The line of OpenVINO's error that says what is wrong; the first ones say where in its source."""
+    """Pick the line of OpenVINO's error that says what is wrong; the first ones say where in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "While validating"))]
     return first_line(RuntimeError(telling[0])) if telling else first_line(error)

@@ -25,7 +25,7 @@ WHOLE, STRIPPED = "plan", "stripped.plan"
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name."""
+    """Write a text as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
@@ -43,7 +43,7 @@ class TrtBackend(Backend):
     cuda_graphs: ClassVar[bool] = False
 
     def bindings(self) -> Any:
-        """The Python module."""
+        """Import the Python module."""
         return importlib.import_module(self.module)
 
     def missing(self) -> str | None:
@@ -106,7 +106,7 @@ class TrtBackend(Backend):
         return plan.nbytes
 
     def _deserialise(self, graph: Graph, folder: Path, log: Log) -> Any:
-        """The engine of a built folder, its weights in place."""
+        """Open the engine of a built folder, its weights in place."""
         stripped = (folder / STRIPPED).is_file()
         path = folder / (STRIPPED if stripped else WHOLE)
         runtime = log.trt.Runtime(log.logger)
@@ -141,5 +141,5 @@ class TrtBackend(Backend):
         return Memory()
 
     def context(self, engine: Any, built: Path) -> tuple[Any, Any]:
-        """An execution context, and what to do when it is closed."""
+        """Make an execution context, and say what to do when it is closed."""
         return engine.create_execution_context(), lambda: None

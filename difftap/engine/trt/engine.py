@@ -51,7 +51,7 @@ class Memory:
         return int(self._stream.cuda_stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """A new tensor on the GPU."""
+        """Make a new tensor on the GPU."""
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device="cuda")
 
     def fill(self, target: Any, source: Any) -> None:

@@ -33,13 +33,13 @@ class Gpu:
 
 
 def capability_text(capability: tuple[int, int]) -> str:
-    """A compute capability as NVIDIA writes it."""
+    """Write a compute capability as NVIDIA writes it."""
     return f"{capability[0]}.{capability[1]}"
 
 
 @cache
 def find_gpu() -> Gpu | None:
-    """The first GPU; None if there is none, or torch is missing or was built without CUDA."""
+    """Find the first GPU; None if there is none, or torch is missing or was built without CUDA."""
     if not cuda_driver():  # then importing torch, which takes seconds, is vain
         return None
     try:

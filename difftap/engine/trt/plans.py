@@ -36,13 +36,13 @@ class Log:
     errors: list[str] = field(default_factory=list)
 
     def failure(self, what: str) -> BackendError:
-        """The error to raise when something gave nothing: the first message is the cause, later ones follow from it."""
+        """Build the error to raise when something gave nothing: the first message names the cause."""
         cause = self.errors[0].strip().splitlines()[0][:300] if self.errors else "no reason given"
         return BackendError(f"{self.trt.__name__} {what}: {cause}")
 
 
 def make_log(trt: Any) -> Log:
-    """A log of its own for one build or one engine."""
+    """Make a log of its own for one build or one engine."""
     log = Log(trt)
 
     class Collector(trt.ILogger):  # type: ignore[misc]
@@ -74,7 +74,7 @@ class BuildSettings:
 
 
 def shape_of(spec: TensorSpec, graph: Graph, profile: Profile, batch: int) -> tuple[int, ...]:
-    """An input's shape with every letter filled in."""
+    """Give an input's shape with every letter filled in."""
     sides = {"B": batch, **profile.axes(graph.model)}
     return tuple(sides[axis] if isinstance(axis, str) else axis for axis in spec.shape)
 
