@@ -9,6 +9,7 @@ from difftap.engine.featurizer import (
     Featurizer,
     Laid,
     Latents,
+    finite_or_alone,
     members_per_run,
 )
 from difftap.engine.graphfiles import model_key
@@ -31,6 +32,7 @@ __all__ = [
     "check_precision",
     "choose_device",
     "default_cache_folder",
+    "finite_or_alone",
     "get_backend",
     "members_per_run",
     "model_key",

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Geometry, Size
 from difftap.engine.backend import Engine, Value
 from difftap.engine.noise import draw_noise, network_feeds
-from difftap.errors import InputError
+from difftap.errors import InputError, NonFiniteError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image, to_input
 from difftap.recipe import Branch, Recipe
@@ -35,16 +36,44 @@ __all__ = [
     "Laid",
     "Latents",
     "encode",
+    "finite_or_alone",
     "lay",
     "members_per_run",
 ]
 
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 _Maps = Mapping[str, NDArray[np.float32]]
 """A network's outputs by name, ``(B, C, h, w)`` each."""
 
 
 ATTENTION_BUDGET = 1 << 30
 """Bytes that the largest attention table of one run may take; about three of that size live at once."""
+
+
+def finite_or_alone(
+    run: Callable[[Sequence[_Item]], _Made], items: Sequence[_Item]
+) -> Iterator[tuple[Sequence[_Item], _Made | NonFiniteError]]:
+    """Run a batch and, where an output is not finite, its items one by one: a bad one does not spoil the others.
+
+    Args:
+        run: does all of its work before it returns, and raises `NonFiniteError` where an output holds NaN or infinity.
+        items: the batch.
+
+    Yields:
+        Items, with what ``run`` made of them: all at once if that is finite, else each alone, or its fault.
+    """
+    if not items:
+        return
+    try:
+        yield items, run(items)
+        return
+    except NonFiniteError as error:
+        if len(items) == 1:
+            yield items, error
+            return
+    for item in items:
+        yield from finite_or_alone(run, [item])
 
 
 def members_per_run(model: Checkpoint, size: Size, ensemble: int) -> int:

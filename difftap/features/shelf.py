@@ -16,6 +16,7 @@ import numpy as np
 
 from difftap.artifacts.files import output_errors
 from difftap.coords import Geometry, Size
+from difftap.engine import finite_or_alone
 from difftap.errors import DifftapError, NonFiniteError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image, load_image
@@ -183,25 +184,10 @@ class MapShelf(Generic[Key]):
                 break
             if other not in self._kept and other not in self._spilled and other not in self._faults:
                 wanted.setdefault(other)
-        try:
-            everything = list(self._make(list(wanted)))
-        except NonFiniteError as error:
-            if len(wanted) == 1:
-                self._faults[key] = error
-                return
-            # One of them spoils the batch; alone, each gets its own maps or its own fault.
-            for one in wanted:
-                self._fill_alone(one)
-            return
-        for one, made in zip(wanted, everything, strict=True):
-            self._take(one, made)
-
-    def _fill_alone(self, key: Key) -> None:
-        try:
-            (made,) = self._make([key])
-        except NonFiniteError as error:
-            made = error
-        self._take(key, made)
+        for keys, made in finite_or_alone(lambda some: list(self._make(some)), list(wanted)):
+            results = [made] if isinstance(made, NonFiniteError) else made
+            for one, result in zip(keys, results, strict=True):
+                self._take(one, result)
 
     def _take(self, key: Key, made: Made | DifftapError) -> None:
         if isinstance(made, DifftapError):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ import numpy as np
 from difftap.artifacts.files import no_folder, only_writer, output_errors
 from difftap.artifacts.run import check_conditions, open_run
 from difftap.datasets.objects import Scene, SceneSource, mask_boxes
-from difftap.engine import Features
+from difftap.engine import Features, finite_or_alone
 from difftap.errors import InputError, NonFiniteError, OutputError
-from difftap.images import Image
 from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts.learned import pinned
 from difftap.prototypes.average import average, joined_grid
@@ -226,45 +225,33 @@ def _step(
 def _features(
     source: SceneSource, pipeline: Pipeline, keys: Sequence[str], record: dict[str, Any]
 ) -> Iterator[tuple[Scene, Features]]:
-    """Scenes that hold an object that is wanted, with their features, one at a time; the rest is recorded."""
-    waiting: deque[Scene] = deque()
+    """Yield scenes that hold an object that is wanted, with their features; record the rest."""
 
-    def images() -> Iterator[Image]:
-        for key in keys:
-            try:
-                scene = source.read(key)
-            except InputError as error:
-                record["failures"].append([key, " ".join(str(error).split())])
-                continue
-            record["left_out"].update(scene.left_out)
-            if scene.objects:
-                waiting.append(scene)
-                yield scene.image
+    def run(scenes: Sequence[Scene]) -> list[Features]:
+        return list(pipeline.features([scene.image for scene in scenes]))
+
+    for start in range(0, len(keys), pipeline.batch):
+        scenes = list(_wanted_scenes(source, keys[start : start + pipeline.batch], record))
+        for some, made in finite_or_alone(run, scenes):
+            if isinstance(made, NonFiniteError):
+                record["failures"].append([some[0].key, " ".join(str(made).split())])
             else:
-                record["empty"] += 1
-
-    pending = images()
-    try:
-        for features in pipeline.features(pending):
-            yield waiting.popleft(), features
-    except NonFiniteError:
-        # One image spoils its batch; alone, each gets its own features or its own fault.
-        rest = list(waiting)
-        waiting.clear()
-        for scene in _chained(rest, pending, waiting):
-            try:
-                features = next(iter(pipeline.features([scene.image])))
-            except NonFiniteError as error:
-                record["failures"].append([scene.key, " ".join(str(error).split())])
-                continue
-            yield scene, features
+                yield from zip(some, made, strict=True)
 
 
-def _chained(scenes: Sequence[Scene], pending: Iterable[Image], waiting: deque[Scene]) -> Iterator[Scene]:
-    """Yield the scenes whose features are still to come: those in hand, then those not read yet."""
-    yield from scenes
-    for _ in pending:
-        yield waiting.popleft()
+def _wanted_scenes(source: SceneSource, keys: Sequence[str], record: dict[str, Any]) -> Iterator[Scene]:
+    """Read the scenes that hold an object that is wanted; record those that do not, or cannot be read."""
+    for key in keys:
+        try:
+            scene = source.read(key)
+        except InputError as error:
+            record["failures"].append([key, " ".join(str(error).split())])
+            continue
+        record["left_out"].update(scene.left_out)
+        if scene.objects:
+            yield scene
+        else:
+            record["empty"] += 1
 
 
 def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: str) -> Iterator[PrototypeTable]:

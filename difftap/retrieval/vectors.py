@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from difftap.engine import finite_or_alone
 from difftap.errors import ImageError, InputError, NonFiniteError, first_line, require
 from difftap.featuremap import FeatureMap
 from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
@@ -191,15 +192,12 @@ def _fail(failures: list[tuple[str, str]] | None, path: str, error: Exception) -
 def _maps(
     pipeline: Pipeline, images: Sequence[Image], failures: list[tuple[str, str]] | None
 ) -> Iterator[tuple[Image, FeatureMap]]:
-    try:
-        yield from zip(images, list(pipeline.extract(images)), strict=True)
-        return
-    except NonFiniteError as error:
-        if len(images) == 1:
-            _fail(failures, images[0].path, error)
-            return
-    for image in images:  # one of them spoils the batch; alone, each gets its own map or its own fault
-        yield from _maps(pipeline, [image], failures)
+    """Yield images with their joined maps; those whose maps are not finite are failures."""
+    for some, maps in finite_or_alone(lambda batch: list(pipeline.extract(batch)), images):
+        if isinstance(maps, NonFiniteError):
+            _fail(failures, some[0].path, maps)
+        else:
+            yield from zip(some, maps, strict=True)
 
 
 def _cells(image: Image, features: FeatureMap, which: Patches, label: str) -> VectorBatch:

@@ -12,7 +12,7 @@ from difftap.backbones.sd_unet import SDUNet
 from difftap.engine import BranchEngine, Featurizer, Profile, get_backend, members_per_run
 from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import draw
-from difftap.errors import InputError
+from difftap.errors import InputError, NonFiniteError
 from difftap.images import Image
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
@@ -192,3 +192,21 @@ def test_full_size_networks_stay_within_memory():
     sd21 = SDUNet("sd21", Path(), heads, {"block_out_channels": [128, 256, 512, 512]}, {})
     assert members_per_run(sd21, (768, 768), 8) == 1
     assert members_per_run(sd21, (256, 256), 8) == 8
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (3,), (1, 2), (0, 1, 2, 3)])
+def test_what_is_not_finite_does_not_spoil_its_batch(bad):
+    calls = []
+
+    def run(items):
+        calls.append(list(items))
+        if set(items) & set(bad):
+            raise NonFiniteError(f"NaN among {items}")
+        return [10 * item for item in items]
+
+    found = {}
+    for items, made in finite_or_alone(run, [0, 1, 2, 3]):
+        found |= dict.fromkeys(items) if isinstance(made, NonFiniteError) else dict(zip(items, made, strict=True))
+    assert found == {k: None if k in bad else 10 * k for k in range(4)}
+    assert calls == ([[0, 1, 2, 3]] if not bad else [[0, 1, 2, 3], [0], [1], [2], [3]])
+    assert list(finite_or_alone(run, [])) == []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from difftap.engine import Encoded, Features, Featurizer, Laid
+from difftap.engine import Encoded, Features, Featurizer, Laid, finite_or_alone
 from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError
 from difftap.features.sources import Item
 from difftap.features.store.encoding import StoredImage
@@ -278,20 +278,15 @@ def _each(stage: Callable[[_Batch], _Batch], batches: Generator[_Batch, None, No
     """Run a stage; where an output is not finite, on one image at a time, so that each gets its own or its fault."""
     with closing(batches):
         for batch in batches:
-            try:
-                yield stage(batch)
-            except NonFiniteError:
-                yield from map(_alone(stage), _split(batch))
+            images = list(_split(batch))
 
+            def run(some: Sequence[_Batch], whole: _Batch = batch, count: int = len(images)) -> _Batch:
+                return stage(whole if len(some) == count else some[0])
 
-def _alone(stage: Callable[[_Batch], _Batch]) -> Callable[[_Batch], _Batch]:
-    def run(batch: _Batch) -> _Batch:
-        try:
-            return stage(batch)
-        except NonFiniteError as error:
-            return _Batch((replace(batch.outcomes[0], fault=error),))
-
-    return run
+            for some, made in finite_or_alone(run, images):
+                if isinstance(made, NonFiniteError):
+                    made = _Batch((replace(some[0].outcomes[0], fault=made),))
+                yield made
 
 
 def _encoder(featurizer: Featurizer) -> Callable[[_Batch], _Batch]:
