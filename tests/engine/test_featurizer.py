@@ -9,7 +9,7 @@ from PIL import Image as PIL
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.sd_unet import SDUNet
-from difftap.engine import BranchEngine, Featurizer, Profile, get_backend, members_per_run
+from difftap.engine import BranchEngine, Featurizer, Profile, finite_or_alone, get_backend, members_per_run
 from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import draw
 from difftap.errors import InputError, NonFiniteError
