@@ -23,7 +23,7 @@ from difftap.coords import Geometry
 from difftap.errors import ArtefactError, InputError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt, made_of_images
 
 __all__ = ["FeatureFiles", "provenance"]
@@ -32,7 +32,7 @@ _LOG = logging.getLogger("difftap")
 SCHEMA = "difftap.bench.features/2"
 
 
-def provenance(pipeline: Pipeline, branch: int, prompt: Prompt) -> dict[str, Any]:
+def provenance(pipeline: Provider, branch: int, prompt: Prompt) -> dict[str, Any]:
     """Everything that decides one branch's maps under one prompt, and who made them."""
     recipe, at = pipeline.recipe, pipeline.conditions
     fields = recipe.feature_fields()
@@ -60,7 +60,7 @@ class FeatureFiles:
         InputError: its prompts are made of images; such maps are of no use to another pair.
     """
 
-    def __init__(self, folder: Path, pipeline: Pipeline) -> None:
+    def __init__(self, folder: Path, pipeline: Provider) -> None:
         if made_of_images(pipeline.recipe):
             raise InputError(
                 "maps under prompts made of images serve no other pair and are not kept in files; leave --features "

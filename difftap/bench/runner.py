@@ -27,7 +27,7 @@ from difftap.errors import ImageError, InputError, NonFiniteError
 from difftap.features.shelf import Makers, MapShelf
 from difftap.matching import Joining
 from difftap.matching.joining import find
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt
 from difftap.recipe import Recipe
 
@@ -35,7 +35,7 @@ __all__ = ["Opener", "Plan", "PredictRun", "finished", "plan", "predict", "subse
 
 _LOG = logging.getLogger("difftap")
 
-Opener = Callable[[Recipe], Pipeline]
+Opener = Callable[[Recipe], Provider]
 """Opens a recipe."""
 
 

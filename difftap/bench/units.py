@@ -22,7 +22,7 @@ from difftap.featuremap import FeatureMap
 from difftap.features.shelf import Made, Makers, View, load_view
 from difftap.images import Image
 from difftap.matching import Joining
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt, Subject, choose_prompts
 from difftap.recipe import Recipe
 
@@ -78,7 +78,7 @@ class Maker:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Provider,
         joining: Joining,
         order: Sequence[Unit],
         scratch: Path,

@@ -32,7 +32,7 @@ from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
     from difftap.retrieval.builder import Options
     from difftap.retrieval.index import Origin, VectorBatch
@@ -471,10 +471,8 @@ def _vectors(
         _say_extracted(pipeline, features)
 
 
-def _say_extracted(pipeline: Pipeline, store: str | None) -> None:
-    from difftap.features.provider import FeatureSource
-
-    if isinstance(pipeline, FeatureSource) and pipeline.extracted:
+def _say_extracted(pipeline: Provider, store: str | None) -> None:
+    if pipeline.extracted:
         click.echo(f"  {pipeline.extracted} images were not in {store} and were extracted", err=True)
 
 

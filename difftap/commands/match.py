@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from difftap.matching import Joining, Matches, Ready
     from difftap.matching.matches import Threshold
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
 
 _FILE = click.Path(path_type=Path)
@@ -178,16 +178,16 @@ class _Job:
     features: str | None = None
     category: str | None = None
 
-    def open(self) -> Pipeline:
+    def open(self) -> Provider:
         """Open the recipe; then, with bad input refused, say what is worth a remark."""
-        from difftap.features.provider import FeatureSource
+        from difftap.features.provider import StoreProvider
         from difftap.pipeline.pipeline import Pipeline
 
-        pipeline: Pipeline
+        pipeline: Provider
         if self.features is None:
             pipeline = Pipeline.open(self.recipe, self.runtime)
         else:
-            pipeline = FeatureSource.open(self.recipe, self.features, self.runtime)
+            pipeline = StoreProvider.open(self.recipe, self.features, self.runtime)
         if self.category is not None and pipeline.prompts.depends_on != "category":
             pipeline.close()
             raise InputError("--category chooses among learned prompts, and these do not depend on it; leave it out")

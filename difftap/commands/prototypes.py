@@ -140,7 +140,7 @@ def build(
     difftap prototypes build voc VOCdevkit -o voc.parquet
     difftap prototypes build folder mine --recipe semantics --tap up1 --timestep 50 -o mine.parquet
     """
-    from difftap.features.provider import FeatureSource, open_features
+    from difftap.features.provider import open_features
     from difftap.prototypes import RULES, is_built, recipe_column
     from difftap.prototypes import build as run
 
@@ -153,7 +153,7 @@ def build(
             return
         with progress_bar(len(source), "images") as advance:
             built = run(source, pipeline, [column], rule=rule, progress=advance, overwrite=overwrite)
-        if isinstance(pipeline, FeatureSource) and pipeline.extracted:
+        if pipeline.extracted:
             click.echo(f"  {pipeline.extracted} images were not in {features} and were extracted", err=True)
     earlier = f" ({built.resumed} images by an earlier run)" if built.resumed else ""
     click.echo(f"{built.rows} prototypes of {built.images} images written to {output}{earlier}", err=True)

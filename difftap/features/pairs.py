@@ -25,7 +25,7 @@ from difftap.features.shelf import Made, MapShelf
 from difftap.images import Image, load_image
 from difftap.matching import Joining, Matches, Ready
 from difftap.matching.matches import SCHEMA, Threshold, match_records
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.points import parse_point
 from difftap.prompts import Subject
 
@@ -99,7 +99,7 @@ Finder = Callable[[Ready, Ready, NDArray[np.float64]], Matches]
 
 
 def run_pairs(
-    pipeline: Pipeline,
+    pipeline: Provider,
     pairs: Sequence[Pair],
     output: Path,
     find: Finder,
@@ -180,7 +180,7 @@ def _uses(pair: Pair, apart: bool) -> tuple[_Use, _Use]:
 
 
 def _maker(
-    pipeline: Pipeline, joining: Joining, category: str | None
+    pipeline: Provider, joining: Joining, category: str | None
 ) -> Callable[[Sequence[_Use]], Iterator[Made | DifftapError]]:
     """Give the function that makes image files' maps; an unreadable image fails alone, with the pairs it is in."""
 

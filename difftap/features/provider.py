@@ -17,12 +17,12 @@ from difftap.images import Image
 from difftap.pipeline.conditioning import checked
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.fastest import open_environment
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Pipeline, Provider
 from difftap.prompts import Prompt, PromptBook, Subject
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 
-__all__ = ["FeatureSource", "open_features", "precision_of", "precisions_agree"]
+__all__ = ["StoreProvider", "open_features", "precision_of", "precisions_agree"]
 
 _FLOATING = ("fp32", "bf16x3", "fp16", "bf16")
 
@@ -38,7 +38,7 @@ def precisions_agree(one: str, other: str) -> bool:
     return one == other or (one in _FLOATING and other in _FLOATING)
 
 
-def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | None = None) -> Pipeline:
+def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | None = None) -> Provider:
     """Open a pipeline, or where a store is named what stands in for one.
 
     Args:
@@ -52,7 +52,7 @@ def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | N
     """
     if store is None:
         return Pipeline.open(recipe, runtime)
-    source = FeatureSource.open(recipe, store, runtime)
+    source = StoreProvider.open(recipe, store, runtime)
     theirs, ours = precision_of(source.conditions), str(source.conditions["backend"]["precision"])
     if not precisions_agree(theirs, ours):
         raise InputError(
@@ -62,8 +62,8 @@ def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | N
     return source
 
 
-class FeatureSource(Pipeline):
-    """A `difftap.Pipeline` that looks into a store first; it has the same attributes and methods.
+class StoreProvider(Provider):
+    """The provider that looks into a store first, and opens a pipeline when an image is not in.
 
     An image is known by its pixels, wherever its file lies, and the store must have been made with the recipe's feature
     fields and the model. Stored features are as near to extracted ones as the store's encoding keeps them.
@@ -76,7 +76,7 @@ class FeatureSource(Pipeline):
         extracted: how many images were not in.
         served: how many were.
 
-    >>> source = FeatureSource.open(recipe, "photos.zarr")                  # doctest: +SKIP
+    >>> source = StoreProvider.open(recipe, "photos.zarr")                  # doctest: +SKIP
     >>> [features] = source.features([difftap.load_image("a.jpg")])         # doctest: +SKIP
     """
 
@@ -91,12 +91,9 @@ class FeatureSource(Pipeline):
         *,
         complete: bool,
     ) -> None:
-        self.prompts = book
-        self.recipe = recipe
-        self.model = model
+        batch = 1 if conditions["backend"]["device"] == "cpu" else runtime.batch
+        super().__init__(recipe, model, conditions, batch, book)
         self.store = store
-        self.conditions = conditions
-        self.batch = 1 if conditions["backend"]["device"] == "cpu" else runtime.batch
         self.extracted = 0
         self.served = 0
         self._runtime = runtime
@@ -104,14 +101,14 @@ class FeatureSource(Pipeline):
         self._pipeline: Pipeline | None = None
 
     @classmethod
-    def open(  # type: ignore[override]  # it takes the store too
+    def open(
         cls,
         recipe: Recipe,
         path: str | Path,
         runtime: Runtime | None = None,
         *,
         complete: bool = False,
-    ) -> FeatureSource:
+    ) -> StoreProvider:
         """Open a store for a recipe.
 
         Args:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import (
@@ -33,20 +34,127 @@ from difftap.prompts import Prompt, PromptBook, Subject, wants_category
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "Provider"]
 
 _LOG = logging.getLogger("difftap")
 
 
-class Pipeline:
-    """Everything a recipe needs, open.
+class Provider(ABC):
+    """What gives feature maps of images: computed by engines (`Pipeline`), or read from a store where they are in one.
 
     Attributes:
         recipe: what decides the numbers; learned prompts in it are pinned to the file that was read.
         model: the checkpoint.
         conditions: what must go with every number made here: recipe, model, backend, device, threads, versions.
-        batch: images per engine run: 1 on a CPU.
+        batch: images that are worth taking together: 1 on a CPU.
         prompts: which prompts an image gets, and their embeddings.
+        extracted: images that a store lacked, and that were computed; 0 where there is no store.
+    """
+
+    extracted: int = 0
+
+    def __init__(
+        self, recipe: Recipe, model: Checkpoint, conditions: dict[str, Any], batch: int, prompts: PromptBook
+    ) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.conditions = conditions
+        self.batch = batch
+        self.prompts = prompts
+
+    @abstractmethod
+    def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
+        """Stream every branch's and tap's map of each image, in order.
+
+        Args:
+            images: any number, taken one batch at a time.
+            prompts: what conditions each branch for these images (`difftap.prompts.choose_prompts`); a branch whose
+                prompt is None is not run, and is left out of what is yielded. By default the recipe's own, for images
+                of no named category; those that are made of the image are made for each.
+        """
+
+    @property
+    @abstractmethod
+    def stages(self) -> Featurizer:
+        """The stages of computing `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the engines."""
+
+    def join(self, features: Features) -> FeatureMap:
+        """Join the one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
+
+        Its cosines are those of ``concat`` and ``score-sum`` alike.
+
+        Raises:
+            RecipeError: the recipe asks for ``score-product``, which no single map can give.
+        """
+        if self.recipe.combine == "score-product" and len(features.branches) > 1:
+            raise RecipeError(
+                "combine is 'score-product', which no single map can give; allowed here: concat, score-sum"
+            )
+        maps, shares = [], []
+        for branch, taps in zip(self.recipe.branches, features.branches, strict=True):
+            for tap in taps.values():
+                maps.append(tap)
+                shares.append(branch.weight / len(taps))
+        return combine(maps, shares, self.recipe.upsample)
+
+    def maps(self, images: Iterable[Image], category: str | None = None) -> Iterator[tuple[FeatureMap, ...]]:
+        """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.Joining`; as `extract`."""
+        return map(_flat, self._each(images, category))
+
+    def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
+        """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order.
+
+        Args:
+            images: any number.
+            category: what the prompts depend on: it fills ``{category}`` in texts, which stay empty where it is None,
+                or chooses among prompts learned for classes.
+
+        Raises:
+            InputError: learned prompts depend on a category and it is None, or on pairs (see `pair`).
+        """
+        return map(self.join, self._each(images, category))
+
+    def _each(self, images: Iterable[Image], category: str | None) -> Iterator[Features]:
+        named = category is not None and self.prompts.depends_on != "image"
+        return self.features(images, self.prompts.choose(Subject(category)) if named else None)
+
+    def _alone(self, image: Image) -> Features:
+        """Compute an image's features under a prompt made of itself."""
+        self.prompts.know(image.digest, image)
+        return next(self.features([image], self.prompts.choose(Subject(image=image.digest))))
+
+    def pair(
+        self, source: Image, target: Image, category: str | None = None
+    ) -> tuple[tuple[FeatureMap, ...], tuple[FeatureMap, ...]]:
+        """Both images' maps for matching them with one another, as `maps`; the prompts may depend on the pair.
+
+        Args:
+            source: the one whose points are looked for in the target.
+            target: the other one.
+            category: what both show, where a prompt depends on it.
+        """
+        if self.prompts.depends_on != "pair":
+            first, second = self.maps([source, target], category)
+            return first, second
+        for image in (source, target):
+            self.prompts.know(image.digest, image)
+        prompts = self.prompts.choose(Subject(category, pair=(source.digest, target.digest)))
+        one, other = self.features([source, target], prompts)
+        return _flat(one), _flat(other)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Pipeline(Provider):
+    """Everything a recipe needs, open: the provider that computes.
 
     Use it as a context manager, or call `close`.
 
@@ -66,14 +174,10 @@ class Pipeline:
         batch: int,
         book: PromptBook,
     ) -> None:
-        self.recipe = recipe
-        self.model = model
-        self.conditions = conditions
-        self.batch = batch
+        super().__init__(recipe, model, conditions, batch, book)
         self._featurizer = featurizer
         self._branches = tuple(branches)
         self._engines = engines
-        self.prompts = book
         self._told = False
 
     @classmethod
@@ -141,14 +245,7 @@ class Pipeline:
         return tuple(self._engines)
 
     def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
-        """Stream every branch's and tap's map of each image, in order.
-
-        Args:
-            images: any number, taken one batch at a time.
-            prompts: what conditions each branch for these images (`difftap.prompts.choose_prompts`); a branch whose
-                prompt is None is not run, and is left out of what is yielded. By default the recipe's own, for images
-                of no named category; those that are made of the image are made for each.
-        """
+        """Stream every branch's and tap's map of each image, in order; see `Provider.features`."""
         if prompts is None:
             if self.prompts.depends_on == "image":
                 return map(self._alone, images)
@@ -176,80 +273,10 @@ class Pipeline:
         self._tell_of_missing_category()
         return self._featurizer
 
-    def join(self, features: Features) -> FeatureMap:
-        """Join the one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
-
-        Its cosines are those of ``concat`` and ``score-sum`` alike.
-
-        Raises:
-            RecipeError: the recipe asks for ``score-product``, which no single map can give.
-        """
-        if self.recipe.combine == "score-product" and len(features.branches) > 1:
-            raise RecipeError(
-                "combine is 'score-product', which no single map can give; allowed here: concat, score-sum"
-            )
-        maps, shares = [], []
-        for branch, taps in zip(self.recipe.branches, features.branches, strict=True):
-            for tap in taps.values():
-                maps.append(tap)
-                shares.append(branch.weight / len(taps))
-        return combine(maps, shares, self.recipe.upsample)
-
-    def maps(self, images: Iterable[Image], category: str | None = None) -> Iterator[tuple[FeatureMap, ...]]:
-        """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.Joining`; as `extract`."""
-        return map(_flat, self._each(images, category))
-
-    def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
-        """Stream each image's joined map, ``(C, h, w)`` with its geometry, in order.
-
-        Args:
-            images: any number.
-            category: what the prompts depend on: it fills ``{category}`` in texts, which stay empty where it is None,
-                or chooses among prompts learned for classes.
-
-        Raises:
-            InputError: learned prompts depend on a category and it is None, or on pairs (see `pair`).
-        """
-        return map(self.join, self._each(images, category))
-
-    def _each(self, images: Iterable[Image], category: str | None) -> Iterator[Features]:
-        named = category is not None and self.prompts.depends_on != "image"
-        return self.features(images, self.prompts.choose(Subject(category)) if named else None)
-
-    def _alone(self, image: Image) -> Features:
-        """Compute an image's features under a prompt made of itself."""
-        self.prompts.know(image.digest, image)
-        return next(self.features([image], self.prompts.choose(Subject(image=image.digest))))
-
-    def pair(
-        self, source: Image, target: Image, category: str | None = None
-    ) -> tuple[tuple[FeatureMap, ...], tuple[FeatureMap, ...]]:
-        """Both images' maps for matching them with one another, as `maps`; the prompts may depend on the pair.
-
-        Args:
-            source: the one whose points are looked for in the target.
-            target: the other one.
-            category: what both show, where a prompt depends on it.
-        """
-        if self.prompts.depends_on != "pair":
-            first, second = self.maps([source, target], category)
-            return first, second
-        for image in (source, target):
-            self.prompts.know(image.digest, image)
-        prompts = self.prompts.choose(Subject(category, pair=(source.digest, target.digest)))
-        one, other = self.features([source, target], prompts)
-        return _flat(one), _flat(other)
-
     def close(self) -> None:
         """Release the engines."""
         for engine in self._engines:
             engine.close()
-
-    def __enter__(self) -> Pipeline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _flat(features: Features) -> tuple[FeatureMap, ...]:

@@ -23,7 +23,7 @@ from difftap.artifacts.run import check_conditions, open_run
 from difftap.datasets.objects import Scene, SceneSource, mask_boxes
 from difftap.engine import Features, finite_or_alone
 from difftap.errors import InputError, NonFiniteError, OutputError
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.prompts.learned import pinned
 from difftap.prototypes.average import average, joined_grid
 from difftap.prototypes.cells import KeptCells, keep_cells
@@ -134,7 +134,7 @@ def _made_by(conditions: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(
     source: SceneSource,
-    pipeline: Pipeline,
+    pipeline: Provider,
     columns: Sequence[Column],
     *,
     rule: str = "area",
@@ -182,7 +182,7 @@ def build(
     return built
 
 
-def _header(source: SceneSource, pipeline: Pipeline, columns: Sequence[Column], rule: str) -> dict[str, Any]:
+def _header(source: SceneSource, pipeline: Provider, columns: Sequence[Column], rule: str) -> dict[str, Any]:
     step = -(-_STEP // pipeline.batch) * pipeline.batch  # whole batches
     conditions = {k: v for k, v in pipeline.conditions.items() if k not in ("recipe", "recipe_key")}
     return {
@@ -200,7 +200,7 @@ def _part(folder: Path, start: int, index: int) -> Path:
 
 def _step(
     source: SceneSource,
-    pipeline: Pipeline,
+    pipeline: Provider,
     columns: Sequence[Column],
     rule: str,
     keys: Sequence[str],
@@ -223,7 +223,7 @@ def _step(
 
 
 def _features(
-    source: SceneSource, pipeline: Pipeline, keys: Sequence[str], record: dict[str, Any]
+    source: SceneSource, pipeline: Provider, keys: Sequence[str], record: dict[str, Any]
 ) -> Iterator[tuple[Scene, Features]]:
     """Yield scenes that hold an object that is wanted, with their features; record the rest."""
 

@@ -15,7 +15,7 @@ from difftap.errors import InputError
 from difftap.features.provider import open_features, precision_of, precisions_agree
 from difftap.images import Image
 from difftap.pipeline.environment import Runtime
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.points import check_inside
 from difftap.recipe import ModelReference, Recipe
 from difftap.retrieval.index import Origin
@@ -110,7 +110,7 @@ def open_pipeline(
     *,
     features: str | None = None,
     weights: Weights = lambda known: known,
-) -> Pipeline:
+) -> Provider:
     """Open the pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
 
     Raises:
@@ -142,7 +142,7 @@ def _check_precision(precision: str, origin: Origin) -> None:
         )
 
 
-def embed(query: Query, origin: Origin, pipeline: Pipeline) -> NDArray[np.float32]:
+def embed(query: Query, origin: Origin, pipeline: Provider) -> NDArray[np.float32]:
     """Make the query's vector ``(D,)``: for prototypes as their builder makes them, for patches from the joined map."""
     from difftap.prototypes import prototypes
 

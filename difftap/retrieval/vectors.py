@@ -16,7 +16,7 @@ from difftap.engine import finite_or_alone
 from difftap.errors import ImageError, InputError, NonFiniteError, first_line, require
 from difftap.featuremap import FeatureMap
 from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.retrieval.index import Origin, Rows, VectorBatch
 
 __all__ = ["AlreadyIndexed", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
@@ -155,7 +155,7 @@ class Patches:
 
 
 def patch_batches(
-    pipeline: Pipeline,
+    pipeline: Provider,
     paths: Sequence[Path],
     which: Patches,
     progress: Callable[[int], None] = lambda count: None,
@@ -190,7 +190,7 @@ def _fail(failures: list[tuple[str, str]] | None, path: str, error: Exception) -
 
 
 def _maps(
-    pipeline: Pipeline, images: Sequence[Image], failures: list[tuple[str, str]] | None
+    pipeline: Provider, images: Sequence[Image], failures: list[tuple[str, str]] | None
 ) -> Iterator[tuple[Image, FeatureMap]]:
     """Yield images with their joined maps; those whose maps are not finite are failures."""
     for some, maps in finite_or_alone(lambda batch: list(pipeline.extract(batch)), images):

@@ -16,7 +16,7 @@ from difftap.artifacts.files import output_errors
 from difftap.artifacts.table import plain
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import InputError
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Provider
 from difftap.prototypes import PrototypeTable, SceneSource, build, is_built
 from difftap.recipe import Recipe
 from difftap.study.axes import (
@@ -74,7 +74,7 @@ class Study:
     model_key: str
     backend: str
     precision: str
-    opener: Callable[[Recipe], Pipeline]
+    opener: Callable[[Recipe], Provider]
     folder: Path
     rule: str = "area"
     metric: str = "correlation"

@@ -10,7 +10,7 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.graphfiles import model_key
 from difftap.errors import InputError, OutputError, RecipeError
 from difftap.features.extract import ExtractSettings, extract_to_store
-from difftap.features.provider import FeatureSource
+from difftap.features.provider import StoreProvider
 from difftap.features.sources import Item, Source
 from difftap.features.store import Encoding
 from difftap.images import Image
@@ -57,7 +57,7 @@ def test_what_is_in_is_read_and_the_rest_extracted(recipe, mini_cache, store):
         want = list(pipeline.features(IMAGES))
         joined = list(pipeline.extract(IMAGES))
         category = next(pipeline.extract(IMAGES[:1], "cat"))
-    with FeatureSource.open(recipe, store, runtime) as source:
+    with StoreProvider.open(recipe, store, runtime) as source:
         got = list(source.features(IMAGES))
         assert source.extracted == 2
         for one, other in zip(got, want, strict=True):
@@ -68,7 +68,7 @@ def test_what_is_in_is_read_and_the_rest_extracted(recipe, mini_cache, store):
 
 
 def test_a_data_set_that_is_in_needs_no_engine(recipe, mini_cache, store):
-    source = FeatureSource.open(recipe, store, Runtime(cache=mini_cache.folder), complete=True)
+    source = StoreProvider.open(recipe, store, Runtime(cache=mini_cache.folder), complete=True)
     assert len(list(source.features([IMAGES[2], IMAGES[0], IMAGES[2]]))) == 3
     assert source._pipeline is None
     with pytest.raises(InputError, match="is not in"):
@@ -101,13 +101,13 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
     source = Source("given", [Item("0", Given(IMAGES[0]))])
     with Pipeline.open(learned, runtime) as pipeline:
         extract_to_store(pipeline, source, tmp_path / "l.zarr", ExtractSettings(Encoding("float32")))
-    with FeatureSource.open(learned, tmp_path / "l.zarr", runtime) as stored:
+    with StoreProvider.open(learned, tmp_path / "l.zarr", runtime) as stored:
         assert stored.conditions["prompts"]["sha256"] == first
         list(stored.features(IMAGES[:1]))
         assert (stored.served, stored.extracted) == (1, 0)
     assert learn(0.2) != first
     with pytest.raises(RecipeError, match=r"made with learned\.sha256 = "):
-        FeatureSource.open(learned, tmp_path / "l.zarr", runtime)
+        StoreProvider.open(learned, tmp_path / "l.zarr", runtime)
     with (
         Pipeline.open(learned, runtime) as pipeline,
         pytest.raises(OutputError, match=r"other conditions \(recipe\.learned"),
@@ -124,20 +124,20 @@ def test_the_fastest_backend_may_be_asked_for(recipe, mini_cache, store, monkeyp
         "resolve",
         lambda recipe, runtime, **_: chosen.append(1) or dataclasses.replace(runtime, backend="ort"),
     )
-    source = FeatureSource.open(recipe, store, Runtime("auto", cache=mini_cache.folder), complete=True)
+    source = StoreProvider.open(recipe, store, Runtime("auto", cache=mini_cache.folder), complete=True)
     assert chosen
     assert source.conditions["backend"]["name"] == "ort"
 
 
 def test_a_recipe_that_does_not_fit_is_refused(recipe, mini_cache, store):
     with pytest.raises(RecipeError, match="made with ensemble = 1, and 2 is asked for"):
-        FeatureSource.open(dataclasses.replace(recipe, ensemble=2), store, Runtime(cache=mini_cache.folder))
+        StoreProvider.open(dataclasses.replace(recipe, ensemble=2), store, Runtime(cache=mini_cache.folder))
 
 
 def test_auto_is_what_it_chooses(recipe, store, mini_cache, monkeypatch):
     monkeypatch.setattr(auto, "BACKENDS", {"ort": ""})  # alone, so that nothing has to be measured
     try:
-        with FeatureSource.open(recipe, store, Runtime("auto", cache=mini_cache.folder, threads=1)) as source:
+        with StoreProvider.open(recipe, store, Runtime("auto", cache=mini_cache.folder, threads=1)) as source:
             assert source.conditions["backend"]["name"] == "ort"
             assert len(list(source.extract(IMAGES))) == 4 and source.extracted == 2
     finally:

@@ -26,10 +26,10 @@ from difftap.commands.progress import progress_bar
 if TYPE_CHECKING:
     from difftap.bench.scoring import Resampling
     from difftap.bench.session import Selection
-    from difftap.features.provider import FeatureSource
+    from difftap.features.provider import StoreProvider
     from difftap.matching import Joining
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
 
 __all__ = ["pck"]
@@ -216,13 +216,13 @@ def _predict(job: _Job) -> None:
             "features in"
         )
     pairs = load_pairs(job.selection, job.folder / "targets")
-    sources: list[FeatureSource] = []
+    sources: list[StoreProvider] = []
 
-    def opener(filled: Recipe) -> Pipeline:
+    def opener(filled: Recipe) -> Provider:
         if stored is not None:
-            from difftap.features.provider import FeatureSource
+            from difftap.features.provider import StoreProvider
 
-            sources.append(FeatureSource.open(filled, stored, job.runtime))
+            sources.append(StoreProvider.open(filled, stored, job.runtime))
             return sources[-1]
         return Opened.open(filled, job.runtime)
 

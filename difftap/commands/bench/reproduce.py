@@ -14,7 +14,7 @@ from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
 
 __all__ = ["reproduce"]
@@ -103,7 +103,7 @@ def reproduce(
         if root is not None
     ]
 
-    def opener(filled: Recipe) -> Pipeline:
+    def opener(filled: Recipe) -> Provider:
         return Opened.open(filled, runtime)
 
     if absent:

@@ -26,7 +26,7 @@ from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Pipeline
+    from difftap.pipeline.pipeline import Provider
     from difftap.prototypes import SceneSource
     from difftap.recipe import Recipe
     from difftap.study.study import Study
@@ -311,7 +311,7 @@ def _study(folder: Path, job: _Job) -> Study:
     check_fits(recipe, model)
     runtime = resolve(recipe, job.runtime)  # once: tables of several recipes must be of one backend
 
-    def opener(filled: Recipe) -> Pipeline:
+    def opener(filled: Recipe) -> Provider:
         return Opened.open(filled, runtime)
 
     return Study(
