@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-
-import psutil
 
 __all__ = [
     "available_cores",
@@ -26,18 +25,25 @@ __all__ = [
 
 def available_cores() -> int:
     """Count the processors that this process may use, which may be fewer than the machine has."""
-    if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
-        return len(psutil.Process().cpu_affinity())
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    if affinity is not None:
+        return len(affinity(0))  # every command asks this, and importing psutil takes a hundredth of a second
+    import psutil
+
     return psutil.cpu_count() or 1
 
 
 def available_memory() -> int:
     """Return the memory that processes can still take without swapping."""
+    import psutil
+
     return int(psutil.virtual_memory().available)
 
 
 def resident_memory() -> int:
     """Return this process's resident memory now."""
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 
@@ -47,6 +53,8 @@ def peak_memory() -> int:
     Linux's ``ru_maxrss`` outlives exec and so may show the parent's peak; ``VmHWM`` is the process's own.
     """
     if sys.platform == "win32":
+        import psutil
+
         return int(psutil.Process().memory_info().peak_wset)
     status = Path("/proc/self/status")
     if status.exists():
