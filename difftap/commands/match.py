@@ -180,13 +180,14 @@ class _Job:
 
     def open(self) -> Provider:
         """Open the recipe; then, with bad input refused, say what is worth a remark."""
-        from difftap.features.provider import StoreProvider
-        from difftap.pipeline.pipeline import Pipeline
-
         pipeline: Provider
         if self.features is None:
+            from difftap.pipeline.pipeline import Pipeline
+
             pipeline = Pipeline.open(self.recipe, self.runtime)
-        else:
+        else:  # what stores need is loaded only for them
+            from difftap.features.provider import StoreProvider
+
             pipeline = StoreProvider.open(self.recipe, self.features, self.runtime)
         if self.category is not None and pipeline.prompts.depends_on != "category":
             pipeline.close()
