@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from difftap import machine
-from difftap.cli import cli
 from difftap.doctor import SCHEMA, clashes, examine, extras, format_health
 from difftap.engine import BACKENDS, Cache, get_backend
 from difftap.errors import InputError
+from tests.harness import invoke
 
 DOCS = Path(__file__).parents[1] / "docs" / "throughput.md"
 
@@ -97,17 +96,15 @@ def test_the_cache_is_shown_with_what_is_broken(mini_cache, tmp_path):
 
 
 def test_the_command(tmp_path):
-    done = CliRunner().invoke(cli, ["doctor", "--cache", str(tmp_path), "--json"])
+    done = invoke(["doctor", "--cache", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
     assert data["schema"] == SCHEMA
     documented = DOCS.read_text(encoding="utf-8")
     assert all(f"`{name}`" in documented for name in data if name != "schema")
-    done = CliRunner().invoke(
-        cli, ["doctor", "--cache", str(tmp_path), "--measure", "--size", "64", "--precision", "fp8"]
-    )
+    done = invoke(["doctor", "--cache", str(tmp_path), "--measure", "--size", "64", "--precision", "fp8"])
     assert "no backend here has precision fp8" in str(done.exception)
-    refused = CliRunner().invoke(cli, ["doctor", "--size", "64"])
+    refused = invoke(["doctor", "--size", "64"])
     assert isinstance(refused.exception, InputError)
     assert "give --measure" in str(refused.exception)
 

@@ -4,11 +4,9 @@ import dataclasses
 import tomllib
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difftap.cli import cli
 from difftap.errors import RecipeError
 from difftap.recipe import (
     FITS,
@@ -22,6 +20,7 @@ from difftap.recipe import (
     load_recipe,
     presets,
 )
+from tests.harness import invoke
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 branches = st.builds(
@@ -68,14 +67,14 @@ def test_toml_and_back(recipe):
 
 @pytest.mark.parametrize("name", presets())
 def test_what_difftap_recipes_prints_is_that_recipe(tmp_path, name):
-    shown = CliRunner().invoke(cli, ["recipes", name])
+    shown = invoke(["recipes", name])
     assert shown.exit_code == 0
     (tmp_path / "mine.toml").write_text(shown.stdout)
     assert load_recipe(tmp_path / "mine.toml") == load_recipe(name)
 
 
 def test_presets_are_listed_and_hold_the_published_settings():
-    listing = CliRunner().invoke(cli, ["recipes"]).stdout.splitlines()
+    listing = invoke(["recipes"]).stdout.splitlines()
     assert [line.split()[0] for line in listing] == list(presets())
     dift = load_recipe("dift")
     assert (dift.model.name, dift.size, dift.ensemble) == ("sd21", (768, 768), 8)

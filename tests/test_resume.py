@@ -6,11 +6,9 @@ Learning prompts takes too long for this; tests/tuning kills a training of its o
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +18,10 @@ import pytest
 from difftap.features.store import FeatureStore
 from tests.datasets.builders import write_picture
 from tests.datasets.object_builders import write_voc
+from tests.harness import DIFFTAP, child_environment
 
 pytestmark = pytest.mark.heavy
 KILLS = 3
-COMMAND = [sys.executable, "-m", "difftap.cli"]
 
 
 def matches(folder: Path) -> list[str]:
@@ -74,12 +72,12 @@ def growth(output: Path) -> int:
 @pytest.mark.parametrize("prepare", [matches, predictions, store, prototypes])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path, prepare: Callable[[Path], list[str]]):
     asked = [*prepare(tmp_path), "--size", "128", "--threads", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
 
     def start() -> subprocess.Popen:
         words = [one.replace("OUT", "out/result") for one in asked]
         with open(tmp_path / "log.txt", "w") as log:
-            return subprocess.Popen([*COMMAND, *words], cwd=tmp_path, env=environment, stdout=log, stderr=log)
+            return subprocess.Popen([*DIFFTAP, *words], cwd=tmp_path, env=environment, stdout=log, stderr=log)
 
     output = tmp_path / "out" / "result"
     output.parent.mkdir()

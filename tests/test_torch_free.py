@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image as PIL
 
+from tests.harness import child_environment
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BLOCK = """
 import sys
@@ -25,7 +27,7 @@ MAIN = "from difftap.cli import main\nmain()\n"
 
 def blocked(code, *arguments, cwd):
     command = [sys.executable, "-W", "error", "-c", BLOCK + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, env=child_environment())
 
 
 def test_the_blocker_blocks(tmp_path):
@@ -46,10 +48,10 @@ def test_import_loads_nothing_but_itself(tmp_path):
 
 HELP = """
 import click
-from click.testing import CliRunner
+from tests.harness import invoke
 from difftap.cli import cli
 def walk(command, path):
-    done = CliRunner().invoke(cli, [*path, "--help"])
+    done = invoke([*path, "--help"])
     assert done.exit_code == 0 and done.stdout.startswith("Usage:"), (path, done.output, done.exception)
     print("difftap", *path)
     if isinstance(command, click.Group):

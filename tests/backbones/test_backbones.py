@@ -4,11 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from difftap.backbones.checkpoint import BACKBONES, Checkpoint, backbones
 from difftap.backbones.sd_unet import SDUNet
-from difftap.cli import cli
 from difftap.errors import ModelError, RecipeError
 from difftap.features.store import FeatureStore
 from difftap.images import load_image, to_input
@@ -16,6 +14,7 @@ from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
 from tests.backbones.tiny_vit import CONFIG, TinyViT, make_vit, write_vit
+from tests.harness import invoke
 
 SIZE = (48, 32)
 
@@ -83,7 +82,7 @@ def test_another_kind_goes_through_the_commands(vit, photos, tmp_path, backend):
     )
 
     def run(*words):
-        done = CliRunner().invoke(cli, [*map(str, words)])
+        done = invoke([*map(str, words)])
         assert done.exit_code == 0, done.output
         return done.stdout
 

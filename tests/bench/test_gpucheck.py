@@ -7,7 +7,6 @@ import json
 from typing import ClassVar
 
 import pytest
-from click.testing import CliRunner
 
 from difftap.bench import gpucheck
 from difftap.bench.contenders import Contender
@@ -24,9 +23,9 @@ from difftap.bench.gpucheck import (
     to_json,
 )
 from difftap.bench.workers import Timing, Worker
-from difftap.cli import cli
 from difftap.errors import BackendError, DifftapError, InputError, OutputError
 from difftap.recipe import Learned, load_recipe
+from tests.harness import invoke
 
 RECIPE = load_recipe("pocket")
 EXACT, HALF, ORT = (
@@ -173,21 +172,21 @@ def test_faiss_finds_what_numpy_finds_or_says_what_lacks():
 
 def test_without_a_gpu_the_command_says_so_and_offers_a_dry_run(monkeypatch):
     monkeypatch.setattr("difftap.machine.gpu", lambda: None)
-    done = CliRunner().invoke(cli, ["bench", "gpu-check"])
+    done = invoke(["bench", "gpu-check"])
     assert isinstance(done.exception, InputError)
     assert "no NVIDIA GPU here" in str(done.exception) and "--device cpu --model pocket" in str(done.exception)
 
 
 @pytest.mark.parametrize("option", [("--sizes", "0"), ("--sizes", "a,b"), ("--batches", ""), ("--limit", "0")])
 def test_bad_options_are_refused(option):
-    assert CliRunner().invoke(cli, ["bench", "gpu-check", *option]).exit_code == 2
+    assert invoke(["bench", "gpu-check", *option]).exit_code == 2
 
 
 def test_the_dry_run_end_to_end(tmp_path):
     out = tmp_path / "out"
     arguments = ["--device", "cpu", "--model", "pocket", "--sizes", "64", "--ensemble", "2", "--seconds", "0"]
-    done = CliRunner().invoke(
-        cli, ["bench", "gpu-check", *arguments, "--backends", "ort,tensorrt-rtx", "--limit", "200", "-o", str(out)]
+    done = invoke(
+        ["bench", "gpu-check", *arguments, "--backends", "ort,tensorrt-rtx", "--limit", "200", "-o", str(out)]
     )
     assert done.exit_code == 0, done.output
     data = json.loads((out / "gpu-check.json").read_text())

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image as PIL
 
 from difftap.bench.protocols import get_protocols
@@ -14,6 +13,7 @@ from difftap.commands.bench.compare import compare
 from difftap.commands.bench.pck import pck
 from difftap.commands.bench.table import table
 from difftap.errors import InputError
+from tests import harness
 from tests.bench.pck_cases import FakePipeline, predictions, random_pairs
 
 
@@ -46,7 +46,7 @@ def _no_network(monkeypatch):
 
 
 def invoke(command, *arguments):
-    return CliRunner().invoke(command, [str(a) for a in arguments])
+    return harness.invoke(arguments, command=command)
 
 
 def test_pck_writes_everything_and_resumes(tmp_path, willow):

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from click.testing import CliRunner
 
-from difftap.cli import cli
+from tests.harness import invoke
 
 openvino = pytest.importorskip("openvino")
 
@@ -15,7 +14,7 @@ RUN = ["--no-confidence", "--protocol", "sd4match", "--draws", "10", "--backend"
 def points_found(root, output, cache, precision) -> float:
     """PCK@0.1 in percent, image mean."""
     arguments = ["bench", "pck", "pf-willow", str(root), "-o", str(output), "--precision", precision, *RUN]
-    done = CliRunner(env={"DIFFTAP_CACHE": str(cache)}).invoke(cli, arguments)
+    done = invoke(arguments, env={"DIFFTAP_CACHE": str(cache)})
     assert done.exit_code == 0, done.output
     results = json.loads((output / "results.json").read_text())
     return 100 * results["protocols"]["sd4match"]["pck"]["0.1"]["image"]["value"]

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-from click.testing import CliRunner
 
 from difftap.bench.poster import LEARNED, PROMPT, learned_rows, poster_rows, stand_in_rows, with_prompts
 from difftap.bench.reproduce import reproduce
@@ -13,6 +12,7 @@ from difftap.commands.bench.reproduce import reproduce as command
 from difftap.errors import InputError, MissingExtraError
 from difftap.recipe import load_recipe
 from tests.bench.pck_cases import FakePipeline, prompt_file, samples
+from tests.harness import invoke
 
 
 @pytest.fixture(autouse=True)
@@ -155,11 +155,11 @@ def test_a_stopped_run_leaves_the_table_of_the_rows_that_are_done(tmp_path, pair
 def test_command_refuses_before_anything_slow(tmp_path):
     (tmp_path / "s.zarr").mkdir()
     (tmp_path / "s.zarr" / "zarr.json").write_text("{}")
-    store = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--features", str(tmp_path / "s.zarr")])
+    store = invoke(["-o", str(tmp_path), "--spair", "x", "--features", str(tmp_path / "s.zarr")], command=command)
     assert "is a store of 'difftap extract'" in str(store.exception)
-    bare = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--prompts-root", str(tmp_path)])
+    bare = invoke(["-o", str(tmp_path), "--spair", "x", "--prompts-root", str(tmp_path)], command=command)
     assert "holds no learned prompts for a row; allowed: a folder with pocket-single" in str(bare.exception)
-    none = CliRunner().invoke(command, ["-o", str(tmp_path)])
+    none = invoke(["-o", str(tmp_path)], command=command)
     assert "no data set was given" in str(none.exception)
-    both = CliRunner().invoke(command, ["-o", str(tmp_path), "--spair", "x", "--model", "m", "--size", "64"])
+    both = invoke(["-o", str(tmp_path), "--spair", "x", "--model", "m", "--size", "64"], command=command)
     assert "--size is the stand-in's" in str(both.exception)

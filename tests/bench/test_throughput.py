@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from difftap import Pipeline, Runtime, load_recipe
 from difftap.bench import throughput as bench
@@ -25,11 +24,11 @@ from difftap.bench.throughput import (
 )
 from difftap.bench.worker_child import Ours
 from difftap.bench.workers import Worker, call_timing, stage_medians
-from difftap.cli import cli
 from difftap.engine import featurizer as extractor
 from difftap.errors import BackendError, ImageError, InputError, OutputError
 from difftap.images import load_image
 from difftap.recipe import Learned
+from tests.harness import invoke
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -257,7 +256,7 @@ def test_a_folder_stands_for_some_of_its_pictures(tmp_path):
 
 def test_bad_input_is_refused_before_anything_is_measured(tmp_path):
     def refused(*arguments):
-        done = CliRunner().invoke(cli, ["bench", "throughput", *map(str, arguments)])
+        done = invoke(["bench", "throughput", *map(str, arguments)])
         assert done.exit_code != 0
         assert not done.stdout
         return done.exception

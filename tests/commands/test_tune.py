@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from PIL import Image as PIL
 
 from tests.commands.test_cli import call, refused  # noqa: F401 - fixtures
 from tests.conftest import picture
+from tests.harness import run_child
 from tests.test_torch_free import MAIN, blocked
 
 pytest.importorskip("diffusers")
@@ -33,12 +32,9 @@ def photos(tmp_path_factory):
 def learned(photos, tmp_path_factory):
     """Prompts of every kind for the embedded model, each learned in a step or two by the installed command."""
     folder = tmp_path_factory.mktemp("prompts")
-    command = [sys.executable, "-m", "difftap.cli", "tune"]
     for kind in ("class", "cpm"):
-        done = subprocess.run(
-            [*command, kind, "--data", "synthetic", str(photos), *QUICK, "-o", str(folder / kind), "--rate", "0.5"],
-            capture_output=True, text=True, cwd=folder, check=False,
-        )  # fmt: skip
+        asked = ["tune", kind, "--data", "synthetic", photos, *QUICK, "-o", folder / kind, "--rate", "0.5"]
+        done = run_child(asked, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "validation PCK@0.10: empty prompt" in done.stdout
         assert "epoch 1 of 1: loss" in done.stderr

@@ -1,10 +1,7 @@
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from click.testing import CliRunner
 
 from difftap.commands.data import data
 from difftap.datasets import keypoints as datasets
@@ -12,10 +9,11 @@ from difftap.datasets.check import SCHEMA, check
 from difftap.datasets.layout import DatasetError
 from difftap.errors import InputError
 from tests.datasets.builders import write_csv, write_picture, write_spair
+from tests.harness import invoke, run_child
 
 
 def run(*arguments):
-    return CliRunner().invoke(data, ["check", *map(str, arguments)])
+    return invoke(["check", *map(str, arguments)], command=data)
 
 
 def test_an_unknown_data_set_lists_those_there_are(tmp_path):
@@ -126,8 +124,7 @@ def test_what_is_broken_is_said_and_the_exit_code_is_1(tmp_path):
 def test_the_installed_command_ends_with_1_too(tmp_path):
     """The command's own entry point is in charge of exit codes, where click's test runner otherwise is."""
     root = write_spair(tmp_path, {"1": {"trg_imname": "none.jpg"}})
-    command = [sys.executable, "-m", "difftap.cli", "data", "check", "spair", str(root)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_child(["data", "check", "spair", root])
     assert done.returncode == 1, done.stderr
     assert done.stdout.endswith(": broken\n")
 

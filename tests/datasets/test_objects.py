@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image as PIL
 
 from difftap.commands.data import data as data_command
@@ -16,6 +15,7 @@ from difftap.images import read_labels
 from difftap.prototypes import ObjectFilter
 from tests.datasets.builders import write_picture
 from tests.datasets.object_builders import block, write_coco, write_davis, write_folder, write_labels, write_voc
+from tests.harness import invoke
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 WRITERS = {"coco": write_coco, "davis": write_davis, "folder": write_folder, "voc": write_voc}
@@ -293,7 +293,7 @@ def test_areas_that_are_no_fraction(area):
 
 
 def run_check(*arguments):
-    return CliRunner().invoke(data_command, ["check", *map(str, arguments)])
+    return invoke(["check", *map(str, arguments)], command=data_command)
 
 
 @pytest.mark.parametrize("name", objects.NAMES)

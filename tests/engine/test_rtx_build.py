@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from difftap.cli import cli
 from difftap.engine import Cache
 from difftap.engine.trt.gpu import find_gpu
 from difftap.errors import ArtefactError
@@ -72,13 +71,13 @@ def test_running_them_is_refused_in_one_line(built):
 
 
 def test_the_commands_say_what_they_did(built):
-    from click.testing import CliRunner
+    from tests.harness import invoke
 
     where = ["--cache", str(built)]
-    done = CliRunner().invoke(cli, ["engines", "build", "--backend", "tensorrt-rtx", "--recipe", "pocket", *where])
+    done = invoke(["engines", "build", "--backend", "tensorrt-rtx", "--recipe", "pocket", *where])
     assert done.exit_code == 0, done.output
     assert done.stdout.count("can be built here ('difftap engines build') but not run") == 2
-    done = CliRunner().invoke(cli, ["engines", "verify", *where])
+    done = invoke(["engines", "verify", *where])
     assert done.exit_code == 0 and done.stdout.count("(engines of backend 'tensorrt-rtx' can be") == 2
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from difftap.cli import cli
 from difftap.engine.noise import draw
 from difftap.recipe import load_recipe
+from tests.harness import invoke
 
 HERE = Path(__file__).parent
 MATCHES = json.loads((HERE / "matches.json").read_text())
@@ -46,7 +45,7 @@ def plain(value, numbers):
 @pytest.mark.parametrize("name", MATCHES)
 def test_matches_are_those_of_0_1_0(name, monkeypatch):
     monkeypatch.chdir(HERE.parents[1])
-    done = CliRunner().invoke(cli, ["match", "examples/collins.jpg", "examples/hopper.jpg", *ASKED[name]])
+    done = invoke(["match", "examples/collins.jpg", "examples/hopper.jpg", *ASKED[name]])
     assert done.exit_code == 0, done.stderr
     now, then = json.loads(done.stdout), MATCHES[name]
     now["backend"] = {key: now["backend"][key] for key in then["backend"]}

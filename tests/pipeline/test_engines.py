@@ -57,13 +57,12 @@ def test_builds_are_planned_over_sizes_backends_and_precisions():
 
 
 def test_auto_is_built_where_it_is_fastest(tmp_path, monkeypatch):
-    from click.testing import CliRunner
-
     from difftap.pipeline import fastest as auto
+    from tests.harness import invoke
 
     monkeypatch.setattr(auto, "BACKENDS", {"ort": ""})  # alone, so that nothing has to be measured
     where = ["--backend", "auto", "--size", "64", "--cache", str(tmp_path)]
-    done = CliRunner().invoke(cli, ["engines", "build", *where], catch_exceptions=False)
+    done = invoke(["engines", "build", *where], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert {one.manifest.made_from["backend"] for one in engines(tmp_path)} == {"ort"}
 

@@ -5,12 +5,10 @@ import logging
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from difftap.backbones.find import open_model
-from difftap.cli import cli
 from difftap.engine import Cache
 from difftap.errors import InputError, RecipeError
 from difftap.images import Image
@@ -19,6 +17,7 @@ from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import Prompt, Subject, choose_prompt, choose_prompts, fill, wants_category
 from difftap.recipe import Branch, ModelReference, Recipe, load_recipe
 from tests.conftest import MINI_TAPS, picture
+from tests.harness import invoke
 
 ASKED = Branch(("up1",), 261, "a photo of a {category}")
 
@@ -99,7 +98,7 @@ def test_a_missing_category_is_told_once(recipe, mini_cache, caplog):
 
 def test_match_fills_the_category_and_says_what_it_asked(photos):
     def match(*more):
-        return CliRunner().invoke(cli, ["match", *map(str, photos), "--point", "5,5", "--size", "64", *more])
+        return invoke(["match", *map(str, photos), "--point", "5,5", "--size", "64", *more])
 
     filled = match("--prompt", "a photo of a {category}", "--category", "dog")
     assert filled.exit_code == 0, filled.exception
@@ -131,23 +130,23 @@ def test_match_keeps_branches_apart(photos, tmp_path):
         recipe = write_recipe(tmp_path / f"{combine}.toml", combine)
         out = tmp_path / f"{combine}.png"
         arguments = ["--recipe", recipe, "--grid", "3", "-o", str(out), "--heat", "2"]
-        done = CliRunner().invoke(cli, ["match", *map(str, photos), *arguments])
+        done = invoke(["match", *map(str, photos), *arguments])
         assert done.exit_code == 0, done.exception
         assert out.stat().st_size > 1000
         found[combine] = json.loads(done.stdout)["matches"]
         (tmp_path / "pairs.csv").write_text("source,target\n" + ",".join(path.name for path in photos) + "\n")
         many = ["match", "--pairs", str(tmp_path / "pairs.csv"), "--recipe", recipe, "--grid", "3"]
         listed = tmp_path / f"{combine}.jsonl"
-        assert CliRunner().invoke(cli, [*many, "-o", str(listed)]).exit_code == 0
+        assert invoke([*many, "-o", str(listed)]).exit_code == 0
         assert json.loads(listed.read_text().splitlines()[1])["matches"] == found[combine]
     for joined, apart in zip(found["concat"], found["score-sum"], strict=True):
         assert apart["target"] == joined["target"]
         assert apart["score"] == pytest.approx(joined["score"], abs=1e-5)
     assert found["score-product"] != found["concat"]
     mutual = ["match", *map(str, photos), "--mutual", "--recipe"]
-    both = [CliRunner().invoke(cli, [*mutual, str(tmp_path / f"{c}.toml")]) for c in ("concat", "score-sum")]
+    both = [invoke([*mutual, str(tmp_path / f"{c}.toml")]) for c in ("concat", "score-sum")]
     assert json.loads(both[0].stdout)["matches"] == json.loads(both[1].stdout)["matches"] != []
-    refused = CliRunner().invoke(cli, [*mutual, str(tmp_path / "score-product.toml")])
+    refused = invoke([*mutual, str(tmp_path / "score-product.toml")])
     assert isinstance(refused.exception, InputError)
     assert "--mutual needs branches that add up" in str(refused.exception)
 

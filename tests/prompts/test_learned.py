@@ -4,14 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from difftap.cli import cli
 from difftap.errors import InputError, ModelError
 from difftap.prompts import Subject, choose_prompts
 from difftap.prompts.learned import PROMPT_FILE, fits_of, load_learned, pinned, save_learned
 from difftap.prompts.tokens import own_grid, own_tokens
 from difftap.recipe import Branch, Learned, Recipe
+from tests.harness import invoke
 
 ONE = Recipe((Branch(("up2",), 1),), size=(64, 64), ensemble=2)
 
@@ -164,6 +163,6 @@ def test_own_tokens_of_uneven_bins_are_torchs():
 
 
 def test_prompts_that_were_never_scored_are_listed(tmp_path):
-    done = CliRunner().invoke(cli, ["prompts", "list", str(save(tmp_path / "a").path.parent)])
+    done = invoke(["prompts", "list", str(save(tmp_path / "a").path.parent)])
     assert done.exit_code == 0, done.exception
     assert "not scored" in done.output

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from difftap.artifacts.run import Run
-from difftap.cli import cli
 from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.images import Image
 from difftap.pipeline.environment import Runtime
@@ -29,6 +27,7 @@ from difftap.prototypes import build as build_function
 from difftap.recipe import Branch, load_recipe
 from tests.conftest import picture
 from tests.datasets.object_builders import write_folder, write_voc
+from tests.harness import invoke
 
 pytest.importorskip("pyarrow")
 RECIPE = replace(load_recipe("pocket-semantics"), size=(128, 128))
@@ -235,7 +234,7 @@ def test_two_runs_do_not_write_one_table(tmp_path, pipeline):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli, list(map(str, arguments)))
+    return invoke(list(map(str, arguments)))
 
 
 def test_the_command_builds_and_describes(tmp_path):

@@ -4,15 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image as PIL
 
-from difftap.cli import cli
 from difftap.errors import DifftapError
 from difftap.prototypes import PrototypeTable
 from difftap.retrieval.queries import row_query
 from difftap.retrieval.sheet import draw_sheet
 from tests.conftest import picture
+from tests.harness import invoke
 from tests.retrieval.cases import origin, write_table
 
 pytest.importorskip("faiss")
@@ -21,7 +20,7 @@ SMALL = ("--size", "64")
 
 
 def difftap(*arguments, fails=None):
-    done = CliRunner().invoke(cli, list(map(str, arguments)))
+    done = invoke(list(map(str, arguments)))
     if fails is not None:
         assert isinstance(done.exception, DifftapError), done.output
         assert fails in str(done.exception)
@@ -105,9 +104,7 @@ def test_adding_images(scene, tmp_path):
 def test_an_image_that_fails_is_told_and_the_rest_is_indexed(scene, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"x")
     day = scene / "images" / "day"
-    done = CliRunner().invoke(
-        cli, list(map(str, ["index", "build", tmp_path / "bad.png", day, "--index", tmp_path / "ix", *SMALL]))
-    )
+    done = invoke(list(map(str, ["index", "build", tmp_path / "bad.png", day, "--index", tmp_path / "ix", *SMALL])))
     assert done.exit_code == 1
     assert "1 images failed" in done.stderr
     assert (tmp_path / "ix" / "index.json").exists()

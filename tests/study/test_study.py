@@ -5,15 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from difftap.backbones.checkpoint import pocket_folder
 from difftap.backbones.sd_unet import SDUNet
-from difftap.cli import cli
 from difftap.errors import InputError, OutputError
 from difftap.recipe import load_recipe
 from difftap.study.axes import Case, columns, layer_cases, step_cases, table_name, union_recipe
 from tests.datasets.object_builders import write_coco, write_davis, write_voc
+from tests.harness import invoke
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
@@ -22,7 +21,7 @@ SMALL = ("--size", 128, "--draws", 20, "--threads", 1)
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli, ["bench", "semantics", *map(str, arguments)])
+    return invoke(["bench", "semantics", *map(str, arguments)])
 
 
 def sd15() -> SDUNet:

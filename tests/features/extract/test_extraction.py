@@ -3,10 +3,7 @@
 import errno
 import gc
 import json
-import os
 import resource
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -31,6 +28,7 @@ from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
 from tests.conftest import MINI_TAPS, picture
 from tests.features.extract.fakeengine import FakePipeline, made_source
+from tests.harness import run_child
 
 
 @pytest.fixture
@@ -333,10 +331,7 @@ def command(*arguments, cwd, limit=None):
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    return subprocess.run(
-        [sys.executable, "-m", "difftap.cli", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=120, preexec_fn=cap, env={**os.environ},
-    )  # fmt: skip
+    return run_child(arguments, cwd=cwd, preexec_fn=cap)
 
 
 SMALL = ("--size", "64", "--ensemble", "2", "--threads", "1")

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from click.testing import CliRunner
 
-from difftap.cli import cli
 from difftap.errors import ArtefactError, OutputError
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store.care import compact, info, verify
 from tests.features.store.cases import fill, made, maps
+from tests.harness import invoke
 
 
 @pytest.fixture(params=["float16", "int8"])
@@ -97,7 +96,7 @@ def writes(path):
 
 
 def commands(path):
-    done = CliRunner().invoke(cli, ["store", "compact", str(path)], catch_exceptions=False)
+    done = invoke(["store", "compact", str(path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
 
 

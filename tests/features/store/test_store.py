@@ -7,15 +7,14 @@ import uuid
 import numpy as np
 import pytest
 import zarr
-from click.testing import CliRunner
 
-from difftap.cli import cli
 from difftap.errors import ArtefactError, DifftapError, InputError, OutputError, RecipeError
 from difftap.features.store import Encoding, FeatureStore, check_writable, open_writer
 from difftap.features.store.encoding import Moments, shapes_of, store_image
 from difftap.features.store.writer import Shard
 from difftap.recipe import Branch
 from tests.features.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
+from tests.harness import invoke
 
 ENCODINGS = [Encoding(), Encoding("float32"), Encoding("int8"), Encoding("int8", "map")]
 
@@ -305,7 +304,7 @@ def test_damaged_files_of_the_store_are_one_clear_line(tmp_path, name, command):
     fill(tmp_path / "s.zarr", range(3))
     path = tmp_path / "s.zarr" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    done = CliRunner().invoke(cli, ["store", command, str(tmp_path / "s.zarr")])
+    done = invoke(["store", command, str(tmp_path / "s.zarr")])
     assert isinstance(done.exception, DifftapError), done.exception
     assert "s.zarr" in str(done.exception)
 
