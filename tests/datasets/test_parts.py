@@ -53,3 +53,14 @@ def test_a_made_target_goes_with_its_source(tmp_path):
     ]
     taken = [sample.name for part in PARTS for sample in take_part(made, part, tmp_path, tmp_path / "made")]
     assert sorted(taken) == sorted(sample.name for sample in made)
+
+
+def test_small_classes_by_hand():
+    """Shares of 4, 3 and 3 of ten, and where a class is too small for them one image each, training first."""
+    wanted = {1: (1, 0, 0), 2: (1, 1, 0), 3: (1, 1, 1), 4: (2, 1, 1), 5: (2, 2, 1), 10: (4, 3, 3)}
+    for count, sizes in wanted.items():
+        held = Counter(part_of_images([("cat", str(k)) for k in range(count)]).values())
+        assert tuple(held[part] for part in PARTS) == sizes, count
+    # Nearly everything to train on: still one each for the other two.
+    held = Counter(part_of_images([("cat", str(k)) for k in range(6)], (0.98, 0.01)).values())
+    assert tuple(held[part] for part in PARTS) == (4, 1, 1)

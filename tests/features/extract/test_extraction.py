@@ -16,6 +16,7 @@ import difftap
 from difftap.cli import cli
 from difftap.errors import BackendError, ImageError, InputError, NonFiniteError, OutputError
 from difftap.features.extract import Extractor, ExtractSettings, extract_to_store, stream
+from difftap.features.extract.extraction import row_bytes
 from difftap.features.sources import open_source
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store import place as places
@@ -362,3 +363,17 @@ def test_the_command(photos, tmp_path):
     assert command("extract", "photos", "-o", "u.zarr", *SMALL, cwd=tmp_path).returncode == 0
     (tmp_path / "s.zarr" / "0" / "up2" / "c" / "0" / "0" / "0" / "0").unlink()
     assert command("store", "verify", "s.zarr", cwd=tmp_path).returncode == 1
+
+
+def test_bytes_of_an_image_by_hand(pocket):
+    recipe = Recipe((Branch(("up1", "up2"), 1),), size=(256, 128), ensemble=1)
+    up1, up2 = (pocket.tap(name) for name in ("up1", "up2"))
+    cells = [(256 // tap.stride) * (128 // tap.stride) for tap in (up1, up2)]
+    assert row_bytes(recipe, pocket, Encoding()) == 2 * (up1.channels * cells[0] + up2.channels * cells[1])
+    assert row_bytes(recipe, pocket, Encoding("int8", pca=8)) == 8 * sum(cells)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_holds_an_image_at_least(size):
+    with pytest.raises(InputError, match=f"size is {size}; allowed: 1 or more"):
+        Extractor(FakePipeline(), made_source(1), size=size)
