@@ -10,11 +10,35 @@ from __future__ import annotations
 import html
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from difftap.artifacts.files import write_atomic
 from difftap.artifacts.table import Table, TableColumn
-from difftap.bench.report import format_results
+from difftap.bench.report import conditions_line, headline_of
+
+
+def pck_table(results: Mapping[str, Any]) -> Table:
+    """Make a table of every protocol's own mean at each of its thresholds, with its interval."""
+    columns = (
+        TableColumn("protocol", left=True),
+        TableColumn("alpha"),
+        TableColumn("PCK", "%", ".2f"),
+        TableColumn("low", "%", ".1f"),
+        TableColumn("high", "%", ".1f"),
+        TableColumn("over", left=True),
+    )
+    rows = []
+    for name, one in results["protocols"].items():
+        by = one["conditions"]["headline"]
+        for alpha, figures in one["pck"].items():
+            if alpha in ("pairs", "points"):  # counts stand beside the thresholds
+                continue
+            mean = figures[by]
+            rows.append((name, alpha, mean["value"], mean["low"], mean["high"], by))
+    note = "Of 95 % intervals, low and high; over which each protocol's authors take the mean stands last."
+    return Table(columns, tuple(rows), "PCK", note)
 
 
 def main() -> None:
@@ -37,7 +61,9 @@ def main() -> None:
     about = measured["conditions"]
     told = f"{about['cpu']}, {about['threads']} threads, difftap {about['difftap']}; rivals are DIFT's way in torch."
     failed = [f"{row['label']} could not be measured: {row['failed']}" for row in measured["rows"] if row["failed"]]
-    text = "\n".join(format_results(json.loads((folder / "pck" / "results.json").read_text(encoding="utf-8"))))
+    results = json.loads((folder / "pck" / "results.json").read_text(encoding="utf-8"))
+    points = pck_table(results)
+    head = f"{headline_of(results)}. {conditions_line(results)}"
     notes = [told, *failed]
     write_atomic(
         folder / "bench.md",
@@ -48,11 +74,8 @@ def main() -> None:
                 speed.markdown(),
                 *notes,
                 "",
-                "### PCK",
-                "",
-                "```",
-                text,
-                "```",
+                points.markdown(),
+                head,
                 "",
             ]
         ),
@@ -62,7 +85,7 @@ def main() -> None:
         folder / "bench.html",
         '<!doctype html><meta charset="utf-8"><title>difftap: speed and quality here</title>'
         "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}</style>"
-        f"<h1>difftap: speed and quality here</h1>{speed.html()}{body}<h2>PCK</h2><pre>{html.escape(text)}</pre>\n",
+        f"<h1>difftap: speed and quality here</h1>{speed.html()}{body}{points.html()}<p>{html.escape(head)}</p>\n",
     )
     print(f"wrote {folder / 'bench.md'} and {folder / 'bench.html'}")
 

@@ -26,7 +26,7 @@ def test_every_module_has_its_place_in_the_order():
 
 
 def _imports(path: Path, *, top: bool = False) -> set[str]:
-    """Names of the modules that a file imports, anywhere or at module level only; not under TYPE_CHECKING."""
+    """Names of the modules that a file imports: anywhere, or when it is loaded (not for annotations alone)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found: set[str] = set()
 
@@ -37,7 +37,7 @@ def _imports(path: Path, *, top: bool = False) -> set[str]:
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: relative import"
                 found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
-            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            elif top and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
                 continue
             elif not (top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
                 visit(ast.iter_child_nodes(node))

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Size
-from difftap.engine.noise import network_inputs
 from difftap.errors import InputError
 from difftap.tensorspec import TensorSpec
 
@@ -23,6 +22,7 @@ __all__ = [
     "Array",
     "Graph",
     "Profile",
+    "network_inputs",
 ]
 
 Array = NDArray[Any]
@@ -129,3 +129,26 @@ class Profile:
         """For file names and messages: ``256x256.e4.t77.b1.fp32``."""
         width, height = self.size
         return f"{width}x{height}.e{self.ensemble}.t{self.tokens}.b{self.batch}.{self.precision}"
+
+
+def network_inputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
+    """Name a tapped network's inputs, per image: those of `difftap.engine.noise.network_feeds`, in order.
+
+    For SDXL the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
+    """
+    width, rule = checkpoint.prompt_width, checkpoint.noise_rule
+    prompt = (TensorSpec("prompt", "float32", ("B", "T", width)),) if width else ()
+    if rule is None:
+        return (checkpoint.image, *prompt)
+    posterior: tuple[int | str, ...] = ("B", rule.latent_channels, "h", "w")
+    members: tuple[int | str, ...] = ("B", "E", rule.latent_channels, "h", "w")
+    return (
+        TensorSpec("mean", "float32", posterior),
+        TensorSpec("std", "float32", posterior),
+        TensorSpec("posterior_noise", "float32", members),
+        TensorSpec("noise", "float32", members),
+        TensorSpec("signal", "float32", ("B",)),
+        TensorSpec("sigma", "float32", ("B",)),
+        TensorSpec("timestep", "int64", ("B",)),
+        *prompt,
+    )

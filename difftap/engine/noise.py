@@ -22,21 +22,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint, NoiseRule
+from difftap.engine.backend import Value
+from difftap.engine.graph import Graph, Profile
 from difftap.errors import InputError
 from difftap.recipe import Recipe
-from difftap.tensorspec import TensorSpec
 
-if TYPE_CHECKING:
-    from difftap.engine.backend import Value
-    from difftap.engine.graph import Graph, Profile
-
-__all__ = ["draw", "draw_noise", "example_feeds", "latent_feeds", "network_feeds", "network_inputs", "scales"]
+__all__ = ["draw", "draw_noise", "example_feeds", "latent_feeds", "network_feeds", "scales"]
 
 
 def draw(
@@ -102,29 +99,6 @@ def scales(rule: NoiseRule, timestep: int, noise: str) -> tuple[float, float]:
         raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
     alpha = float(schedule[timestep])
     return alpha**0.5 * rule.scaling_factor, (1.0 - alpha) ** 0.5
-
-
-def network_inputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
-    """Name a tapped network's inputs, per image: those that `network_feeds` gives, in the order in which it is called.
-
-    For SDXL the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
-    """
-    width, rule = checkpoint.prompt_width, checkpoint.noise_rule
-    prompt = (TensorSpec("prompt", "float32", ("B", "T", width)),) if width else ()
-    if rule is None:
-        return (checkpoint.image, *prompt)
-    posterior: tuple[int | str, ...] = ("B", rule.latent_channels, "h", "w")
-    members: tuple[int | str, ...] = ("B", "E", rule.latent_channels, "h", "w")
-    return (
-        TensorSpec("mean", "float32", posterior),
-        TensorSpec("std", "float32", posterior),
-        TensorSpec("posterior_noise", "float32", members),
-        TensorSpec("noise", "float32", members),
-        TensorSpec("signal", "float32", ("B",)),
-        TensorSpec("sigma", "float32", ("B",)),
-        TensorSpec("timestep", "int64", ("B",)),
-        *prompt,
-    )
 
 
 def latent_feeds(

@@ -138,7 +138,7 @@ class NoisyModule(TappedModule):
         timestep: Tensor,
         prompt: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Compute ``(B, C, h, w)`` per tap from feeds as in `difftap.engine.noise.network_inputs`."""
+        """Compute ``(B, C, h, w)`` per tap from feeds as in `difftap.engine.graph.network_inputs`."""
         batch, members = noise.shape[:2]
         latent = noisy_latent(mean, std, posterior_noise, noise, signal, sigma)
         values = self.members(
