@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.memory import MemoryCache
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Geometry, Size
 from difftap.engine.backend import Engine, Value
@@ -190,7 +190,7 @@ class Latents:
         self._recipe = recipe
         self._encoder = encoder
         self._budget = budget
-        self._kept: OrderedDict[str, Encoded] = OrderedDict()  # of one image each
+        self._kept: MemoryCache[str, Encoded] = MemoryCache(budget, _bytes)  # of one image each
         self.encoded = 0
 
     def get(self, images: Sequence[Image], members: int) -> Encoded:
@@ -198,7 +198,7 @@ class Latents:
         missing = [image for image in images if image.digest not in self._kept]
         found = {image.digest: self._kept[image.digest] for image in images if image.digest in self._kept}
         for digest in found:
-            self._kept.move_to_end(digest)
+            self._kept.touch(digest)
         if missing:
             made = encode(self._recipe, self._encoder, lay(self._recipe, missing), self._recipe.ensemble)
             self.encoded += len(missing)
@@ -206,9 +206,7 @@ class Latents:
                 one = _one(made, k)
                 found[one.digests[0]] = one
                 if self._budget:
-                    self._kept[one.digests[0]] = one
-        while len(self._kept) > 2 and sum(map(_bytes, self._kept.values())) > self._budget:
-            self._kept.popitem(last=False)
+                    self._kept.put(one.digests[0], one)
         parts = [found[image.digest] for image in images]
         noises = [part.noises[:, :, :members] for part in parts if part.noises is not None]
         return Encoded(

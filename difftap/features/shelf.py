@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from difftap.artifacts.files import output_errors
+from difftap.artifacts.memory import MemoryCache
 from difftap.coords import Geometry, Size
 from difftap.engine import finite_or_alone
 from difftap.errors import DifftapError, NonFiniteError
@@ -114,7 +115,6 @@ class MapShelf(Generic[Key]):
     ) -> None:
         self._make = make
         self._prepare = prepare
-        self._budget = budget
         self._scratch = scratch
         self._ahead = ahead
         self._order = list(order)
@@ -122,7 +122,9 @@ class MapShelf(Generic[Key]):
         for place, key in enumerate(self._order):
             self._next.setdefault(key, deque()).append(place)
         self._cursor = 0
-        self._kept: dict[Key, _Kept] = {}
+        self._kept: MemoryCache[Key, _Kept] = MemoryCache(
+            budget, lambda one: one.nbytes, next_use=self._distance, leaves=self._spill
+        )
         self._spilled: dict[Key, tuple[list[tuple[Path, Geometry]], Made]] = {}
         self._faults: dict[Key, DifftapError] = {}
         self._files = 0
@@ -159,10 +161,10 @@ class MapShelf(Generic[Key]):
             if places:
                 places.popleft()
             if not places:
-                self._kept.pop(key, None)
+                self._kept.drop(key)
                 for file, _ in self._spilled.pop(key, ([], None))[0]:
                     file.unlink()
-        self._trim(())  # matching may have made norms that count, too
+        self._kept.trim()  # matching may have made norms that count, too
 
     def _get(self, key: Key) -> _Kept:
         if key not in self._kept and key not in self._spilled and key not in self._faults:
@@ -174,7 +176,7 @@ class MapShelf(Generic[Key]):
             maps = tuple(FeatureMap(np.load(file, allow_pickle=False), geometry) for file, geometry in files)
             for file, _ in files:
                 file.unlink()
-            self._keep(key, Made(maps, made.size, made.digest))
+            self._kept.put(key, _Kept(Made(maps, made.size, made.digest)))
         return self._kept[key]
 
     def _fill(self, key: Key) -> None:
@@ -194,31 +196,19 @@ class MapShelf(Generic[Key]):
             self._faults[key] = made
             return
         self.made += 1
-        self._keep(key, made)
-
-    def _keep(self, key: Key, made: Made) -> None:
-        self._kept[key] = _Kept(made)
-        self._trim((key,))  # what was just made may be needed at once
-
-    def _trim(self, needed: tuple[Key, ...]) -> None:
-        """Spill what is needed last until the rest fits."""
-        total = sum(one.nbytes for one in self._kept.values())
-        while len(self._kept) > 2 and total > self._budget:
-            last = max((one for one in self._kept if one not in needed), key=self._distance)
-            spilled = self._kept.pop(last)
-            total -= spilled.nbytes
-            self._spilled[last] = (self._spill(spilled.made), Made((), spilled.made.size, spilled.made.digest))
+        self._kept.put(key, _Kept(made))  # it stays: it may be needed at once
 
     def _distance(self, key: Key) -> int:
         places = self._next[key]
         return places[0] if places else len(self._order)
 
-    def _spill(self, made: Made) -> list[tuple[Path, Geometry]]:
+    def _spill(self, key: Key, kept: _Kept) -> None:
+        """Write maps that leave memory; what was made ready of them is made again."""
         files = []
-        for one in made.maps:
+        for one in kept.made.maps:
             file = self._scratch / f"{self._files}.npy"
             self._files += 1
             with output_errors(file):
                 np.save(file, one.data)
             files.append((file, one.geometry))
-        return files
+        self._spilled[key] = (files, Made((), kept.made.size, kept.made.digest))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.memory import MemoryCache
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Cache, Engine
 from difftap.errors import InputError
@@ -42,28 +43,26 @@ class Conditional:
         self._tokens = tokens
         self._heads = tuple(heads)
         self._text = text
-        self._known: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._known: MemoryCache[str, NDArray[np.float32]] = MemoryCache(TOKENS_KEPT, lambda one: one.nbytes)
         self._names: dict[Hashable, str] = {}
         self.made = 0
 
     def knows(self, name: Hashable) -> bool:
         """Whether an image's tokens are remembered under a name."""
-        digest = self._names.get(name)
+        digest = self._names.get(name, "")
         if digest not in self._known:
             return False
-        self._known.move_to_end(str(digest))
+        self._known.touch(digest)
         return True
 
     def know(self, name: Hashable, image: Image) -> None:
         """Make an image's tokens, unless they are remembered."""
         self._names[name] = image.digest
         if image.digest in self._known:
-            self._known.move_to_end(image.digest)
+            self._known.touch(image.digest)
             return
-        self._known[image.digest] = self._tokens(image)
+        self._known.put(image.digest, self._tokens(image))
         self.made += 1
-        while len(self._known) > 2 and sum(one.nbytes for one in self._known.values()) > TOKENS_KEPT:
-            self._known.popitem(last=False)
 
     def embedding(self, branch: int, pair: tuple[Hashable, Hashable]) -> NDArray[np.float32]:
         """Make the prompt ``(T, D)`` of a pair whose images are known.
@@ -71,10 +70,11 @@ class Conditional:
         Raises:
             InputError: one of them is not.
         """
-        found = [self._known.get(self._names.get(name, "")) for name in pair]
-        if found[0] is None or found[1] is None:
+        source, target = (self._names.get(name, "") for name in pair)
+        if source not in self._known or target not in self._known:
             raise InputError("a conditional prompt was asked for images whose tokens are not known")
-        sequence = self._heads[branch].run({"source": found[0][None], "target": found[1][None]})["sequence"]
+        tokens = {"source": self._known[source][None], "target": self._known[target][None]}
+        sequence = self._heads[branch].run(tokens)["sequence"]
         hidden = sequence if self._text is None else self._text.run({"sequence": sequence})["hidden"]
         return np.asarray(hidden[0], np.float32)
 

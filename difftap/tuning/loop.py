@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import write_atomic
+from difftap.artifacts.memory import MemoryCache
 from difftap.artifacts.run import check_conditions
 from difftap.bench.predictions import Prediction
 from difftap.bench.protocols import PROTOCOLS
@@ -382,7 +382,11 @@ class Loop:
         import torch
 
         protocol, dataset = PROTOCOLS["sd4match"], str(self._pairs.about["name"])
-        kept: OrderedDict[tuple[View, Key], list[torch.Tensor]] = OrderedDict()
+        # Never touched, so the oldest maps leave. Which images share a batch decides the last digits of their maps, and
+        # earlier results were made in this order.
+        kept: MemoryCache[tuple[View, Key], list[torch.Tensor]] = MemoryCache(
+            _MAPS, lambda maps: sum(one.nbytes for one in maps)
+        )
         sums = torch.zeros(len(ALPHAS) + 1, dtype=torch.float64)
         with torch.no_grad():
             for sample in self._processes.share(self._pairs.val):
@@ -402,7 +406,7 @@ class Loop:
         self,
         samples: Sequence[Sample],
         learners: Sequence[Learner] | None,
-        kept: OrderedDict[tuple[View, Key], list[torch.Tensor]] | None = None,
+        kept: MemoryCache[tuple[View, Key], list[torch.Tensor]] | None = None,
     ) -> dict[tuple[View, Key], list[torch.Tensor]]:
         """Compute the maps of all images of these pairs under their prompts, branch by branch; equal ones once."""
         kind = self._settings.kind if learners is not None else "single"
@@ -417,9 +421,8 @@ class Loop:
             made = self._run(missing, learners)
             found |= made
             if kept is not None:
-                kept.update(made)
-                while len(kept) > 2 and sum(m.nbytes for maps in kept.values() for m in maps) > _MAPS:
-                    kept.popitem(last=False)
+                for one, maps in made.items():
+                    kept.put(one, maps)
         return found
 
     def _run(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import atomic_path, output_errors
+from difftap.artifacts.memory import MemoryCache
 from difftap.coords import Geometry, Size
 from difftap.engine import Engine
 from difftap.engine.featurizer import encode, lay
@@ -85,8 +85,7 @@ class ImageStore:
         self._tokens = tokens
         self._folder = folder
         self._makers = makers
-        self._budget = budget
-        self._kept: OrderedDict[View, Known] = OrderedDict()
+        self._kept: MemoryCache[View, Known] = MemoryCache(budget, lambda one: one.nbytes)
         self.made = 0
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,14 +100,13 @@ class ImageStore:
         Raises:
             ImageError: it cannot be read, or has another size than annotated.
         """
-        known = self._kept.get(view)
-        if known is None:
+        if view in self._kept:
+            known = self._kept[view]
+            self._kept.touch(view)
+        else:
             path = self._folder / f"{hashlib.sha256(f'{view.mirrored}:{view.path}'.encode()).hexdigest()[:32]}.npz"
             known = self._read(path) or self._make(view, path)
-            self._kept[view] = known
-            while len(self._kept) > 2 and sum(one.nbytes for one in self._kept.values()) > self._budget:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(view)
+            self._kept.put(view, known)
         if known.geometry.image != tuple(size):
             width, height = known.geometry.image
             raise ImageError(
