@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -82,12 +84,38 @@ def test_many_images_are_thinned_evenly_and_the_key_follows_them(pocket):
     assert len(levels) == MAX_IMAGES and levels == sorted(set(levels))
     assert max(np.diff(levels)) - min(np.diff(levels)) <= 1 and levels[0] == 0
     assert calibration.key == calibration_of(pocket, images).key != calibration_of(pocket, images[1:]).key
+    listing = "\n".join(image.digest for image in calibration.images)
+    assert calibration.key == hashlib.sha256(listing.encode()).hexdigest()[:16]  # engines that exist go by it
 
 
 def test_bundled_images_are_there_and_the_same_every_time():
     first, second = bundled_images(), bundled_images()
     assert [a.digest for a in first] == [b.digest for b in second]
-    assert len({image.digest for image in first}) == len(first) >= 4
+    assert len({image.digest for image in first}) == len(first) == 7
+    seen, left, right, kept = (first[k].pixels for k in (0, 1, 2, 6))
+    height, width = seen.shape[:2]
+    assert (left == seen[: height * 2 // 3, : width * 2 // 3][:, ::-1]).all()
+    assert (right == seen[height // 3 :, width // 3 :][:, ::-1]).all()
+    assert kept.shape[2] == 3 and not (kept.shape == seen.shape and (kept == seen).all())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bundled_discs_are_those_of_the_seed(seed):
+    """At some places: the colour of the last disc that covers the place, from the same draws."""
+    pixels = bundled_images()[3 + seed].pixels
+    assert pixels.shape == (512, 512, 3)
+    stream = np.random.default_rng([7, seed])
+    # Of radii between 4 and 256 with density r^-3, 1/r^2 is uniform.
+    radii = 1 / np.sqrt(1 / 16 - stream.random(3000) * (1 / 16 - 1 / 256**2))
+    centres, colours = stream.random((3000, 2)) * 512, stream.integers(0, 256, (3000, 3))
+    compared = 0
+    for x, y in np.random.default_rng(0).integers(0, 512, (200, 2)):
+        beyond = np.hypot(*(centres - (x, y)).T) - radii  # of each disc's edge
+        last = max(np.flatnonzero(beyond < 0), default=None)
+        if np.abs(beyond[last:]).min() > 2:  # at an edge it is Pillow's to decide
+            assert pixels[y, x].tolist() == ([0, 0, 0] if last is None else colours[last].tolist())
+            compared += 1
+    assert compared > 100
 
 
 def test_images_are_found_in_folders_and_named_where_they_cannot_be_read(tmp_path, photos):

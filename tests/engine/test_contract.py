@@ -212,3 +212,19 @@ def test_onnxruntime_has_a_gpu_only_where_there_is_a_driver(monkeypatch):
     for driver, devices in ((True, ("cuda", "cpu")), (False, ("cpu",))):
         monkeypatch.setattr("difftap.engine.backends.ort.cuda_driver", lambda driver=driver: driver)
         assert get_backend("ort").devices() == devices
+
+
+@pytest.mark.parametrize(
+    ("device", "can", "precisions"),
+    [
+        ("cpu", ("FP32", "BIN"), ("fp32",)),
+        ("cpu", ("FP32", "BF16", "INT8"), ("fp32", "bf16x3", "bf16", "int8")),
+        ("intel-gpu", ("FP32", "BF16", "FP16"), ("fp32", "bf16", "fp16")),  # bf16x3 is for CPUs
+    ],
+)
+def test_openvinos_precisions_are_those_the_processor_is_good_at(monkeypatch, device, can, precisions):
+    backend = get_backend("openvino")
+    monkeypatch.setattr(backend, "_capabilities", lambda device: can)
+    assert backend.precisions(device) == precisions
+    for precision in PRECISIONS:
+        assert backend.builds(replace(PROFILE, precision=precision), device) == (precision == "int8")

@@ -229,6 +229,8 @@ def test_tensorrt_needs_a_gpu_and_says_so(gpu, monkeypatch):
         choose_device(backend, "auto")
     gpu(TURING)
     assert "cuda-ampere" not in backend.devices() and "bf16" not in backend.precisions("cuda")
+    gpu(Gpu("NVIDIA A100", (8, 0)))  # the first of its kind
+    assert "cuda-ampere" in backend.devices() and "bf16" in backend.precisions("cuda")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,12 @@ def test_reliability_by_hand():
         (2, pytest.approx(0.35), 1.0),
     ]
     assert reliability([], []) == []
+    # Ties stay together, and go where their middle lies: three of four matches, their middle at 1.5 of 4.
+    tied = reliability([0.5, 0.5, 0.5, 0.9], [False, True, False, True], 2)
+    assert [(s["count"], s["low"], s["high"], s["right"]) for s in tied] == [
+        (3, 0.5, 0.5, pytest.approx(1 / 3)),
+        (1, 0.9, 0.9, 1.0),
+    ]
 
 
 def test_precision_at_recall_by_hand():
@@ -107,6 +113,15 @@ def test_calibration_error_is_small_where_confidence_is_a_probability_and_large_
     assert expected_error(confidence, rng.uniform(0, 1, 4000) < confidence, halves) < 0.05
     assert expected_error(confidence, halves, halves) > 0.9
     assert math.isnan(expected_error(confidence, halves, np.zeros(4000)))
+
+
+def test_calibration_error_by_hand():
+    """The first half teaches 0 at 1 and 1 at 2, the second 1 at both; so predicted are 1 1 and 0 1, right are 0 1 and 1 1.
+
+    The bin around 0 holds one match, predicted 0 and right; the bin around 1 three, predicted 3 and right 2.
+    """
+    right, halves = [False, True, True, True], [False, False, True, True]
+    assert expected_error([1, 2, 1, 2], right, halves) == pytest.approx((1 + 1) / 4)
 
 
 def test_calibrate_by_figure():

@@ -69,6 +69,7 @@ def test_dunn_from_the_definition(a, b):
 
 def test_dunn_without_spread_or_values():
     assert dunn_minmax([1.0], [3.0]).value == math.inf
+    assert dunn_mean([1.0], [1.25]).value == math.inf  # however little lies between them
     assert math.isnan(dunn_minmax([1.0], [1.0]).value)
     assert math.isnan(dunn_mean([], [1.0]).value)
     assert math.isnan(dunn_minmax([1.0], []).value)

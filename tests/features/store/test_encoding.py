@@ -95,6 +95,8 @@ def test_a_basis_is_that_of_a_plain_svd():
     assert np.allclose(np.abs(left[:, :3].T @ basis.components.T), np.eye(3), atol=1e-5)
     assert basis.share == pytest.approx((values[:3] ** 2).sum() / (values**2).sum())
     assert np.allclose(basis.components @ basis.components.T, np.eye(3), atol=1e-6)
+    # Of the two signs of a component, the one that makes its largest entry positive.
+    assert all(one[np.abs(one).argmax()] > 0 for one in basis.components)
 
 
 def test_all_components_give_the_map_back():
