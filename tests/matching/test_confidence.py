@@ -116,7 +116,7 @@ def test_calibration_error_is_small_where_confidence_is_a_probability_and_large_
 
 
 def test_calibration_error_by_hand():
-    """The first half teaches 0 at 1 and 1 at 2, the second 1 at both; so predicted are 1 1 and 0 1, right are 0 1 and 1 1.
+    """One half teaches 0 at 1 and 1 at 2, the other 1 at both: predicted are 1 1 and 0 1, right are 0 1 and 1 1.
 
     The bin around 0 holds one match, predicted 0 and right; the bin around 1 three, predicted 3 and right 2.
     """
