@@ -24,18 +24,25 @@ Size = tuple[int, int]
 
 
 def rescale(position: ArrayLike, scale: ArrayLike, offset: ArrayLike = 0.0) -> NDArray[np.float64]:
-    """Move pixel-centre coordinates to a grid ``scale`` times as fine, shifted by ``offset`` of its units.
+    """Convert pixel-centre coordinates to a grid with ``scale`` cells per pixel.
+
+    Args:
+        position: coordinates, of any shape.
+        scale: cells of the new grid per cell of the old one; broadcasts against ``position``.
+        offset: where the old grid's outer corner lies on the new grid, in cells from the new outer corner.
 
     >>> rescale([0.0, 1.0], 2.0).tolist()
     [0.5, 2.5]
     """
+    # + 0.5 counts from the outer corner, where scaling is a plain product; - 0.5 counts from the first centre again.
+    # float64: at 4,000 pixels a float32 is only exact to 1/4096, and callers compare points that went there and back.
     moved: NDArray[np.float64] = (np.asarray(position, np.float64) + 0.5) * np.asarray(scale) + np.asarray(offset) - 0.5
     return moved
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image was laid on the network's input, hence where its pixels fall among the cells of a map.
+    """How an image lies on the network's input, and so where its pixels fall among the cells of a feature map.
 
     Attributes:
         image: size of the image as decoded (and turned upright), ``(W, H)`` in pixels.
@@ -62,37 +69,43 @@ class Geometry:
 
     @classmethod
     def stretch(cls, image: Size, input: Size) -> Geometry:  # noqa: A002 - the field's name
-        """Let the image fill the whole input; its aspect is not kept."""
+        """Let the image fill the whole input; its aspect ratio is not kept."""
         return cls(image, input, (0.0, 0.0, float(input[0]), float(input[1])))
 
     @classmethod
     def letterbox(cls, image: Size, input: Size) -> Geometry:  # noqa: A002 - the field's name
-        """Keep the image's aspect and centre it; whole pixels of padding fill the rest."""
+        """Keep the image's aspect ratio and centre it; whole pixels of padding fill the rest."""
         scale = min(input[0] / image[0], input[1] / image[1])
+        # Whole pixels, because Pillow resizes to whole sizes: the geometry then is exactly what was done to the image.
+        # At least one: a very long image (4000 x 1) would round to no pixel at all.
         width = min(input[0], max(1, round(image[0] * scale)))
         height = min(input[1], max(1, round(image[1] * scale)))
         x0, y0 = (input[0] - width) // 2, (input[1] - height) // 2
         return cls(image, input, (float(x0), float(y0), float(x0 + width), float(y0 + height)))
 
     def _affine(self, grid: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Scale and offset from image pixels to cells of a ``(w, h)`` grid over the input."""
+        """Give scale and offset, for `rescale`, from image pixels to cells of a ``(w, h)`` grid over the input."""
         x0, y0, x1, y1 = self.content
         cells = np.array(grid, np.float64) / np.array(self.input, np.float64)  # cells per input pixel
         extent = np.array([x1 - x0, y1 - y0]) / np.array(self.image, np.float64)  # input pixels per image pixel
         return extent * cells, np.array([x0, y0]) * cells
 
     def to_cells(self, points: ArrayLike, grid: Size) -> NDArray[np.float64]:
-        """Image pixels ``(N, 2)`` to cell coordinates ``(N, 2)`` of a ``(w, h)`` map, fractional, not clipped."""
+        """Convert image pixels ``(N, 2)`` to cells ``(N, 2)`` of a ``(w, h)`` map; fractional, not clipped."""
         scale, offset = self._affine(grid)
         return rescale(np.reshape(np.asarray(points, np.float64), (-1, 2)), scale, offset)
 
     def to_pixels(self, cells: ArrayLike, grid: Size) -> NDArray[np.float64]:
-        """Cell coordinates ``(N, 2)`` of a ``(w, h)`` map to image pixels ``(N, 2)``: the inverse of `to_cells`."""
+        """Convert cells ``(N, 2)`` of a ``(w, h)`` map to image pixels ``(N, 2)``: the inverse of `to_cells`."""
         scale, offset = self._affine(grid)
         return rescale(np.reshape(np.asarray(cells, np.float64), (-1, 2)), 1.0 / scale, -offset / scale)
 
     def contains(self, points: ArrayLike) -> NDArray[np.bool_]:
-        """Which of the points ``(N, 2)`` lie on the image, border included: ``-0.5 <= x <= W - 0.5`` and so for y."""
+        """Tell which points ``(N, 2)`` lie on the image: ``-0.5 <= x <= W - 0.5``, and ``H`` likewise for y.
+
+        Returns:
+            bool ``(N,)``.
+        """
         xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
         inside = (xy >= -0.5) & (xy <= np.array(self.image, np.float64) - 0.5)
         return np.asarray(inside.all(axis=1), np.bool_)
@@ -100,9 +113,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class CornerGeometry(Geometry):
-    """The same image under SD4Match's aligned corners; only for an image that was stretched to the input.
+    """The geometry with SD4Match's aligned corners; only for an image that was stretched to the input.
 
-    ``x_f = x (w - 1) / (W - 1)`` takes pixels of the input to cells, so that corners fall on corners.
+    ``x_cell = x (w - 1) / (W - 1)`` converts pixels of the input to cells, so corner pixels fall on corner cells.
     """
 
     def _scale(self, grid: Size) -> NDArray[np.float64]:
@@ -110,10 +123,11 @@ class CornerGeometry(Geometry):
         return stretched * (np.array(grid, np.float64) - 1) / (np.array(self.input, np.float64) - 1)
 
     def to_cells(self, points: ArrayLike, grid: Size) -> NDArray[np.float64]:
-        """Image pixels ``(N, 2)`` to cells; what lies beyond the outermost cells is moved onto them."""
+        """Convert image pixels ``(N, 2)`` to cells ``(N, 2)``, clipped to the map."""
         xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
+        # The outer half of a border pixel lies beyond the centre of the corner cell, where there is nothing to read.
         return np.clip(xy * self._scale(grid), 0.0, np.array(grid, np.float64) - 1)
 
     def to_pixels(self, cells: ArrayLike, grid: Size) -> NDArray[np.float64]:
-        """Cells ``(N, 2)`` to image pixels: the inverse of `to_cells` inside the map."""
+        """Convert cells ``(N, 2)`` to image pixels ``(N, 2)``: the inverse of `to_cells` inside the map."""
         return np.reshape(np.asarray(cells, np.float64), (-1, 2)) / self._scale(grid)

@@ -1,4 +1,4 @@
-"""The feature map: one tap's output for one image, with the geometry that ties its cells to the image's pixels."""
+"""The feature map: one tap's output for one image, with the geometry that relates its cells to the image's pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FeatureMap:
 
     Attributes:
         data: float32, ``(C, h, w)``, channels first, rows from the top; not normalised.
-        geometry: takes image pixels to cells and back.
+        geometry: converts image pixels to cells and back.
     """
 
     data: NDArray[np.float32]
@@ -45,9 +45,9 @@ class FeatureMap:
         return self.geometry.image
 
     def to_cells(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Image pixels ``(N, 2)`` to this map's cells ``(N, 2)``."""
+        """Convert image pixels ``(N, 2)`` to this map's cells ``(N, 2)``."""
         return self.geometry.to_cells(points, self.grid)
 
     def to_pixels(self, cells: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Take this map's cells ``(N, 2)`` to image pixels ``(N, 2)``."""
+        """Convert this map's cells ``(N, 2)`` to image pixels ``(N, 2)``."""
         return self.geometry.to_pixels(cells, self.grid)

@@ -1,8 +1,8 @@
-"""Pictures: find them, decode, turn upright, make 8-bit RGB, lay on the network's input; read masks.
+"""Pictures: find the files, decode them to upright 8-bit RGB, lay them on the network's input; read masks.
 
-What is done to unusual files, so that every format gives one well-defined picture: EXIF orientation is applied; an
-animation gives its first frame; 16-bit grey is scaled to 8 bits; CMYK and palettes are converted; transparency is laid
-over white. A mask keeps its numbers instead: they say which object a pixel belongs to.
+Every format gives one well-defined picture: EXIF orientation is applied; an animation gives its first frame; 16-bit
+grey is scaled to 8 bits; CMYK and palettes are converted; transparent parts become white. A mask is read without such
+conversion: its numbers say which object a pixel belongs to.
 
 Axis letters: B batch, H W image pixels.
 """
@@ -41,16 +41,16 @@ __all__ = [
     "walk_folder",
 ]
 
-# What users have and the Pillow of the base install decodes. A picture that this machine's Pillow cannot decode (AVIF
-# before Pillow 11.3) is found all the same, and refused by name: nothing is left out of a folder in silence.
+# The formats that users have and that Pillow decodes without further packages. A picture that this machine's Pillow
+# cannot decode (AVIF before Pillow 11.3) is found too, and then refused by name: no file is skipped in silence.
 PICTURE_ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-"""What is taken for a picture in a folder, list or archive, by the end of its name, in any case."""
+"""Endings, in lower or upper case, of the files that count as pictures in a folder, list or archive."""
 
 MAX_PIXELS = 150_000_000
-"""Largest image that is decoded, in pixels: above it, a small file could take all memory."""
+"""Largest image that is decoded, in pixels: a small file can claim to be a picture that takes all memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Image:
 
     Attributes:
         pixels: uint8, ``(H, W, 3)``, RGB, upright.
-        path: where it came from, for messages; ``"<array>"`` if it was given as an array.
+        path: the file it came from, for messages; ``"<array>"`` if it was given as an array.
     """
 
     pixels: NDArray[np.uint8]
@@ -77,13 +77,14 @@ class Image:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of size and pixels: the image's identity, wherever the file lies and however it was packed."""
+        """SHA-256 of size and pixels: the image's identity. The file's name, place and format do not matter."""
+        # The size counts too: an image of 2 x 3 pixels may have the same bytes as one of 3 x 2.
         header = f"{self.pixels.shape[0]}x{self.pixels.shape[1]}:".encode()
         return hashlib.sha256(header + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
 
 
 def is_picture(name: str | Path) -> bool:
-    """Tell by its ending whether a file, or an archive's member, is taken for a picture.
+    """Tell by the name's ending whether a file, or a member of an archive, counts as a picture.
 
     >>> is_picture("cats/1.JPG"), is_picture("notes.txt")
     (True, False)
@@ -92,9 +93,10 @@ def is_picture(name: str | Path) -> bool:
 
 
 def walk_folder(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder, folder by folder in the order of names.
+    """Yield every file below a folder, folder by folder, each sorted by name.
 
-    Hidden files and folders (thumbnails and the like) are left out. Links to folders are followed, loops are not.
+    Hidden files and folders (thumbnails, for instance) are left out. Links to folders are followed; each folder is
+    visited once, so a loop of links ends.
     """
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -103,6 +105,8 @@ def walk_folder(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        # Changed in place, because os.walk goes on with this very list. Sorted, because a file system's own order
+        # differs between machines.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):
@@ -110,12 +114,16 @@ def walk_folder(folder: Path) -> Iterator[Path]:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """List the pictures below a folder, at any depth, in the order of their paths."""
+    """List the pictures below a folder, at any depth, sorted by path."""
     return sorted(path for path in walk_folder(folder) if is_picture(path) and path.is_file())
 
 
 def _eight_bit(picture: PIL.Image, path: Path) -> PIL.Image:
-    """Bring a picture of any mode to 8-bit RGB."""
+    """Convert a picture of any mode to 8-bit RGB.
+
+    Raises:
+        ImageError: its values take more than 16 bits, or are floating-point numbers.
+    """
     if picture.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -123,6 +131,7 @@ def _eight_bit(picture: PIL.Image, path: Path) -> PIL.Image:
                 f"'{path}' holds 32-bit values from {values.min()} to {values.max()}; allowed: 8 or 16 bits a channel; "
                 "convert it first"
             )
+        # Pillow's own conversion clips at 255. This one divides by 257, rounded to nearest, in whole numbers.
         picture = PIL.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if picture.mode == "F":
         raise ImageError(f"'{path}' holds floating-point pixels; allowed: 8 or 16 bits a channel; convert it first")
@@ -174,7 +183,7 @@ def _decode(source: Path | io.BytesIO, path: Path) -> Image:
             warnings.simplefilter("ignore")
             with PIL.open(source) as picture:
                 width, height = picture.size
-                if width * height > MAX_PIXELS:
+                if width * height > MAX_PIXELS:  # only the header has been read yet
                     raise ImageError(
                         f"'{path}' has {width} x {height} pixels; "
                         f"allowed: at most {MAX_PIXELS:,} in all; shrink it first"
@@ -182,7 +191,7 @@ def _decode(source: Path | io.BytesIO, path: Path) -> Image:
                 picture.load()
                 upright = ImageOps.exif_transpose(picture) or picture
                 return Image(np.array(_eight_bit(upright, path), np.uint8), str(path))
-    except ImageError:
+    except ImageError:  # our own, which the last clause below would take for Pillow's
         raise
     except UnidentifiedImageError as error:
         raise ImageError(
@@ -197,7 +206,7 @@ def _decode(source: Path | io.BytesIO, path: Path) -> Image:
 
 
 def read_size(path: Path) -> Size:
-    """Read ``(W, H)`` of a picture, upright as `load_image` gives it, from the file's header alone.
+    """Read ``(W, H)`` of the upright picture, as `load_image` gives it, from the file's header alone.
 
     Raises:
         OSError, SyntaxError, ValueError: what Pillow raises where the file is missing or damaged.
@@ -209,7 +218,7 @@ def read_size(path: Path) -> Size:
 
 
 def _read_numbers(path: Path) -> tuple[NDArray[np.int64], bool]:
-    """Read a mask's numbers ``(H, W)``, and whether they are a palette's."""
+    """Read a mask's numbers ``(H, W)``; and tell whether they are numbers of a palette."""
     try:
         with PIL.open(path) as picture:
             if picture.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
@@ -227,7 +236,7 @@ def _read_numbers(path: Path) -> tuple[NDArray[np.int64], bool]:
 
 
 def read_labels(path: Path) -> NDArray[np.int64]:
-    """Read the labels ``(H, W)`` of a palette, 8-bit or 16-bit PNG: numbers, not colours.
+    """Read the labels ``(H, W)`` of a palette, 8-bit or 16-bit picture: numbers, not colours.
 
     Raises:
         ImageError: the file is missing, damaged, or holds colours.
@@ -236,9 +245,12 @@ def read_labels(path: Path) -> NDArray[np.int64]:
 
 
 def read_mask(path: Path, value: int | None = None) -> NDArray[np.bool_]:
-    """Read one object's mask, bool ``(H, W)``: where the picture is not 0, or where it has one value.
+    """Read one object's mask, bool ``(H, W)``.
 
-    255 alone marks nothing in a palette that holds other objects too: there it is VOC's border.
+    Args:
+        path: the mask's picture.
+        value: the object's number; None for every number but 0. Then 255 does not count either, if the picture has a
+            palette and other numbers: it is the border that Pascal VOC draws around objects.
 
     Raises:
         ImageError: the file cannot be read, holds colours, or has no pixel of that value.
@@ -254,9 +266,7 @@ def read_mask(path: Path, value: int | None = None) -> NDArray[np.bool_]:
 
 
 def to_input(image: Image, size: Size, fit: str = "stretch") -> tuple[NDArray[np.float32], Geometry]:
-    """Lay an image on the network's input.
-
-    Resized with Pillow's bicubic filter, as DIFT does; letterbox padding is mid-grey (0).
+    """Lay an image on the network's input: resize it with Pillow's bicubic filter, as DIFT does.
 
     Args:
         image: the picture.
@@ -264,11 +274,13 @@ def to_input(image: Image, size: Size, fit: str = "stretch") -> tuple[NDArray[np
         fit: ``stretch`` or ``letterbox``.
 
     Returns:
-        float32 ``(3, H, W)`` in [-1, 1], RGB, and the geometry that takes the image's pixels to it.
+        float32 ``(3, H, W)``, RGB, in [-1, 1], letterbox padding 0 (mid-grey); and the geometry that takes the image's
+        pixels to it.
     """
     geometry = Geometry.stretch(image.size, size) if fit == "stretch" else Geometry.letterbox(image.size, size)
     x0, y0, x1, y1 = (round(edge) for edge in geometry.content)
     resized = PIL.fromarray(image.pixels).resize((x1 - x0, y1 - y0), PIL.Resampling.BICUBIC)
     values = np.zeros((3, size[1], size[0]), np.float32)  # (3, H, W)
+    # From 0..255 to [-1, 1], the range that Stable Diffusion's VAE takes.
     values[:, y0:y1, x0:x1] = np.asarray(resized, np.float32).transpose(2, 0, 1) / 127.5 - 1.0
     return values, geometry

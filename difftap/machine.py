@@ -1,4 +1,4 @@
-"""What this machine is, and how much of it a process may use or has used: cores, memory, GPU. Sizes in bytes."""
+"""Processor, cores, memory and GPU of this machine, and what a process may use of them. Sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -48,16 +48,14 @@ def resident_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Return the most resident memory that this process has had.
-
-    Linux's ``ru_maxrss`` outlives exec and so may show the parent's peak; ``VmHWM`` is the process's own.
-    """
+    """Return the largest resident memory that this process has had so far."""
     if sys.platform == "win32":
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
     status = Path("/proc/self/status")
     if status.exists():
+        # Linux keeps ru_maxrss when a process runs another program, so it may be the parent's peak. VmHWM is our own.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -78,7 +76,8 @@ def cuda_driver() -> bool:
 
 
 def _ask_nvidia(field: str) -> list[str]:
-    """Ask for one field of every NVIDIA GPU; nothing where there is none or no driver."""
+    """Return one field of every NVIDIA GPU, as nvidia-smi prints it; an empty list without a GPU or its driver."""
+    # nvidia-smi comes with the driver: it answers where neither torch nor a CUDA toolkit is installed.
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -97,9 +96,9 @@ def gpu() -> str | None:
 
 
 def gpu_memory() -> int | None:
-    """Return the memory in use on the first NVIDIA GPU, by everybody; None without one."""
+    """Return the memory that all processes together use on the first NVIDIA GPU; None without one."""
     used = _ask_nvidia("memory.used")
-    return int(used[0]) << 20 if used and used[0].isdigit() else None
+    return int(used[0]) << 20 if used and used[0].isdigit() else None  # nvidia-smi counts in MiB
 
 
 def cpu() -> str:

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,11 +16,12 @@ from difftap.errors import PointError
 __all__ = ["check_inside", "grid_points", "load_points", "parse_point"]
 
 MAX_GRID = 512
+"""Most points on a side of a grid: a quarter of a million in all, each with a row of similarities to be computed."""
 
 
 def _pair(x: object, y: object, where: str) -> tuple[float, float]:
     try:
-        if isinstance(x, bool) or isinstance(y, bool):
+        if isinstance(x, bool) or isinstance(y, bool):  # float(True) would be 1.0
             raise ValueError
         point = (float(x), float(y))  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError) as error:
@@ -44,7 +44,7 @@ def parse_point(text: str) -> tuple[float, float]:
 
 
 def load_points(path: Path) -> NDArray[np.float64]:
-    """Read points ``(N, 2)`` from a CSV or JSON file.
+    """Read points ``(N, 2)``, as ``x, y`` in image pixels, from a CSV or JSON file.
 
     CSV: a header with the columns ``x`` and ``y`` (others are ignored), or two bare columns. JSON: a list of ``[x, y]``
     or of objects with ``x`` and ``y``, or an object whose ``points`` is such a list.
@@ -53,7 +53,7 @@ def load_points(path: Path) -> NDArray[np.float64]:
         PointError: the file is missing, malformed or holds no point; the message names the line or entry.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark before the header
     except (OSError, UnicodeDecodeError) as error:
         raise PointError(f"points file '{path}' cannot be read ({error}); give a CSV or JSON file") from error
     points = _from_json(text, path) if path.suffix.lower() == ".json" else _from_csv(text, path)
@@ -84,8 +84,8 @@ def _from_csv(text: str, path: Path) -> list[tuple[float, float]]:
 
 def _from_json(text: str, path: Path) -> list[tuple[float, float]]:
     try:
-        data: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data: object = json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise PointError(f"points file '{path}' is not valid JSON ({error})") from error
     entries = data.get("points") if isinstance(data, dict) else data
     if not isinstance(entries, list):
@@ -103,7 +103,9 @@ def _from_json(text: str, path: Path) -> list[tuple[float, float]]:
 
 
 def grid_points(size: Size, count: int) -> NDArray[np.float64]:
-    """Centres of a ``count`` x ``count`` grid over an image of ``(W, H)`` pixels, ``(count^2, 2)``, row by row.
+    """Divide an image of ``(W, H)`` pixels into ``count`` x ``count`` parts; give their centres ``(count^2, 2)``.
+
+    The order is row by row.
 
     >>> grid_points((4, 2), 2).tolist()
     [[0.5, 0.0], [2.5, 0.0], [0.5, 1.0], [2.5, 1.0]]
@@ -117,8 +119,13 @@ def grid_points(size: Size, count: int) -> NDArray[np.float64]:
 def check_inside(points: ArrayLike, size: Size, what: str) -> NDArray[np.float64]:
     """Return the points ``(N, 2)``, if all of them lie on an image of ``(W, H)`` pixels.
 
+    Args:
+        points: ``x, y`` in pixels.
+        size: of the image.
+        what: the image, as an error names it.
+
     Raises:
-        PointError: one does not; the message names the first.
+        PointError: a point lies outside; the message names the first.
     """
     xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
     outside = np.flatnonzero(~Geometry.stretch(size, size).contains(xy))

@@ -1,7 +1,7 @@
 """Recipes: everything that decides the numbers, as one frozen value.
 
 A recipe is a preset's name (``dift``), a TOML file, or a `Recipe` built in Python. `Recipe.key` names every artefact
-made with it, so two features carry the same key only if the same numbers were asked for.
+made with it, so that features with equal keys were made in the same way.
 
 A TOML recipe::
 
@@ -23,15 +23,18 @@ import dataclasses
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from difftap.coords import Size
 from difftap.errors import RecipeError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "COMBINES",
@@ -50,6 +53,8 @@ __all__ = [
     "presets",
 ]
 
+_Built = TypeVar("_Built", bound="DataclassInstance")
+
 MATCHERS = ("dense", "nn", "bilinear", "softargmax", "kernel-softargmax", "window-softargmax", "mutual")
 INTERPOLATIONS = ("bilinear", "bicubic")
 COMBINES = ("concat", "score-sum", "score-product")
@@ -58,9 +63,15 @@ NOISES = ("independent", "antithetic", "none")
 KINDS = ("single", "class", "cpm")
 MODES = ("pair", "class", "image")
 MAX_SIDE = 4096
+"""Longest side of the network's input, in pixels: a mistyped size is refused before it takes all memory."""
 
 
 def _check(condition: bool, what: str, got: object, allowed: str) -> None:
+    """Refuse a value unless a condition holds.
+
+    Raises:
+        RecipeError: it does not.
+    """
     if not condition:
         raise RecipeError(f"{what} is {got!r}; allowed: {allowed}")
 
@@ -71,10 +82,10 @@ class Matcher:
 
     Attributes:
         name: one of `MATCHERS`.
-        interpolation: how `dense` reads between cells, one of `INTERPOLATIONS`.
-        temperature: of the soft matchers' softmax over cosines (SD4Match: 0.04; GeoAware-SC: 0.02).
-        sigma: of `kernel-softargmax`'s Gaussian, in cells (SD4Match: 7).
-        window: side of `window-softargmax`'s window, in cells, odd (GeoAware-SC, zero-shot: 11).
+        interpolation: how ``dense`` reads between cells, one of `INTERPOLATIONS`.
+        temperature: the soft matchers divide cosines by it before the softmax (SD4Match: 0.04; GeoAware-SC: 0.02).
+        sigma: standard deviation of the Gaussian of ``kernel-softargmax``, in cells (SD4Match: 7).
+        window: side of the window of ``window-softargmax``, in cells, odd (GeoAware-SC, zero-shot: 11).
     """
 
     name: str = "dense"
@@ -100,8 +111,8 @@ class Branch:
         timestep: 0 to 999, of the model's training schedule.
         prompt: text that conditions the UNet; empty for none.
         weight: share of this branch in the combined similarity; the shares are normalised to sum to 1.
-        tuned_at: timestep at which ``difftap tune`` learns this branch's prompt; None for ``timestep``. It has no say
-            in the features.
+        tuned_at: timestep at which ``difftap tune`` learns this branch's prompt; None for ``timestep``. It does not
+            change the features.
     """
 
     taps: tuple[str, ...]
@@ -122,16 +133,17 @@ class Branch:
 
 @dataclass(frozen=True)
 class Learned:
-    """Learned prompts, one a branch, that take the place of the branches' texts (docs/tuning.md).
+    """Learned prompts, one per branch, that replace the branches' texts (docs/tuning.md).
 
     Attributes:
         path: the folder that ``difftap tune`` wrote, or the safetensors file in it.
-        kind: what it must hold, one of `KINDS`; empty for whatever it holds.
-        mode: of conditional prompts, one of `MODES`: made for each ``pair`` (exact), for each ``class`` (the mean over
-            the training pairs of the class), or for each ``image`` (of the image with itself). Empty for the kind's
-            own: ``pair`` for cpm.
-        sha256: of the file, filled in where the recipe is opened (`difftap.prompts.learned.pinned`): what was made
-            under prompts never passes for what others in the same folder would give. Empty for whatever lies there.
+        kind: the kind of prompts it must hold, one of `KINDS`; empty to accept any.
+        mode: what a conditional prompt is made for, one of `MODES`: each ``pair`` (exact), each ``class`` (the mean
+            over the class's training pairs), or each ``image`` (the image paired with itself). Empty for the kind's
+            default, which is ``pair`` for cpm.
+        sha256: hash of the file; empty to accept any. It is filled in when the recipe is opened
+            (`difftap.prompts.learned.pinned`), so that features made with one file are never taken for those of
+            another one that later lies in the same place.
     """
 
     path: str
@@ -152,9 +164,10 @@ class ModelReference:
     """Which checkpoint is meant: its name, and the revision or the seed of its weights.
 
     Attributes:
-        name: preset name, local folder, or hub id; any of them and ``+FILE.safetensors`` for another UNet's weights.
+        name: preset name, local folder, or hub id; ``+FILE.safetensors`` behind any of them replaces the UNet's
+            weights.
         revision: branch, tag or commit of a hub id; None for the default branch.
-        random_weights: seed of the weights that a preset is built with, in place of loading them; None to load them.
+        random_weights: seed to build a preset's weights from, instead of loading them; None to load them.
     """
 
     name: str
@@ -170,8 +183,8 @@ class ModelReference:
             return f"{self.name} (random weights, seed {self.random_weights})"
         return self.name if self.revision is None else f"{self.name} at {self.revision}"
 
-    def to_data(self) -> str | dict[str, Any]:
-        """Give plain data: the name alone where there is nothing else to say."""
+    def to_data(self) -> str | dict[str, str | int]:
+        """Give plain data: a mapping of the fields that are set, or the name alone if no other is."""
         data = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return self.name if len(data) == 1 else data
 
@@ -181,22 +194,23 @@ class Recipe:
     """Everything that decides the numbers.
 
     Attributes:
-        branches: one or more UNet passes; their maps are joined as in the poster's dual layer: each L2-normalised per
-            cell, brought to the finest grid by ``upsample``, and concatenated so that the cosine of the joined map is
-            the weighted mean of the branches' cosines.
+        branches: one or more passes; their maps are joined as in the poster's dual layer: each is L2-normalised per
+            cell, resized to the finest grid by ``upsample``, and weighted, so that the cosine of the concatenated map
+            is the weighted mean of the branches' cosines.
         model: the checkpoint; a name alone is enough.
         size: the network's input, ``(W, H)`` in pixels.
-        fit: ``stretch`` (aspect not kept, as DIFT does) or ``letterbox``.
+        fit: ``stretch`` (the aspect ratio is not kept; DIFT's way) or ``letterbox``.
         ensemble: noise samples averaged per image, E.
         noise: ``independent`` draws of posterior and diffusion noise for each member (as published); ``antithetic``
             pairs of members with the same noise and opposite sign, where ``ensemble`` must be even; or ``none`` for a
             clean latent (CleanDIFT), where ``ensemble`` must be 1.
         seed: of the noise.
-        upsample: interpolation that brings maps to a common grid.
-        combine: ``concat`` joins the branches' maps into one; ``score-sum`` gives the same without storing the joined
-            map, where that saves memory; ``score-product`` takes the share-weighted geometric mean of the cosines.
-        matcher: rule from similarities to points.
-        learned: learned prompts in place of the branches' texts; None for the texts.
+        upsample: interpolation that resizes maps to a common grid.
+        combine: how the branches' maps are matched as one. ``concat`` joins them into one map; ``score-sum`` gives the
+            same scores without storing the joined map, which can save memory; ``score-product`` takes the geometric
+            mean of the cosines, weighted by the branches' shares.
+        matcher: the rule that turns similarities into points.
+        learned: learned prompts that replace the branches' texts; None to use the texts.
     """
 
     branches: tuple[Branch, ...]
@@ -212,6 +226,7 @@ class Recipe:
     learned: Learned | None = None
 
     def __post_init__(self) -> None:
+        # Callers may pass lists and plain names, as TOML does. A frozen dataclass can only be set in this way.
         object.__setattr__(self, "branches", tuple(self.branches))
         if isinstance(self.model, str):
             object.__setattr__(self, "model", ModelReference(self.model))
@@ -238,12 +253,12 @@ class Recipe:
             self.ensemble,
             "an even number when noise is 'antithetic', since members come in pairs",
         )
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")  # what TOML and int64 can hold
         _check(self.combine in COMBINES, "combine", self.combine, ", ".join(COMBINES))
         _check(self.upsample in INTERPOLATIONS, "upsample", self.upsample, ", ".join(INTERPOLATIONS))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain nested data, ready for JSON or TOML, what is None left out; `from_dict` reads it back."""
+    def to_dict(self) -> dict[str, object]:
+        """Give plain nested data, ready for JSON or TOML, without fields that are None; `from_dict` reads it back."""
         data = {**dataclasses.asdict(self), "model": self.model.to_data()}
         for table in (data, *data["branches"]):
             for name in [name for name, value in table.items() if value is None]:
@@ -267,13 +282,12 @@ class Recipe:
                 values["model"] = _build(ModelReference, values["model"], "model")
             if isinstance(values.get("size"), int):
                 values["size"] = (values["size"], values["size"])
-            recipe: Recipe = _build(cls, {**values, "branches": tuple(branches), "matcher": matcher}, "recipe")
-            return recipe
-        except TypeError as error:
+            return _build(cls, {**values, "branches": tuple(branches), "matcher": matcher}, "recipe")
+        except TypeError as error:  # a list where a number belongs, for instance
             raise RecipeError(f"recipe has a value of the wrong type: {error}") from error
 
     def feature_fields(self) -> dict[str, Any]:
-        """Give the part that decides the features: all but the matcher, and how the branches are joined."""
+        """Give the part that decides the features: without the matcher and without how the branches are joined."""
         data = self._by_content()
         del data["matcher"], data["upsample"], data["combine"]
         for branch in data["branches"]:
@@ -282,33 +296,37 @@ class Recipe:
         return data
 
     def key(self) -> str:
-        """Hash everything asked for to 16 hex digits: with the model's key, they name every artifact made with it."""
+        """Hash all fields to 16 hex digits. Together with the model's key they name every artefact made with it."""
         return _digest(self._by_content())
 
     def feature_key(self) -> str:
-        """Like `key`, for artefacts that hold features alone: the matcher has no say in them."""
+        """Hash the `feature_fields` to 16 hex digits, for artefacts that hold features only."""
         return _digest(self.feature_fields())
 
     def _by_content(self) -> dict[str, Any]:
         """Give the plain data that keys are made of.
 
-        Learned prompts whose hash is known go by it: where they lie, and how the path is spelled, has no say. Of the
-        model the name alone counts: its weights have a key of their own. A field added after 0.1.0 must be left
-        out here while it has the value that 0.1.0 worked with, so that what was made by then still fits.
+        A field added after version 0.1.0 must be left out here while it has the value that 0.1.0 worked with: then
+        everything that 0.1.0 made keeps its key.
         """
+        # Of the model only the name counts here, because its weights have a key of their own.
         data = {**self.to_dict(), "model": self.model.name}
-        learned = data.get("learned")
-        if learned and learned["sha256"]:
-            data["learned"] = {name: learned[name] for name in ("sha256", "mode")}
+        if self.learned is not None and self.learned.sha256:
+            # The file's content, not its path: moving the folder must not change the key.
+            data["learned"] = {"sha256": self.learned.sha256, "mode": self.learned.mode}
         return data
 
 
-def _digest(data: Mapping[str, Any]) -> str:
+def _digest(data: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
-def _build(kind: Any, data: Any, where: str) -> Any:
-    """Construct a dataclass from a mapping, checking names and plain types."""
+def _build(kind: type[_Built], data: object, where: str) -> _Built:
+    """Construct a dataclass from a mapping, after checking the fields' names and plain types.
+
+    Raises:
+        RecipeError: a field is unknown, missing or of another type.
+    """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} should be a table of fields, got {data!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -323,23 +341,25 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     if required:
         raise RecipeError(f"{where} lacks the field '{required[0]}'; it needs {', '.join(required)}")
     plain: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-    data = dict(data)
-    for name, value in data.items():
+    values = dict(data)
+    for name, value in values.items():
         wanted = plain.get(str(fields[name].type))
-        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):  # in Python, True is an int
             raise RecipeError(f"{name} in {where} is {value!r}; allowed: a value of type {fields[name].type}")
         if wanted == plain["float"]:
-            data[name] = float(value)  # 1 and 1.0 are one number, so they must give one key
-    if isinstance(data.get("tuned_at"), bool):
-        raise RecipeError(f"tuned_at in {where} is {data['tuned_at']!r}; allowed: a value of type int")
-    if isinstance(data.get("taps"), str):
-        raise RecipeError(f'taps in {where} is {data["taps"]!r}; allowed: a list of names, such as ["{data["taps"]}"]')
-    return kind(**data)
+            values[name] = float(value)  # 1 and 1.0 are one number, so they must give one key
+    if isinstance(values.get("tuned_at"), bool):
+        raise RecipeError(f"tuned_at in {where} is {values['tuned_at']!r}; allowed: a value of type int")
+    taps = values.get("taps")
+    if isinstance(taps, str):  # a text is a sequence too, and would be read as one tap a letter
+        raise RecipeError(f'taps in {where} is {taps!r}; allowed: a list of names, such as ["{taps}"]')
+    make: Callable[..., _Built] = kind  # its own checks judge the values
+    return make(**values)
 
 
 @cache
 def presets() -> Mapping[str, Recipe]:
-    """Load the recipes that ship with difftap, by name."""
+    """Load the recipes that come with difftap, by name."""
     text = resources.files("difftap").joinpath("presets.toml").read_text(encoding="utf-8")
     return {name: Recipe.from_dict(data) for name, data in tomllib.loads(text).items()}
 
@@ -348,7 +368,7 @@ def load_recipe(name: str | Path) -> Recipe:
     """Load a preset by name, or a recipe from a TOML file.
 
     Raises:
-        RecipeError: neither a preset nor a readable, valid TOML file.
+        RecipeError: it is neither a preset nor a readable, valid TOML file.
     """
     known = presets()
     if str(name) in known:
