@@ -1,7 +1,7 @@
-"""The cache: whatever takes long to make is made once, and trusted only if its manifest says so.
+"""The cache: what takes long to make is made once, and is trusted only if its manifest says so.
 
-`Cache.get_or_make` is the one way in for everything made: exported graphs and their variants, engines, prompt
-embeddings, checkpoints. What an artefact must have been made from (its identity) is the caller's knowledge.
+Everything in the cache comes through `Cache.get_or_make`: exported graphs and their variants, engines, prompt
+embeddings, checkpoints. The caller says what an artefact must have been made from: its identity.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -29,7 +28,7 @@ _LOG = logging.getLogger("difftap")
 
 
 def default_cache_folder() -> Path:
-    """Give ``$DIFFTAP_CACHE`` if it is set, else the user's cache folder."""
+    """Give the folder that ``$DIFFTAP_CACHE`` names if it is set, else difftap's folder in the user's cache."""
     chosen = os.environ.get("DIFFTAP_CACHE")
     return Path(chosen) if chosen else Path(user_cache_path("difftap"))
 
@@ -39,14 +38,14 @@ class Making:
     """What the manifest of a new artefact says besides its identity and its own files.
 
     Attributes:
-        beside: other files that it cannot do without (the weights that a graph points into).
-        made_with: conditions that are written down and never compared, such as versions of packages.
+        beside: other files that it needs (the weights that a graph points into).
+        made_with: conditions that are recorded but never compared, such as versions of packages.
         report: what was measured while it was made.
     """
 
     beside: Sequence[Path] = ()
-    made_with: Mapping[str, Any] = field(default_factory=dict)
-    report: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, object] = field(default_factory=dict)
+    report: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,19 @@ class Cache:
     """The artefacts on this machine.
 
     Attributes:
-        folder: the cache folder; made when first written to.
+        folder: the cache folder; created by the first write.
     """
 
     folder: Path
 
     @property
     def memo(self) -> DigestMemo:
-        """The memory of large files' hashes."""
+        """The remembered hashes of large files."""
         return DigestMemo(self.folder / "digests.json")
 
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """Let one process at a time make what stands at a path; the others wait, then find it done.
+        """Let one process at a time make the artefact at a path; the others wait.
 
         Raises:
             OutputError: the lock cannot be made.
@@ -75,7 +74,7 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(str(path.with_name(f".{path.name}.lock")))
             try:
-                lock.acquire(timeout=2)
+                lock.acquire(timeout=2)  # a short wait is not worth a message
             except Timeout:
                 _LOG.warning("another process is making '%s'; waiting for it", path)
                 lock.acquire()
@@ -85,17 +84,17 @@ class Cache:
             lock.release()
 
     def find(
-        self, manifest: Path, identity: Mapping[str, Any], check: Callable[[Manifest], None] | None = None
+        self, manifest: Path, identity: Mapping[str, object], check: Callable[[Manifest], None] | None = None
     ) -> Manifest | None:
-        """Read the manifest of an artefact that can be trusted; None if it was never finished.
+        """Read the manifest of an artefact that can be trusted; None if there is none.
 
         Args:
-            manifest: where its manifest lies; its files are named from there.
+            manifest: path of its manifest; the artefact's files are named relative to its folder.
             identity: what it must have been made from, name by name.
-            check: raises ArtefactError for anything else that makes it another one than is meant.
+            check: a further check; raises ArtefactError to refuse the artefact.
 
         Raises:
-            ArtefactError: it is there, and is stale, foreign, cut short or changed.
+            ArtefactError: the artefact is stale, foreign, cut short or changed.
         """
         if not manifest.is_file():
             return None
@@ -109,28 +108,28 @@ class Cache:
         self,
         kind: str,
         path: Path,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         make: Callable[[Path], Making],
         *,
         manifest: Path | None = None,
         check: Callable[[Manifest], None] | None = None,
         adopt: bool = False,
     ) -> Path:
-        """Give the trusted artefact that stands at a path; make it if there is none.
+        """Give the path of a trusted artefact; make it first if there is none.
 
-        One that cannot be trusted is made again, with a warning that names the reason. Of several processes that want
-        the same artefact one makes it and the others wait. A process that is killed leaves nothing that is trusted:
-        the files get their name when they are whole, and the manifest is written after that.
+        An artefact that cannot be trusted is made again, with a warning that names the reason. If several processes
+        want the same artefact, one makes it and the others wait. A process that is killed leaves nothing that would be
+        trusted: files get their names once they are whole, and the manifest is written last.
 
         Args:
-            kind: what the manifest calls it.
+            kind: the artefact's kind, for its manifest.
             path: the artefact's file or folder.
             identity: what decides its bytes or numbers, as plain JSON values.
             make: writes the file or folder to the scratch path it is given, in the same folder as ``path``.
-            manifest: where its manifest lies; by default beside it, with ``.json`` for the file's ending.
+            manifest: path of its manifest; by default ``path`` with the ending ``.json``.
             check: as in `find`.
-            adopt: trust a folder without a manifest and write one. For what version 0.1.0 moved into place whole, but
-                without a manifest.
+            adopt: trust a folder that has no manifest, and write one: version 0.1.0 made checkpoint folders in one
+                step, but wrote no manifest.
 
         Raises:
             OutputError: the cache cannot be written.
@@ -142,7 +141,9 @@ class Cache:
         except ArtefactError as error:
             _LOG.warning("%s; making it again", error)
         with self.lock(manifest):
-            with contextlib.suppress(ArtefactError):  # another process may have made it meanwhile
+            # Another process may have made it while this one waited. If it is still not trusted, the reason has been
+            # logged above.
+            with contextlib.suppress(ArtefactError):
                 if self.find(manifest, identity, check) is not None:
                     return path
             if adopt and path.is_dir() and not manifest.exists():
@@ -156,7 +157,7 @@ class Cache:
                     _LOG.warning("%s; making it again", error)
             with output_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                sweep(path)  # nobody else writes here: we hold the lock
+                sweep(path)  # safe, because no other process writes here while this one holds the lock
             self.make(kind, path, identity, make, manifest=manifest)
         return path
 
@@ -164,12 +165,12 @@ class Cache:
         self,
         kind: str,
         path: Path,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         make: Callable[[Path], Making],
         *,
         manifest: Path | None = None,
     ) -> Manifest:
-        """Make an artefact whatever stands at its path; the arguments are those of `get_or_make`.
+        """Make an artefact and replace what is at its path; the arguments are those of `get_or_make`.
 
         Raises:
             OutputError: it cannot be written.
@@ -179,7 +180,7 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as scratch:
             made = make(scratch)
-            manifest.unlink(missing_ok=True)  # before the files change: it must vouch for no others than its own
+            manifest.unlink(missing_ok=True)  # before the new files take their place, which it does not describe
         found = self._describe(kind, manifest, identity, (*_files(path), *made.beside), made)
         found.save(manifest)
         return found
@@ -188,11 +189,15 @@ class Cache:
         self,
         kind: str,
         manifest: Path,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         files: Sequence[Path],
-        report: Mapping[str, Any],
+        report: Mapping[str, object],
     ) -> Manifest:
-        """Write the manifest of files that are there already, whoever made them."""
+        """Write a manifest for files that exist already.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         found = self._describe(kind, manifest, identity, files, Making(report=report))
         with output_errors(manifest):
             manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -200,19 +205,17 @@ class Cache:
         return found
 
     def _describe(
-        self, kind: str, manifest: Path, identity: Mapping[str, Any], files: Sequence[Path], made: Making
+        self, kind: str, manifest: Path, identity: Mapping[str, object], files: Sequence[Path], made: Making
     ) -> Manifest:
         home = manifest.parent
-        # Relative where they lie below the manifest, so that a cache may be carried to another machine; what came
-        # beside a checkpoint is named where it is.
+        # Files below the manifest are named relative to it, so that the cache folder can be moved. Others (a
+        # checkpoint's own weights) have no place in it, and are named by their full path.
         names = {f.relative_to(home).as_posix() if f.is_relative_to(home) else str(f): f for f in files}
         records = {name: FileRecord(file.stat().st_size, self.memo.digest(file)) for name, file in names.items()}
-        return Manifest(kind, {**identity, **made.made_with}, records, made.report)
+        return Manifest(kind, {**identity, **made.made_with}, records, dict(made.report))
 
     def place_files(self, sources: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-        """Put files into a folder of artefacts, by hard link where the file system allows it, else as a copy.
-
-        Runtimes refuse symbolic links that leave the graph's folder, so a link has to be a hard one.
+        """Put files into a folder of artefacts: as hard links where the file system allows them, else as copies.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -227,12 +230,14 @@ class Cache:
                     continue
                 with atomic_path(target) as scratch:
                     try:
-                        os.link(source.resolve(), scratch)  # a hub snapshot is made of symbolic links
-                    except OSError:
+                        # Not a symbolic link: runtimes refuse one that leaves the graph's folder. Resolved, because
+                        # the files of a hub snapshot are symbolic links themselves.
+                        os.link(source.resolve(), scratch)
+                    except OSError:  # another file system, or one without hard links
                         shutil.copyfile(source, scratch)
         return tuple(placed)
 
 
 def _files(path: Path) -> tuple[Path, ...]:
-    """List an artefact's own files: itself, or all below a folder, without those behind links to folders."""
+    """List an artefact's own files: the file itself, or all files below a folder (links to folders not followed)."""
     return tuple(sorted(p for p in path.rglob("*") if p.is_file())) if path.is_dir() else (path,)

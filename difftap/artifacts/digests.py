@@ -1,7 +1,8 @@
-"""A memory of large files' hashes, so that gigabytes of weights are not read again at every start.
+"""Remembered hashes of large files, so that gigabytes of weights are not read again at every start.
 
-A hash is remembered for a file, under whatever name (the cache holds hard links to checkpoints' weights), as long as
-its size and modification time stay the same. The change time has no say: making a hard link moves it.
+A hash belongs to a file (its device and inode), not to a name, because the cache holds hard links to checkpoints'
+weights. It holds as long as the file's size and modification time stay the same. The change time is not compared:
+making a hard link changes it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from difftap.errors import OutputError
 __all__ = ["DigestMemo"]
 
 SMALL = 64 << 20
-"""Files up to this many bytes are hashed every time: it takes a few hundredths of a second."""
+"""Files up to this many bytes are hashed every time, in a few hundredths of a second."""
 
 
 class DigestMemo:
@@ -30,11 +31,15 @@ class DigestMemo:
         try:
             data = json.loads(self._path.read_text(encoding="utf-8"))
             return data if isinstance(data, dict) else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # none yet, or damaged: then files are hashed again
             return {}
 
     def digest(self, path: Path) -> str:
-        """Give a file's SHA-256, 64 hexadecimal digits; large files are read once, until they change."""
+        """Give a file's SHA-256 as 64 hexadecimal digits; an unchanged large file is read only once.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         stat = path.stat()
         if stat.st_size <= SMALL:
             return file_digest(path)
@@ -44,7 +49,8 @@ class DigestMemo:
         if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
         digest = file_digest(path)
-        with contextlib.suppress(OutputError, OSError):  # only a memory: without it the next start is slower
+        with contextlib.suppress(OutputError, OSError):  # if it cannot be written, the next start is just slower
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Read again just before writing, to keep what other processes have added meanwhile.
             write_atomic(self._path, json.dumps({**self._load(), name: [*stamp, digest]}))
         return digest

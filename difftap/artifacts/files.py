@@ -1,4 +1,4 @@
-"""Files that people are left with: whole or not there, one writer at a time, and one clear line when they fail."""
+"""Writing files that last: a file is whole or absent, has one writer at a time, and a failure is one clear line."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from difftap.errors import OutputError
 
-__all__ = ["atomic_path", "no_folder", "only_writer", "output_errors", "remove", "sweep", "write_atomic"]
+__all__ = ["JsonObject", "atomic_path", "no_folder", "only_writer", "output_errors", "remove", "sweep", "write_atomic"]
+
+JsonObject = dict[str, Any]
+"""A JSON object as it was read from a file: nobody has looked at its values yet. What is written is ``object``."""
 
 
 @contextlib.contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn the system's complaint about a path we write to into one clear line.
+    """Turn the system's error about a path that we write to into one clear line.
 
     Raises:
-        OutputError: in place of any other OSError.
+        OutputError: replaces any other OSError of the body.
     """
     try:
         yield
-    except OutputError:
+    except OutputError:  # is an OSError too, and already says what is wrong
         raise
     except OSError as error:
         hint = {
@@ -53,21 +57,24 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a scratch path beside ``path``; on success it takes the place of ``path``, on failure it is removed.
+    """Yield a scratch path beside ``path``. On success it is renamed to ``path``, on failure it is removed.
 
-    A file is replaced in one step. What is written may also be a folder: an old one is then removed first, so folders
-    need a manifest, or a reader that waits.
+    The body may write a file or a folder. A file is replaced in one step. An old folder is removed before the new one
+    is renamed, so a reader may find none: folders need a manifest, or readers that wait.
 
     Raises:
-        OutputError: it cannot be written or moved into place.
+        OutputError: the path cannot be written, or the result cannot be renamed.
     """
+    # Beside the path, because a rename is one step only within a file system. Process and random number keep apart
+    # writers in other processes and threads.
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         with output_errors(path):
             yield scratch
             if scratch.is_dir():
-                remove(path)  # no system moves a folder over a full one
-            elif os.name != "nt":  # Windows syncs only what is open for writing
+                remove(path)  # no system renames a folder onto a folder with files in it
+            elif os.name != "nt":  # Windows syncs only files that are open for writing
+                # Without it, a power cut after the rename could leave the right name on an empty file.
                 with open(scratch, "rb") as handle:
                     os.fsync(handle.fileno())
             os.replace(scratch, path)
@@ -77,17 +84,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove the scratch paths of `atomic_path` that killed processes left; only where nobody else can be writing."""
-    left = re.compile(rf"\.{re.escape(path.name)}(\.\d+\.[0-9a-f]{{8}})?\.part")  # without numbers: version 0.1.0's
+    """Remove the scratch paths of `atomic_path` that killed processes left.
+
+    Call it only where no other process can be writing, for instance under a lock: it would remove their work.
+    """
+    left = re.compile(rf"\.{re.escape(path.name)}(\.\d+\.[0-9a-f]{{8}})?\.part")  # version 0.1.0 used no numbers
     for scratch in list(path.parent.iterdir()):
         if left.fullmatch(scratch.name):
             remove(scratch)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file at once; readers see the old one or the new one, never part of either."""
+    """Write a file in one step: readers see the old content or the new one, never a part.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     content = data.encode() if isinstance(data, str) else data
-    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
+    if path.exists() and not path.is_file():  # /dev/stdout or a pipe: renaming onto it would replace it
         with output_errors(path):
             path.write_bytes(content)
         return
@@ -96,10 +110,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def no_folder(path: Path) -> None:
-    """Make sure that a file can be written under this name.
+    """Refuse a name for a file that a folder has already.
 
     Raises:
-        OutputError: a folder stands there.
+        OutputError: there is a folder of that name.
     """
     with output_errors(path):
         if path.is_dir():
@@ -108,18 +122,18 @@ def no_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def only_writer(path: Path, lock: Path | None = None) -> Iterator[None]:
-    """Hold a file or folder that is written to for this process alone, without waiting.
+    """Lock a file or folder, so that only this process writes it. Do not wait for another writer.
 
     Args:
-        path: what is written, as an error names it.
-        lock: the lock file; by default a hidden one beside ``path``, whose folder must exist. It is removed afterwards.
+        path: the file or folder, as errors name it.
+        lock: the lock file, in an existing folder; by default a hidden one beside ``path``. It is removed afterwards.
 
     Raises:
-        OutputError: another process holds it, or the lock cannot be made.
+        OutputError: another process holds the lock, or the lock cannot be made.
     """
     lock = path.with_name(f".{path.name}.lock") if lock is None else lock
     with output_errors(path):
-        if not lock.parent.is_dir():  # filelock would make it without a word
+        if not lock.parent.is_dir():  # filelock would make the folder, and a mistyped path would not be noticed
             kind = errno.ENOTDIR if lock.parent.exists() else errno.ENOENT
             raise OSError(kind, "No such folder")
         held = FileLock(str(lock))
@@ -133,5 +147,5 @@ def only_writer(path: Path, lock: Path | None = None) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            lock.unlink()  # while it is still held: nobody else's lock is taken away
+            lock.unlink()  # before it is released: afterwards the file may be another process's lock
         held.release()

@@ -1,7 +1,7 @@
 """Manifests: an artefact is trusted only if its manifest says so.
 
 Every cached artefact (an exported graph, an engine, a prompt's embedding) has a JSON manifest beside it. The manifest
-holds what the artefact was made from and the SHA-256 of each of its files, and is written last.
+says what the artefact was made from, and the SHA-256 of each of its files. It is written last.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from difftap.artifacts.files import write_atomic
+from difftap.artifacts.files import JsonObject, write_atomic
 from difftap.errors import ArtefactError
 
 __all__ = ["FileRecord", "Manifest", "file_digest"]
 
 SCHEMA = 1
-_CHUNK = 1 << 22
+_CHUNK = 1 << 22  # bytes read at once, so that hashing gigabytes takes little memory
 
 
 def file_digest(path: Path) -> str:
-    """Hash a file with SHA-256; gives 64 hexadecimal digits."""
+    """Give a file's SHA-256 as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(_CHUNK):
@@ -40,7 +39,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """Measure a file."""
+        """Measure and hash a file."""
         return cls(path.stat().st_size, file_digest(path))
 
 
@@ -51,14 +50,14 @@ class Manifest:
     Attributes:
         kind: ``graph``, ``weights``, ``engine``, ``prompt``, ``checkpoint`` or ``index``.
         made_from: every condition that decides the artefact's bytes or numbers.
-        files: path relative to the manifest's folder -> record.
+        files: the record of each file, by its path relative to the manifest's folder.
         report: what was measured when it was made (fidelity), for people; not part of its identity.
     """
 
     kind: str
-    made_from: Mapping[str, Any]
+    made_from: JsonObject
     files: Mapping[str, FileRecord]
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: JsonObject = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the manifest as JSON, atomically."""
@@ -82,13 +81,13 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(f"manifest '{path}' cannot be read ({error}); it is damaged") from error
 
-    def check(self, folder: Path, expected: Mapping[str, Any], digest: Callable[[Path], str] = file_digest) -> None:
+    def check(self, folder: Path, expected: Mapping[str, object], digest: Callable[[Path], str] = file_digest) -> None:
         """Make sure that the artefact is the expected one and that its files are whole.
 
         Args:
-            folder: where the files lie.
-            expected: conditions that ``made_from`` must hold, name by name.
-            digest: gives a file's SHA-256; `DigestMemo.digest` spares reading large files again.
+            folder: the folder that file names are relative to.
+            expected: the values that ``made_from`` must have, name by name; other names are not compared.
+            digest: computes a file's SHA-256; `DigestMemo.digest` does not read unchanged large files again.
 
         Raises:
             ArtefactError: a condition differs (stale or foreign), or a file is missing, cut short or changed.
@@ -102,7 +101,7 @@ class Manifest:
             path = folder / name
             if not path.is_file():
                 raise ArtefactError(f"'{path}' is missing")
-            if path.stat().st_size != record.size:
+            if path.stat().st_size != record.size:  # the usual damage, and found without reading the file
                 raise ArtefactError(f"'{path}' has {path.stat().st_size} bytes, its manifest says {record.size}")
             if digest(path) != record.sha256:
                 raise ArtefactError(f"'{path}' is not the file its manifest describes (SHA-256 differs)")

@@ -1,6 +1,6 @@
-"""Values kept in bounded memory: the one rule of what leaves when they no longer fit.
+"""Values kept in bounded memory, with one rule for which of them leave when they no longer fit.
 
-Feature maps, posteriors, image tokens and maps of a validation are kept by it, each under a key of its own kind.
+It keeps feature maps, posteriors, image tokens and the maps of a validation.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ __all__ = ["MemoryCache"]
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
-_AT_LEAST = 2  # both images of a pair are in use at once, whatever they take
+_AT_LEAST = 2  # both images of a pair are in use at once, so both stay even if they exceed the budget
 
 
 class MemoryCache(Generic[Key, Value]):
-    """As many values as fit into a number of bytes; at least two.
+    """As many values as fit into a number of bytes, but at least two.
 
     Not safe for several threads at once.
 
     Args:
         budget: bytes.
-        size: bytes of a value; asked again at each look, since a value may grow.
-        next_use: when a key is needed next, where that is known: what is needed last leaves first. None: what was put
-            or touched longest ago does.
-        leaves: told of each key and value that leaves for want of room.
+        size: gives the bytes of a value; it is asked again at each `trim`, since a value may grow.
+        next_use: says when a key is needed next, where that is known: the key that is needed last leaves first. None to
+            let the key leave that was put or touched longest ago.
+        leaves: called with each key and value that leaves because the budget is exceeded.
     """
 
     def __init__(
@@ -50,25 +50,25 @@ class MemoryCache(Generic[Key, Value]):
         return len(self._values)
 
     def __getitem__(self, key: Key) -> Value:
-        """Read a value; does not count as a use, see `touch`."""
+        """Read a value. This does not count as a use: see `touch`."""
         return self._values[key]
 
     def touch(self, key: Key) -> None:
-        """Make a key that is here the last used one."""
+        """Mark a key that is here as the last used one."""
         self._values[key] = self._values.pop(key)
 
     def put(self, key: Key, value: Value) -> None:
-        """Keep a value, and let others leave until the rest fits; the new one stays."""
+        """Keep a value, and let others leave until the rest fits. The new one stays."""
         self._values.pop(key, None)
         self._values[key] = value
         self.trim(keep=(key,))
 
     def drop(self, key: Key) -> None:
-        """Forget a key, if it is here; `leaves` is not told."""
+        """Forget a key, if it is here, without calling ``leaves``."""
         self._values.pop(key, None)
 
     def trim(self, keep: Collection[Key] = ()) -> None:
-        """Let values leave until the rest fits: for after they have grown.
+        """Let values leave until the rest fits. Call it after values have grown.
 
         Args:
             keep: keys that stay.

@@ -1,9 +1,9 @@
-"""Resumable runs: the conditions a run was begun under, the records it has written, and the lock that keeps others out.
+"""Resumable runs: the conditions a run began under, the records it has written, and a lock against a second writer.
 
-Every long command goes through here. A run is a file of JSON lines: the first line holds the conditions, each further
-line one finished piece of work. A line is complete or absent: a partial last line (the run was killed, the disk was
-full) is cut off when the run is taken up again. Runs whose records lie elsewhere (a feature store keeps them in its own
-arrays, a training in its state file) share the comparison of conditions, `check_conditions`.
+Every long command uses this file. A run is a file of JSON lines: the first line holds the conditions, each further line
+one finished piece of work. When a run is resumed, a partial last line (the run was killed, or the disk was full) is cut
+off. Runs that keep their records elsewhere (a feature store in its own arrays, a training in its state file) share the
+comparison of conditions, `check_conditions`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from difftap.artifacts.files import no_folder, only_writer, output_errors
+from difftap.artifacts.files import JsonObject, no_folder, only_writer, output_errors
 from difftap.errors import InputError, OutputError
 
 __all__ = ["Run", "check_conditions", "differences", "open_run", "read_run"]
@@ -28,27 +28,32 @@ class Run:
     """An open run; use `open_run`.
 
     Attributes:
-        earlier: the records that were there when the run was taken up, in order.
+        earlier: the records that the file held when the run was resumed, in order.
     """
 
-    def __init__(self, handle: TextIO, earlier: list[dict[str, Any]]) -> None:
+    def __init__(self, handle: TextIO, earlier: list[JsonObject]) -> None:
         self._handle = handle
         self.earlier = earlier
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; it is on its way to the disk when this returns."""
+    def write(self, record: Mapping[str, object]) -> None:
+        """Append one record and hand it to the system, so that it outlives this process.
+
+        Raises:
+            ValueError: the record holds NaN or infinity, which JSON has no words for.
+        """
         self._handle.write(_line(record))
         self._handle.flush()
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n"  # ASCII: a file's name may be no valid text
+def _line(record: Mapping[str, object]) -> str:
+    # ASCII: a file name may hold bytes that are no valid text, and UTF-8 could not be written for them.
+    return json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield every field in which two nested values differ, with both values; None stands for a field that is missing.
+def differences(have: object, want: object, name: str = "") -> Iterator[tuple[str, object, object]]:
+    """Yield the name and both values of every field in which two nested values differ.
 
-    Tuples and lists are alike, because JSON knows lists alone.
+    A missing field counts as None. Tuples equal lists, because JSON has only lists.
 
     >>> list(differences({"size": [8, 8], "recipe": {"seed": 0}}, {"size": (8, 8), "recipe": {"seed": 1}}))
     [('recipe.seed', 0, 1)]
@@ -57,6 +62,8 @@ def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any
         for field in dict.fromkeys([*want, *have]):
             yield from differences(have.get(field), want.get(field), f"{name}.{field}" if name else str(field))
     elif isinstance(have, list | tuple) and isinstance(want, list | tuple):
+        # Lists of mappings (branches, for instance) are compared entry by entry, so that the message can name the
+        # field. Plain lists are shown whole: "taps is ['up1'] there and ['up2'] here".
         nested = len(have) == len(want) and any(isinstance(one, Mapping) for one in (*have, *want))
         if nested:
             for index, (one, other) in enumerate(zip(have, want, strict=True)):
@@ -68,19 +75,19 @@ def differences(have: Any, want: Any, name: str = "") -> Iterator[tuple[str, Any
 
 
 def check_conditions(
-    place: object, have: Mapping[str, Any], want: Mapping[str, Any], *, kind: str = "file", begun: str = "begun"
+    place: object, have: Mapping[str, object], want: Mapping[str, object], *, kind: str = "file", begun: str = "begun"
 ) -> None:
-    """Make sure that what lies in a place was begun under the conditions of this run.
+    """Make sure that an existing output was begun under the conditions of this run.
 
     Args:
-        place: what lies there, as an error names it.
+        place: the output, as an error names it.
         have: the conditions it was begun under.
         want: the conditions of this run.
-        kind: what to choose another of.
-        begun: how far it is: ``begun``, or ``built`` where it is finished.
+        kind: what the user may choose another of: ``file``, ``folder``.
+        begun: how far the output is: ``begun``, or ``built`` if it is finished.
 
     Raises:
-        OutputError: they differ; the message names the first fields that do, with both values of the first.
+        OutputError: the conditions differ; the message names up to three fields, and both values of the first.
     """
     found = list(differences(have, want))
     if not found:
@@ -94,25 +101,25 @@ def check_conditions(
     )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 @contextlib.contextmanager
 def open_run(
-    path: Path, conditions: Mapping[str, Any], *, overwrite: bool = False, place: Path | None = None
+    path: Path, conditions: Mapping[str, object], *, overwrite: bool = False, place: Path | None = None
 ) -> Iterator[Run]:
-    """Begin a run, or take up one that was begun under the same conditions; nobody else writes it meanwhile.
+    """Begin a run, or resume one that began under the same conditions. The file is locked meanwhile.
 
     Args:
         path: the file of JSON lines.
         conditions: all that decides a record, with the ``schema`` of the file first.
-        overwrite: start afresh whatever is there.
-        place: what the run makes, as errors name it; the file itself by default.
+        overwrite: begin again, whatever the file holds.
+        place: the run's output, as errors name it; by default the file itself.
 
     Raises:
-        OutputError: it cannot be written, is another run's, or is being written.
+        OutputError: the file cannot be written, belongs to another run, or is being written by another process.
     """
     header = {"type": "run", **conditions}
     no_folder(path)
@@ -123,11 +130,15 @@ def open_run(
             if handle.tell() == 0:
                 run.write(header)
             yield run
-            os.fsync(handle.fileno())
+            os.fsync(handle.fileno())  # once, at the end: after each record it would slow down a fast run
 
 
-def _finished(path: Path, header: Mapping[str, Any], place: Path) -> list[dict[str, Any]]:
-    """Read the whole records that are there, and cut a partial last line off."""
+def _finished(path: Path, header: Mapping[str, object], place: Path) -> list[JsonObject]:
+    """Read the complete records of a file, and cut off a partial last line.
+
+    Raises:
+        OutputError: it is another run's file, or none, or a record is damaged.
+    """
     if not path.is_file() or not path.stat().st_size:
         return []
     with output_errors(path), open(path, "rb+") as handle:
@@ -135,8 +146,9 @@ def _finished(path: Path, header: Mapping[str, Any], place: Path) -> list[dict[s
         if not first.endswith(b"\n") and _line(header).encode().startswith(first):
             handle.truncate(0)  # killed while writing the very first line
             return []
+        # Through JSON, since the file's header came through it: tuples are lists there, and keys are texts.
         check_conditions(place, _header(first, path), json.loads(json.dumps(header)))
-        records: list[dict[str, Any]] = []
+        records: list[JsonObject] = []
         end = handle.tell()
         for line in handle:
             if not line.endswith(b"\n"):
@@ -147,18 +159,18 @@ def _finished(path: Path, header: Mapping[str, Any], place: Path) -> list[dict[s
     return records
 
 
-def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _record(line: bytes, path: Path, number: int) -> JsonObject:
     try:
         record = json.loads(line)
         if isinstance(record, dict):
             return record
     except ValueError:
         pass
-    # Counted as people count: the header is line 1.
+    # An editor counts lines from 1, and the header is line 1.
     raise OutputError(f"'{path}', line {number + 2} is damaged; choose another file, or --overwrite")
 
 
-def _header(line: bytes, path: Path) -> dict[str, Any]:
+def _header(line: bytes, path: Path) -> JsonObject:
     try:
         header = json.loads(line)
         if isinstance(header, dict) and header.get("type") == "run":
@@ -171,16 +183,16 @@ def _header(line: bytes, path: Path) -> dict[str, Any]:
     )
 
 
-def read_run(path: Path, schema: str, made_by: str) -> tuple[dict[str, Any], Sequence[dict[str, Any]]]:
-    """Read a run's conditions and its whole records; a partial last line is left out.
+def read_run(path: Path, schema: str, made_by: str) -> tuple[JsonObject, Sequence[JsonObject]]:
+    """Read a run's conditions and its complete records, without a partial last line.
 
     Args:
         path: the file.
-        schema: what its conditions must say.
+        schema: the schema that its conditions must name.
         made_by: the command that writes such files, as an error names it.
 
     Raises:
-        InputError: the file is missing, damaged, no run, or of another schema.
+        InputError: the file is missing or damaged, is no run, or has another schema.
     """
     try:
         with open(path, "rb") as handle:

@@ -1,4 +1,7 @@
-"""Where tensors lie in safetensors files, read from the files' headers alone."""
+"""Where tensors lie in safetensors files: read from the files' headers, without loading a tensor.
+
+Exported graphs point into these files (`difftap.export.trace`), so they need the offsets that loaders do not tell.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,15 @@ __all__ = ["TensorLocation", "locate_tensors"]
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where one tensor lies in a safetensors file: path, dtype name, shape, first byte, number of bytes."""
+    """Where one tensor lies in a safetensors file.
+
+    Attributes:
+        path: the file.
+        dtype: the format's name for it: ``F32``, ``F16``, ``BF16`` ...
+        shape: as stored.
+        offset: its first byte, counted from the start of the file.
+        length: in bytes.
+    """
 
     path: Path
     dtype: str
@@ -28,15 +39,17 @@ def locate_tensors(files: Sequence[Path]) -> dict[str, TensorLocation]:
     """Read the headers of safetensors files; give each tensor's location by its name.
 
     Raises:
-        ModelError: a header is damaged.
+        ModelError: a file cannot be read, its header is damaged, or the file is cut short.
     """
+    # The format: 8 bytes with the header's length, the header as JSON, then the tensors' raw bytes, whose offsets
+    # count from the end of the header.
     found = {}
     for path in files:
         try:
             size = path.stat().st_size
             with open(path, "rb") as handle:
                 (length,) = struct.unpack("<Q", handle.read(8))
-                if length > size:
+                if length > size:  # else a damaged length would ask for exabytes
                     raise ValueError(f"its header should take {length} bytes")
                 header = json.loads(handle.read(length))
             for name, entry in header.items():
