@@ -127,7 +127,7 @@ def _build_random(name: str, seed: int, cache: Cache) -> Path:
     def make(scratch: Path) -> Making:
         torch = require("torch", "export", "building random weights")
         diffusers = require("diffusers", "export", "building random weights")
-        kept = getattr(torch, config.get("random_dtype", "float32"))  # the larger ones as their makers publish them
+        kept = getattr(torch, config.get("random_dtype", "float32"))  # the larger ones as their generators publish them
         _LOG.info("building %s at full size with random weights: %s GB in '%s'", name, _SIZES[name], folder)
         for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
             with torch.random.fork_rng(devices=[]):

@@ -19,7 +19,7 @@ from difftap.bench.predictions import Prediction, Predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.scoring import MeasuredPair, measure, reason_against
 from difftap.errors import InputError
-from difftap.features.shelf import View, load_view
+from difftap.features.keeper import View, load_view
 from difftap.matching import Matches
 from difftap.pages.draw import draw_matches, save_picture
 

@@ -31,11 +31,11 @@ from difftap.recipe import Recipe
 
 __all__ = [
     "SCHEMA",
-    "Cell",
     "CellResult",
     "FaissCheck",
     "GpuCheck",
     "GpuCheckCase",
+    "GpuCheckCell",
     "check_faiss",
     "format_gpu_check",
     "present",
@@ -98,7 +98,7 @@ def _table(result: GpuCheck, size: tuple[int, int]) -> list[str]:
     return ["", head, *(_line(cell, one) for cell, one in rows), *_summary(rows)]
 
 
-def _line(cell: Cell, one: CellResult) -> str:
+def _line(cell: GpuCheckCell, one: CellResult) -> str:
     start = f"{cell.contender.label:22}{cell.batch:>6}"
     if one.failed is not None or one.timing is None or one.rate is None:
         return f"{start}  not run: {one.failed}"
@@ -116,7 +116,7 @@ def _line(cell: Cell, one: CellResult) -> str:
     ).rstrip()
 
 
-def _summary(rows: list[tuple[Cell, CellResult]]) -> list[str]:
+def _summary(rows: list[tuple[GpuCheckCell, CellResult]]) -> list[str]:
     """Find the fastest cell whose features are right, and how it stands to the yardsticks' own best."""
     timed = [(cell, one.rate) for cell, one in rows if one.rate is not None and one.sound is not False]
     if not timed:
@@ -246,7 +246,7 @@ class GpuCheckCase:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GpuCheckCell:
     """One contender at one resolution and batch size."""
 
     contender: Contender
@@ -264,7 +264,7 @@ class CellResult:
     """One cell's figures; times in seconds an image, memory in bytes.
 
     Attributes:
-        key: `Cell.key`.
+        key: `GpuCheckCell.key`.
         failed: why there are no figures; None if there are.
         rate: images a second, by the median call: from picture files to feature maps in host memory.
         timing: of whole calls, divided by their images.
@@ -305,7 +305,7 @@ class GpuCheck:
     """The result: cells in order, what could not take part and why, and the conditions."""
 
     case: GpuCheckCase
-    cells: tuple[tuple[Cell, CellResult], ...]
+    cells: tuple[tuple[GpuCheckCell, CellResult], ...]
     absent: Mapping[str, str]
     conditions: Mapping[str, Any]
 
@@ -331,14 +331,14 @@ def present(names: str, device: str) -> tuple[list[Contender], dict[str, str]]:
     return list(dict.fromkeys(found)), absent
 
 
-def cells_of(case: GpuCheckCase) -> Iterator[Cell]:
+def cells_of(case: GpuCheckCase) -> Iterator[GpuCheckCell]:
     """All cells, the reference's first at each size; on a CPU every batch would be the same run."""
     for size in case.sizes:
-        first = Cell(case.reference, size, case.batches[0])
+        first = GpuCheckCell(case.reference, size, case.batches[0])
         yield first
         for contender in case.contenders:
             for batch in case.batches if contender.device != "cpu" else (1,):
-                cell = Cell(contender, size, batch)
+                cell = GpuCheckCell(contender, size, batch)
                 if cell.key != first.key:
                     yield cell
 
@@ -400,7 +400,7 @@ def _conditions(case: GpuCheckCase, threads: int) -> dict[str, Any]:
 
 
 def _finish(
-    case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Path], folder: Path, run: Run
+    case: GpuCheckCase, cell: GpuCheckCell, threads: int, pictures: Sequence[Path], folder: Path, run: Run
 ) -> CellResult:
     """Run one cell and write it down; whatever happens to it is its result."""
     try:
@@ -412,7 +412,9 @@ def _finish(
     return CellResult(**record)
 
 
-def _measure(case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Path], folder: Path) -> CellResult:
+def _measure(
+    case: GpuCheckCase, cell: GpuCheckCell, threads: int, pictures: Sequence[Path], folder: Path
+) -> CellResult:
     order = make_order(
         dataclasses.replace(case.recipe, size=cell.size),
         pictures,
@@ -447,7 +449,7 @@ def _measure(case: GpuCheckCase, cell: Cell, threads: int, pictures: Sequence[Pa
     )
 
 
-def _fidelity(case: GpuCheckCase, cell: Cell, mine: Path, folder: Path) -> dict[str, dict[str, float]]:
+def _fidelity(case: GpuCheckCase, cell: GpuCheckCell, mine: Path, folder: Path) -> dict[str, dict[str, float]]:
     """Keep the reference's features of the first picture; compare everyone else's with them."""
     kept = folder / f"reference-{cell.size[0]}x{cell.size[1]}.npz"
     if cell.contender == case.reference and cell.batch == case.batches[0]:

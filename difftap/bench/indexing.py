@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import output_errors
 from difftap.errors import InputError, OutputError
 from difftap.machine import available_cores, cpu, peak_memory
-from difftap.retrieval.builder import Filled, Options, fill, plan_for
+from difftap.retrieval.builder import BuiltIndex, IndexOptions, fill, plan_for
 from difftap.retrieval.kinds import IndexMetric, load_faiss, set_effort
 from difftap.retrieval.quality import exact_neighbours, prepared_blocks, recall
 
-__all__ = ["SCHEMA", "IndexBench", "IndexCase", "Measured", "format_table", "generate", "run", "to_json"]
+__all__ = ["SCHEMA", "IndexBench", "IndexCase", "IndexMeasurement", "format_table", "generate", "run", "to_json"]
 
 SCHEMA = "difftap.bench.index/1"
 _BLOCK = 8192
@@ -60,7 +60,7 @@ class IndexCase:
 
 
 @dataclass(frozen=True)
-class Measured:
+class IndexMeasurement:
     """One way of one kind.
 
     Attributes:
@@ -108,7 +108,7 @@ class IndexBench:
     metric: str
     generated: float
     exact: float
-    measured: list[Measured]
+    measured: list[IndexMeasurement]
     peak: int
     conditions: dict[str, Any]
 
@@ -166,7 +166,7 @@ def run(
     case: IndexCase,
     kinds: tuple[str, ...],
     path: Path,
-    options: Options,
+    options: IndexOptions,
     *,
     direct: bool = True,
     repeats: int = 3,
@@ -232,9 +232,9 @@ def run(
     )
 
 
-def _ours(filled: Filled, queries: NDArray[np.float32], true: NDArray[np.int64], repeats: int) -> Measured:
+def _ours(filled: BuiltIndex, queries: NDArray[np.float32], true: NDArray[np.int64], repeats: int) -> IndexMeasurement:
     report = filled.report()
-    return Measured(
+    return IndexMeasurement(
         way="difftap",
         kind=filled.plan.kind,
         parameters={**report["parameters"], "effort": filled.effort},
@@ -278,13 +278,13 @@ def _size(index: Any) -> int:
 def _direct(
     faiss: Any,
     vectors: NDArray[Any],
-    options: Options,
-    ours: Measured,
+    options: IndexOptions,
+    ours: IndexMeasurement,
     sampled: int,
     queries: NDArray[np.float32],
     true: NDArray[np.int64],
     repeats: int,
-) -> Measured:
+) -> IndexMeasurement:
     """FAISS by its own factory, with the parameters, sample size, blocks and effort of ours."""
     count, width = vectors.shape
     plan = plan_for(options, count, width)
@@ -307,7 +307,7 @@ def _direct(
     if plan.refine:
         index.k_factor = 8.0
     found = _searched(index, queries, true, repeats)
-    return Measured("faiss", plan.kind, dict(ours.parameters), train, add, 0.0, stated=None, **found)
+    return IndexMeasurement("faiss", plan.kind, dict(ours.parameters), train, add, 0.0, stated=None, **found)
 
 
 def format_table(result: IndexBench) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from difftap.errors import InputError
-from difftap.matching import Joining
+from difftap.matching import MatchRule
 from difftap.prompts import made_of_images
 from difftap.prompts.learned import find_learned
 from difftap.recipe import KINDS, Branch, Learned, ModelReference, Recipe, load_recipe
@@ -40,9 +40,9 @@ class PosterRow:
     reading: str = "centres"
 
     @property
-    def joining(self) -> Joining:
+    def rule(self) -> MatchRule:
         """How this row joins and matches."""
-        return Joining.of(self.recipe, reading=self.reading)
+        return MatchRule.of(self.recipe, reading=self.reading)
 
     @property
     def keepable(self) -> bool:

@@ -62,7 +62,7 @@ def reproduce(
             options: dict[str, Any] = {"memory": memory, "batch": batch, "overwrite": overwrite, "progress": progress}
             try:
                 options["features"] = kept if row.keepable else None
-                run = match_pairs(pairs, row.recipe, place, opener, joining=row.joining, **options)
+                run = match_pairs(pairs, row.recipe, place, opener, rule=row.rule, **options)
             except DifftapError as error:
                 reason = " ".join(str(error).split())
                 refusals.append(reason)

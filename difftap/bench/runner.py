@@ -2,7 +2,7 @@
 
 Pairs are taken prompt by prompt (a prompt may hold ``{category}``), else in the data set's order. Every image goes
 through a branch once per prompt, and its maps stay in bounded memory while a pair still needs them
-(`difftap.features.shelf`).
+(`difftap.features.keeper`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from difftap.artifacts.run import open_run
-from difftap.bench.featurefiles import FeatureFiles
 from difftap.bench.predictions import SCHEMA, Prediction
-from difftap.bench.units import Maker, Unit, passes, units
 from difftap.datasets.keypoints import Sample
 from difftap.errors import ImageError, InputError, NonFiniteError
-from difftap.features.shelf import Makers, MapShelf
-from difftap.matching import Joining
-from difftap.matching.joining import find
+from difftap.features.branchfiles import BranchFiles
+from difftap.features.keeper import Generators, MapKeeper, View
+from difftap.features.requests import MapRequest, MapSource, passes, request_pair
+from difftap.matching import MatchRule
+from difftap.matching.rule import find
 from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt
 from difftap.recipe import Recipe
 
-__all__ = ["Opener", "Plan", "PredictRun", "finished", "plan", "predict", "subset"]
+__all__ = ["Opener", "PairOrder", "PredictRun", "finished", "plan", "predict", "subset"]
 
 _LOG = logging.getLogger("difftap")
 
@@ -61,7 +61,7 @@ class PredictRun:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PairOrder:
     """In which order pairs are taken.
 
     Attributes:
@@ -76,17 +76,21 @@ class Plan:
         return [index for group in self.groups for index in group]
 
 
-def plan(samples: Sequence[Sample], recipe: Recipe) -> Plan:
+def _requests(sample: Sample, recipe: Recipe) -> tuple[MapRequest, MapRequest]:
+    return request_pair(recipe, View(sample.source), View(sample.target, sample.mirrored), sample.category)
+
+
+def plan(samples: Sequence[Sample], recipe: Recipe) -> PairOrder:
     """Group pairs by what conditions the recipe's branches for them, in order of first appearance."""
     groups: dict[tuple[tuple[Prompt, ...], ...], list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(tuple(unit.prompts for unit in units(sample, recipe)), []).append(index)
-    return Plan(tuple(tuple(indices) for indices in groups.values()))
+        groups.setdefault(tuple(request.prompts for request in _requests(sample, recipe)), []).append(index)
+    return PairOrder(tuple(tuple(indices) for indices in groups.values()))
 
 
 def count_passes(samples: Sequence[Sample], recipe: Recipe) -> int:
     """How many (image, branch, prompt) there are: passes through the UNet, if none is kept from earlier."""
-    return len(passes([unit for sample in samples for unit in units(sample, recipe)]))
+    return len(passes([request for sample in samples for request in _requests(sample, recipe)]))
 
 
 def subset(samples: Sequence[Sample], limit: int | None = None, per_class: int | None = None) -> list[Sample]:
@@ -117,13 +121,13 @@ def predict(
     open_pipeline: Opener,
     *,
     dataset: Mapping[str, Any],
-    joining: Joining,
+    rule: MatchRule,
     confidence: bool = True,
     overwrite: bool = False,
     memory: int = 2 << 30,
     batch: int = 1,
     features: Path | None = None,
-    makers: Makers | None = None,
+    generators: Generators | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PredictRun:
     """Match every pair's keypoints into a file of JSON lines.
@@ -137,13 +141,13 @@ def predict(
         output: the JSON lines; continued if an earlier run with the same conditions left them unfinished.
         open_pipeline: opens the recipe.
         dataset: name, split and whatever else says which pairs these are; ``name`` decides the protocols' basis.
-        joining: how maps are joined and matched.
+        rule: how maps are joined and matched.
         confidence: also compute margin and cycle error, at twice the matching's cost.
         overwrite: start afresh whatever ``output`` holds.
         memory: bytes kept in memory of maps and their norms; more goes to a scratch folder.
         batch: images extracted together.
         features: a folder for the branches' maps, used again by later runs; None to keep nothing.
-        makers: images that have to be made when they are first needed.
+        generators: images that have to be made when they are first needed.
         progress: called with the number of pairs just finished.
 
     Raises:
@@ -157,14 +161,14 @@ def predict(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="difftap-")))
         pipeline = stack.enter_context(contextlib.closing(open_pipeline(recipe)))
         # These may refuse, so they come before anything is written.
-        files = FeatureFiles(features, pipeline) if features else None
+        files = BranchFiles.lasting(features, pipeline) if features else None
         planned = plan(samples, recipe).order
         conditions = {
             "schema": SCHEMA,
             **pipeline.conditions,
             "recipe": recipe.to_dict(),
             "recipe_key": recipe.key(),
-            "matching": {"combine": joining.combine, "reading": joining.reading, "confidence": confidence},
+            "matching": {"combine": rule.combine, "reading": rule.reading, "confidence": confidence},
             "dataset": dict(dataset),
             "pairs": len(samples),
             "pairs_sha256": digest(samples),
@@ -172,18 +176,18 @@ def predict(
         run = stack.enter_context(open_run(output, conditions, overwrite=overwrite))
         done = finished(run.earlier)
         rest = [index for index in planned if index not in done]
-        order = [unit for index in rest for unit in units(samples[index], recipe)]
-        maker = Maker(pipeline, joining, order, scratch, files, makers)
-        shelf = MapShelf(maker, joining.ready, order, memory, scratch, batch)
+        order = [request for index in rest for request in _requests(samples[index], recipe)]
+        source = MapSource(pipeline, rule, order, scratch, files, generators)
+        keeper = MapKeeper(source, rule.prepare, order, memory, scratch, batch)
         progress(len(done))
         failed = 0
         for index in rest:
-            prediction = _predict(index, samples[index], units(samples[index], recipe), shelf, confidence)
+            prediction = _predict(index, samples[index], _requests(samples[index], recipe), keeper, confidence)
             run.write(prediction.to_dict())
             failed += prediction.error is not None
             progress(1)
         seconds = time.perf_counter() - began
-        return PredictRun(len(rest), failed, len(done), shelf.made, maker.extracted, seconds)
+        return PredictRun(len(rest), failed, len(done), keeper.made, source.extracted, seconds)
 
 
 def digest(samples: Sequence[Sample]) -> str:
@@ -199,23 +203,23 @@ def digest(samples: Sequence[Sample]) -> str:
 
 
 def _predict(
-    index: int, sample: Sample, both: tuple[Unit, Unit], shelf: MapShelf[Unit], confidence: bool
+    index: int, sample: Sample, both: tuple[MapRequest, MapRequest], keeper: MapKeeper[MapRequest], confidence: bool
 ) -> Prediction:
     """One pair's prediction, or its reason for having none."""
     try:
         ready = []
-        for unit, size in zip(both, (sample.source_size, sample.target_size), strict=True):
-            made = shelf.get(unit)
+        for request, size in zip(both, (sample.source_size, sample.target_size), strict=True):
+            made = keeper.get(request)
             if made.size != tuple(size):
                 raise ImageError(
-                    f"'{unit.view.path}' has {made.size[0]} x {made.size[1]} pixels, its annotation says "
+                    f"'{request.view.path}' has {made.size[0]} x {made.size[1]} pixels, its annotation says "
                     f"{size[0]} x {size[1]}; get the data set's own images"
                 )
-            ready.append(shelf.ready(unit))
+            ready.append(keeper.prepared(request))
         found, clamped = find(ready[0], ready[1], sample.source_points, sample.source_size, confidence)
         return Prediction.of(index, sample, found, clamped)
     except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair
         _LOG.warning("pair %s: %s", sample.name, error)
         return Prediction.of(index, sample, None, error=" ".join(str(error).split()))
     finally:
-        shelf.done(*both)
+        keeper.done(*both)

@@ -16,8 +16,8 @@ from difftap.bench.scoring import Resampling, score
 from difftap.datasets.keypoints import Sample, load, loader
 from difftap.datasets.parts import take_part
 from difftap.errors import InputError
-from difftap.features.shelf import Makers
-from difftap.matching import Joining
+from difftap.features.keeper import Generators
+from difftap.matching import MatchRule
 from difftap.prompts.learned import remembered
 from difftap.recipe import Recipe
 
@@ -63,12 +63,12 @@ class Pairs:
     Attributes:
         samples: the pairs.
         about: name, split, options, and what was left out: part of the conditions of every figure.
-        makers: images that have to be made when they are first needed.
+        generators: images that have to be made when they are first needed.
     """
 
     samples: Sequence[Sample]
     about: Mapping[str, Any]
-    makers: Makers = field(default_factory=dict)
+    generators: Generators = field(default_factory=dict)
 
     def passes(self, recipe: Recipe) -> int:
         """How many times an image goes through a branch of the recipe."""
@@ -105,7 +105,7 @@ def load_pairs(chosen: Selection, made: Path) -> Pairs:
         | ({} if chosen.part is None else {"part": chosen.part}),
     }
     samples = data.samples if chosen.part is None else take_part(data.samples, chosen.part, chosen.root, made)
-    return Pairs(subset(samples, chosen.limit, chosen.per_class), about, data.makers)
+    return Pairs(subset(samples, chosen.limit, chosen.per_class), about, data.generators)
 
 
 def check_run(chosen: Selection, folder: Path, recipe: Recipe | None, matching: Mapping[str, Any]) -> Iterator[str]:
@@ -179,7 +179,7 @@ def match_pairs(
     folder: Path,
     opener: Opener,
     *,
-    joining: Joining | None = None,
+    rule: MatchRule | None = None,
     confidence: bool = True,
     overwrite: bool = False,
     memory: int = 2 << 30,
@@ -194,13 +194,13 @@ def match_pairs(
         make_folder(folder) / "predictions.jsonl",
         opener,
         dataset=pairs.about,
-        joining=joining or Joining.of(recipe),
+        rule=rule or MatchRule.of(recipe),
         confidence=confidence,
         overwrite=overwrite,
         memory=memory,
         batch=batch,
         features=features,
-        makers=pairs.makers,
+        generators=pairs.generators,
         progress=progress,
     )
 

@@ -37,9 +37,9 @@ from difftap.recipe import Recipe
 __all__ = [
     "OWN_STAGES",
     "SCHEMA",
-    "Row",
     "Throughput",
     "ThroughputCase",
+    "ThroughputRow",
     "format_throughput",
     "run",
     "save_throughput",
@@ -69,7 +69,7 @@ def to_json(result: Throughput) -> dict[str, Any]:
     }
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: ThroughputRow) -> dict[str, Any]:
     data = asdict(row)
     label = {"label": row.contender.label, "rival": row.contender.rival}
     return {**label, **data, "fidelity": {name: one.to_dict() for name, one in row.fidelity.items()}}
@@ -114,7 +114,7 @@ def format_throughput(result: Throughput) -> list[str]:
     return lines
 
 
-def _line(row: Row) -> str:
+def _line(row: ThroughputRow) -> str:
     if row.failed is not None or row.timing is None or row.rate is None:
         return f"{row.contender.label:20}  not measured: {row.failed}"
 
@@ -198,7 +198,7 @@ def draw_throughput(result: Throughput) -> bytes:
     return picture.getvalue()
 
 
-def _width(row: Row, stage: str) -> float:
+def _width(row: ThroughputRow, stage: str) -> float:
     """Measure a bar's part: medians of stages, and for the rest what brings the bar to the median of whole calls."""
     engines = row.stages["vae"] + row.stages["unet"]
     if stage != "own":
@@ -259,7 +259,7 @@ class ThroughputCase:
 
 
 @dataclass(frozen=True)
-class Row:
+class ThroughputRow:
     """One contender's figures; times in seconds an image, memory in bytes.
 
     Attributes:
@@ -313,13 +313,13 @@ class Throughput:
     """
 
     case: ThroughputCase
-    rows: tuple[Row, ...]
+    rows: tuple[ThroughputRow, ...]
     reference: str | None
     gemm: Mapping[str, float]
     macs: Mapping[str, int | None]
     conditions: Mapping[str, Any]
 
-    def row(self, label: str) -> Row:
+    def row(self, label: str) -> ThroughputRow:
         """Find the row of ``name:precision``.
 
         Raises:
@@ -457,7 +457,9 @@ def _result(
             break
     wanted = _features(first) if first else {}
     rows = [
-        Row(log.contender, log.failed) if log.failed is not None else _row(case, log, about, gemm, base, wanted)
+        ThroughputRow(log.contender, log.failed)
+        if log.failed is not None
+        else _row(case, log, about, gemm, base, wanted)
         for log in logs
     ]
     macs = {"vae": about["vae"], "unet": about["unet"]}
@@ -481,14 +483,14 @@ def _row(
     gemm: dict[str, float],
     base: float | None,
     wanted: dict[str, Any],
-) -> Row:
+) -> ThroughputRow:
     timing, stages = call_timing(log.calls), stage_medians(log.calls)
     shares = [1.0 - (call["vae"] + call["unet"]) / call["total"] for call in log.calls]
     flop = _flop(case, log.contender, about)
     running = stages["vae"] + stages["unet"]
     rate = None if flop is None else flop / running
     got = _features(log)
-    return Row(
+    return ThroughputRow(
         log.contender,
         timing=timing,
         stages=stages,

@@ -39,7 +39,7 @@ from difftap.pipeline.environment import Runtime, check_fits, open_cache, open_c
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Recipe
 
-__all__ = ["ENGINE_STAGES", "Ours", "measure_gemm", "serve", "survey"]
+__all__ = ["ENGINE_STAGES", "TimedPipeline", "measure_gemm", "serve", "survey"]
 
 
 ENGINE_STAGES = ("vae", "unet")
@@ -47,7 +47,7 @@ ENGINE_STAGES = ("vae", "unet")
 """What the runtime does; everything else in a call is our own."""
 
 
-class Ours:
+class TimedPipeline:
     """A pipeline, ready and clocked.
 
     The runtimes' own calls are timed where they are made, inside `difftap.engine.Engine.compute`: its checks of shapes
@@ -227,14 +227,14 @@ class _OursRunner:
     """A backend of ours behind the child's orders."""
 
     def __init__(self, job: _Job) -> None:
-        from difftap.bench.worker_child import Ours
+        from difftap.bench.worker_child import TimedPipeline
 
         self._job = job
         before = _artefacts(job.cache)
         self._pipeline = Pipeline.open(job.recipe, job.runtime)
         self.made = _artefacts(job.cache) != before
         self.batch = self._pipeline.batch
-        self._ours = Ours(self._pipeline)
+        self._ours = TimedPipeline(self._pipeline)
         self.about = {
             "version": self._pipeline.conditions["backend"]["version"],
             "device": self._pipeline.conditions["backend"]["device"],

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from difftap.pipeline.environment import Runtime
     from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
-    from difftap.retrieval.builder import Options
-    from difftap.retrieval.index import Origin, VectorBatch
+    from difftap.retrieval.builder import IndexOptions
+    from difftap.retrieval.index import VectorBatch, VectorOrigin
     from difftap.retrieval.queries import Query, Weights
     from difftap.retrieval.vectors import AlreadyIndexed, Patches
 
@@ -89,10 +89,10 @@ def _options(
     recall: float,
     seed: int | None,
     gpu: bool,
-) -> Options:
-    from difftap.retrieval.builder import Options
+) -> IndexOptions:
+    from difftap.retrieval.builder import IndexOptions
 
-    return Options(kind, metric, lists, codes, refine, recall, seed or 0, gpu)
+    return IndexOptions(kind, metric, lists, codes, refine, recall, seed or 0, gpu)
 
 
 def _patches(per_image: int | None, labels: str, seed: int | None = None) -> Patches:
@@ -181,7 +181,7 @@ def build(
     sources: tuple[Path, ...],
     where: str,
     name: str,
-    wanted: Options,
+    wanted: IndexOptions,
     which: Patches,
     recipe: Recipe,
     runtime: Runtime,
@@ -204,14 +204,14 @@ def build(
             record = describe(made)
     else:
         from difftap.features.provider import open_features
-        from difftap.retrieval.index import Origin
+        from difftap.retrieval.index import VectorOrigin
 
         paths = list_images(sources)
         with (
             open_features(recipe, features, runtime) as pipeline,
             progress_bar(len(paths), "images") as advance,
         ):
-            origin = Origin.of_patches(pipeline.recipe, pipeline.conditions)
+            origin = VectorOrigin.of_patches(pipeline.recipe, pipeline.conditions)
             batches = patch_batches(pipeline, paths, which, advance, failures)
             with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
                 record = describe(made)
@@ -440,7 +440,7 @@ def evaluate(
 @contextlib.contextmanager
 def _vectors(
     sources: tuple[Path, ...],
-    origin: Origin,
+    origin: VectorOrigin,
     which: Patches,
     runtime: Runtime,
     weights: Weights,
@@ -478,7 +478,7 @@ def _say_extracted(pipeline: Provider, store: str | None) -> None:
 
 def _query(
     image: Path | None, mask: Path | None, mask_value: int | None, point: str | None, row: str | None
-) -> Callable[[Origin], Query]:
+) -> Callable[[VectorOrigin], Query]:
     """Read what is searched for, read and checked as far as it can be before the index is open."""
     from difftap.images import load_image, read_mask
     from difftap.points import parse_point

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difftap.matching import Joining, Matches, Ready
+    from difftap.matching import Matches, MatchRule, PreparedImage
     from difftap.matching.matches import Threshold
     from difftap.pipeline.environment import Runtime
     from difftap.pipeline.pipeline import Provider
@@ -197,14 +197,14 @@ class _Job:
         return pipeline
 
     @property
-    def joining(self) -> Joining:
+    def rule(self) -> MatchRule:
         """How branches are combined; self-found matches compare all cells with all, which takes a joined map."""
-        from difftap.matching import Joining
+        from difftap.matching import MatchRule
 
         several = sum(len(branch.taps) for branch in self.recipe.branches) > 1
         if self.mutual and several and self.recipe.combine == "score-product":
             raise InputError("--mutual needs branches that add up; combine is 'score-product': give points instead")
-        return Joining.of(self.recipe, "concat" if self.mutual else None)
+        return MatchRule.of(self.recipe, "concat" if self.mutual else None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class _Job:
             return check_inside(given, size, "the source image")
         return None if self.mutual else grid_points(size, self.grid)
 
-    def find(self, source: Ready, target: Ready, points: NDArray[np.float64] | None) -> Matches:
+    def find(self, source: PreparedImage, target: PreparedImage, points: NDArray[np.float64] | None) -> Matches:
         """Match the points, or find mutual ones."""
         return source.mutual(target) if points is None else source.match(target, points)
 
@@ -251,10 +251,10 @@ def _one(
     points = job.choose(source.size, given)
     if heat is not None and (heat < 1 or (points is not None and heat > len(points))):
         raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
-    joining = job.joining
+    rule = job.rule
     with job.open() as pipeline:
         both = pipeline.pair(source, target, job.category)
-        first, second = (joining.ready(joining.kept(maps)) for maps in both)
+        first, second = (rule.prepare(rule.fuse(maps)) for maps in both)
     found = job.find(first, second, points)
     matches = job.threshold.keep(found)
     if output is not None:
@@ -283,9 +283,9 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
     from difftap.features.pairs import load_pairs, run_pairs
 
     pairs = load_pairs(pairs_file)
-    joining = job.joining
+    rule = job.rule
 
-    def find(source: Ready, target: Ready, given: NDArray[np.float64]) -> Matches:
+    def find(source: PreparedImage, target: PreparedImage, given: NDArray[np.float64]) -> Matches:
         return job.find(source, target, job.choose(source.image_size, given))
 
     with job.open() as pipeline, progress_bar(len(pairs)) as advance:
@@ -294,7 +294,7 @@ def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: in
             pairs,
             output,
             find,
-            joining=joining,
+            rule=rule,
             settings=job.settings,
             threshold=job.threshold,
             overwrite=overwrite,

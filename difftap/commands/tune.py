@@ -24,7 +24,7 @@ from difftap.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from difftap.recipe import Recipe
-    from difftap.tuning.learn import Tuned
+    from difftap.tuning.learn import TuneResult
     from difftap.tuning.loop import Progress
     from difftap.tuning.settings import TuneSettings
 
@@ -170,7 +170,7 @@ def _tune(job: _Job) -> None:
     model = open_checkpoint(recipe.model, cache)
     click.echo(f"{len(pairs.train)} pairs to learn from, {len(pairs.val)} to choose by", err=True)
     from difftap.tuning.learn import tune as run
-    from difftap.tuning.loop import Watcher
+    from difftap.tuning.loop import ProgressCallbacks
 
     steps = -(-len(pairs.train) // settings.batch) * settings.epochs
     steps = min(steps, settings.steps) if settings.steps else steps
@@ -186,7 +186,7 @@ def _tune(job: _Job) -> None:
             device=job.device,
             threads=job.threads,
             overwrite=job.overwrite,
-            watcher=Watcher(_stepper(advance), _say_epoch(settings.epochs)),
+            watcher=ProgressCallbacks(_stepper(advance), _say_epoch(settings.epochs)),
         )
     _say_result(tuned)
 
@@ -225,7 +225,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _say_result(tuned: Tuned) -> None:
+def _say_result(tuned: TuneResult) -> None:
     for group in tuned.scores:
         where = f"branch {group['branches'][0]}: " if len(tuned.scores) > 1 else ""
         for alpha, empty in group["empty"].items():

@@ -136,7 +136,7 @@ def _images(found: Dataset) -> Iterator[tuple[str, Path]]:
     """Yield the class and file of both images of every pair, but for those that would have to be made."""
     for sample in found.samples:
         for path in (sample.source, sample.target):
-            if path not in found.makers:
+            if path not in found.generators:
                 yield sample.category, path
 
 

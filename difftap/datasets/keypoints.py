@@ -28,13 +28,13 @@ from difftap.images import read_size
 
 __all__ = [
     "NAMES",
+    "AnnotatedImage",
     "Box",
     "Collector",
     "Dataset",
-    "Line",
+    "ListLine",
     "Loader",
     "Sample",
-    "Side",
     "joined",
     "load",
     "loader",
@@ -123,7 +123,7 @@ class Dataset(Sequence[Sample]):
         samples: the usable pairs.
         problems: the pairs that were left out, and why; ``len(samples) + len(problems)`` pairs were listed.
         notes: what a reader of the scores should know, in sentences; nothing was left out for it.
-        makers: images that are not part of the data set's folder: file -> what writes it.
+        generators: images that are not part of the data set's folder: file -> what writes it.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Dataset(Sequence[Sample]):
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
-    makers: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)
+    generators: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -146,8 +146,8 @@ class Dataset(Sequence[Sample]):
             return replace(self, samples=self.samples[index])
         sample = self.samples[index]
         for path in (sample.source, sample.target):
-            if path in self.makers and not path.exists():
-                self.makers[path]()
+            if path in self.generators and not path.exists():
+                self.generators[path]()
         return sample
 
     def problem_counts(self) -> dict[str, int]:
@@ -174,7 +174,7 @@ class Collector:
         self._names: Counter[str] = Counter()
         self._sizes: dict[Path, Size | BadPairError] = {}
         self._documents: dict[Path, Any] = {}
-        self.makers: dict[Path, Callable[[], None]] = {}
+        self.generators: dict[Path, Callable[[], None]] = {}
 
     @contextlib.contextmanager
     def pair(self, name: str) -> Iterator[None]:
@@ -255,7 +255,7 @@ class Collector:
             samples=tuple(self._samples),
             problems=tuple(self._problems),
             notes=notes,
-            makers=self.makers,
+            generators=self.generators,
         )
         if self._problems and not (allow_missing and self._samples):
             listed = len(found) + len(found.problems)
@@ -288,7 +288,7 @@ def save_png(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 
 @dataclass(frozen=True)
-class Line:
+class ListLine:
     """A line of a list: what to call it, its cells, and the columns' names."""
 
     label: str
@@ -306,7 +306,7 @@ class Line:
         return dict(zip(self.header, self.cells, strict=True))
 
 
-def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> list[Line]:
+def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> list[ListLine]:
     """Read the lines of a CSV with a header; blank ones are skipped.
 
     Raises:
@@ -324,7 +324,7 @@ def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> lis
     absent = [column for column in columns if column not in header]
     if absent:
         raise DatasetError(f"'{path}' lacks the columns {', '.join(absent)}; restore it", draw_tree(root, tree))
-    return [Line(f"{path.name} line {number}", cells, header) for number, cells in rows[1:]]
+    return [ListLine(f"{path.name} line {number}", cells, header) for number, cells in rows[1:]]
 
 
 def to_number(text: str) -> float:
@@ -353,7 +353,7 @@ def points_array(points: Any) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Side:
+class AnnotatedImage:
     """One image of a pair.
 
     Attributes:
@@ -369,7 +369,9 @@ class Side:
     box: Box | None = None
 
 
-def joined(name: str, category: str, sides: Sequence[Side], ids: Sequence[str], *, mirrored: bool = False) -> Sample:
+def joined(
+    name: str, category: str, sides: Sequence[AnnotatedImage], ids: Sequence[str], *, mirrored: bool = False
+) -> Sample:
     """Join two images whose keypoints have the same names ``ids`` to a pair; absent ones are left out.
 
     Raises:

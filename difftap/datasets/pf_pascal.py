@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 
 from difftap.artifacts.manifest import file_digest
-from difftap.datasets.keypoints import Collector, Dataset, Side, joined, read_list, save_png, to_box, to_number
+from difftap.datasets.keypoints import (
+    AnnotatedImage,
+    Collector,
+    Dataset,
+    joined,
+    read_list,
+    save_png,
+    to_box,
+    to_number,
+)
 from difftap.datasets.layout import BadPairError, DatasetError, Tree, locate, one_of, read_mat, require_files
 from difftap.images import load_image
 
@@ -20,7 +29,7 @@ __all__ = ["SPLITS", "TREE", "load", "mirrored", "mirrored_copy", "variants", "w
 # ---- mirroring left to right: annotations, and copies of images
 
 
-def mirrored(side: Side) -> Side:
+def mirrored(side: AnnotatedImage) -> AnnotatedImage:
     """Give the annotations as they are in the mirrored image: pixel 0 goes to pixel W - 1 (`difftap.coords`).
 
     >>> side = mirrored(Side(Path("a.png"), (10, 8), np.array([[0.0, 5.0]]), (0.0, 1.0, 3.0, 2.0)))
@@ -153,7 +162,7 @@ def _flag(cell: str) -> bool:
     return cell == "1"
 
 
-def _side(collector: Collector, root: Path, row: dict[str, str], end: str, category: str) -> Side:
+def _side(collector: Collector, root: Path, row: dict[str, str], end: str, category: str) -> AnnotatedImage:
     """One image of a pair, its keypoints from the list or, if that has none, from its ``.mat`` file."""
     image = locate(root, row[f"{end}_image"])
     if "XA" in row:
@@ -161,7 +170,7 @@ def _side(collector: Collector, root: Path, row: dict[str, str], end: str, categ
         xs, ys = ([to_number(cell) for cell in row[f"{axis}{letter}"].split(";")] for axis in "XY")
         if len(xs) != len(ys):
             raise BadPairError("malformed", f"X{letter} has {len(xs)} numbers and Y{letter} {len(ys)}; must be equal")
-        return Side(image, collector.size(image), np.array([xs, ys], np.float64).T)
+        return AnnotatedImage(image, collector.size(image), np.array([xs, ys], np.float64).T)
     size = collector.size(image)  # first: a list without its images asks for no .mat reader
     file = locate(root, f"PF-dataset-PASCAL/Annotations/{category}/{image.stem}.mat")
     content = collector.document(file, read_mat)
@@ -169,13 +178,13 @@ def _side(collector: Collector, root: Path, row: dict[str, str], end: str, categ
     if points.ndim != 2 or points.shape[1] != 2:
         raise BadPairError("malformed", f"'{file}' has kps of {points.shape}; expected (N, 2)", file)
     box = to_box(content["bbox"]) if "bbox" in content else None
-    return Side(image, size, points, box)
+    return AnnotatedImage(image, size, points, box)
 
 
-def _copied(collector: Collector, side: Side, cache: Path | None) -> Side:
+def _copied(collector: Collector, side: AnnotatedImage, cache: Path | None) -> AnnotatedImage:
     """Give the mirrored side with a mirrored copy as its image, made when it is first needed."""
     if cache is None:
         raise DatasetError("the list has mirrored pairs; give cache, a folder for the copies, or choose another flip")
     copy = mirrored_copy(side.image, collector.document(side.image, file_digest), cache)
-    collector.makers[copy] = partial(write_mirrored, side.image, copy)
-    return Side(copy, side.size, side.points, side.box)
+    collector.generators[copy] = partial(write_mirrored, side.image, copy)
+    return AnnotatedImage(copy, side.size, side.points, side.box)

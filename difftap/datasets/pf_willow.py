@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.datasets.keypoints import Collector, Dataset, Side, joined, read_list, to_number
+from difftap.datasets.keypoints import AnnotatedImage, Collector, Dataset, joined, read_list, to_number
 from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, locate, one_of, read_mat, require_files
 from difftap.images import is_picture
 
@@ -81,7 +81,7 @@ def _add(collector: Collector, images: list[Path], points: list[NDArray[np.float
     sides = []
     for image, xy in zip(images, points, strict=True):
         padding = (xy == -1).all(axis=1, keepdims=True)
-        sides.append(Side(image, collector.size(image), np.where(padding, np.nan, xy)))
+        sides.append(AnnotatedImage(image, collector.size(image), np.where(padding, np.nan, xy)))
     category = images[0].parent.name
     collector.add(joined(f"{category}/{images[0].stem}-{images[1].stem}", category, sides, _IDS))
 

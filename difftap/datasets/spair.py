@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from difftap.datasets.keypoints import Collector, Dataset, Sample, Side, joined, points_array, to_box
+from difftap.datasets.keypoints import AnnotatedImage, Collector, Dataset, Sample, joined, points_array, to_box
 from difftap.datasets.layout import Tree, one_of, require_files
 
 __all__ = ["SPLITS", "TREE", "load", "variants"]
@@ -83,7 +83,10 @@ def _sample(collector: Collector, root: Path, split: str, name: str, with_images
         collector.size(image, pair.get(f"{side}_imsize")) for side, image in zip(("src", "trg"), images, strict=True)
     ]
     names = tuple(str(key) for key in pair["kps_ids"])
-    both = [Side(image, size, points_array(pair[key])) for image, size, key in zip(images, sizes, _POINTS, strict=True)]
+    both = [
+        AnnotatedImage(image, size, points_array(pair[key]))
+        for image, size, key in zip(images, sizes, _POINTS, strict=True)
+    ]
     visible = dict(zip(names, both[1].points, strict=True))
     if with_images:
         known = collector.json(root / "ImageAnnotation" / category / f"{images[1].stem}.json")["kps"]

@@ -374,7 +374,7 @@ def _sample(collector: Collector, root: Path, file: Path, cache: Path, distortio
     making = WarpedTarget(distortion, kind, file, collector.document(file, file_digest))
     source, target = keypoints(making, size)
     made = cache / f"{file.stem}-{kind}-{making.key[:16]}.png"
-    collector.makers[made] = lambda: making.draw(made)
+    collector.generators[made] = lambda: making.draw(made)
     place = file.relative_to(root)
     ids = tuple(f"{x:.0f},{y:.0f}" for x, y in source)
     box = (0.0, 0.0, float(width), float(height))

@@ -30,10 +30,10 @@ from difftap.recipe import Branch, Recipe
 
 __all__ = [
     "BranchEngine",
-    "Encoded",
+    "EncodedBatch",
     "Features",
     "Featurizer",
-    "Laid",
+    "InputBatch",
     "Latents",
     "encode",
     "finite_or_alone",
@@ -112,7 +112,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Laid:
+class InputBatch:
     """A batch of images laid on the network's input, ``(B, 3, H, W)`` in [-1, 1], with identities and geometries."""
 
     digests: tuple[str, ...]
@@ -121,7 +121,7 @@ class Laid:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """A batch of images as the tapped networks are fed them, whatever branch and prompt.
 
     Attributes:
@@ -137,20 +137,20 @@ class Encoded:
     noises: NDArray[np.float32] | None
 
 
-def lay(recipe: Recipe, images: Sequence[Image]) -> Laid:
+def lay(recipe: Recipe, images: Sequence[Image]) -> InputBatch:
     """Lay images on the network's input."""
     laid = [to_input(image, recipe.size, recipe.fit) for image in images]
     pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
-    return Laid(tuple(image.digest for image in images), tuple(geometry for _, geometry in laid), pixels)
+    return InputBatch(tuple(image.digest for image in images), tuple(geometry for _, geometry in laid), pixels)
 
 
 def encode(
     recipe: Recipe,
     encoder: Engine | None,
-    laid: Laid,
+    laid: InputBatch,
     members: int,
     turn: contextlib.AbstractContextManager[object] | None = None,
-) -> Encoded:
+) -> EncodedBatch:
     """Run the encoder on a batch of images, and draw their noise.
 
     Args:
@@ -164,12 +164,12 @@ def encode(
         NonFiniteError: the posterior holds NaN or infinity.
     """
     if encoder is None:
-        return Encoded(laid.digests, laid.geometries, {"image": laid.pixels}, None)
+        return EncodedBatch(laid.digests, laid.geometries, {"image": laid.pixels}, None)
     with turn or contextlib.nullcontext():
         posterior = encoder.compute({"image": laid.pixels})
     encoder.check_finite(posterior)
     noises = draw_noise(recipe, laid.digests, posterior["mean"].shape[1:], members)
-    return Encoded(laid.digests, laid.geometries, posterior, noises)
+    return EncodedBatch(laid.digests, laid.geometries, posterior, noises)
 
 
 class Latents:
@@ -190,10 +190,10 @@ class Latents:
         self._recipe = recipe
         self._encoder = encoder
         self._budget = budget
-        self._kept: MemoryCache[str, Encoded] = MemoryCache(budget, _bytes)  # of one image each
+        self._kept: MemoryCache[str, EncodedBatch] = MemoryCache(budget, _bytes)  # of one image each
         self.encoded = 0
 
-    def get(self, images: Sequence[Image], members: int) -> Encoded:
+    def get(self, images: Sequence[Image], members: int) -> EncodedBatch:
         """Give a batch of images with the noise of so many members; what is not remembered is encoded together."""
         missing = [image for image in images if image.digest not in self._kept]
         found = {image.digest: self._kept[image.digest] for image in images if image.digest in self._kept}
@@ -209,7 +209,7 @@ class Latents:
                     self._kept.put(one.digests[0], one)
         parts = [found[image.digest] for image in images]
         noises = [part.noises[:, :, :members] for part in parts if part.noises is not None]
-        return Encoded(
+        return EncodedBatch(
             tuple(part.digests[0] for part in parts),
             tuple(part.geometries[0] for part in parts),
             {name: np.concatenate([part.given[name] for part in parts]) for name in parts[0].given},
@@ -217,14 +217,14 @@ class Latents:
         )
 
 
-def _one(encoded: Encoded, k: int) -> Encoded:
+def _one(encoded: EncodedBatch, k: int) -> EncodedBatch:
     """One image of a batch: copies, since a part of the batch's array would keep the whole of it in memory."""
     given = {name: np.array(value[k : k + 1]) for name, value in encoded.given.items()}  # type: ignore[index]
     noises = None if encoded.noises is None else encoded.noises[:, k : k + 1].copy()
-    return Encoded((encoded.digests[k],), (encoded.geometries[k],), given, noises)
+    return EncodedBatch((encoded.digests[k],), (encoded.geometries[k],), given, noises)
 
 
-def _bytes(encoded: Encoded) -> int:
+def _bytes(encoded: EncodedBatch) -> int:
     given = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in encoded.given.values())
     return given + (0 if encoded.noises is None else encoded.noises.nbytes)
 
@@ -284,32 +284,32 @@ class Featurizer:
                 outputs = [self._run_branch(branch, encoded) for branch in branches]
         yield from _features(encoded, branches, outputs)
 
-    def _on_device(self, laid: Laid) -> Encoded:
+    def _on_device(self, laid: InputBatch) -> EncodedBatch:
         """As `encode`, but the posterior stays where the engine runs; the engine's next run may overwrite it."""
         if self._encoder is None:
             return self.encode(laid)
         given = self._encoder.run_on_device({"image": laid.pixels})
         noises = draw_noise(self._recipe, laid.digests, given["mean"].shape[1:], self._recipe.ensemble)
-        return Encoded(laid.digests, laid.geometries, given, noises)
+        return EncodedBatch(laid.digests, laid.geometries, given, noises)
 
     # The same in three stages, for who runs them at once on batches of their own. Engines take turns: they would be in
     # each other's way. Some write the next run's outputs where the last one's are, so the posterior is brought home.
 
-    def lay(self, images: Sequence[Image]) -> Laid:
+    def lay(self, images: Sequence[Image]) -> InputBatch:
         """Lay images on the network's input."""
         return lay(self._recipe, images)
 
-    def encode(self, laid: Laid) -> Encoded:
+    def encode(self, laid: InputBatch) -> EncodedBatch:
         """Run the encoder, and draw the noise."""
         return encode(self._recipe, self._encoder, laid, self._recipe.ensemble, self._turn)
 
-    def tap(self, encoded: Encoded) -> Iterator[Features]:
+    def tap(self, encoded: EncodedBatch) -> Iterator[Features]:
         """Run every branch's tapped network."""
         with self._turn:
             outputs = [self._run_branch(branch, encoded) for branch in self._branches]
         yield from _features(encoded, self._branches, outputs)
 
-    def _run_branch(self, branch: BranchEngine, encoded: Encoded) -> dict[str, NDArray[np.float32]]:
+    def _run_branch(self, branch: BranchEngine, encoded: EncodedBatch) -> dict[str, NDArray[np.float32]]:
         """Run as many members at once as the engine takes, and take the mean over all."""
         total: dict[str, NDArray[np.float32]] = {}
         together, members = branch.engine.profile.ensemble, self._recipe.ensemble
@@ -324,7 +324,7 @@ class Featurizer:
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
 
 
-def _features(encoded: Encoded, branches: Sequence[BranchEngine], outputs: Sequence[_Maps]) -> Iterator[Features]:
+def _features(encoded: EncodedBatch, branches: Sequence[BranchEngine], outputs: Sequence[_Maps]) -> Iterator[Features]:
     """Look at the branches' outputs and part them by image.
 
     The engines' turn is over by then: looking at large maps takes as long as a fast engine's run.

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.run import open_run
-from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError, PairsError
-from difftap.featuremap import FeatureMap
-from difftap.features.shelf import Made, MapShelf
-from difftap.images import Image, load_image
-from difftap.matching import Joining, Matches, Ready
+from difftap.errors import DifftapError, InputError, NonFiniteError, PairsError
+from difftap.features.keeper import MapKeeper, View
+from difftap.features.requests import MapRequest, MapSource, request_pair
+from difftap.matching import Matches, MatchRule, PreparedImage
 from difftap.matching.matches import SCHEMA, Threshold, match_records
 from difftap.pipeline.pipeline import Provider
 from difftap.points import parse_point
-from difftap.prompts import Subject
 
 __all__ = ["Pair", "PairsRun", "load_pairs", "run_pairs"]
 
@@ -94,7 +92,7 @@ def load_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-Finder = Callable[[Ready, Ready, NDArray[np.float64]], Matches]
+Finder = Callable[[PreparedImage, PreparedImage, NDArray[np.float64]], Matches]
 """From two images made ready and the pair's points (possibly none) to matches."""
 
 
@@ -104,7 +102,7 @@ def run_pairs(
     output: Path,
     find: Finder,
     *,
-    joining: Joining,
+    rule: MatchRule,
     settings: dict[str, Any],
     threshold: Threshold,
     overwrite: bool = False,
@@ -120,7 +118,7 @@ def run_pairs(
         pairs: what to match.
         output: the JSONL file; continued if an earlier run with the same conditions left it unfinished.
         find: how a pair's points are chosen and matched.
-        joining: how an image's maps become one thing to match.
+        rule: how an image's maps become one thing to match.
         settings: what decides ``find``; part of the conditions that a resumed run must share.
         threshold: which matches are written.
         overwrite: start afresh whatever ``output`` holds.
@@ -141,6 +139,7 @@ def run_pairs(
         "pairs": len(pairs),
         "pairs_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
     }
+    requested = [request_pair(pipeline.recipe, View(p.source), View(p.target), category) for p in pairs]
     with (
         tempfile.TemporaryDirectory(prefix="difftap-") as scratch,
         open_run(output, conditions, overwrite=overwrite) as run,
@@ -148,87 +147,35 @@ def run_pairs(
         reasons: list[str] = []
         done, failed = len(run.earlier), sum("error" in record for record in run.earlier)
         rest = pairs[done:]
-        apart = pipeline.prompts.depends_on == "pair"
-        order = [use for pair in rest for use in _uses(pair, apart)]
-        shelf = MapShelf(
-            _maker(pipeline, joining, category), joining.ready, order, memory, Path(scratch), max(1, batch)
-        )
+        order = [request for both in requested[done:] for request in both]
+        source = MapSource(pipeline, rule, order, Path(scratch))
+        keeper = MapKeeper(source, rule.prepare, order, memory, Path(scratch), max(1, batch))
         progress(done)
-        for index, pair in enumerate(rest, start=done):
-            line = _match_pair(shelf, pair, _uses(pair, apart), find, threshold)
+        for index, (pair, both) in enumerate(zip(rest, requested[done:], strict=True), start=done):
+            line = _match_pair(keeper, pair, both, find, threshold)
             if "error" in line:
                 failed += 1
                 reasons.append(f"pair {index}: {line['error']}")
             shown = {"source": str(pair.source), "target": str(pair.target)}
             run.write({"type": "pair", "index": index, **shown, **line})
-            shelf.done(*_uses(pair, apart))
+            keeper.done(*both)
             progress(1)
     return PairsRun(len(rest), failed, done, tuple(reasons[:_REASONS]))
 
 
-@dataclass(frozen=True)
-class _Use:
-    """An image, in the pair it is used in where its prompts depend on that."""
-
-    path: Path
-    pair: tuple[Path, Path] | None = None
-
-
-def _uses(pair: Pair, apart: bool) -> tuple[_Use, _Use]:
-    both = (pair.source, pair.target) if apart else None
-    return _Use(pair.source, both), _Use(pair.target, both)
-
-
-def _maker(
-    pipeline: Provider, joining: Joining, category: str | None
-) -> Callable[[Sequence[_Use]], Iterator[Made | DifftapError]]:
-    """Give the function that makes image files' maps; an unreadable image fails alone, with the pairs it is in."""
-
-    def load(path: Path) -> Image | ImageError:
-        try:
-            return load_image(path)
-        except ImageError as error:
-            return error
-
-    def made(image: Image, maps: Sequence[FeatureMap]) -> Made:
-        return Made(joining.kept(maps), image.size, image.digest)
-
-    def alone(uses: Sequence[_Use]) -> Iterator[Made | DifftapError]:
-        images = [load(use.path) for use in uses]
-        maps = pipeline.maps([image for image in images if isinstance(image, Image)], category)
-        for image in images:
-            yield image if isinstance(image, ImageError) else made(image, next(maps))
-
-    def paired(uses: Sequence[_Use]) -> Iterator[Made | DifftapError]:
-        for use in uses:
-            both = [load(path) for path in use.pair or ()]
-            fault = next((one for one in both if isinstance(one, ImageError)), None)
-            if fault is not None:
-                yield fault
-                continue
-            image = both[0] if use.pair is not None and use.path == use.pair[0] else both[1]
-            names = []
-            for one in both:
-                assert isinstance(one, Image)  # noqa: S101 - the faults have left
-                pipeline.prompts.know(one.digest, one)
-                names.append(one.digest)
-            prompts = pipeline.prompts.choose(Subject(pair=(names[0], names[1])))
-            assert isinstance(image, Image)  # noqa: S101
-            features = next(pipeline.features([image], prompts))
-            yield made(image, [one for taps in features.branches for one in taps.values()])
-
-    return paired if pipeline.prompts.depends_on == "pair" else alone
-
-
 def _match_pair(
-    shelf: MapShelf[_Use], pair: Pair, uses: tuple[_Use, _Use], find: Finder, threshold: Threshold
+    keeper: MapKeeper[MapRequest],
+    pair: Pair,
+    both: tuple[MapRequest, MapRequest],
+    find: Finder,
+    threshold: Threshold,
 ) -> dict[str, Any]:
     """One pair's record: its matches, or why there are none."""
     try:
-        source, target = (shelf.ready(use) for use in uses)
+        source, target = map(keeper.prepared, both)
         records = {
             name: {"width": made.size[0], "height": made.size[1], "sha256": made.digest}
-            for name, made in zip(("source_image", "target_image"), map(shelf.get, uses), strict=True)
+            for name, made in zip(("source_image", "target_image"), map(keeper.get, both), strict=True)
         }
         matches = find(source, target, np.reshape(np.array(pair.points, np.float64), (-1, 2)))
     except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair

@@ -12,14 +12,14 @@
 
 from difftap.matching.descriptors import combine
 from difftap.matching.grid import kernel_softargmax, nearest_cell, softargmax, window_softargmax
-from difftap.matching.joining import Joining, Ready, heat_map, match_points, mutual_matches
 from difftap.matching.matches import Matches
 from difftap.matching.mutual import mutual_nearest, nearest
+from difftap.matching.rule import MatchRule, PreparedImage, heat_map, match_points, mutual_matches
 
 __all__ = [
-    "Joining",
+    "MatchRule",
     "Matches",
-    "Ready",
+    "PreparedImage",
     "combine",
     "heat_map",
     "kernel_softargmax",

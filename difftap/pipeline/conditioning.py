@@ -24,19 +24,19 @@ from difftap.engine import (
 from difftap.errors import ArtefactError
 from difftap.images import Image
 from difftap.prompts import encode_prompt
-from difftap.prompts.book import Conditional, PromptBook
+from difftap.prompts.book import ConditionalPrompts, PromptBook
 from difftap.prompts.learned import LearnedPrompts, load_learned
 from difftap.prompts.tokens import TokenSource, dino_input, own_tokens
 from difftap.recipe import Branch, Recipe
 
-__all__ = ["LATENTS_KEPT", "Opening", "checked", "embed_prompts", "open_book", "small_engine"]
+__all__ = ["LATENTS_KEPT", "EngineOpener", "checked", "embed_prompts", "open_book", "small_engine"]
 
 LATENTS_KEPT = 1 << 30
 """Bytes of latents and noise that are remembered where an image is seen under several prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Opening:
+class EngineOpener:
     """What opens engines for a pipeline.
 
     Attributes:
@@ -67,7 +67,7 @@ def checked(recipe: Recipe, model: Checkpoint, cache: Cache) -> LearnedPrompts |
     return learned
 
 
-def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: Opening) -> PromptBook:
+def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: EngineOpener) -> PromptBook:
     """Open a recipe's prompts.
 
     Raises:
@@ -81,7 +81,7 @@ def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: Opening)
     source = learned.image_tokens
     if source is None:
         raise ArtefactError(f"'{learned.path}' does not say where image tokens come from; learn it again")
-    conditional = Conditional(
+    conditional = ConditionalPrompts(
         _tokens(model, recipe, cache, source, opening), _heads(model, cache, learned, source, opening),
         _text(model, cache, learned, opening),
     )  # fmt: skip
@@ -89,7 +89,7 @@ def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: Opening)
 
 
 def _heads(
-    model: Checkpoint, cache: Cache, learned: LearnedPrompts, source: TokenSource, opening: Opening
+    model: Checkpoint, cache: Cache, learned: LearnedPrompts, source: TokenSource, opening: EngineOpener
 ) -> list[Engine]:
     from difftap.export.conditional import head_graph
 
@@ -102,7 +102,7 @@ def _heads(
     return heads
 
 
-def _text(model: Checkpoint, cache: Cache, learned: LearnedPrompts, opening: Opening) -> Engine | None:
+def _text(model: Checkpoint, cache: Cache, learned: LearnedPrompts, opening: EngineOpener) -> Engine | None:
     if not (model.folder / "text_encoder").is_dir():
         return None
     from difftap.export.conditional import text_graph
@@ -111,7 +111,7 @@ def _text(model: Checkpoint, cache: Cache, learned: LearnedPrompts, opening: Ope
 
 
 def _tokens(
-    model: Checkpoint, recipe: Recipe, cache: Cache, source: TokenSource, opening: Opening
+    model: Checkpoint, recipe: Recipe, cache: Cache, source: TokenSource, opening: EngineOpener
 ) -> Callable[[Image], NDArray[np.float32]]:
     """From an image to its tokens ``(N, C)``."""
     if source.kind == "dinov2":

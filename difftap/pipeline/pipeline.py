@@ -27,7 +27,7 @@ from difftap.errors import RecipeError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image
 from difftap.matching import combine
-from difftap.pipeline.conditioning import LATENTS_KEPT, Opening, open_book, small_engine
+from difftap.pipeline.conditioning import LATENTS_KEPT, EngineOpener, open_book, small_engine
 from difftap.pipeline.environment import RecipeEngines, Runtime
 from difftap.pipeline.fastest import open_environment
 from difftap.prompts import Prompt, PromptBook, Subject, wants_category
@@ -102,7 +102,7 @@ class Provider(ABC):
         return combine(maps, shares, self.recipe.upsample)
 
     def maps(self, images: Iterable[Image], category: str | None = None) -> Iterator[tuple[FeatureMap, ...]]:
-        """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.Joining`; as `extract`."""
+        """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.MatchRule`; as `extract`."""
         return map(_flat, self._each(images, category))
 
     def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
@@ -222,7 +222,7 @@ class Pipeline(Provider):
                 opened[key] = small_engine(graph, environment.device, environment.threads)
                 return opened[key]
 
-            opening = Opening(unet, small, encoder, latents)
+            opening = EngineOpener(unet, small, encoder, latents)
             book = open_book(model, recipe, environment.cache, opening)
             branches = []
             for branch, tokens in zip(recipe.branches, book.any(), strict=True):  # (T, D)

@@ -21,14 +21,14 @@ from difftap.prompts.choose import Prompt, Subject, choose_prompts, embed, wants
 from difftap.prompts.learned import LearnedPrompts
 from difftap.recipe import Recipe
 
-__all__ = ["Conditional", "PromptBook"]
+__all__ = ["ConditionalPrompts", "PromptBook"]
 
 TOKENS_KEPT = 1 << 30
 """Bytes of image tokens that are remembered."""
 _PROMPTS_KEPT = 64  # of pairs; each is read twice, once for each image
 
 
-class Conditional:
+class ConditionalPrompts:
     """Conditional prompts: what makes image tokens, and the networks that make a prompt of them.
 
     Args:
@@ -96,7 +96,7 @@ class PromptBook:
         recipe: Recipe,
         cache: Cache,
         learned: LearnedPrompts | None = None,
-        conditional: Conditional | None = None,
+        conditional: ConditionalPrompts | None = None,
     ) -> None:
         self._model = model
         self._recipe = recipe

@@ -30,14 +30,14 @@ from difftap.prototypes.cells import KeptCells, keep_cells
 from difftap.prototypes.prototype_table import PrototypeTable, load_provenance, save_stream
 from difftap.recipe import Recipe
 
-__all__ = ["Built", "Column", "build", "is_built", "narrowed", "recipe_column"]
+__all__ = ["BuildSummary", "TableSpec", "build", "is_built", "narrowed", "recipe_column"]
 
 _STEP = 16
 """Images of a step, at least: what a killed run may have to do again."""
 
 
 @dataclass(frozen=True)
-class Column:
+class TableSpec:
     """One table to build: which maps make its prototypes.
 
     Attributes:
@@ -60,7 +60,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildSummary:
     """What a run did.
 
     Attributes:
@@ -82,22 +82,22 @@ class Built:
     failures: tuple[tuple[str, str], ...] = ()
 
 
-def recipe_column(path: Path, recipe: Recipe) -> Column:
+def recipe_column(path: Path, recipe: Recipe) -> TableSpec:
     """Return the column that joins every tap of every branch of a recipe, in its order."""
     times = {branch.timestep for branch in recipe.branches}
     parts = tuple((k, tap) for k, branch in enumerate(recipe.branches) for tap in branch.taps)
     label = "+".join(tap if len(times) == 1 else f"{tap}@{recipe.branches[k].timestep}" for k, tap in parts)
-    return Column(path, recipe, label, times.pop() if len(times) == 1 else -1, parts)
+    return TableSpec(path, recipe, label, times.pop() if len(times) == 1 else -1, parts)
 
 
-def _identity(source: SceneSource, column: Column, rule: str) -> dict[str, Any]:
+def _identity(source: SceneSource, column: TableSpec, rule: str) -> dict[str, Any]:
     """Tell what must be the same for a table to be the one meant, whoever makes it."""
     keys = hashlib.sha256("\n".join(source.keys).encode()).hexdigest()[:16]
     data = {**source.about, "name": source.name, "scenes": len(source), "keys": keys}
     return {"feature_key": column.recipe.feature_key(), "taps": column.taps, "rule": rule, "data": data}
 
 
-def is_built(source: SceneSource, column: Column, rule: str, conditions: Mapping[str, Any]) -> bool:
+def is_built(source: SceneSource, column: TableSpec, rule: str, conditions: Mapping[str, Any]) -> bool:
     """Whether a column's table is there.
 
     Args:
@@ -135,13 +135,13 @@ def _made_by(conditions: Mapping[str, Any]) -> dict[str, Any]:
 def build(
     source: SceneSource,
     pipeline: Provider,
-    columns: Sequence[Column],
+    columns: Sequence[TableSpec],
     *,
     rule: str = "area",
     progress: Callable[[int], None] = lambda count: None,
     overwrite: bool = False,
     scratch: Path | None = None,
-) -> Built:
+) -> BuildSummary:
     """Build the tables of some columns in one pass over the scenes.
 
     Args:
@@ -182,7 +182,7 @@ def build(
     return built
 
 
-def _header(source: SceneSource, pipeline: Provider, columns: Sequence[Column], rule: str) -> dict[str, Any]:
+def _header(source: SceneSource, pipeline: Provider, columns: Sequence[TableSpec], rule: str) -> dict[str, Any]:
     step = -(-_STEP // pipeline.batch) * pipeline.batch  # whole batches
     conditions = {k: v for k, v in pipeline.conditions.items() if k not in ("recipe", "recipe_key")}
     return {
@@ -201,7 +201,7 @@ def _part(folder: Path, start: int, index: int) -> Path:
 def _step(
     source: SceneSource,
     pipeline: Provider,
-    columns: Sequence[Column],
+    columns: Sequence[TableSpec],
     rule: str,
     keys: Sequence[str],
     folder: Path,
@@ -254,7 +254,7 @@ def _wanted_scenes(source: SceneSource, keys: Sequence[str], record: dict[str, A
             record["empty"] += 1
 
 
-def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: str) -> Iterator[PrototypeTable]:
+def _tables(scene: Scene, features: Features, columns: Sequence[TableSpec], rule: str) -> Iterator[PrototypeTable]:
     """One table a column, of a scene's objects."""
     known: dict[tuple[int, int], KeptCells] = {}
     count, boxes = len(scene.objects), mask_boxes(scene.masks)
@@ -281,18 +281,18 @@ def _tables(scene: Scene, features: Features, columns: Sequence[Column], rule: s
 
 def _finish(
     folder: Path,
-    columns: Sequence[Column],
+    columns: Sequence[TableSpec],
     source: SceneSource,
     header: Mapping[str, Any],
     steps: Mapping[int, Mapping[str, Any]],
     resumed: int,
-) -> Built:
+) -> BuildSummary:
     """Join the steps' files into the tables."""
     records = sorted(steps.items())
     left_out: Counter[str] = Counter()
     for _, record in records:
         left_out.update(record["left_out"])
-    built = Built(
+    built = BuildSummary(
         rows=sum(record["rows"] for _, record in records),
         images=sum(record["images"] for _, record in records),
         empty=sum(record["empty"] for _, record in records),
@@ -321,7 +321,7 @@ def _reasons(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none annotated"
 
 
-def _provenance(column: Column, header: Mapping[str, Any], index: int, built: Built) -> dict[str, Any]:
+def _provenance(column: TableSpec, header: Mapping[str, Any], index: int, built: BuildSummary) -> dict[str, Any]:
     conditions = header["conditions"]
     return {
         **header["columns"][index],

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import output_errors
 from difftap.errors import InputError, require
 from difftap.retrieval.faiss_folder import FolderIndex, check_new, held_folder, write_index
-from difftap.retrieval.index import About, Origin, Rows, VectorBatch
+from difftap.retrieval.index import IndexInfo, Rows, VectorBatch, VectorOrigin
 from difftap.retrieval.kinds import (
     IndexMetric,
     IndexPlan,
@@ -28,16 +28,16 @@ from difftap.retrieval.kinds import (
     to_gpu,
     tune,
 )
-from difftap.retrieval.quality import Nearest, prepared_blocks, recall, without_self
+from difftap.retrieval.quality import NearestSoFar, prepared_blocks, recall, without_self
 
-__all__ = ["Filled", "Options", "build_folder", "fill", "held_out", "plan_for", "spool"]
+__all__ = ["BuiltIndex", "IndexOptions", "build_folder", "fill", "held_out", "plan_for", "spool"]
 
 NEIGHBOURS = 10
 _HELD_OUT = 256
 
 
 @dataclass(frozen=True)
-class Options:
+class IndexOptions:
     """What a user may say of an index to be built; see `IndexPlan`. ``kind`` may be ``auto``: chosen by size."""
 
     kind: str = "auto"
@@ -57,7 +57,7 @@ class Options:
         return asdict(self)
 
 
-def plan_for(options: Options, count: int, width: int) -> IndexPlan:
+def plan_for(options: IndexOptions, count: int, width: int) -> IndexPlan:
     """Plan an index of N vectors of D dimensions.
 
     Raises:
@@ -75,7 +75,7 @@ def plan_for(options: Options, count: int, width: int) -> IndexPlan:
 
 
 @dataclass(frozen=True)
-class Filled:
+class BuiltIndex:
     """A FAISS index with all its vectors.
 
     Attributes:
@@ -124,7 +124,7 @@ class Filled:
         }
 
 
-def fill(vectors: NDArray[Any], plan: IndexPlan) -> Filled:
+def fill(vectors: NDArray[Any], plan: IndexPlan) -> BuiltIndex:
     """Train an index, fill it in blocks, and search as far as the wanted recall takes.
 
     Args:
@@ -152,7 +152,7 @@ def fill(vectors: NDArray[Any], plan: IndexPlan) -> Filled:
     index = make(plan, count, width, sample)
     train = time.perf_counter() - start
     queries = plan.space.prepare(np.asarray(vectors[held])) if len(held) else np.zeros((0, width), np.float32)
-    nearest = Nearest(queries, plan.space, NEIGHBOURS + 1)
+    nearest = NearestSoFar(queries, plan.space, NEIGHBOURS + 1)
     target = to_gpu(index) if plan.gpu else index
     add = measure = 0.0
     for first, block in prepared_blocks(vectors, plan.space):
@@ -174,7 +174,7 @@ def fill(vectors: NDArray[Any], plan: IndexPlan) -> Filled:
 
         effort, share = tune(efforts(index), lambda one: set_effort(index, one), measured, plan.recall)
     measure += time.perf_counter() - start
-    return Filled(index, plan, effort, share, len(held), seen, {"train": train, "add": add, "measure": measure})
+    return BuiltIndex(index, plan, effort, share, len(held), seen, {"train": train, "add": add, "measure": measure})
 
 
 def held_out(count: int, seed: int) -> NDArray[np.int64]:
@@ -204,7 +204,12 @@ def spool(batches: Iterable[VectorBatch], path: Path) -> tuple[NDArray[np.float3
 
 
 def build_folder(
-    folder: Path, origin: Origin, batches: Iterable[VectorBatch], options: Options, *, overwrite: bool = False
+    folder: Path,
+    origin: VectorOrigin,
+    batches: Iterable[VectorBatch],
+    options: IndexOptions,
+    *,
+    overwrite: bool = False,
 ) -> FolderIndex:
     """Build an index in a folder and open it.
 
@@ -230,7 +235,7 @@ def build_folder(
             finally:
                 with contextlib.suppress(OSError):
                     path.unlink()
-            about = About(origin, options.metric, filled.plan.kind, width, count, filled.report())
+            about = IndexInfo(origin, options.metric, filled.plan.kind, width, count, filled.report())
             write_index(folder, about, filled.index, rows)
     except BaseException:
         if fresh and held:  # or it is another run's that came first

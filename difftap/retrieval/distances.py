@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from difftap.errors import BackendError, InputError, require
 
-__all__ = ["METRICS", "Centred", "blocks", "pairwise", "squared_correlations"]
+__all__ = ["METRICS", "PreparedVectors", "blocks", "pairwise", "squared_correlations"]
 
 
 _DOUBTFUL = 1e-4
@@ -45,7 +45,7 @@ _CACHED = 1 << 16  # numbers worked on at once, to stay in the processor's cache
 
 
 @dataclass(frozen=True)
-class Centred:
+class PreparedVectors:
     """Vectors made ready for the product: all that is needed to write a row of A.
 
     Attributes:
@@ -57,7 +57,7 @@ class Centred:
     means: NDArray[np.float64]
 
     @classmethod
-    def of(cls, vectors: NDArray[np.float64]) -> Centred:
+    def of(cls, vectors: NDArray[np.float64]) -> PreparedVectors:
         """Prepare ``(N, D)`` vectors of similar length; dCor knows no shift and no scale."""
         channels = vectors.shape[1]
         order = np.argsort(vectors, axis=1)
@@ -72,7 +72,7 @@ class Centred:
 
 
 def squared_correlations(
-    x: Centred, y: Centred | None, block_bytes: int, xp: Any = np, where: str = "cpu"
+    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, xp: Any = np, where: str = "cpu"
 ) -> NDArray[np.float64]:
     """Squared distance correlations ``(N, M)``, 0 where a vector is constant; ``y`` is None for ``x`` itself.
 
@@ -90,7 +90,7 @@ def squared_correlations(
 
 
 def _correlations(
-    x: Centred, y: Centred | None, block_bytes: int, dtype: type, xp: Any, where: str
+    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, dtype: type, xp: Any, where: str
 ) -> NDArray[np.float64]:
     products, ours, theirs = _products(x, y, block_bytes, dtype, xp, where)
     scale = np.sqrt(ours[:, None] * theirs)
@@ -99,7 +99,7 @@ def _correlations(
 
 
 def _products(
-    x: Centred, y: Centred | None, block_bytes: int, dtype: type, xp: Any, where: str
+    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, dtype: type, xp: Any, where: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Compute ``<A, B>`` of every pair ``(N, M)``, and the squared lengths ``(N,)`` and ``(M,)``."""
     count, channels = x.values.shape
@@ -133,7 +133,7 @@ def _strips(channels: int, width: int) -> Iterator[tuple[int, int]]:
 class _Side:
     """The rows' or the columns' vectors on their device, and room for a part of their long vectors."""
 
-    def __init__(self, centred: Centred, dtype: type, xp: Any, where: str) -> None:
+    def __init__(self, centred: PreparedVectors, dtype: type, xp: Any, where: str) -> None:
         self._xp = xp
         self.count = len(centred.values)
         self._values, self._means = (self._place(one.astype(dtype), where) for one in (centred.values, centred.means))
@@ -327,8 +327,8 @@ def _distances(
 ) -> NDArray[np.float64]:
     """One tile; ``right`` is None for the vectors of ``left`` among themselves."""
     if metric == "dcor":
-        theirs = None if right is None else Centred.of(right)
-        table = 1.0 - np.sqrt(squared_correlations(Centred.of(left), theirs, block_bytes // 3, xp, where))
+        theirs = None if right is None else PreparedVectors.of(right)
+        table = 1.0 - np.sqrt(squared_correlations(PreparedVectors.of(left), theirs, block_bytes // 3, xp, where))
     elif metric == "manhattan":
         table = _manhattan(left, left if right is None else right, xp, where)
     elif metric == "euclidean":

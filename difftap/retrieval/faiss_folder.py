@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import atomic_path, only_writer, output_errors
 from difftap.artifacts.manifest import FileRecord, Manifest
 from difftap.errors import ArtefactError, InputError, OutputError, first_line
-from difftap.retrieval.index import About, Index, Rows, VectorBatch
+from difftap.retrieval.index import Index, IndexInfo, Rows, VectorBatch
 from difftap.retrieval.kinds import load_faiss, set_effort, to_gpu
 
 __all__ = ["FolderIndex", "check_new", "held_folder", "write_index"]
@@ -31,7 +31,7 @@ _OURS = ("index-", "rows-", "vectors-", ".index", ".rows")  # how the names of o
 class FolderIndex(Index):
     """A FAISS index, open; see `Index`."""
 
-    def __init__(self, folder: Path, about: About, index: Any, rows_file: Path, gpu: bool) -> None:
+    def __init__(self, folder: Path, about: IndexInfo, index: Any, rows_file: Path, gpu: bool) -> None:
         self.where, self.about = str(folder), about
         self._folder, self._index, self._rows_file = folder, index, rows_file
         self._gpu = gpu
@@ -53,7 +53,7 @@ class FolderIndex(Index):
             raise InputError(f"no index at '{folder}'; make one with 'difftap index build'")
         manifest = Manifest.load(folder / _MANIFEST)
         manifest.check(folder, {})
-        about = About.from_dict(manifest.made_from, str(folder))
+        about = IndexInfo.from_dict(manifest.made_from, str(folder))
         names = {Path(name).suffix: folder / name for name in manifest.files}
         try:
             index = faiss.read_index(str(names[".faiss"]))
@@ -87,7 +87,7 @@ class FolderIndex(Index):
         After an error the open index is of no use; open it again.
         """
         with held_folder(self._folder):
-            current = About.from_dict(Manifest.load(self._folder / _MANIFEST).made_from, self.where)
+            current = IndexInfo.from_dict(Manifest.load(self._folder / _MANIFEST).made_from, self.where)
             if current.count != self.about.count:
                 raise InputError(f"index '{self.where}' was changed meanwhile; try again")
             parts = [self.rows()]
@@ -157,7 +157,7 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def write_index(folder: Path, about: About, index: Any, rows: Rows) -> Path:
+def write_index(folder: Path, about: IndexInfo, index: Any, rows: Rows) -> Path:
     """Write an index's files, then the manifest that makes them count; returns the rows' file.
 
     The caller holds the folder (`held_folder`).

@@ -18,7 +18,7 @@ from difftap.features.provider import precision_of, precisions_agree
 from difftap.recipe import Recipe
 from difftap.retrieval.kinds import IndexMetric
 
-__all__ = ["About", "Index", "Origin", "Rows", "VectorBatch", "is_milvus"]
+__all__ = ["Index", "IndexInfo", "Rows", "VectorBatch", "VectorOrigin", "is_milvus"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ def _arrow() -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Origin:
+class VectorOrigin:
     """What decides the vectors.
 
     Attributes:
@@ -154,7 +154,7 @@ class Origin:
     precision: str = "fp32"
     stored: str = ""
 
-    def check(self, other: Origin, what: str) -> None:
+    def check(self, other: VectorOrigin, what: str) -> None:
         """Make sure that other vectors are of the same kind.
 
         Args:
@@ -178,7 +178,7 @@ class Origin:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Origin:
+    def from_dict(cls, data: Mapping[str, Any]) -> VectorOrigin:
         """Read what `to_dict` gave.
 
         Raises:
@@ -187,7 +187,7 @@ class Origin:
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data or f.default is MISSING})
 
     @classmethod
-    def of_table(cls, provenance: Mapping[str, Any], taps: str, timestep: int, path: Path) -> Origin:
+    def of_table(cls, provenance: Mapping[str, Any], taps: str, timestep: int, path: Path) -> VectorOrigin:
         """Read the origin of a table of prototypes.
 
         Raises:
@@ -213,7 +213,7 @@ class Origin:
             ) from error
 
     @classmethod
-    def of_patches(cls, recipe: Recipe, conditions: Mapping[str, Any]) -> Origin:
+    def of_patches(cls, recipe: Recipe, conditions: Mapping[str, Any]) -> VectorOrigin:
         """Say the origin of cells of a recipe's joined map, made under a pipeline's conditions."""
         times = {branch.timestep for branch in recipe.branches}
         taps = [(tap, branch) for branch in recipe.branches for tap in branch.taps]
@@ -250,7 +250,7 @@ class VectorBatch:
 
 
 @dataclass(frozen=True)
-class About:
+class IndexInfo:
     """What an index says of itself.
 
     Attributes:
@@ -262,7 +262,7 @@ class About:
         report: how it was made and what was measured then: parameters, recall against exact, versions.
     """
 
-    origin: Origin
+    origin: VectorOrigin
     metric: str
     kind: str
     width: int
@@ -279,14 +279,14 @@ class About:
         return {**asdict(self), "report": dict(self.report)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str) -> About:
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> IndexInfo:
         """Read what `to_dict` gave.
 
         Raises:
             ArtefactError: it is none.
         """
         try:
-            origin = Origin.from_dict(data["origin"])
+            origin = VectorOrigin.from_dict(data["origin"])
             numbers = int(data["width"]), int(data["count"])
             return cls(origin, IndexMetric(data["metric"]).metric, str(data["kind"]), *numbers, dict(data["report"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -302,7 +302,7 @@ class Index(ABC):
     """
 
     where: str
-    about: About
+    about: IndexInfo
 
     @abstractmethod
     def find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -325,7 +325,7 @@ class Index(ABC):
         """Let go of what is open."""
 
     def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Scores (`About.space` says their direction) and rows ``(Q, k)``, nearest first.
+        """Scores (`IndexInfo.space` says their direction) and rows ``(Q, k)``, nearest first.
 
         ``k`` beyond the number of rows is cut to it; a row of -1 and a score of NaN stand where fewer were found.
 

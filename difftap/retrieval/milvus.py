@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError, OutputError, first_line, require
-from difftap.retrieval.builder import NEIGHBOURS, Options, held_out, plan_for, spool
-from difftap.retrieval.index import About, Index, Origin, Rows, VectorBatch
+from difftap.retrieval.builder import NEIGHBOURS, IndexOptions, held_out, plan_for, spool
+from difftap.retrieval.index import Index, IndexInfo, Rows, VectorBatch, VectorOrigin
 from difftap.retrieval.kinds import IndexPlan, code_bytes, list_count, steps, tune
 from difftap.retrieval.quality import exact_neighbours, recall, without_self
 
@@ -72,7 +72,7 @@ def _connect(where: str) -> Any:
 class MilvusIndex(Index):
     """An index in Milvus, open; see `Index`."""
 
-    def __init__(self, where: str, name: str, client: Any, about: About, vectors: str) -> None:
+    def __init__(self, where: str, name: str, client: Any, about: IndexInfo, vectors: str) -> None:
         self.where, self.about = where, about
         self._name, self._client, self._vectors = name, client, vectors
         self._effort: int | None = about.report.get("effort")
@@ -208,7 +208,7 @@ class MilvusIndex(Index):
             with _complaints(self.where):
                 self._client.insert(self._vectors, data)
 
-    def _commit(self, about: About) -> None:
+    def _commit(self, about: IndexInfo) -> None:
         """Make what was inserted count."""
         text = json.dumps({"about": about.to_dict(), "vectors": self._vectors}, sort_keys=True)
         if len(text.encode()) > _TEXT:
@@ -225,12 +225,12 @@ class MilvusIndex(Index):
             self._client.close()
 
 
-def _read_about(client: Any, name: str, where: str) -> tuple[About, str]:
+def _read_about(client: Any, name: str, where: str) -> tuple[IndexInfo, str]:
     try:
         client.load_collection(name)
         (row,) = client.query(name, ids=[0], output_fields=["about"])
         data = json.loads(row["about"])
-        return About.from_dict(data["about"], f"{name}' at '{where}"), str(data["vectors"])
+        return IndexInfo.from_dict(data["about"], f"{name}' at '{where}"), str(data["vectors"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"collection '{name}' at '{where}' is no index of difftap's ({error!r})") from error
 
@@ -273,9 +273,9 @@ def _make_collections(client: Any, name: str, vectors: str, plan: IndexPlan, cou
 
 def build_milvus(
     where: str,
-    origin: Origin,
+    origin: VectorOrigin,
     batches: Iterable[VectorBatch],
-    options: Options,
+    options: IndexOptions,
     *,
     overwrite: bool = False,
     name: str = "difftap",
@@ -327,7 +327,13 @@ def _old_vectors(client: Any, name: str, where: str) -> str | None:
 
 
 def _fill(
-    where: str, name: str, client: Any, origin: Origin, vectors: NDArray[np.float32], rows: Rows, options: Options
+    where: str,
+    name: str,
+    client: Any,
+    origin: VectorOrigin,
+    vectors: NDArray[np.float32],
+    rows: Rows,
+    options: IndexOptions,
 ) -> MilvusIndex:
     count, width = vectors.shape
     plan = replace(plan_for(options, count, width), refine=False)
@@ -336,7 +342,7 @@ def _fill(
         _make_collections(client, name, collection, plan, count, width)
         client.load_collection(collection)
     report: dict[str, Any] = {"parameters": {"seed": plan.seed, "recall": plan.recall}, "effort": None}
-    about = About(origin, options.metric, plan.kind, width, count, report)
+    about = IndexInfo(origin, options.metric, plan.kind, width, count, report)
     index = MilvusIndex(where, name, client, about, collection)
     for start in range(0, count, _PAGE):
         part = slice(start, start + _PAGE)

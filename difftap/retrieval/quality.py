@@ -19,7 +19,7 @@ from difftap.retrieval.distances import pairwise
 from difftap.retrieval.kinds import IndexMetric
 
 __all__ = [
-    "Nearest",
+    "NearestSoFar",
     "Quality",
     "QueryFigures",
     "exact_neighbours",
@@ -42,7 +42,7 @@ def prepared_blocks(vectors: NDArray[Any], space: IndexMetric) -> Iterator[tuple
         yield start, space.prepare(np.asarray(vectors[start : start + step]))
 
 
-class Nearest:
+class NearestSoFar:
     """The K nearest of all blocks seen so far, for Q prepared queries ``(Q, D)``."""
 
     def __init__(self, queries: NDArray[np.float32], space: IndexMetric, k: int) -> None:
@@ -88,7 +88,7 @@ def exact_neighbours(
     vectors: NDArray[Any], queries: NDArray[np.float32], space: IndexMetric, k: int
 ) -> NDArray[np.int64]:
     """Numbers ``(Q, K)`` of the nearest vectors to prepared queries, nearest first; every vector is looked at."""
-    nearest = Nearest(queries, space, k)
+    nearest = NearestSoFar(queries, space, k)
     for start, block in prepared_blocks(vectors, space):
         nearest.see(start, block)
     return nearest.rows

@@ -18,7 +18,7 @@ from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Provider
 from difftap.points import check_inside
 from difftap.recipe import ModelReference, Recipe
-from difftap.retrieval.index import Origin
+from difftap.retrieval.index import VectorOrigin
 from difftap.retrieval.vectors import table_batches, table_origin
 
 __all__ = ["Query", "embed", "image_query", "mask_query", "open_pipeline", "point_query", "row_query"]
@@ -83,7 +83,7 @@ def mask_query(image: Image, mask: Mask, path: Path) -> Query:
     return Query(image, mask, {"kind": "mask", "image": image.path, "mask": str(path)}, _name(image))
 
 
-def row_query(path: Path, number: int, origin: Origin) -> Query:
+def row_query(path: Path, number: int, origin: VectorOrigin) -> Query:
     """Ask with a row of a table of prototypes, counted from 0.
 
     Raises:
@@ -105,7 +105,7 @@ Weights = Callable[[ModelReference], ModelReference]
 
 
 def open_pipeline(
-    origin: Origin,
+    origin: VectorOrigin,
     runtime: Runtime,
     *,
     features: str | None = None,
@@ -134,7 +134,7 @@ def open_pipeline(
     return pipeline
 
 
-def _check_precision(precision: str, origin: Origin) -> None:
+def _check_precision(precision: str, origin: VectorOrigin) -> None:
     if not precisions_agree(precision, origin.precision):
         raise InputError(
             f"the index was made at {origin.precision}, and here features are made at {precision}, which differ by "
@@ -142,7 +142,7 @@ def _check_precision(precision: str, origin: Origin) -> None:
         )
 
 
-def embed(query: Query, origin: Origin, pipeline: Provider) -> NDArray[np.float32]:
+def embed(query: Query, origin: VectorOrigin, pipeline: Provider) -> NDArray[np.float32]:
     """Make the query's vector ``(D,)``: for prototypes as their builder makes them, for patches from the joined map."""
     from difftap.prototypes import prototypes
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from difftap.errors import InputError
 from difftap.images import is_picture
-from difftap.retrieval.builder import Options, build_folder
+from difftap.retrieval.builder import IndexOptions, build_folder
 from difftap.retrieval.faiss_folder import FolderIndex, check_new
-from difftap.retrieval.index import Index, Origin, Rows, VectorBatch, is_milvus
+from difftap.retrieval.index import Index, Rows, VectorBatch, VectorOrigin, is_milvus
 from difftap.retrieval.quality import Quality, judge, summarise, vote
 
 __all__ = ["SCHEMA", "build_index", "check_place", "describe", "evaluate", "open_index", "same_image", "search_record"]
@@ -53,9 +53,9 @@ def check_place(where: str, overwrite: bool) -> None:
 
 def build_index(
     where: str,
-    origin: Origin,
+    origin: VectorOrigin,
     batches: Iterable[VectorBatch],
-    options: Options,
+    options: IndexOptions,
     *,
     overwrite: bool = False,
     name: str = "difftap",

@@ -17,14 +17,14 @@ from difftap.errors import ImageError, InputError, NonFiniteError, first_line, r
 from difftap.featuremap import FeatureMap
 from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
 from difftap.pipeline.pipeline import Provider
-from difftap.retrieval.index import Origin, Rows, VectorBatch
+from difftap.retrieval.index import Rows, VectorBatch, VectorOrigin
 
 __all__ = ["AlreadyIndexed", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
 
 _ROWS = 4096
 
 
-def table_origin(path: Path) -> Origin:
+def table_origin(path: Path) -> VectorOrigin:
     """Where a table's prototypes come from.
 
     Raises:
@@ -38,10 +38,10 @@ def table_origin(path: Path) -> Origin:
     kinds = sorted({*zip(table.column("tap").to_pylist(), table.column("timestep").to_pylist(), strict=True)})
     if len(kinds) != 1:
         raise InputError(f"'{path}' holds prototypes of {len(kinds)} taps and timesteps; allowed: one, so split it")
-    return Origin.of_table(provenance, *kinds[0], path)
+    return VectorOrigin.of_table(provenance, *kinds[0], path)
 
 
-def open_tables(paths: Sequence[Path]) -> tuple[Origin, Iterator[VectorBatch]]:
+def open_tables(paths: Sequence[Path]) -> tuple[VectorOrigin, Iterator[VectorBatch]]:
     """Read the origin that some tables share, and all their prototypes.
 
     Raises:

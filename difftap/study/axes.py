@@ -12,7 +12,7 @@ from pathlib import Path
 
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.errors import RecipeError
-from difftap.prototypes import Column, narrowed
+from difftap.prototypes import TableSpec, narrowed
 from difftap.recipe import Branch, Recipe
 from difftap.taps import Tap
 
@@ -132,16 +132,16 @@ def union_recipe(recipe: Recipe, model: Checkpoint, cases: Sequence[Case]) -> Re
     return replace(recipe, branches=branches)
 
 
-def columns(recipe: Recipe, model: Checkpoint, cases: Sequence[Case], folder: Path) -> tuple[Column, ...]:
+def columns(recipe: Recipe, model: Checkpoint, cases: Sequence[Case], folder: Path) -> tuple[TableSpec, ...]:
     """List the tables that cases need, each once, read from the branches of `union_recipe`."""
     times = list(_by_timestep(model, cases))
-    made: dict[Path, Column] = {}
+    made: dict[Path, TableSpec] = {}
     for case in cases:
         path = folder / table_name(case.taps, case.timestep)
         branch = times.index(case.timestep)
         parts = tuple((branch, tap) for tap in case.taps)
         own = narrowed(recipe, case.taps, case.timestep)
-        made.setdefault(path, Column(path, own, "+".join(case.taps), case.timestep, parts))
+        made.setdefault(path, TableSpec(path, own, "+".join(case.taps), case.timestep, parts))
     return tuple(made.values())
 
 

@@ -23,7 +23,7 @@ from difftap.datasets.keypoints import Sample
 from difftap.engine import Cache, Engine, Graph, Profile, get_backend, model_key
 from difftap.engine.noise import network_feeds, scales
 from difftap.errors import ModelError, RecipeError, require
-from difftap.features.shelf import View
+from difftap.features.keeper import View
 from difftap.images import Image
 from difftap.machine import available_cores
 from difftap.pipeline.environment import check_fits, open_cache
@@ -31,17 +31,17 @@ from difftap.prompts import encode_prompt
 from difftap.prompts.learned import PROMPT_FILE, LearnedPrompts, fits_of, save_learned
 from difftap.prompts.tokens import TokenSource, dino_input, own_grid, own_tokens
 from difftap.recipe import Recipe
-from difftap.tuning.learner import Key, Learner, key_of
+from difftap.tuning.learner import Learner, PromptKey, key_of
 from difftap.tuning.loop import ProcessGroup, open_processes
 from difftap.tuning.settings import OWN_TOKENS, TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 
 if TYPE_CHECKING:
     from difftap.tuning.learner import Learner
-    from difftap.tuning.loop import Loop, Progress, Watcher
-    from difftap.tuning.posteriors import ImageStore, Known
+    from difftap.tuning.loop import Progress, ProgressCallbacks, TrainingLoop
+    from difftap.tuning.posteriors import ImagePosterior, ImageStore
 
-__all__ = ["Tuned", "class_keys", "save_course", "save_plot", "tensors_of", "tune"]
+__all__ = ["TuneResult", "class_keys", "save_course", "save_plot", "tensors_of", "tune"]
 
 
 CLASS_PAIRS = 200
@@ -49,12 +49,12 @@ CLASS_PAIRS = 200
 """Training pairs of a class whose conditional prompts are averaged for the ``class`` mode."""
 
 
-def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> list[list[Key]]:
+def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> list[list[PromptKey]]:
     """Find the keys whose prompts a file's rows are the mean of: one row, or one a class."""
     if kind == "single":
-        return [[Key()]]
+        return [[PromptKey()]]
     if kind == "class":
-        return [[Key(name)] for name in classes]
+        return [[PromptKey(name)] for name in classes]
     rows = []
     for name in classes:
         own = [key_of(sample, kind) for sample in samples if sample.category == name]
@@ -64,7 +64,7 @@ def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> 
 
 
 def tensors_of(
-    learner: Learner, rows: Sequence[Sequence[Key]], tokens: Callable[[View], NDArray[np.float32]]
+    learner: Learner, rows: Sequence[Sequence[PromptKey]], tokens: Callable[[View], NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
     """Give a branch's tensors as a prompt file holds them; means are taken before the text encoder."""
     import torch
@@ -137,7 +137,7 @@ _LOG = logging.getLogger("difftap")
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuneResult:
     """What a training gave.
 
     Attributes:
@@ -178,8 +178,8 @@ def tune(
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
-    watcher: Watcher | None = None,
-) -> Tuned:
+    watcher: ProgressCallbacks | None = None,
+) -> TuneResult:
     """Learn a recipe's prompts into ``folder``; goes on with a run that was stopped there.
 
     Raises:
@@ -273,14 +273,14 @@ def _threads(count: int) -> Iterator[None]:
 class _Run:
     """The steps from parts to files."""
 
-    def __init__(self, job: _Job, watcher: Watcher | None) -> None:
+    def __init__(self, job: _Job, watcher: ProgressCallbacks | None) -> None:
         self.job = job
         self.watcher = watcher
 
-    def run(self) -> Tuned:
+    def run(self) -> TuneResult:
         from difftap.tuning.learner import Learner, open_space
-        from difftap.tuning.loop import Loop
-        from difftap.tuning.passes import Passes
+        from difftap.tuning.loop import TrainingLoop
+        from difftap.tuning.passes import TappedUNet
 
         job = self.job
         source = self._token_source()
@@ -303,12 +303,12 @@ class _Run:
                 )
                 for k in group
             ]  # fmt: skip
-            passes = Passes(
+            passes = TappedUNet(
                 job.model, recipe, steps, job.device, precision=job.settings.precision,
                 checkpointing=job.settings.checkpointing, unet=unet,
             )  # fmt: skip
             unet = passes.unet
-            loop = Loop(recipe, job.settings, job.pairs, made, passes, store, empty, job.processes, job.device)
+            loop = TrainingLoop(recipe, job.settings, job.pairs, made, passes, store, empty, job.processes, job.device)
             watcher = self._watching(loop, group, courses)
             loop.run(job.folder / "training" / f"state.{number}.safetensors", self._identity(source, group), watcher)
             loop.take_best()
@@ -324,19 +324,21 @@ class _Run:
             from difftap.prompts.learned import load_learned
 
             prompts = load_learned(job.folder)
-        return Tuned(prompts, scores, store.made)
+        return TuneResult(prompts, scores, store.made)
 
-    def _watching(self, loop: Loop, group: Sequence[int], before: Sequence[dict[str, Any]]) -> Watcher:
+    def _watching(
+        self, loop: TrainingLoop, group: Sequence[int], before: Sequence[dict[str, Any]]
+    ) -> ProgressCallbacks:
         """Call the caller's watcher, and keep the course saved after each epoch."""
-        from difftap.tuning.loop import Watcher
+        from difftap.tuning.loop import ProgressCallbacks
 
-        watcher = self.watcher or Watcher()
+        watcher = self.watcher or ProgressCallbacks()
 
         def epoch(progress: Progress, row: dict[str, float]) -> None:
             self._save_course([*before, _course(loop, group)])
             watcher.epoch(progress, row)
 
-        return Watcher(watcher.step, epoch)
+        return ProgressCallbacks(watcher.step, epoch)
 
     def _save_course(self, courses: Sequence[dict[str, Any]]) -> None:
         from difftap.tuning.learn import save_course, save_plot
@@ -398,12 +400,12 @@ class _Run:
             return torch_backend.open(Graph(job.model, component, taps), profile, job.device, job.threads)
 
         vae = engine("vae", (), Profile(job.recipe.size))
-        tokens: Callable[[Image, Known], NDArray[np.float32]] | None = None
+        tokens: Callable[[Image, ImagePosterior], NDArray[np.float32]] | None = None
         if source is not None and source.kind == "own":
             empty = encode_prompt(job.model, "", job.cache)
             unet = engine("unet", (source.tap,), Profile(job.recipe.size, 1, len(empty)))
 
-            def tokens(_image: Image, known: Known) -> NDArray[np.float32]:
+            def tokens(_image: Image, known: ImagePosterior) -> NDArray[np.float32]:
                 return own_tokens(_own_map(job, unet, source, known, empty), source.grid)
 
         elif source is not None:
@@ -411,13 +413,13 @@ class _Run:
 
             network = numpy_tokens(image_network(dino_folder(source.network)), job.device)
 
-            def tokens(image: Image, _known: Known) -> NDArray[np.float32]:
+            def tokens(image: Image, _known: ImagePosterior) -> NDArray[np.float32]:
                 return network(dino_input(image, source.side))
 
         name = f"images.{job.processes.rank}" if job.processes.size > 1 else "images"
-        return ImageStore(job.recipe, vae, tokens, job.folder / "training" / name, job.pairs.makers)
+        return ImageStore(job.recipe, vae, tokens, job.folder / "training" / name, job.pairs.generators)
 
-    def _scores(self, loop: Loop, group: Sequence[int]) -> dict[str, Any]:
+    def _scores(self, loop: TrainingLoop, group: Sequence[int]) -> dict[str, Any]:
         at = loop.progress
         best = next((row for row in at.history if row["epoch"] == at.best), {})
         return {
@@ -477,7 +479,7 @@ class _Run:
         return prompts
 
 
-def _course(loop: Loop, group: Sequence[int]) -> dict[str, Any]:
+def _course(loop: TrainingLoop, group: Sequence[int]) -> dict[str, Any]:
     at = loop.progress
     return {
         "branches": list(group),
@@ -490,7 +492,7 @@ def _course(loop: Loop, group: Sequence[int]) -> dict[str, Any]:
 
 
 def _own_map(
-    job: _Job, unet: Engine, source: TokenSource, known: Known, empty: NDArray[np.float32]
+    job: _Job, unet: Engine, source: TokenSource, known: ImagePosterior, empty: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Compute the map ``(C, h, w)`` that an image's own tokens are made of."""
     posterior = {"mean": known.mean[None], "std": known.std[None]}

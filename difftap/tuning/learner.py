@@ -13,14 +13,14 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.datasets.keypoints import Sample
 from difftap.engine import Cache
 from difftap.errors import InputError, ModelError, first_line, require
-from difftap.features.shelf import View
+from difftap.features.keeper import View
 from difftap.prompts import encode_prompt
 from difftap.tuning.settings import TuneSettings
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Key", "Learner", "PromptSpace", "key_of", "load_text_encoder", "open_space", "views_of"]
+__all__ = ["Learner", "PromptKey", "PromptSpace", "key_of", "load_text_encoder", "open_space", "views_of"]
 
 
 TABLE_TOKENS = 24
@@ -153,7 +153,7 @@ def _ends(model: Checkpoint) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Key:
+class PromptKey:
     """What a prompt depends on: a class, a pair of views, or nothing."""
 
     category: str = ""
@@ -165,11 +165,11 @@ def views_of(sample: Sample) -> tuple[View, View]:
     return View(sample.source), View(sample.target, sample.mirrored)
 
 
-def key_of(sample: Sample, kind: str) -> Key:
+def key_of(sample: Sample, kind: str) -> PromptKey:
     """Which prompt a pair gets."""
     if kind == "single":
-        return Key()
-    return Key(sample.category) if kind == "class" else Key(pair=views_of(sample))
+        return PromptKey()
+    return PromptKey(sample.category) if kind == "class" else PromptKey(pair=views_of(sample))
 
 
 class Learner:
@@ -227,7 +227,7 @@ class Learner:
             for name, value in self.head.named_parameters()
         ]
 
-    def sequences(self, keys: Sequence[Key], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
+    def sequences(self, keys: Sequence[PromptKey], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
         """Build the sequences of these keys, ``(B, L, W)``; ``tokens`` gives an image's, ``(N, C)``."""
         import torch
 
@@ -240,6 +240,6 @@ class Learner:
         found: torch.Tensor = self.head(*ends)
         return found
 
-    def prompts(self, keys: Sequence[Key], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
+    def prompts(self, keys: Sequence[PromptKey], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
         """Compute what the UNet reads for these keys, ``(B, L, D)``."""
         return self.space.encode(self.sequences(keys, tokens))

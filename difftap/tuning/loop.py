@@ -26,12 +26,12 @@ from difftap.bench.scoring import measure
 from difftap.coords import CornerGeometry, Geometry
 from difftap.datasets.keypoints import Sample
 from difftap.errors import InputError, NonFiniteError, OutputError, require
-from difftap.features.shelf import View
+from difftap.features.keeper import View
 from difftap.matching import Matches
 from difftap.recipe import Recipe
-from difftap.tuning.learner import Key, Learner, key_of, views_of
+from difftap.tuning.learner import Learner, PromptKey, key_of, views_of
 from difftap.tuning.loss import fused_cosines, gaussian_cross_entropy
-from difftap.tuning.passes import Passes
+from difftap.tuning.passes import TappedUNet
 from difftap.tuning.posteriors import ImageStore
 from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ALPHAS",
     "CELLS_AT_ONCE",
-    "Loop",
     "ProcessGroup",
     "Progress",
-    "Watcher",
+    "ProgressCallbacks",
+    "TrainingLoop",
     "load_state",
     "open_processes",
     "save_state",
@@ -202,14 +202,14 @@ _MAPS = 1 << 30  # bytes of maps kept while validating
 
 
 @dataclass(frozen=True)
-class Watcher:
+class ProgressCallbacks:
     """Who is told of a training's progress: of each step (done, of, seconds left), and of each epoch (its row)."""
 
     step: Callable[[int, int, float], None] = lambda done, of, left: None
     epoch: Callable[[Progress, dict[str, float]], None] = lambda progress, row: None
 
 
-class Loop:
+class TrainingLoop:
     """One training: one prompt for each branch of a recipe, learned together.
 
     Args:
@@ -230,7 +230,7 @@ class Loop:
         settings: TuneSettings,
         pairs: TrainingPairs,
         learners: Sequence[Learner],
-        passes: Passes,
+        passes: TappedUNet,
         store: ImageStore,
         empty: NDArray[np.float32],
         processes: ProcessGroup,
@@ -267,7 +267,7 @@ class Loop:
         whole = self.steps * self._settings.epochs
         return min(whole, self._settings.steps) if self._settings.steps else whole
 
-    def run(self, state: Path, identity: dict[str, Any], watcher: Watcher) -> None:
+    def run(self, state: Path, identity: dict[str, Any], watcher: ProgressCallbacks) -> None:
         """Learn, from the state on disk if there is one, to the end; `best` then holds the best epoch's values.
 
         Raises:
@@ -320,7 +320,7 @@ class Loop:
     def _finished(self) -> bool:
         return self.progress.epoch >= self._settings.epochs or (self._at_limit() and self.progress.step == 0)
 
-    def _end_epoch(self, watcher: Watcher) -> None:
+    def _end_epoch(self, watcher: ProgressCallbacks) -> None:
         at = self.progress
         began = time.monotonic()
         row = {"epoch": at.epoch + 1.0, "loss": at.total / max(1, at.pairs), **self.validate(self._learners)}
@@ -384,7 +384,7 @@ class Loop:
         protocol, dataset = PROTOCOLS["sd4match"], str(self._pairs.about["name"])
         # Never touched, so the oldest maps leave. Which images share a batch decides the last digits of their maps, and
         # earlier results were made in this order.
-        kept: MemoryCache[tuple[View, Key], list[torch.Tensor]] = MemoryCache(
+        kept: MemoryCache[tuple[View, PromptKey], list[torch.Tensor]] = MemoryCache(
             _MAPS, lambda maps: sum(one.nbytes for one in maps)
         )
         sums = torch.zeros(len(ALPHAS) + 1, dtype=torch.float64)
@@ -406,11 +406,11 @@ class Loop:
         self,
         samples: Sequence[Sample],
         learners: Sequence[Learner] | None,
-        kept: MemoryCache[tuple[View, Key], list[torch.Tensor]] | None = None,
-    ) -> dict[tuple[View, Key], list[torch.Tensor]]:
+        kept: MemoryCache[tuple[View, PromptKey], list[torch.Tensor]] | None = None,
+    ) -> dict[tuple[View, PromptKey], list[torch.Tensor]]:
         """Compute the maps of all images of these pairs under their prompts, branch by branch; equal ones once."""
         kind = self._settings.kind if learners is not None else "single"
-        wanted: dict[tuple[View, Key], None] = {}
+        wanted: dict[tuple[View, PromptKey], None] = {}
         for sample in samples:
             for view, size in zip(views_of(sample), (sample.source_size, sample.target_size), strict=True):
                 self._sizes[view] = size
@@ -426,8 +426,8 @@ class Loop:
         return found
 
     def _run(
-        self, wanted: Sequence[tuple[View, Key]], learners: Sequence[Learner] | None
-    ) -> dict[tuple[View, Key], list[torch.Tensor]]:
+        self, wanted: Sequence[tuple[View, PromptKey]], learners: Sequence[Learner] | None
+    ) -> dict[tuple[View, PromptKey], list[torch.Tensor]]:
         import torch
 
         known = [self._store.get(view, self._sizes[view]) for view, _ in wanted]
@@ -449,7 +449,7 @@ class Loop:
         return dict(zip(wanted, found, strict=True))
 
     def _scores(
-        self, sample: Sample, maps: dict[tuple[View, Key], list[torch.Tensor]], empty: bool = False
+        self, sample: Sample, maps: dict[tuple[View, PromptKey], list[torch.Tensor]], empty: bool = False
     ) -> tuple[torch.Tensor, Geometry, Geometry]:
         """Scores ``(N, h, w)`` of a pair's source keypoints, and both geometries."""
         key = key_of(sample, "single" if empty else self._settings.kind)

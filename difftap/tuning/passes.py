@@ -14,15 +14,15 @@ import numpy as np
 from difftap.backbones.sd_unet import SDUNet
 from difftap.engine.noise import latent_feeds
 from difftap.recipe import Recipe
-from difftap.tuning.posteriors import Known
+from difftap.tuning.posteriors import ImagePosterior
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Passes"]
+__all__ = ["TappedUNet"]
 
 
-class Passes:
+class TappedUNet:
     """A model's UNet, frozen, tapped for each branch of a recipe.
 
     Args:
@@ -68,7 +68,7 @@ class Passes:
             whole = all("." not in path.removeprefix("mid_block").split("blocks.")[-1] for _, path in taps)
             self._nets.append(NoisyModule(model, self.unet, taps, stop_early=whole or not checkpointing).eval())
 
-    def run(self, branch: int, images: Sequence[Known], prompts: torch.Tensor) -> list[list[torch.Tensor]]:
+    def run(self, branch: int, images: Sequence[ImagePosterior], prompts: torch.Tensor) -> list[list[torch.Tensor]]:
         """Each image's maps ``(C, h, w)``, one a tap of the branch, in fp32; ``prompts`` is ``(B, T, D)``."""
         import torch
 

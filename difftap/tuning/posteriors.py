@@ -23,18 +23,18 @@ from difftap.coords import Geometry, Size
 from difftap.engine import Engine
 from difftap.engine.featurizer import encode, lay
 from difftap.errors import ImageError
-from difftap.features.shelf import View, load_view
+from difftap.features.keeper import View, load_view
 from difftap.images import Image
 from difftap.recipe import Recipe
 
-__all__ = ["ImageStore", "Known"]
+__all__ = ["ImagePosterior", "ImageStore"]
 
 _LOG = logging.getLogger("difftap")
 _NAMES = ("mean", "std", "posterior_noise", "noise", "tokens", "size")
 
 
 @dataclass(frozen=True)
-class Known:
+class ImagePosterior:
     """What is known of one image.
 
     Attributes:
@@ -67,7 +67,7 @@ class ImageStore:
         vae: the VAE encoder's engine.
         tokens: from an image and what is known of it so far to its tokens; None where none are needed.
         folder: where files are kept; made if it is not there.
-        makers: images that have to be written first.
+        generators: images that have to be written first.
         budget: bytes kept in memory.
     """
 
@@ -75,22 +75,22 @@ class ImageStore:
         self,
         recipe: Recipe,
         vae: Engine,
-        tokens: Callable[[Image, Known], NDArray[np.float32]] | None,
+        tokens: Callable[[Image, ImagePosterior], NDArray[np.float32]] | None,
         folder: Path,
-        makers: Mapping[Path, Callable[[], None]],
+        generators: Mapping[Path, Callable[[], None]],
         budget: int = 1 << 30,
     ) -> None:
         self._recipe = recipe
         self._vae = vae
         self._tokens = tokens
         self._folder = folder
-        self._makers = makers
-        self._kept: MemoryCache[View, Known] = MemoryCache(budget, lambda one: one.nbytes)
+        self._makers = generators
+        self._kept: MemoryCache[View, ImagePosterior] = MemoryCache(budget, lambda one: one.nbytes)
         self.made = 0
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, view: View, size: Size) -> Known:
+    def get(self, view: View, size: Size) -> ImagePosterior:
         """Say what is known of a view.
 
         Args:
@@ -115,13 +115,13 @@ class ImageStore:
             )
         return known
 
-    def _read(self, path: Path) -> Known | None:
+    def _read(self, path: Path) -> ImagePosterior | None:
         if not path.is_file():
             return None
         try:
             with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
                 mean, std, first, second, tokens, size = (data[name] for name in _NAMES)
-            return Known(mean, std, first, second, tokens, self._geometry((int(size[0]), int(size[1]))))
+            return ImagePosterior(mean, std, first, second, tokens, self._geometry((int(size[0]), int(size[1]))))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             _LOG.warning("'%s' is damaged (%s) and is made again", path, error)
             return None
@@ -130,7 +130,7 @@ class ImageStore:
         lay = Geometry.stretch if self._recipe.fit == "stretch" else Geometry.letterbox
         return lay(size, self._recipe.size)
 
-    def _make(self, view: View, path: Path) -> Known:
+    def _make(self, view: View, path: Path) -> ImagePosterior:
         if view.path in self._makers and not view.path.exists():
             self._makers[view.path]()
         image = load_view(view)
@@ -138,7 +138,7 @@ class ImageStore:
         encoded = encode(self._recipe, self._vae, lay(self._recipe, [image]), 1)
         mean, std = (np.asarray(encoded.given[name])[0] for name in ("mean", "std"))
         draws = np.zeros((2, 1, *mean.shape), np.float32) if encoded.noises is None else encoded.noises[:, 0]
-        known = Known(mean, std, draws[0], draws[1], np.zeros((0, 0), np.float32), encoded.geometries[0])
+        known = ImagePosterior(mean, std, draws[0], draws[1], np.zeros((0, 0), np.float32), encoded.geometries[0])
         if self._tokens is not None:
             known = replace(known, tokens=self._tokens(image, known))
         self.made += 1

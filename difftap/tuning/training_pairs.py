@@ -24,13 +24,13 @@ class TrainingPairs:
         train: pairs the gradient is taken of.
         val: pairs that share no image with them, or the data set's own validation pairs.
         about: which pairs these are: part of the prompt's provenance.
-        makers: images that have to be made first: file -> what writes it.
+        generators: images that have to be made first: file -> what writes it.
     """
 
     train: Sequence[Sample]
     val: Sequence[Sample]
     about: Mapping[str, Any]
-    makers: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)
+    generators: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,18 +68,18 @@ def load_training_pairs(
     """
     splits = set(loader(name).SPLITS)
     options = dict(options or {})
-    makers: dict[Path, Callable[[], None]] = {}
+    generators: dict[Path, Callable[[], None]] = {}
     parts = []
     if {"trn", "val"} <= splits:
         how = "its own lists trn and val"
         for split in ("trn", "val"):
             data = load(name, root, split=split, allow_missing=allow_missing, cache=made, **options)
-            makers |= data.makers
+            generators |= data.generators
             parts.append(list(data.samples))
     else:
         how = "parts by image, train/val/test " + "/".join(f"{share:g}" for share in SHARES)
         data = load(name, root, allow_missing=allow_missing, cache=made, **options)
-        makers |= data.makers
+        generators |= data.generators
         parts = [take_part(data.samples, part, root, made) for part in ("train", "val")]
     train, val = parts
     about: dict[str, Any] = {"name": name, "how": how}
@@ -89,7 +89,7 @@ def load_training_pairs(
     about |= {**options, "train_pairs": len(train), "val_pairs": len(val), "pairs_sha256": _digest([*train, *val])}
     if not val:
         raise InputError(f"no validation pair of '{name}' is of a class with training pairs; give more data")
-    return TrainingPairs(train, val, about, makers)
+    return TrainingPairs(train, val, about, generators)
 
 
 def _spread(samples: list[Sample], count: int | None) -> list[Sample]:

@@ -36,7 +36,7 @@ def test_rows():
         assert row.recipe.model.name == "folder/sd21"
         assert {branch.prompt for branch in row.recipe.branches} == {PROMPT}
         assert row.recipe.size == (768, 768)
-        assert row.joining.combine == row.recipe.combine
+        assert row.rule.combine == row.recipe.combine
     assert rows[1].recipe.matcher.interpolation == "bicubic"
     assert [branch.timestep for branch in rows[2].recipe.branches] == [261, 50]
     assert [row.recipe.combine for row in stand_in_rows()] == ["concat", "concat", "score-sum"]
@@ -92,7 +92,7 @@ def test_learned_rows():
     assert tuple(rows) == LEARNED
     for name, row in rows.items():
         assert row.recipe == dataclasses.replace(load_recipe(name), model="folder/sd21")
-        assert row.joining.reading == ("corners" if name.startswith("sd4match") else "centres")
+        assert row.rule.reading == ("corners" if name.startswith("sd4match") else "centres")
         assert row.recipe.learned.kind == name.rsplit("-", 1)[1]
     names = [row.name for row in learned_rows(size=64)]
     assert names == [f"{base}-{kind}" for base in ("pocket", "pocket-dual") for kind in ("single", "class", "cpm")]

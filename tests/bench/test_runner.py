@@ -16,12 +16,12 @@ from difftap.bench.scoring import Resampling, score
 from difftap.coords import Geometry
 from difftap.errors import ArtefactError, ImageError, InputError, OutputError
 from difftap.featuremap import FeatureMap
-from difftap.features.shelf import Made, MapShelf, View, load_view
+from difftap.features.keeper import ImageMaps, MapKeeper, View, load_view
 from difftap.images import load_image
-from difftap.matching.joining import Joining, Ready
+from difftap.matching.rule import MatchRule, PreparedImage
 from difftap.recipe import Learned, Matcher
 from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, prompt_file, samples
-from tests.matching.test_joining import loop_sd4match
+from tests.matching.test_rule import loop_sd4match
 
 DATASET = {"name": "spair", "split": "test"}
 
@@ -31,9 +31,9 @@ def _forget():
     FakePipeline.opened.clear()
 
 
-def run(pairs, output, recipe=None, opener=FakePipeline, joining=None, **more):
+def run(pairs, output, recipe=None, opener=FakePipeline, rule=None, **more):
     recipe = recipe or fake_recipe()
-    return predict(pairs, recipe, output, opener, dataset=DATASET, joining=joining or Joining.of(recipe), **more)
+    return predict(pairs, recipe, output, opener, dataset=DATASET, rule=rule or MatchRule.of(recipe), **more)
 
 
 def results(file):
@@ -167,10 +167,10 @@ def test_an_image_that_cannot_be_made_is_a_failed_pair(tmp_path):
         target.parent.mkdir()
         shutil.copy(pairs[0].source, target)
 
-    done = run([made, pairs[1]], tmp_path / "p.jsonl", makers={target: make})
+    done = run([made, pairs[1]], tmp_path / "p.jsonl", generators={target: make})
     assert done.failed == 1
     assert "is damaged" in load_predictions(tmp_path / "p.jsonl").pairs[0].error
-    assert run([made, pairs[1]], tmp_path / "p.jsonl", makers={target: make}).failed == 0
+    assert run([made, pairs[1]], tmp_path / "p.jsonl", generators={target: make}).failed == 0
     assert len(calls) == 2
 
 
@@ -276,7 +276,7 @@ def test_fused_recipes_run_and_match_the_joined_ones(tmp_path):
         return FakePipeline(filled, ((12, 6), (8, 12)))
 
     for combine in ("concat", "score-sum", "score-product"):
-        run(pairs, tmp_path / f"{combine}.jsonl", recipe, opener, Joining.of(recipe, combine))
+        run(pairs, tmp_path / f"{combine}.jsonl", recipe, opener, MatchRule.of(recipe, combine))
     joined, fused, product = (
         load_predictions(tmp_path / f"{c}.jsonl") for c in ("concat", "score-sum", "score-product")
     )
@@ -315,7 +315,7 @@ def test_subset(tmp_path):
     assert [p.name for p in subset(pairs, 3, 2)] == ["000", "002", "005"]
 
 
-class Weighing(Ready):
+class Weighing(PreparedImage):
     """Stands for norms that take a lot of memory."""
 
     nbytes = 1000
@@ -323,20 +323,20 @@ class Weighing(Ready):
 
 def test_what_was_made_ready_counts_against_the_budget(tmp_path):
     views = [View(tmp_path / name) for name in "abcd"]
-    shelf, made = shelf_over(tmp_path, [*views, *views], 4 * 128 + 500)
+    keeper, made = keeper_over(tmp_path, [*views, *views], 4 * 128 + 500)
     for first, second in (views[:2], views[2:], views[:2]):
-        shelf.ready(first), shelf.ready(second)
-        shelf.done(first, second)
-        assert sum(shelf.holds(view) for view in views) <= 2
+        keeper.prepared(first), keeper.prepared(second)
+        keeper.done(first, second)
+        assert sum(keeper.holds(view) for view in views) <= 2
     assert len(made) == 4
-    roomy, _ = shelf_over(tmp_path, [*views, *views], 4 * 128 + 4000)
+    roomy, _ = keeper_over(tmp_path, [*views, *views], 4 * 128 + 4000)
     for view in views:
-        roomy.ready(view)
+        roomy.prepared(view)
     roomy.done(*views)
     assert all(map(roomy.holds, views))
 
 
-def shelf_over(tmp_path, order, budget, faults=()):
+def keeper_over(tmp_path, order, budget, faults=()):
     made = []
 
     def make(views):
@@ -345,53 +345,53 @@ def shelf_over(tmp_path, order, budget, faults=()):
             if view in faults:
                 yield ImageError(f"no {view.path}")
             else:
-                yield Made(
+                yield ImageMaps(
                     (FeatureMap(np.full((2, 4, 4), len(made), np.float32), Geometry.stretch((4, 4), (8, 8))),), (4, 4)
                 )
 
-    return MapShelf(make, lambda maps: Weighing(maps, Joining(Matcher("nn"))), order, budget, tmp_path), made
+    return MapKeeper(make, lambda maps: Weighing(maps, MatchRule(Matcher("nn"))), order, budget, tmp_path), made
 
 
 def test_shelf_evicts_what_is_needed_last(tmp_path):
     a, b, c, d = (View(tmp_path / name) for name in "abcd")
     order = [a, b, a, c, a, d, b, a]
-    shelf, made = shelf_over(tmp_path, order, 3 * 128)
+    keeper, made = keeper_over(tmp_path, order, 3 * 128)
     for first, second in ((a, b), (a, c)):
-        shelf.get(first), shelf.get(second)
-        shelf.done(first, second)
-    assert not shelf.holds(c)  # no use left
-    shelf.get(a), shelf.get(d)
-    assert shelf.holds(b)
-    shelf.done(a, d)
-    shelf.get(b), shelf.get(a)
+        keeper.get(first), keeper.get(second)
+        keeper.done(first, second)
+    assert not keeper.holds(c)  # no use left
+    keeper.get(a), keeper.get(d)
+    assert keeper.holds(b)
+    keeper.done(a, d)
+    keeper.get(b), keeper.get(a)
     assert made == [a, b, c, d]
-    shelf.done(b, a)
-    assert not shelf.holds(a)
-    assert not shelf.holds(b)
+    keeper.done(b, a)
+    assert not keeper.holds(a)
+    assert not keeper.holds(b)
     assert not list(tmp_path.glob("*.npy"))
 
 
 def test_shelf_spills_and_reads_back(tmp_path):
     views = [View(tmp_path / str(k)) for k in range(4)]
     order = [*views, *views]
-    shelf, made = shelf_over(tmp_path, order, 1)
+    keeper, made = keeper_over(tmp_path, order, 1)
     values = {}
     for first, second in (order[i : i + 2] for i in range(0, 8, 2)):
         for view in (first, second):
-            value = float(shelf.get(view).maps[0].data[0, 0, 0])
+            value = float(keeper.get(view).maps[0].data[0, 0, 0])
             assert values.setdefault(view, value) == value
-        assert sum(shelf.holds(view) for view in views) <= 2
-        shelf.done(first, second)
+        assert sum(keeper.holds(view) for view in views) <= 2
+        keeper.done(first, second)
     assert len(made) == 4
     assert not list(tmp_path.glob("*.npy"))
 
 
 def test_shelf_remembers_faults(tmp_path):
     a, b = View(tmp_path / "a"), View(tmp_path / "b")
-    shelf, made = shelf_over(tmp_path, [a, b, a, b], 1 << 20, faults=(a,))
+    keeper, made = keeper_over(tmp_path, [a, b, a, b], 1 << 20, faults=(a,))
     for _ in range(2):
         with pytest.raises(ImageError, match="no "):
-            shelf.get(a)
+            keeper.get(a)
     assert made == [a]
 
 
@@ -440,7 +440,7 @@ def test_features_are_kept_with_their_provenance(tmp_path):
         assert note["backend"]["name"] == "fake"
     # Another joining and matcher, the same features: nothing is extracted again.
     other = dataclasses.replace(recipe, matcher=Matcher("nn"))
-    run(pairs, tmp_path / "b.jsonl", other, opener, Joining.of(other, "score-sum"), features=kept)
+    run(pairs, tmp_path / "b.jsonl", other, opener, MatchRule.of(other, "score-sum"), features=kept)
     assert extracted() == whole
     run(pairs, tmp_path / "c.jsonl", recipe, opener, features=kept)
     assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
@@ -494,7 +494,7 @@ def test_pck_per_pair_against_sd4matchs_loop_on_the_same_maps(tmp_path, matcher)
     outside = pairs[0].target_points + np.array([300.0, 0.0])
     pairs[0] = dataclasses.replace(pairs[0], target_points=outside)
     recipe = fake_recipe(matcher=matcher, size=(768, 768))
-    run(pairs, tmp_path / "p.jsonl", recipe, joining=Joining.of(recipe, reading="corners"), confidence=False)
+    run(pairs, tmp_path / "p.jsonl", recipe, rule=MatchRule.of(recipe, reading="corners"), confidence=False)
     alphas = (0.05, 0.1, 0.15, 0.5)  # random maps are seldom right: the last one makes sure that some are
     data = score(load_predictions(tmp_path / "p.jsonl"), get_protocols(["sd4match"]), Resampling(alphas=alphas))[
         "pairs"

@@ -22,7 +22,7 @@ from difftap.bench.throughput import (
     save_throughput,
     to_json,
 )
-from difftap.bench.worker_child import Ours
+from difftap.bench.worker_child import TimedPipeline
 from difftap.bench.workers import Worker, call_timing, stage_medians
 from difftap.engine import featurizer as extractor
 from difftap.errors import BackendError, ImageError, InputError, OutputError
@@ -157,7 +157,7 @@ def test_what_is_timed_as_an_engine_call_and_what_is_not(monkeypatch, tmp_path):
             inner = slow(engine._bound_run, pauses[engine.graph.component])
             monkeypatch.setattr(engine, "_bound_run", inner)
         kept = extractor.draw_noise
-        ours = Ours(pipeline)
+        ours = TimedPipeline(pipeline)
         _, maps, stages = ours.call(paths)
         ours.close()
         assert extractor.draw_noise is kept

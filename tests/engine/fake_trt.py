@@ -248,7 +248,7 @@ class Context:
 
 
 class HostMemory:
-    """`difftap.engine.trt.engine.Memory` with the host's memory for the GPU's, and calls for a captured graph."""
+    """`difftap.engine.trt.engine.GpuMemory` with the host's memory for the GPU's, and calls for a captured graph."""
 
     stream = 7
 

@@ -17,7 +17,7 @@ from difftap.errors import BackendError, NonFiniteError, OutputError, PairsError
 from difftap.featuremap import FeatureMap
 from difftap.features.pairs import Pair, load_pairs, run_pairs
 from difftap.images import load_image
-from difftap.matching import Joining
+from difftap.matching import MatchRule
 from difftap.matching.matches import Threshold
 from difftap.points import check_inside, grid_points
 from difftap.recipe import Branch, Recipe
@@ -30,14 +30,14 @@ class FakePipeline:
     """Pixels as features; counts what it is asked for."""
 
     recipe = Recipe((Branch(("up1",), 1),), size=(48, 40), ensemble=1)
-    prompts = SimpleNamespace(depends_on="nothing")
+    prompts = SimpleNamespace(knows=lambda name: True)
 
     def __init__(self, seed=0):
         self.conditions = {"difftap": "test", "seed": seed}
         self.seen = Counter()
         self.batches = []
 
-    def features(self, images):
+    def features(self, images, prompts=None):
         images = list(images)
         self.batches.append(len(images))
         for image in images:
@@ -50,9 +50,6 @@ class FakePipeline:
             features = FeatureMap(np.ascontiguousarray(data), Geometry.stretch(image.size, (48, 40)))
             yield Features(image.digest, ({"up1": features},))
 
-    def maps(self, images, category=None):
-        return (tuple(one for taps in each.branches for one in taps.values()) for each in self.features(images))
-
 
 def find(source, target, given):
     points = (
@@ -61,7 +58,7 @@ def find(source, target, given):
     return source.match(target, points)
 
 
-JOINING = Joining.of(FakePipeline.recipe)
+RULE = MatchRule.of(FakePipeline.recipe)
 
 
 @pytest.fixture
@@ -76,7 +73,7 @@ def every_pair(folder):
 
 
 def run(folder, pairs, name="out.jsonl", pipeline=None, **options):
-    options = {"joining": JOINING, "settings": {"grid": 2}, "threshold": Threshold(), **options}
+    options = {"rule": RULE, "settings": {"grid": 2}, "threshold": Threshold(), **options}
     return run_pairs(pipeline or FakePipeline(), pairs, folder / name, find, **options)
 
 
@@ -303,7 +300,7 @@ def test_a_finished_list_still_counts_its_failures(folder):
 def test_the_current_folder_is_no_output(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(OutputError, match="a folder stands there"):
-        run_pairs(FakePipeline(), every_pair(folder), Path(), find, joining=JOINING, settings={}, threshold=Threshold())
+        run_pairs(FakePipeline(), every_pair(folder), Path(), find, rule=RULE, settings={}, threshold=Threshold())
 
 
 def test_a_fault_of_the_machine_ends_the_run_and_blames_no_pair(folder):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from difftap.coords import Geometry
 from difftap.errors import InputError
 from difftap.featuremap import FeatureMap
-from difftap.matching import Joining, heat_map, match_points
+from difftap.matching import MatchRule, heat_map, match_points
 from difftap.matching.confidence import RADIUS_CELLS
 from difftap.matching.dense import TIE, DenseTarget
 from difftap.matching.descriptors import describe
@@ -306,8 +306,8 @@ def test_answer_does_not_depend_on_companions():
     source, target = (feature_map(rng.standard_normal((8, 7, 7)), (60, 60)) for _ in range(2))
     points = rng.uniform(0, 59, (300, 2))  # more than one block
     together = match_points(source, target, points, Matcher("dense"))
-    joining = Joining(Matcher("dense"))
-    first, second = joining.ready([source]), joining.ready([target])
+    rule = MatchRule(Matcher("dense"))
+    first, second = rule.prepare([source]), rule.prepare([target])
     for k in (0, 255, 256, 299):
         alone = first.match(second, points[k : k + 1])
         assert alone.target.tolist() == together.target[k : k + 1].tolist()
@@ -327,7 +327,7 @@ def test_no_full_size_map_is_made():
 
 def test_images_must_be_made_ready_alike():
     target = feature_map(np.ones((2, 3, 3)), (9, 9))
-    ready = [Joining(Matcher("dense", interpolation)).ready([target]) for interpolation in INTERPOLATIONS]
+    ready = [MatchRule(Matcher("dense", interpolation)).prepare([target]) for interpolation in INTERPOLATIONS]
     with pytest.raises(InputError, match="made ready differently"):
         ready[0].match(ready[1], [[1, 1]])
 

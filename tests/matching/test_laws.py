@@ -6,7 +6,7 @@ import pytest
 from difftap.coords import Geometry
 from difftap.errors import InputError
 from difftap.featuremap import FeatureMap
-from difftap.matching import Joining, match_points, nearest_cell
+from difftap.matching import MatchRule, match_points, nearest_cell
 from difftap.recipe import COMBINES, Branch, Matcher, Recipe
 
 torch = pytest.importorskip("torch")
@@ -53,8 +53,8 @@ def test_dense_and_heat_equal_the_slow_way(shapes, law, upsample, interpolation)
     weights = (3.0, 1.0, 2.0)[: len(shapes)]
     shares = np.array(weights) / sum(weights)
     source, target = maps(1, shapes), maps(2, shapes)
-    joining = Joining(Matcher("dense", interpolation), weights, upsample, law)
-    first, second = (joining.ready(joining.kept(each)) for each in (source, target))
+    rule = MatchRule(Matcher("dense", interpolation), weights, upsample, law)
+    first, second = (rule.prepare(rule.fuse(each)) for each in (source, target))
     points = np.array([[0, 0], [39, 29], [17, 4]])
     found = first.match(second, points)
     for k, point in enumerate(points):
@@ -70,15 +70,15 @@ def test_nan_in_one_of_several_maps_is_refused(law):
     good, bad = maps(0, [(3, 4, 4), (2, 2, 2)]), maps(1, [(3, 4, 4), (2, 2, 2)])
     bad[1].data[0, 1, 1] = np.nan
     for name in ("dense", "nn"):
-        joining = Joining(Matcher(name), (1.0, 1.0), combine=law)
-        ready = [joining.ready(joining.kept(each)) for each in (good, bad)]
+        rule = MatchRule(Matcher(name), (1.0, 1.0), combine=law)
+        ready = [rule.prepare(rule.fuse(each)) for each in (good, bad)]
         with pytest.raises(InputError, match="NaN or infinity"):
             ready[0].match(ready[1], [[1, 1]])
 
 
 def test_a_branch_s_weight_is_divided_by_its_taps():
     recipe = Recipe((Branch(("up1", "up2", "mid"), 5, weight=3.0), Branch(("mid",), 7, weight=0.5)))
-    assert Joining.of(recipe).shares == (1.0, 1.0, 1.0, 0.5)
+    assert MatchRule.of(recipe).shares == (1.0, 1.0, 1.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_score_of_a_list_by_hand(law, score):
 
     source = [one(1.0, 0.0), one(1.0, 0.0)]
     target = [one(8.0, 6.0), one(0.2, 0.96**0.5)]
-    joining = Joining(Matcher("nn"), (3.0, 1.0), combine=law)
-    first, second = (joining.ready(joining.kept(each)) for each in (source, target))
+    rule = MatchRule(Matcher("nn"), (3.0, 1.0), combine=law)
+    first, second = (rule.prepare(rule.fuse(each)) for each in (source, target))
     assert first.match(second, [[3, 3]]).score[0] == pytest.approx(score, abs=1e-6)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from difftap.prototypes import PrototypeTable
 from difftap.recipe import load_recipe
-from difftap.retrieval.index import Origin, Rows, VectorBatch
+from difftap.retrieval.index import Rows, VectorBatch, VectorOrigin
 
 RECIPE = load_recipe("pocket-semantics")
 
@@ -20,7 +20,7 @@ def origin(**changes):
         "join": "",
         "recipe": RECIPE.to_dict(),
     }
-    return Origin(**{**data, **changes})
+    return VectorOrigin(**{**data, **changes})
 
 
 def objects(count, width=16, seed=0, classes=4, per_image=3):

@@ -14,7 +14,7 @@ from difftap.errors import ArtefactError, InputError, MissingExtraError, OutputE
 from difftap.retrieval import builder as build
 from difftap.retrieval import faiss_folder as folder
 from difftap.retrieval import retrieve
-from difftap.retrieval.builder import Options, build_folder, plan_for
+from difftap.retrieval.builder import IndexOptions, build_folder, plan_for
 from difftap.retrieval.distances import pairwise
 from difftap.retrieval.faiss_folder import FolderIndex
 from difftap.retrieval.kinds import INDEXED, IndexMetric, choose_kind, efforts
@@ -27,7 +27,7 @@ pytest.importorskip("pyarrow")
 @pytest.fixture
 def made(tmp_path):
     vectors, rows = objects(200)
-    with build_folder(tmp_path / "ix", origin(), batches(vectors, rows), Options()) as index:
+    with build_folder(tmp_path / "ix", origin(), batches(vectors, rows), IndexOptions()) as index:
         yield index, vectors, rows
 
 
@@ -39,7 +39,7 @@ def ranked(vectors, queries, metric, k):
 def test_flat_is_exact(tmp_path, metric):
     vectors, rows = objects(120)
     queries = objects(9, seed=1)[0]
-    index = build_folder(tmp_path / "ix", origin(), batches(vectors, rows), Options("flat", metric))
+    index = build_folder(tmp_path / "ix", origin(), batches(vectors, rows), IndexOptions("flat", metric))
     scores, found = index.search(queries, 7)
     np.testing.assert_array_equal(found, ranked(vectors, queries, metric, 7))
     distances = np.take_along_axis(pairwise(queries, vectors, metric=metric), found, axis=1)
@@ -52,12 +52,12 @@ def test_flat_is_exact(tmp_path, metric):
 @pytest.mark.parametrize(
     "options",
     [
-        Options("ivf", recall=0.9),
-        Options("ivf", "euclidean", recall=1.0),
-        Options("ivf", lists=5),
-        Options("hnsw", "cosine"),
-        Options("ivf-pq", codes=8, refine=True),
-        Options("ivf-pq", "euclidean", codes=4, recall=0.5),
+        IndexOptions("ivf", recall=0.9),
+        IndexOptions("ivf", "euclidean", recall=1.0),
+        IndexOptions("ivf", lists=5),
+        IndexOptions("hnsw", "cosine"),
+        IndexOptions("ivf-pq", codes=8, refine=True),
+        IndexOptions("ivf-pq", "euclidean", codes=4, recall=0.5),
     ],
 )
 def test_stated_recall_is_what_a_search_finds(tmp_path, options):
@@ -84,7 +84,7 @@ def test_the_kind_goes_by_size():
     assert choose_kind(100_000, 1280, space) == "ivf"
     assert choose_kind(1_000_000, 1280, space) == "ivf-pq"
     assert choose_kind(1_000_000, 1280, IndexMetric("manhattan")) == "flat"
-    plan = plan_for(Options(), 1_000_000, 1280)
+    plan = plan_for(IndexOptions(), 1_000_000, 1280)
     assert (plan.kind, plan.refine) == ("ivf-pq", True)
 
 
@@ -240,15 +240,18 @@ def test_an_index_that_says_nothing_of_itself(made, tmp_path):
 def test_building_where_something_stands(made, tmp_path):
     vectors, rows = objects(20)
     with pytest.raises(OutputError, match="holds an index already"):
-        build_folder(tmp_path / "ix", origin(), batches(vectors, rows), Options())
-    assert build_folder(tmp_path / "ix", origin(), batches(vectors, rows), Options(), overwrite=True).about.count == 20
+        build_folder(tmp_path / "ix", origin(), batches(vectors, rows), IndexOptions())
+    assert (
+        build_folder(tmp_path / "ix", origin(), batches(vectors, rows), IndexOptions(), overwrite=True).about.count
+        == 20
+    )
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"it holds 'ix'"):
-        build_folder(tmp_path, origin(), batches(vectors, rows), Options(), overwrite=True)
+        build_folder(tmp_path, origin(), batches(vectors, rows), IndexOptions(), overwrite=True)
     with pytest.raises(OutputError, match="a file stands there"):
-        build_folder(tmp_path / "notes.txt", origin(), batches(vectors, rows), Options())
+        build_folder(tmp_path / "notes.txt", origin(), batches(vectors, rows), IndexOptions())
     with pytest.raises(OutputError, match="its folder does not exist"):
-        build_folder(tmp_path / "no" / "ix", origin(), batches(vectors, rows), Options())
+        build_folder(tmp_path / "no" / "ix", origin(), batches(vectors, rows), IndexOptions())
 
 
 def test_what_a_killed_build_left_is_removed_and_what_is_not_ours_stays(tmp_path):
@@ -256,7 +259,7 @@ def test_what_a_killed_build_left_is_removed_and_what_is_not_ours_stays(tmp_path
     (tmp_path / "ix").mkdir()
     for name in (".lock", "vectors-0a.tmp", "index-0a.faiss", ".rows-0a.parquet.7.ab.part"):
         (tmp_path / "ix" / name).write_text("half")
-    index = build_folder(tmp_path / "ix", origin(), batches(vectors, rows), Options())
+    index = build_folder(tmp_path / "ix", origin(), batches(vectors, rows), IndexOptions())
     assert len(list((tmp_path / "ix").iterdir())) == 3
     (tmp_path / "ix" / "notes.txt").write_text("mine")
     index.add(batches(vectors, rows))
@@ -265,7 +268,7 @@ def test_what_a_killed_build_left_is_removed_and_what_is_not_ours_stays(tmp_path
 
 def test_nothing_to_index(tmp_path):
     with pytest.raises(InputError, match="nothing to index"):
-        build_folder(tmp_path / "ix", origin(), [], Options())
+        build_folder(tmp_path / "ix", origin(), [], IndexOptions())
     assert not (tmp_path / "ix").exists()
     with pytest.raises(InputError, match="no index at"):
         FolderIndex.open(tmp_path / "ix")
@@ -286,20 +289,20 @@ def test_nothing_to_index(tmp_path):
 )
 def test_options_that_cannot_be(options, words):
     with pytest.raises(InputError, match=words):
-        Options(**options)
+        IndexOptions(**options)
 
 
 def test_options_that_do_not_fit_the_vectors(tmp_path):
     few = objects(60)
     for options, words in (
-        (Options("ivf-pq"), "256 or more"),
-        (Options("ivf", lists=100), "cannot make 100 lists"),
+        (IndexOptions("ivf-pq"), "256 or more"),
+        (IndexOptions("ivf", lists=100), "cannot make 100 lists"),
     ):
         with pytest.raises(InputError, match=words):
             build_folder(tmp_path / "ix", origin(), batches(*few), options)
         assert not (tmp_path / "ix").exists()
     with pytest.raises(InputError, match="a divisor of the width 16"):
-        build_folder(tmp_path / "ix", origin(), batches(*objects(400)), Options("ivf-pq", codes=5))
+        build_folder(tmp_path / "ix", origin(), batches(*objects(400)), IndexOptions("ivf-pq", codes=5))
 
 
 def test_queries_that_do_not_fit(made):
@@ -320,7 +323,7 @@ def test_a_missing_package_is_named_before_anything_is_done(tmp_path, monkeypatc
         yield
 
     with pytest.raises(MissingExtraError, match=r"pip install 'difftap\[index\]'"):
-        build_folder(tmp_path / "ix", origin(), nothing_yet(), Options())
+        build_folder(tmp_path / "ix", origin(), nothing_yet(), IndexOptions())
     assert not (tmp_path / "ix").exists()
 
 

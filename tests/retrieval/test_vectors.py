@@ -11,7 +11,7 @@ from difftap.featuremap import FeatureMap
 from difftap.images import Image, load_image
 from difftap.prototypes import PrototypeTable, prototypes
 from difftap.recipe import Branch, Recipe
-from difftap.retrieval.index import Origin, Rows
+from difftap.retrieval.index import Rows, VectorOrigin
 from difftap.retrieval.kinds import faiss_clash
 from difftap.retrieval.queries import embed, image_query, mask_query, point_query, row_query
 from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches, table_batches
@@ -181,31 +181,31 @@ def test_a_row_of_a_table(tmp_path):
 
 def test_the_origin_of_patches_is_all_that_changes_them():
     one = Recipe((Branch(("up1",), 100),), size=(64, 64))
-    key = Origin.of_patches(one, MADE)
+    key = VectorOrigin.of_patches(one, MADE)
     assert key.join == ""
     two = Recipe((Branch(("up1",), 100), Branch(("up2",), 50, weight=2.0)), size=(64, 64))
-    assert Origin.of_patches(two, MADE).taps == "up1@100+up2@50"
+    assert VectorOrigin.of_patches(two, MADE).taps == "up1@100+up2@50"
     other = Recipe((Branch(("up1",), 100), Branch(("up2",), 50, weight=1.0)), size=(64, 64))
     with pytest.raises(InputError, match="join 'bicubic 1:1', the index's 'bicubic 1:2'"):
-        Origin.of_patches(two, MADE).check(Origin.of_patches(other, MADE), "it")
+        VectorOrigin.of_patches(two, MADE).check(VectorOrigin.of_patches(other, MADE), "it")
     with pytest.raises(InputError, match="feature key"):
-        key.check(Origin.of_patches(Recipe((Branch(("up1",), 101),), size=(64, 64)), MADE), "it")
+        key.check(VectorOrigin.of_patches(Recipe((Branch(("up1",), 101),), size=(64, 64)), MADE), "it")
 
 
 def test_precisions_that_differ_by_more_than_rounding_are_refused():
     recipe = Recipe((Branch(("up1",), 100),), size=(64, 64))
 
     def at(precision, **store):
-        return Origin.of_patches(recipe, {**MADE, "backend": {"precision": precision}, **store})
+        return VectorOrigin.of_patches(recipe, {**MADE, "backend": {"precision": precision}, **store})
 
     at("fp32").check(at("fp16"), "it")
     with pytest.raises(InputError, match="precision 'int8', the index's 'fp16'"):
         at("fp16").check(at("int8"), "it")
     stored = at("fp32", store={"encoding": {"dtype": "int8", "pca": None}, "backend": {"precision": "int8"}})
     assert (stored.precision, stored.stored) == ("int8", "dtype int8")
-    assert Origin.from_dict(stored.to_dict()) == stored
+    assert VectorOrigin.from_dict(stored.to_dict()) == stored
     old = {k: v for k, v in at("fp32").to_dict().items() if k not in ("precision", "stored")}
-    assert Origin.from_dict(old) == at("fp32")
+    assert VectorOrigin.from_dict(old) == at("fp32")
 
 
 def test_an_image_given_as_an_array():

@@ -9,7 +9,7 @@ import pytest
 from difftap.coords import Geometry
 from difftap.engine import Cache
 from difftap.recipe import ModelReference, load_recipe
-from difftap.tuning.posteriors import Known
+from difftap.tuning.posteriors import ImagePosterior
 from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 from tests.bench.pck_cases import samples
@@ -27,7 +27,7 @@ class Given:
             rng.standard_normal((4, self._side, self._side)).astype(np.float32) for _ in range(4)
         )
         geometry = Geometry.stretch(tuple(size), (8 * self._side, 8 * self._side))
-        return Known(mean, abs(std), first[None], second[None], np.zeros((0, 0), np.float32), geometry)
+        return ImagePosterior(mean, abs(std), first[None], second[None], np.zeros((0, 0), np.float32), geometry)
 
 
 @pytest.mark.slow
@@ -37,8 +37,8 @@ def test_one_step_at_full_size_fits_into_24_gigabytes(tmp_path):
     from difftap.backbones.find import open_model
     from difftap.prompts import encode_prompt
     from difftap.tuning.learner import Learner, open_space
-    from difftap.tuning.loop import Loop, ProcessGroup
-    from difftap.tuning.passes import Passes
+    from difftap.tuning.loop import ProcessGroup, TrainingLoop
+    from difftap.tuning.passes import TappedUNet
 
     torch.set_num_threads(2)
     cache = Cache(tmp_path) if "DIFFTAP_FULL_SIZE_CACHE" not in os.environ else Cache(_path("DIFFTAP_FULL_SIZE_CACHE"))
@@ -48,9 +48,9 @@ def test_one_step_at_full_size_fits_into_24_gigabytes(tmp_path):
     pairs = TrainingPairs([pair], [pair], {"name": "spair"})
     space = open_space(model, cache, "cpu")
     learner = Learner(settings, space, (), (0, 0), 0, "cpu")
-    passes = Passes(model, recipe, (261,), "cpu", checkpointing=True)
+    passes = TappedUNet(model, recipe, (261,), "cpu", checkpointing=True)
     empty = encode_prompt(model, "", cache)
-    loop = Loop(recipe, settings, pairs, [learner], passes, Given(96), empty, ProcessGroup(), "cpu")
+    loop = TrainingLoop(recipe, settings, pairs, [learner], passes, Given(96), empty, ProcessGroup(), "cpu")
     before = learner.rows.detach().clone()
     loss = loop._step([pair])
     assert np.isfinite(loss)

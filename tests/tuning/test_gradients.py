@@ -6,7 +6,7 @@ import pytest
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Geometry
 from difftap.engine import Cache
-from difftap.tuning.posteriors import Known
+from difftap.tuning.posteriors import ImagePosterior
 from tests.tuning.conftest import SIZE, recipe
 
 torch = pytest.importorskip("torch")
@@ -14,14 +14,14 @@ torch = pytest.importorskip("torch")
 from difftap.engine.torch_prompts import ConditionalHead, pool_table  # noqa: E402
 from difftap.tuning.learner import open_space  # noqa: E402
 from difftap.tuning.loss import cosines, fused_cosines, gaussian_cross_entropy  # noqa: E402
-from difftap.tuning.passes import Passes  # noqa: E402
+from difftap.tuning.passes import TappedUNet  # noqa: E402
 
 
 def known(seed):
     rng = np.random.default_rng(seed)
     mean, std, first, second = (rng.standard_normal((4, 16, 16)).astype(np.float32) for _ in range(4))
     empty = np.zeros((0, 0), np.float32)
-    return Known(mean, abs(std), first[None], second[None], empty, Geometry.stretch((40, 30), SIZE))
+    return ImagePosterior(mean, abs(std), first[None], second[None], empty, Geometry.stretch((40, 30), SIZE))
 
 
 def matching_loss(passes, images, prompts, branches=1):
@@ -38,7 +38,7 @@ def matching_loss(passes, images, prompts, branches=1):
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_a_prompts_gradient(mini, branches):
-    passes = Passes(Checkpoint.load(mini), recipe(mini, branches), (20, 40)[:branches], "cpu")
+    passes = TappedUNet(Checkpoint.load(mini), recipe(mini, branches), (20, 40)[:branches], "cpu")
     passes.unet.double()
     images = [known(1), known(2)]
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def test_recomputing_layers_changes_no_gradient(mini, tap):
     one = dataclasses.replace(one, branches=(dataclasses.replace(one.branches[0], taps=(tap,)),))
     found = []
     for checkpointing in (False, True):
-        passes = Passes(Checkpoint.load(mini), one, (20,), "cpu", checkpointing=checkpointing)
+        passes = TappedUNet(Checkpoint.load(mini), one, (20,), "cpu", checkpointing=checkpointing)
         prompts = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
         matching_loss(passes, [known(1), known(2)], prompts).backward()
         found.append(prompts.grad)
@@ -74,7 +74,7 @@ def test_recomputing_layers_changes_no_gradient(mini, tap):
 def test_half_precision_follows_full_precision(mini):
     found = []
     for precision in ("fp32", "bf16"):
-        passes = Passes(Checkpoint.load(mini), recipe(mini), (20,), "cpu", precision=precision)
+        passes = TappedUNet(Checkpoint.load(mini), recipe(mini), (20,), "cpu", precision=precision)
         prompts = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
         loss = matching_loss(passes, [known(1), known(2)], prompts)
         loss.backward()

@@ -22,7 +22,7 @@ from tests.tuning.conftest import learn, recipe
 torch = pytest.importorskip("torch")
 
 from difftap.tuning.learner import views_of  # noqa: E402
-from difftap.tuning.loop import Watcher  # noqa: E402
+from difftap.tuning.loop import ProgressCallbacks  # noqa: E402
 
 
 class Stopped(Exception):
@@ -34,7 +34,7 @@ def stop_after(steps):
         if done == steps:
             raise Stopped
 
-    return Watcher(step)
+    return ProgressCallbacks(step)
 
 
 def content(folder):
@@ -44,7 +44,7 @@ def content(folder):
 @pytest.mark.parametrize("kind", ["single", "class", "cpm"])
 def test_a_training_of_each_kind(mini, pairs, cache, tmp_path, kind):
     rows = []
-    told = Watcher(epoch=lambda progress, row: rows.append((dict(progress.empty), row)))
+    told = ProgressCallbacks(epoch=lambda progress, row: rows.append((dict(progress.empty), row)))
     tuned = learn(mini, pairs, tmp_path / "out", kind, cache=cache, watcher=told, rate=0.1, linear_rate=0.1)
     found = load_learned(tmp_path / "out")
     assert found.sha256 == tuned.prompts.sha256
@@ -88,7 +88,14 @@ def test_a_stopped_run_goes_on_to_the_same_file(mini, pairs, cache, tmp_path, mo
 def test_a_longer_run_extends_a_shorter_one(mini, pairs, cache, tmp_path):
     learn(mini, pairs, tmp_path / "short", cache=cache)
     done = []
-    learn(mini, pairs, tmp_path / "short", cache=cache, epochs=3, watcher=Watcher(lambda a, b, c: done.append(a)))
+    learn(
+        mini,
+        pairs,
+        tmp_path / "short",
+        cache=cache,
+        epochs=3,
+        watcher=ProgressCallbacks(lambda a, b, c: done.append(a)),
+    )
     learn(mini, pairs, tmp_path / "long", cache=cache, epochs=3)
     assert done == [5, 6]
     assert content(tmp_path / "short") == content(tmp_path / "long")

@@ -67,11 +67,11 @@ def index(
 
     from difftap.artifacts.files import write_atomic
     from difftap.bench.indexing import IndexCase, format_table, run, to_json
-    from difftap.retrieval.builder import Options
+    from difftap.retrieval.builder import IndexOptions
 
     case = IndexCase(vectors, width, queries, half, seed)
     some = "ivf-pq" if "ivf-pq" in kinds else "ivf" if lists else "flat"
-    options = Options(some, metric, lists, codes, refine and some == "ivf-pq", recall, 0, gpu)
+    options = IndexOptions(some, metric, lists, codes, refine and some == "ivf-pq", recall, 0, gpu)
     with tempfile.TemporaryDirectory(prefix="difftap-") as scratch:
         result = run(
             case,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from difftap.bench.scoring import Resampling
     from difftap.bench.session import Selection
     from difftap.features.provider import StoreProvider
-    from difftap.matching import Joining
+    from difftap.matching import MatchRule
     from difftap.pipeline.environment import Runtime
     from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
@@ -161,7 +161,7 @@ def pck(
     from difftap.bench.protocols import get_protocols
     from difftap.bench.report import format_results
     from difftap.bench.session import check_run, make_folder, write_results
-    from difftap.matching import Joining
+    from difftap.matching import MatchRule
 
     chosen = get_protocols(protocols)  # a wrong name is said before anything slow starts
     folder = make_folder(output)
@@ -171,8 +171,8 @@ def pck(
         for line in check_run(selection, folder, recipe if was_given(*RECIPE_NAMES) else None, told):
             click.echo(line, err=True)
     else:
-        joining = Joining.of(recipe, combine, reading)
-        job = _Job(selection, folder, recipe, runtime, joining, confidence, memory << 20, features, overwrite)
+        rule = MatchRule.of(recipe, combine, reading)
+        job = _Job(selection, folder, recipe, runtime, rule, confidence, memory << 20, features, overwrite)
         _predict(job)
     results = write_results(folder, chosen, settings, show_published=published, plots=plots, gallery=gallery)
     for line in format_results(results, show_published=published):
@@ -190,7 +190,7 @@ class _Job:
     folder: Path
     recipe: Recipe
     runtime: Runtime
-    joining: Joining
+    rule: MatchRule
     confidence: bool
     memory: int
     features: Path | None
@@ -236,7 +236,7 @@ def _predict(job: _Job) -> None:
             job.recipe,
             job.folder,
             opener,
-            joining=job.joining,
+            rule=job.rule,
             confidence=job.confidence,
             overwrite=job.overwrite,
             memory=job.memory,

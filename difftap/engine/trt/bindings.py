@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from difftap.artifacts.files import output_errors
 from difftap.engine.backend import Backend, Calibration, Engine, Graph, Profile
-from difftap.engine.trt.engine import Memory, TrtEngine, refit
+from difftap.engine.trt.engine import GpuMemory, TrtEngine, refit
 from difftap.engine.trt.gpu import find_gpu
-from difftap.engine.trt.plans import BuildSettings, Log, build_plan, make_log
+from difftap.engine.trt.plans import BuildSettings, TrtLog, build_plan, make_log
 from difftap.errors import BackendError, first_line
 
 __all__ = ["TrtBackend", "slug"]
@@ -105,7 +105,7 @@ class TrtBackend(Backend):
             path.write_bytes(plan)
         return plan.nbytes
 
-    def _deserialise(self, graph: Graph, folder: Path, log: Log) -> Any:
+    def _deserialise(self, graph: Graph, folder: Path, log: TrtLog) -> Any:
         """Open the engine of a built folder, its weights in place."""
         stripped = (folder / STRIPPED).is_file()
         path = folder / (STRIPPED if stripped else WHOLE)
@@ -136,9 +136,9 @@ class TrtBackend(Backend):
             raise log.failure(f"cannot make {graph.name} ready for {profile.label}; try a smaller --batch")
         return TrtEngine(graph, profile, device, engine, context, self.memory(), log, self.cuda_graphs, closing)
 
-    def memory(self) -> Memory:
+    def memory(self) -> GpuMemory:
         """Where the engine's buffers are."""
-        return Memory()
+        return GpuMemory()
 
     def context(self, engine: Any, built: Path) -> tuple[Any, Any]:
         """Make an execution context, and say what to do when it is closed."""

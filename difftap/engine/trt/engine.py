@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from difftap.engine.backend import Array, DeviceArray, Engine, Graph, Profile
-from difftap.engine.trt.plans import Log, shape_of
+from difftap.engine.trt.plans import TrtLog, shape_of
 from difftap.errors import BackendError, first_line
 
-__all__ = ["Memory", "TorchArray", "TrtEngine", "refit"]
+__all__ = ["GpuMemory", "TorchArray", "TrtEngine", "refit"]
 
 _LOG = logging.getLogger("difftap")
 GRAPH_BATCH = 4
 """Largest batch that runs as a captured CUDA graph: beyond it, launching kernels takes no share that counts."""
 
 
-def refit(log: Log, engine: Any, onnx: str) -> None:
+def refit(log: TrtLog, engine: Any, onnx: str) -> None:
     """Put the weights of an ONNX file back into an engine whose plan was built without them.
 
     Raises:
@@ -36,7 +36,7 @@ def refit(log: Log, engine: Any, onnx: str) -> None:
         raise log.failure(f"cannot put the weights of '{onnx}' back into the engine; build it again")
 
 
-class Memory:
+class GpuMemory:
     """The GPU's memory and one stream, through torch."""
 
     def __init__(self) -> None:
@@ -114,8 +114,8 @@ class TrtEngine(Engine):
         device: str,
         engine: Any,
         context: Any,
-        memory: Memory,
-        log: Log,
+        memory: GpuMemory,
+        log: TrtLog,
         cuda_graphs: bool = False,
         closing: Callable[[], None] = lambda: None,
     ) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 from difftap.engine.backend import Graph, Profile, TensorSpec
 from difftap.errors import BackendError
 
-__all__ = ["BuildSettings", "Log", "build_plan", "make_log"]
+__all__ = ["BuildSettings", "TrtLog", "build_plan", "make_log"]
 
 _LOG = logging.getLogger("difftap")
 
 
 @dataclass
-class Log:
+class TrtLog:
     """What a TensorRT object has to say: errors are kept for our own message, the rest goes to the debug log.
 
     Attributes:
@@ -41,9 +41,9 @@ class Log:
         return BackendError(f"{self.trt.__name__} {what}: {cause}")
 
 
-def make_log(trt: Any) -> Log:
+def make_log(trt: Any) -> TrtLog:
     """Make a log of its own for one build or one engine."""
-    log = Log(trt)
+    log = TrtLog(trt)
 
     class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -38,7 +38,7 @@ from difftap.features.extract.stream import stream
 from difftap.features.sources import Item, Source
 from difftap.features.store.encoding import shapes_of
 from difftap.features.store.place import Place
-from difftap.features.store.schema import Page, read_provenance, tap_arrays
+from difftap.features.store.schema import ShardEntry, read_provenance, tap_arrays
 from difftap.features.store.writer import Shard, open_writer
 from difftap.machine import available_cores
 from difftap.pipeline.environment import Runtime
@@ -447,7 +447,9 @@ class _Worker:
         if group is None:
             raise BackendError(f"a worker does not see the store '{self._place}'; put it where all machines have it")
         provenance = read_provenance(group, self._place)
-        page = Page.parse(str(group["journal"][task.shard]), f"page {task.shard} of the journal in '{self._place}'")
+        page = ShardEntry.parse(
+            str(group["journal"][task.shard]), f"page {task.shard} of the journal in '{self._place}'"
+        )
         arrays = tap_arrays(group, provenance, self._place)
         shard = Shard(group, self._place, provenance, arrays, task.shard, page)
         known = {row.key for row in page.rows} | {failure.key for failure in page.failures}

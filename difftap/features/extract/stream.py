@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from difftap.engine import Encoded, Features, Featurizer, Laid, finite_or_alone
+from difftap.engine import EncodedBatch, Features, Featurizer, InputBatch, finite_or_alone
 from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError
 from difftap.features.sources import Item
 from difftap.features.store.encoding import StoredImage
@@ -181,8 +181,8 @@ class _Batch:
     """Some outcomes, in order; those still without a fault have their place in what the last stage made."""
 
     outcomes: tuple[Outcome, ...]
-    laid: Laid | None = None
-    encoded: Encoded | None = None
+    laid: InputBatch | None = None
+    encoded: EncodedBatch | None = None
 
 
 def stream(
@@ -258,7 +258,7 @@ def _join(batches: list[_Batch]) -> _Batch:
         return _Batch(outcomes, laid[0] if laid else None)
     digests = tuple(digest for one in laid for digest in one.digests)
     geometries = tuple(geometry for one in laid for geometry in one.geometries)
-    return _Batch(outcomes, Laid(digests, geometries, np.concatenate([one.pixels for one in laid])))
+    return _Batch(outcomes, InputBatch(digests, geometries, np.concatenate([one.pixels for one in laid])))
 
 
 def _split(batch: _Batch) -> Iterator[_Batch]:
@@ -270,7 +270,7 @@ def _split(batch: _Batch) -> Iterator[_Batch]:
             yield _Batch((outcome,))
             continue
         part = slice(place, place + 1)
-        yield _Batch((outcome,), Laid(laid.digests[part], laid.geometries[part], laid.pixels[part]))
+        yield _Batch((outcome,), InputBatch(laid.digests[part], laid.geometries[part], laid.pixels[part]))
         place += 1
 
 

@@ -2,7 +2,7 @@
 
 from difftap.features.store.encoding import DTYPES, SCALES, Basis, Encoding, Fidelity
 from difftap.features.store.reader import FeatureStore
-from difftap.features.store.schema import Failure, Page, StoredRow
+from difftap.features.store.schema import Failure, ShardEntry, StoredRow
 from difftap.features.store.writer import StoreWriter, check_writable, open_writer
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Failure",
     "FeatureStore",
     "Fidelity",
-    "Page",
+    "ShardEntry",
     "StoreWriter",
     "StoredRow",
     "check_writable",

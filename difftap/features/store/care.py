@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from difftap.errors import ArtefactError, InputError, OutputError, first_line, require
-from difftap.features.store.encoding import Fidelity, Stored, row_digest
+from difftap.features.store.encoding import EncodedMap, Fidelity, row_digest
 from difftap.features.store.place import Place
 from difftap.features.store.reader import FeatureStore
 from difftap.features.store.schema import StoredRow, TapArray
@@ -240,7 +240,7 @@ def _shape(array: TapArray) -> tuple[int, int, int]:
     return int(components), int(height), int(width)
 
 
-def _whole(store: FeatureStore, taps: Sequence[TapArray], row: StoredRow) -> dict[str, Stored] | str:
+def _whole(store: FeatureStore, taps: Sequence[TapArray], row: StoredRow) -> dict[str, EncodedMap] | str:
     """Tell what is stored of a row, or what is wrong with it."""
     faults = (_fault(store, array, row) for array in taps)
     fault = next(itertools.dropwhile(lambda text: not text, faults), "")

@@ -24,10 +24,10 @@ __all__ = [
     "DTYPES",
     "SCALES",
     "Basis",
+    "EncodedMap",
     "Encoding",
     "Fidelity",
     "Moments",
-    "Stored",
     "StoredImage",
     "row_digest",
     "shapes_of",
@@ -106,7 +106,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Stored:
+class EncodedMap:
     """One map as it is stored: values ``(K, h, w)``, and for int8 their scales, ``(K,)`` or ``(1,)`` float32."""
 
     values: NDArray[Any]
@@ -196,7 +196,7 @@ class Encoding:
         """How many scales a map has: none, one, or one a component."""
         return 0 if self.dtype != "int8" else components if self.scale == "channel" else 1
 
-    def encode(self, data: NDArray[np.float32], basis: Basis | None = None) -> Stored:
+    def encode(self, data: NDArray[np.float32], basis: Basis | None = None) -> EncodedMap:
         """Encode a map ``(C, h, w)`` as it is stored.
 
         Raises:
@@ -204,7 +204,7 @@ class Encoding:
         """
         values = data if basis is None else basis.project(data)
         if self.dtype == "float32":
-            return Stored(values)
+            return EncodedMap(values)
         if self.dtype == "float16":
             top = max(float(values.max()), -float(values.min()))  # NaN, if there is one, in both
             if not top <= float(np.finfo(np.float16).max):
@@ -212,15 +212,15 @@ class Encoding:
                     f"a feature is {top:.6g}; float16 holds up to {float(np.finfo(np.float16).max):.0f}; "
                     "store float32 (--dtype float32)"
                 )
-            return Stored(_half(values))
+            return EncodedMap(_half(values))
         axes = (1, 2) if self.scale == "channel" else (0, 1, 2)
         most = np.abs(values).max(axis=axes, keepdims=True)
         scale = np.where(most > 0, most / np.float32(_TOP), np.float32(1)).astype(np.float32)  # (K or 1, 1, 1)
         # The smallest scales are subnormal, and then the quotient may pass 127 by rounding.
         whole = np.clip(np.rint(values / scale), -_TOP, _TOP).astype(np.int8)
-        return Stored(whole, scale.reshape(-1))
+        return EncodedMap(whole, scale.reshape(-1))
 
-    def decode(self, stored: Stored, basis: Basis | None = None) -> NDArray[np.float32]:
+    def decode(self, stored: EncodedMap, basis: Basis | None = None) -> NDArray[np.float32]:
         """Decode the map ``(C, h, w)`` of what `encode` gave."""
         values = stored.values.astype(np.float32)
         if stored.scale is not None:
@@ -250,7 +250,7 @@ class StoredImage:
     """
 
     features: Features
-    maps: Mapping[str, Stored]
+    maps: Mapping[str, EncodedMap]
     sha256: Mapping[str, str]
 
     @property
@@ -278,7 +278,7 @@ def store_image(features: Features, encoding: Encoding, bases: Mapping[str, Basi
     return StoredImage(features, maps, {name: row_digest(one) for name, one in maps.items()})
 
 
-def row_digest(stored: Stored) -> str:
+def row_digest(stored: EncodedMap) -> str:
     """Compute the first half of the SHA-256 of what is stored of one map: values, then scales."""
     digest = hashlib.sha256(np.ascontiguousarray(stored.values).data)
     if stored.scale is not None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from difftap.engine import Features
 from difftap.errors import ArtefactError, InputError
 from difftap.featuremap import FeatureMap
-from difftap.features.store.encoding import Stored, row_digest
+from difftap.features.store.encoding import EncodedMap, row_digest
 from difftap.features.store.place import Place
 from difftap.features.store.schema import (
     Provenance,
@@ -162,7 +162,7 @@ class FeatureStore:
             branches[array.branch][array.tap] = FeatureMap(data, geometry)
         return Features(row.digest, tuple(branches))
 
-    def stored(self, array: TapArray, row: int) -> Stored:
+    def stored(self, array: TapArray, row: int) -> EncodedMap:
         """Read what lies in one row of an array, as it is stored.
 
         Raises:
@@ -176,7 +176,7 @@ class FeatureStore:
                 f"row {row} of '{array.name}' in '{self.place}' cannot be read ({type(error).__name__}: {error}); "
                 "'difftap store verify' finds every such row"
             ) from error
-        return Stored(values, scale)
+        return EncodedMap(values, scale)
 
     def __len__(self) -> int:
         return len(self._rows)

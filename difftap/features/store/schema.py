@@ -35,8 +35,8 @@ from difftap.prompts.choose import SLOT
 __all__ = [
     "SCHEMA",
     "Failure",
-    "Page",
     "Provenance",
+    "ShardEntry",
     "StoredRow",
     "TapArray",
     "load_bases",
@@ -84,7 +84,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Page:
+class ShardEntry:
     """What the journal says of one shard."""
 
     rows: tuple[StoredRow, ...] = ()
@@ -98,7 +98,7 @@ class Page:
         return "".join(_line(record) for record in (*map(_row, self.rows), *map(_failure, self.failures)))
 
     @classmethod
-    def parse(cls, text: str, where: str) -> Page:
+    def parse(cls, text: str, where: str) -> ShardEntry:
         """Read `text` back.
 
         Raises:
@@ -131,7 +131,7 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def keys_of(pages: Iterable[Page]) -> tuple[dict[str, int], dict[str, str]]:
+def keys_of(pages: Iterable[ShardEntry]) -> tuple[dict[str, int], dict[str, str]]:
     """StoredRow by key, and the reason by key of what failed and has no row."""
     rows: dict[str, int] = {}
     failed: dict[str, str] = {}
@@ -345,7 +345,7 @@ def load_bases(group: Any, provenance: Provenance) -> dict[str, Basis]:
     return bases
 
 
-def pages(group: Any, place: Place) -> Iterator[Page]:
+def pages(group: Any, place: Place) -> Iterator[ShardEntry]:
     """Yield the journal, page by page, in the order of the shards."""
     with _readable(f"the journal of '{place}'"):
         journal = group.get("journal")
@@ -355,4 +355,4 @@ def pages(group: Any, place: Place) -> Iterator[Page]:
         with _readable(f"the journal of '{place}'"):
             texts = list(journal[start : start + _PAGES])
         for number, text in enumerate(texts, start):
-            yield Page.parse(str(text), f"page {number} of the journal in '{place}'")
+            yield ShardEntry.parse(str(text), f"page {number} of the journal in '{place}'")

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from difftap.artifacts.run import check_conditions
 from difftap.engine import Features
 from difftap.errors import InputError, OutputError
-from difftap.features.store.encoding import Basis, Encoding, Fidelity, Stored, StoredImage, shapes_of, store_image
+from difftap.features.store.encoding import Basis, EncodedMap, Encoding, Fidelity, StoredImage, shapes_of, store_image
 from difftap.features.store.place import Place
 from difftap.features.store.schema import (
     CONDITIONS,
     Failure,
-    Page,
     Provenance,
+    ShardEntry,
     StoredRow,
     TapArray,
     pages,
@@ -132,7 +132,7 @@ class Shard:
         provenance: Provenance,
         arrays: Sequence[TapArray],
         number: int,
-        page: Page | None = None,
+        page: ShardEntry | None = None,
         room: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         self._group = group
@@ -199,7 +199,7 @@ class Shard:
             )
         )
 
-    def copy(self, row: StoredRow, stored: Mapping[str, Stored]) -> None:
+    def copy(self, row: StoredRow, stored: Mapping[str, EncodedMap]) -> None:
         """Take a row of another store, or of another place in this one, as it is."""
         self._keep(stored)
         number = self.number * self._provenance.shard + len(self._rows)
@@ -223,7 +223,7 @@ class Shard:
                 room[: len(self._rows)] = source[start:stop][: len(self._rows)]
             kept[array.name] = room
 
-    def _keep(self, stored: Mapping[str, Stored]) -> None:
+    def _keep(self, stored: Mapping[str, EncodedMap]) -> None:
         place = len(self._rows)
         for array in self._arrays:
             self._buffer(array)
@@ -259,7 +259,7 @@ class Shard:
                     values[start:stop] = self._values[array.name]
                 if array.name in self._scales and array.scale is not None:
                     array.scale[start:stop] = self._scales[array.name]
-            self._group["journal"][self.number] = Page(tuple(self._rows), tuple(self._failures)).text()
+            self._group["journal"][self.number] = ShardEntry(tuple(self._rows), tuple(self._failures)).text()
         self._safe += count
         return count
 
@@ -487,7 +487,7 @@ class StoreWriter:
                     "journal", shape=(0,), chunks=(1,), dtype=str, fill_value="", compressors=None,
                     dimension_names=("shard",),
                 )  # fmt: skip
-        last: Page | None = None
+        last: ShardEntry | None = None
         for number, page in enumerate(pages(self.group, self.place)):
             if page:
                 self._pages, last = number + 1, page
@@ -559,7 +559,7 @@ class StoreWriter:
         """The PCA bases of the store's arrays, by name; none before they are made."""
         return {array.name: array.basis for array in self._arrays() if array.basis is not None}
 
-    def _open_shard(self, page: Page | None = None) -> Shard:
+    def _open_shard(self, page: ShardEntry | None = None) -> Shard:
         number = self._pages
         if self.group["journal"].shape[0] <= number or self._too_short(number):
             self.reserve(max(1, number // 8))
@@ -596,7 +596,7 @@ class StoreWriter:
         shard.add(key, image)
         return self._after(shard)
 
-    def copy(self, row: StoredRow, stored: Mapping[str, Stored]) -> int:
+    def copy(self, row: StoredRow, stored: Mapping[str, EncodedMap]) -> int:
         """Take a row of another store as it is; returns how many records became safe."""
         shard = self._shard or self._open_shard()
         shard.copy(row, stored)

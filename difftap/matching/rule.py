@@ -29,7 +29,16 @@ from difftap.matching.mutual import agreed_cells, mutual_cells
 from difftap.points import check_inside
 from difftap.recipe import COMBINES, Matcher, Recipe
 
-__all__ = ["READINGS", "Joining", "Ready", "check_points", "find", "heat_map", "match_points", "mutual_matches"]
+__all__ = [
+    "READINGS",
+    "MatchRule",
+    "PreparedImage",
+    "check_points",
+    "find",
+    "heat_map",
+    "match_points",
+    "mutual_matches",
+]
 
 READINGS = ("centres", "corners")
 
@@ -37,7 +46,7 @@ _BLOCK = 256  # points whose descriptors are held at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Joining:
+class MatchRule:
     """How an image's maps become one thing to match.
 
     Attributes:
@@ -64,13 +73,13 @@ class Joining:
             )
 
     @classmethod
-    def of(cls, recipe: Recipe, combining: str | None = None, reading: str = "centres") -> Joining:
+    def of(cls, recipe: Recipe, combining: str | None = None, reading: str = "centres") -> MatchRule:
         """Take what a recipe asks for; ``combining`` takes the place of its own.
 
         ``mutual`` compares all cells with all, for which sums of scores are made of the joined map.
 
         Raises:
-            InputError: a name is unknown, or the matcher and the way of joining or reading exclude each other.
+            InputError: a name is unknown, or the matcher and the way of combining or reading exclude each other.
         """
         shares = [branch.weight / len(branch.taps) for branch in recipe.branches for _ in branch.taps]
         chosen = combining or recipe.combine
@@ -85,7 +94,7 @@ class Joining:
         """Whether the maps are kept apart."""
         return self.combine != "concat" and len(self.shares) > 1
 
-    def kept(self, maps: Sequence[FeatureMap]) -> tuple[FeatureMap, ...]:
+    def fuse(self, maps: Sequence[FeatureMap]) -> tuple[FeatureMap, ...]:
         """Choose what is kept of an image's maps: all, or the joined one."""
         if self.reading == "corners":
             geometry = maps[0].geometry
@@ -93,29 +102,29 @@ class Joining:
             maps = [FeatureMap(one.data, corners) for one in maps]
         return tuple(maps) if self.apart else (combine(list(maps), self.shares, self.upsample),)
 
-    def ready(self, kept: Sequence[FeatureMap]) -> Ready:
+    def prepare(self, fused: Sequence[FeatureMap]) -> PreparedImage:
         """Make what was kept ready for matching; costly steps are taken when first needed."""
-        return Ready(kept, self)
+        return PreparedImage(fused, self)
 
 
-class Ready:
-    """An image made ready: source and target of any number of matches, all of one `Joining`.
+class PreparedImage:
+    """An image made ready: source and target of any number of matches, all of one `MatchRule`.
 
     Args:
-        maps: what `Joining.kept` gave.
-        joining: how they become one thing to match.
+        maps: what `MatchRule.fuse` gave.
+        rule: how they become one thing to match.
     """
 
-    def __init__(self, maps: Sequence[FeatureMap], joining: Joining) -> None:
+    def __init__(self, maps: Sequence[FeatureMap], rule: MatchRule) -> None:
         self._maps = tuple(maps)
-        self._joining = joining
-        self._matcher = joining.matcher
+        self._rule = rule
+        self._matcher = rule.matcher
 
     @cached_property
     def descriptors(self) -> tuple[Descriptors, ...]:
         """One, or several whose cosines are multiplied."""
-        weights = self._joining.shares if len(self._maps) > 1 else (1.0,)
-        return describe(self._maps, weights, self._joining.upsample, self._joining.combine)
+        weights = self._rule.shares if len(self._maps) > 1 else (1.0,)
+        return describe(self._maps, weights, self._rule.upsample, self._rule.combine)
 
     @cached_property
     def _dense(self) -> DenseTarget:
@@ -138,11 +147,11 @@ class Ready:
         dense: DenseTarget | None = made.get("_dense")
         return sum(one.nbytes for one in descriptors) + (0 if dense is None else dense.nbytes)
 
-    def match(self, target: Ready, points: ArrayLike, confidence: bool = True) -> Matches:
+    def match(self, target: PreparedImage, points: ArrayLike, confidence: bool = True) -> Matches:
         """Find where points of this image lie on the target; the rules are at `match_points`.
 
         Args:
-            target: made ready by an equal `Joining`.
+            target: made ready by an equal `MatchRule`.
             points: ``(N, 2)`` pixels ``(x, y)`` of this image, fractional allowed.
             confidence: also compute margin and cycle error, at about twice the cost.
 
@@ -161,7 +170,7 @@ class Ready:
             error[matched] = cycle_error(xy[matched], target._lead(self, pixels[matched], False)[0])
         return Matches(xy, pixels, score, margin, error)
 
-    def mutual(self, target: Ready) -> Matches:
+    def mutual(self, target: PreparedImage) -> Matches:
         """Find matches without being given points; the rules are at `mutual_matches`.
 
         Raises:
@@ -175,7 +184,7 @@ class Ready:
             error = cycle_error(points, target._lead(self, found, False)[0])
         return Matches(points, found, score, margin, error)
 
-    def heat(self, target: Ready, point: ArrayLike) -> NDArray[np.float32]:
+    def heat(self, target: PreparedImage, point: ArrayLike) -> NDArray[np.float32]:
         """Score one of this image's points against every pixel of the target, ``(H, W)``, for a picture.
 
         Pixels are read with the matcher's interpolation, whichever matcher it is.
@@ -191,15 +200,15 @@ class Ready:
             raise PointError("no point was given for the heat map; give one (x, y) in source pixels")
         return target._dense.heat(self._read(self._cells(xy), self._matcher.interpolation)).astype(np.float32)
 
-    def _check(self, target: Ready) -> None:
+    def _check(self, target: PreparedImage) -> None:
         ours, theirs = (sum(m.channels for m in one._maps) for one in (self, target))
         if ours != theirs:
             raise InputError(
                 f"the source map has {ours} channels and the target map {theirs}; match maps of the same taps and model"
             )
-        if self._joining != target._joining:
+        if self._rule != target._rule:
             raise InputError(
-                f"the images were made ready differently: {self._joining} and {target._joining}; use one for both"
+                f"the images were made ready differently: {self._rule} and {target._rule}; use one for both"
             )
 
     def _cells(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -210,7 +219,7 @@ class Ready:
         """Cells ``(N, 2)`` as pixels: inside the image, but by corners as SD4Match leaves them."""
         one = self.descriptors[0]
         pixels = one.geometry.to_pixels(cells, one.grid)
-        return pixels if self._joining.reading == "corners" else clip_to_image(pixels, self.image_size)
+        return pixels if self._rule.reading == "corners" else clip_to_image(pixels, self.image_size)
 
     def _centres(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Centres ``(N, 2)`` in pixels of cells given by row-major index."""
@@ -221,7 +230,7 @@ class Ready:
         return [one.read(cells, interpolation) for one in self.descriptors]
 
     def _lead(
-        self, target: Ready, points: NDArray[np.float64], margin: bool
+        self, target: PreparedImage, points: NDArray[np.float64], margin: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Pixels ``(N, 2)``, scores and margins ``(N,)`` of where points ``(N, 2)`` of this image match."""
         name = self._matcher.name
@@ -270,7 +279,7 @@ def match_points(
     cosine (`difftap.matching.dense`). The others choose or average cells and return fractional pixels. ``mutual`` moves
     the point to its nearest cell and matches it only if the cell found leads back there.
 
-    For many calls with the same maps make them ready once: ``Joining(matcher).ready([features])``.
+    For many calls with the same maps make them ready once: ``MatchRule(matcher).prepare([features])``.
 
     Args:
         source: the source image's map.
@@ -283,8 +292,8 @@ def match_points(
         PointError: a point is not finite or not on the source image.
         InputError: the maps have different channel counts or hold NaN.
     """
-    joining = Joining(matcher)
-    return joining.ready([source]).match(joining.ready([target]), points, confidence)
+    rule = MatchRule(matcher)
+    return rule.prepare([source]).match(rule.prepare([target]), points, confidence)
 
 
 def mutual_matches(source: FeatureMap, target: FeatureMap, matcher: Matcher) -> Matches:
@@ -301,8 +310,8 @@ def mutual_matches(source: FeatureMap, target: FeatureMap, matcher: Matcher) -> 
     Raises:
         InputError: the maps have different channel counts or hold NaN.
     """
-    joining = Joining(matcher)
-    return joining.ready([source]).mutual(joining.ready([target]))
+    rule = MatchRule(matcher)
+    return rule.prepare([source]).mutual(rule.prepare([target]))
 
 
 def heat_map(source: FeatureMap, target: FeatureMap, point: ArrayLike, matcher: Matcher) -> NDArray[np.float32]:
@@ -314,12 +323,12 @@ def heat_map(source: FeatureMap, target: FeatureMap, point: ArrayLike, matcher: 
         PointError: the point is not finite or not on the source image.
         InputError: as `match_points`.
     """
-    joining = Joining(matcher)
-    return joining.ready([source]).heat(joining.ready([target]), point)
+    rule = MatchRule(matcher)
+    return rule.prepare([source]).heat(rule.prepare([target]), point)
 
 
 def find(
-    source: Ready, target: Ready, points: NDArray[np.float64], size: Size, confidence: bool = True
+    source: PreparedImage, target: PreparedImage, points: NDArray[np.float64], size: Size, confidence: bool = True
 ) -> tuple[Matches, int]:
     """Match a pair's keypoints; those outside the source image are read at its border, and counted.
 

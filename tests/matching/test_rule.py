@@ -10,7 +10,7 @@ from difftap.coords import CornerGeometry, Geometry
 from difftap.errors import InputError, PointError
 from difftap.featuremap import FeatureMap
 from difftap.matching.grid import content_cells
-from difftap.matching.joining import Joining, find
+from difftap.matching.rule import MatchRule, find
 from difftap.recipe import Branch, Matcher, Recipe
 from tests.matching.test_interpolate import sample, unit
 
@@ -30,8 +30,8 @@ def maps(seed, shapes=((10, 6), (7, 12)), size=SIZE, geometry=None):
     return made
 
 
-def matched(joining, source, target, points, confidence=True):
-    return find(joining.ready(joining.kept(source)), joining.ready(joining.kept(target)), points, SIZE, confidence)[0]
+def matched(rule, source, target, points, confidence=True):
+    return find(rule.prepare(rule.fuse(source)), rule.prepare(rule.fuse(target)), points, SIZE, confidence)[0]
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (3.0, 1.0)])
@@ -40,9 +40,9 @@ def matched(joining, source, target, points, confidence=True):
 def test_score_sum_is_the_joined_map(name, upsample, weights):
     points = np.random.default_rng(2).uniform(0, 1, (9, 2)) * (SIZE[0] - 1, SIZE[1] - 1)
     for interpolation in ("bilinear", "bicubic") if name == "dense" else ("bilinear",):
-        joining = Joining(Matcher(name, interpolation), weights, upsample)
-        joined = matched(joining, maps(0), maps(1), points)
-        fused = matched(dataclasses.replace(joining, combine="score-sum"), maps(0), maps(1), points)
+        rule = MatchRule(Matcher(name, interpolation), weights, upsample)
+        joined = matched(rule, maps(0), maps(1), points)
+        fused = matched(dataclasses.replace(rule, combine="score-sum"), maps(0), maps(1), points)
         np.testing.assert_allclose(fused.score, joined.score, atol=2e-6)
         np.testing.assert_allclose(fused.target, joined.target, atol=1e-3)
         np.testing.assert_allclose(fused.margin, joined.margin, atol=2e-6)
@@ -53,10 +53,10 @@ def test_score_sum_of_the_same_grid_and_of_letterboxed_images():
     geometry = Geometry.letterbox(SIZE, INPUT)
     points = np.array([[3.0, 4.0], [40.0, 30.0], [22.5, 11.25]])
     for shapes in (((5, 8), (6, 8)), ((5, 4), (6, 8), (3, 16))):
-        joining = Joining(Matcher("nn"), (1.0,) * len(shapes))
+        rule = MatchRule(Matcher("nn"), (1.0,) * len(shapes))
         both = maps(5, shapes, geometry=geometry), maps(6, shapes, geometry=geometry)
-        joined = matched(joining, *both, points)
-        fused = matched(dataclasses.replace(joining, combine="score-sum"), *both, points)
+        joined = matched(rule, *both, points)
+        fused = matched(dataclasses.replace(rule, combine="score-sum"), *both, points)
         np.testing.assert_allclose(fused.target, joined.target, atol=1e-9)
 
 
@@ -65,10 +65,10 @@ def test_score_sum_stores_no_joined_map():
     shapes = ((256, 24), (64, 128))
     both = maps(0, shapes), maps(1, shapes)
     joined = (256 + 64) * 128 * 128 * 4
-    joining = Joining(Matcher("dense"), (1.0, 1.0), combine="score-sum")
+    rule = MatchRule(Matcher("dense"), (1.0, 1.0), combine="score-sum")
     tracemalloc.start()
     try:
-        matched(joining, *both, np.array([[5.0, 6.0], [20.0, 30.0]]), confidence=False)
+        matched(rule, *both, np.array([[5.0, 6.0], [20.0, 30.0]]), confidence=False)
         assert tracemalloc.get_traced_memory()[1] < joined
     finally:
         tracemalloc.stop()
@@ -92,7 +92,7 @@ def test_score_product_is_the_geometric_mean_of_cosines():
     source, target = maps(0, ((10, 12), (7, 12))), maps(1, ((10, 12), (7, 12)))
     source, target = [normal(m) for m in source], [normal(m) for m in target]
     point = np.array([[21.0, 17.0]])
-    found = matched(Joining(Matcher("dense"), (3.0, 1.0), combine="score-product"), source, target, point)
+    found = matched(MatchRule(Matcher("dense"), (3.0, 1.0), combine="score-product"), source, target, point)
     fields = [np.clip(cosine_field(s, t, point), 0, 1) for s, t in zip(source, target, strict=True)]
     score = fields[0] ** 0.75 * fields[1] ** 0.25
     y, x = np.unravel_index(score.argmax(), score.shape)
@@ -104,9 +104,9 @@ def test_score_product_is_the_geometric_mean_of_cosines():
 def test_score_product_of_one_branch_twice_is_that_branch(name):
     one = [[normal(m) for m in maps(seed, ((10, 12),))] for seed in (3, 4)]
     points = np.array([[3.0, 4.0], [30.0, 20.0]])
-    alone = matched(Joining(Matcher("nn"), (1.0,)), *one, points)
+    alone = matched(MatchRule(Matcher("nn"), (1.0,)), *one, points)
     twice = matched(
-        Joining(Matcher(name), (1.0, 1.0), combine="score-product"), [*one[0], *one[0]], [*one[1], *one[1]], points
+        MatchRule(Matcher(name), (1.0, 1.0), combine="score-product"), [*one[0], *one[0]], [*one[1], *one[1]], points
     )
     assert np.isfinite(twice.target).all()
     assert (twice.score >= 0).all()
@@ -129,7 +129,7 @@ def test_dense_against_difts_loop():
     for seed in range(5):
         (source,), (target,) = maps(2 * seed, ((16, 6),)), maps(2 * seed + 1, ((16, 6),))
         points = np.floor(np.random.default_rng(seed).uniform(0, 1, (6, 2)) * SIZE)
-        found = matched(Joining(Matcher("dense"), (1.0,)), [source], [target], points)
+        found = matched(MatchRule(Matcher("dense"), (1.0,)), [source], [target], points)
         assert found.target.tolist() == loop_dift(source, target, points).tolist()
 
 
@@ -182,7 +182,7 @@ def test_corners_against_sd4matchs_loop(name):
     for seed in range(5):
         (source,), (target,) = maps(2 * seed, ((16, 9),)), maps(2 * seed + 1, ((16, 9),))
         points = np.concatenate([np.floor(rng.uniform(0, 1, (5, 2)) * SIZE), [[0, 0], [49, 35], [49.4, 35.4]]])
-        found = matched(Joining(Matcher(name), (1.0,), reading="corners"), [source], [target], points)
+        found = matched(MatchRule(Matcher(name), (1.0,), reading="corners"), [source], [target], points)
         np.testing.assert_allclose(found.target, loop_sd4match(source, target, points, name), atol=2e-3)
 
 
@@ -191,7 +191,7 @@ def test_bilinear_by_centres_mixes_the_corners_matches():
     for geometry in (Geometry.stretch(SIZE, INPUT), Geometry.letterbox(SIZE, INPUT)):
         (source,), (target,) = (maps(seed, ((16, 8),), geometry=geometry) for seed in (0, 1))
         points = np.random.default_rng(3).uniform(-0.5, 1, (12, 2)) + np.random.default_rng(4).uniform(0, 34, (12, 2))
-        found = matched(Joining(Matcher("bilinear"), (1.0,)), [source], [target], points)
+        found = matched(MatchRule(Matcher("bilinear"), (1.0,)), [source], [target], points)
         shown = content_cells(geometry, (8, 8))
         rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
         unit = target.data / np.linalg.norm(target.data, axis=0)
@@ -219,7 +219,7 @@ def test_bilinear_on_a_cell_s_centre_is_its_nearest_neighbour(combine):
     source, target = maps(0), maps(1)
     points = source[0].geometry.to_pixels(np.array([[2.0, 3.0], [5.0, 5.0], [11.0, 11.0]]), (12, 12))
     for_one, for_all = (
-        matched(Joining(Matcher(name), (1.0, 2.0), combine=combine), source, target, points)
+        matched(MatchRule(Matcher(name), (1.0, 2.0), combine=combine), source, target, points)
         for name in ("bilinear", "nn")
     )
     np.testing.assert_allclose(for_one.target, for_all.target)
@@ -228,8 +228,8 @@ def test_bilinear_on_a_cell_s_centre_is_its_nearest_neighbour(combine):
 
 @pytest.mark.parametrize("combine", ["score-sum", "score-product"])
 def test_heat_of_branches_apart_peaks_where_the_match_is(combine):
-    joining = Joining(Matcher("dense"), (1.0, 3.0), combine=combine)
-    ready = [joining.ready(joining.kept(maps(seed))) for seed in (0, 1)]
+    rule = MatchRule(Matcher("dense"), (1.0, 3.0), combine=combine)
+    ready = [rule.prepare(rule.fuse(maps(seed))) for seed in (0, 1)]
     point = np.array([[21.0, 17.0]])
     heat = ready[0].heat(ready[1], point[0])
     assert heat.shape == (SIZE[1], SIZE[0])
@@ -238,8 +238,8 @@ def test_heat_of_branches_apart_peaks_where_the_match_is(combine):
     assert found.target.tolist() == [[x, y]]
     assert found.score[0] == pytest.approx(heat.max(), abs=1e-6)
     if combine == "score-sum":
-        joined = Joining(Matcher("dense"), (1.0, 3.0))
-        both = [joined.ready(joined.kept(maps(seed))) for seed in (0, 1)]
+        joined = MatchRule(Matcher("dense"), (1.0, 3.0))
+        both = [joined.prepare(joined.fuse(maps(seed))) for seed in (0, 1)]
         np.testing.assert_allclose(heat, both[0].heat(both[1], point[0]), atol=2e-6)
     with pytest.raises(PointError, match="lies outside"):
         ready[0].heat(ready[1], (-9, 2))
@@ -264,8 +264,8 @@ def test_corner_geometry_takes_corners_to_corners():
 
 def test_points_outside_the_source_are_read_at_its_border():
     source, target = maps(0, ((8, 6),)), maps(1, ((8, 6),))
-    joining = Joining(Matcher("dense"), (1.0,))
-    ready = joining.ready(joining.kept(source)), joining.ready(joining.kept(target))
+    rule = MatchRule(Matcher("dense"), (1.0,))
+    ready = rule.prepare(rule.fuse(source)), rule.prepare(rule.fuse(target))
     points = np.array([[60.0, 10.0], [5.0, 5.0], [-4.0, 40.0]])
     found, clamped = find(*ready, points, SIZE, False)
     assert clamped == 2
@@ -277,21 +277,21 @@ def test_points_outside_the_source_are_read_at_its_border():
 def test_no_points():
     for combine in ("concat", "score-sum", "score-product"):
         for name in MATCHERS:
-            joining = Joining(Matcher(name), (1.0, 1.0), combine=combine)
-            assert matched(joining, maps(0), maps(1), np.zeros((0, 2))).target.shape == (0, 2)
+            rule = MatchRule(Matcher(name), (1.0, 1.0), combine=combine)
+            assert matched(rule, maps(0), maps(1), np.zeros((0, 2))).target.shape == (0, 2)
 
 
 def test_of_a_recipe():
     recipe = Recipe((Branch(("up1", "up2"), 5, weight=2.0), Branch(("mid",), 7)))
-    assert Joining.of(recipe).shares == (1.0, 1.0, 1.0)
-    assert Joining.of(recipe, "score-sum").apart
+    assert MatchRule.of(recipe).shares == (1.0, 1.0, 1.0)
+    assert MatchRule.of(recipe, "score-sum").apart
     with pytest.raises(InputError, match="combine is 'sum'; allowed: concat"):
-        Joining.of(recipe, "sum")
+        MatchRule.of(recipe, "sum")
     with pytest.raises(InputError, match="reading is 'edges'"):
-        Joining.of(recipe, reading="edges")
+        MatchRule.of(recipe, reading="edges")
     with pytest.raises(InputError, match="letterbox"):
-        Joining.of(dataclasses.replace(recipe, fit="letterbox"), reading="corners")
+        MatchRule.of(dataclasses.replace(recipe, fit="letterbox"), reading="corners")
     mutual = dataclasses.replace(recipe, matcher=Matcher("mutual"))
-    assert Joining.of(mutual, "score-sum").combine == "concat"  # the same cosines
+    assert MatchRule.of(mutual, "score-sum").combine == "concat"  # the same cosines
     with pytest.raises(InputError, match="mutual"):
-        Joining.of(mutual, "score-product")
+        MatchRule.of(mutual, "score-product")

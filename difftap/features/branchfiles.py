@@ -26,7 +26,7 @@ from difftap.images import Image
 from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt, made_of_images
 
-__all__ = ["FeatureFiles", "provenance"]
+__all__ = ["BranchFiles", "provenance"]
 
 _LOG = logging.getLogger("difftap")
 SCHEMA = "difftap.bench.features/2"
@@ -49,26 +49,32 @@ def provenance(pipeline: Provider, branch: int, prompt: Prompt) -> dict[str, Any
     }
 
 
-class FeatureFiles:
+class BranchFiles:
     """The maps of one pipeline's branches.
 
     Args:
-        folder: where maps of all provenances are kept; made if it is not there.
+        folder: where maps of all provenances are kept; made when the first is.
         pipeline: what makes them.
-
-    Raises:
-        InputError: its prompts are made of images; such maps are of no use to another pair.
     """
 
     def __init__(self, folder: Path, pipeline: Provider) -> None:
+        self._root = folder
+        self._pipeline = pipeline
+        self._folders: dict[tuple[int, Prompt], Path] = {}
+
+    @classmethod
+    def lasting(cls, folder: Path, pipeline: Provider) -> BranchFiles:
+        """Keep maps for later runs.
+
+        Raises:
+            InputError: the prompts are made of images; such maps are of no use to another pair.
+        """
         if made_of_images(pipeline.recipe):
             raise InputError(
                 "maps under prompts made of images serve no other pair and are not kept in files; leave --features "
                 "out, or take --prompt-mode class"
             )
-        self._root = folder
-        self._pipeline = pipeline
-        self._folders: dict[tuple[int, Prompt], Path] = {}
+        return cls(folder, pipeline)
 
     def folder(self, branch: int, prompt: Prompt) -> Path:
         """Where a branch's maps under a prompt are.
@@ -119,6 +125,10 @@ class FeatureFiles:
         with atomic_path(path) as scratch, open(scratch, "wb") as handle:
             arrays: Mapping[str, Any] = {f"map{k}": one.data for k, one in enumerate(maps)}
             np.savez(handle, **arrays)
+
+    def drop(self, image: Image, branch: int, prompt: Prompt) -> None:
+        """Remove a branch's maps of an image, if they are there."""
+        (self.folder(branch, prompt) / f"{image.digest}.npz").unlink(missing_ok=True)
 
 
 def _check(note: Path, said: Mapping[str, Any]) -> None:

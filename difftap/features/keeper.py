@@ -1,7 +1,7 @@
 """Feature maps of many images: each made once, kept while some pair still needs it, in bounded memory.
 
 A view is an image file, perhaps flipped left to right. What is kept of it may differ by more than the view (by prompt,
-say), so the shelf takes any key. The order of use is known beforehand, so what is needed last leaves memory first.
+say), so the keeper takes any key. The order of use is known beforehand, so what is needed last leaves memory first.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from difftap.engine import finite_or_alone
 from difftap.errors import DifftapError, NonFiniteError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image, load_image
-from difftap.matching import Ready
+from difftap.matching import PreparedImage
 
-__all__ = ["Made", "Makers", "MapShelf", "View", "load_view"]
+__all__ = ["Generators", "ImageMaps", "MapKeeper", "View", "load_view"]
 
 Key = TypeVar("Key", bound=Hashable)
 
-Makers = Mapping[Path, Callable[[], None]]
+Generators = Mapping[Path, Callable[[], None]]
 """Files that are no part of a data set, and what writes each when it is first needed."""
 
 
@@ -44,21 +44,21 @@ class View:
     mirrored: bool = False
 
 
-def load_view(view: View, makers: Makers | None = None) -> Image:
+def load_view(view: View, generators: Generators | None = None) -> Image:
     """Load the image, made if it has to be, flipped if the view says so.
 
     Raises:
         ImageError: it cannot be read.
         OutputError: it had to be made and cannot be written.
     """
-    if makers and view.path in makers and not view.path.exists():
-        makers[view.path]()
+    if generators and view.path in generators and not view.path.exists():
+        generators[view.path]()
     image = load_image(view.path)
     return Image(np.ascontiguousarray(image.pixels[:, ::-1]), image.path) if view.mirrored else image
 
 
 @dataclass(frozen=True)
-class Made:
+class ImageMaps:
     """One view's maps.
 
     Attributes:
@@ -81,15 +81,15 @@ class Made:
 class _Kept:
     """Maps in memory, and what was made ready of them."""
 
-    made: Made
-    ready: Ready | None = None
+    made: ImageMaps
+    prepared: PreparedImage | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.made.nbytes + (0 if self.ready is None else self.ready.nbytes)
+        return self.made.nbytes + (0 if self.prepared is None else self.prepared.nbytes)
 
 
-class MapShelf(Generic[Key]):
+class MapKeeper(Generic[Key]):
     """Maps, made when first needed, dropped when no use is left.
 
     Args:
@@ -106,8 +106,8 @@ class MapShelf(Generic[Key]):
 
     def __init__(
         self,
-        make: Callable[[Sequence[Key]], Iterator[Made | DifftapError]],
-        prepare: Callable[[Sequence[FeatureMap]], Ready],
+        make: Callable[[Sequence[Key]], Iterator[ImageMaps | DifftapError]],
+        prepare: Callable[[Sequence[FeatureMap]], PreparedImage],
         order: Sequence[Key],
         budget: int,
         scratch: Path,
@@ -125,12 +125,12 @@ class MapShelf(Generic[Key]):
         self._kept: MemoryCache[Key, _Kept] = MemoryCache(
             budget, lambda one: one.nbytes, next_use=self._distance, leaves=self._spill
         )
-        self._spilled: dict[Key, tuple[list[tuple[Path, Geometry]], Made]] = {}
+        self._spilled: dict[Key, tuple[list[tuple[Path, Geometry]], ImageMaps]] = {}
         self._faults: dict[Key, DifftapError] = {}
         self._files = 0
         self.made = 0
 
-    def get(self, key: Key) -> Made:
+    def get(self, key: Key) -> ImageMaps:
         """Make a key's maps.
 
         Raises:
@@ -138,16 +138,16 @@ class MapShelf(Generic[Key]):
         """
         return self._get(key).made
 
-    def ready(self, key: Key) -> Ready:
+    def prepared(self, key: Key) -> PreparedImage:
         """Prepare a key's maps for matching.
 
         Raises:
             DifftapError: as `get`.
         """
         kept = self._get(key)
-        if kept.ready is None:
-            kept.ready = self._prepare(kept.made.maps)
-        return kept.ready
+        if kept.prepared is None:
+            kept.prepared = self._prepare(kept.made.maps)
+        return kept.prepared
 
     def holds(self, key: Key) -> bool:
         """Whether a key's maps are in memory."""
@@ -176,7 +176,7 @@ class MapShelf(Generic[Key]):
             maps = tuple(FeatureMap(np.load(file, allow_pickle=False), geometry) for file, geometry in files)
             for file, _ in files:
                 file.unlink()
-            self._kept.put(key, _Kept(Made(maps, made.size, made.digest)))
+            self._kept.put(key, _Kept(ImageMaps(maps, made.size, made.digest)))
         return self._kept[key]
 
     def _fill(self, key: Key) -> None:
@@ -191,7 +191,7 @@ class MapShelf(Generic[Key]):
             for one, result in zip(keys, results, strict=True):
                 self._take(one, result)
 
-    def _take(self, key: Key, made: Made | DifftapError) -> None:
+    def _take(self, key: Key, made: ImageMaps | DifftapError) -> None:
         if isinstance(made, DifftapError):
             self._faults[key] = made
             return
@@ -211,4 +211,4 @@ class MapShelf(Generic[Key]):
             with output_errors(file):
                 np.save(file, one.data)
             files.append((file, one.geometry))
-        self._spilled[key] = (files, Made((), kept.made.size, kept.made.digest))
+        self._spilled[key] = (files, ImageMaps((), kept.made.size, kept.made.digest))
