@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from difftap.matching import Matches, MatchRule, PreparedImage
+    from difftap.features.pairs import PairMatching
     from difftap.matching.matches import Threshold
     from difftap.pipeline.environment import Runtime
     from difftap.pipeline.pipeline import Provider
@@ -139,22 +138,26 @@ def match(
     difftap match cat1.jpg cat2.jpg --mutual --min-margin 0.05
     difftap match --pairs pairs.csv -o matches.jsonl
     """
-    job = _Job(
-        with_category(recipe, category),
-        runtime,
-        threshold,
-        mutual,
-        5 if grid is None else grid,
-        _empty_prompt(recipe) if category is None else "",
-        features,
-        category if recipe.learned is not None else None,
+    from difftap.features.pairs import PairMatching
+
+    note = _empty_prompt(recipe) if category is None else ""
+    recipe = with_category(recipe, category)
+    matching = PairMatching(
+        threshold, mutual, 5 if grid is None else grid, category if recipe.learned is not None else None
     )
+    matching.rule(recipe)  # what is wrong with the request is said before anything slow starts
+
+    def opened() -> Provider:
+        from difftap.features.provider import open_features
+
+        return open_features(recipe, features, runtime)
+
     if pairs_file is not None and output is not None:  # --pairs asks for -o
-        _many(job, pairs_file, output, overwrite, memory << 20)
+        _match_list(opened, note, matching, pairs_file, output, overwrite, memory << 20)
         return
     if source is None or target is None:
         raise InputError("two images are needed: difftap match SOURCE TARGET; or --pairs FILE for many")
-    _one(job, (source, target), _read_points(point_texts, points_file), output, heat)
+    _match_two(opened, note, matching, (source, target), _read_points(point_texts, points_file), output, heat)
 
 
 def _empty_prompt(recipe: Recipe) -> str:
@@ -163,67 +166,6 @@ def _empty_prompt(recipe: Recipe) -> str:
 
     asked = [] if recipe.learned else [b.prompt for b in recipe.branches if wants_category([b])]
     return f"the recipe's prompt is '{asked[0]}': it stays empty without --category WORD" if asked else ""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What both ways of matching need: the recipe, where it runs, and which points are matched and kept."""
-
-    recipe: Recipe
-    runtime: Runtime
-    threshold: Threshold
-    mutual: bool
-    grid: int
-    note: str = ""
-    features: str | None = None
-    category: str | None = None
-
-    def open(self) -> Provider:
-        """Open the recipe; then, with bad input refused, say what is worth a remark."""
-        pipeline: Provider
-        if self.features is None:
-            from difftap.pipeline.pipeline import Pipeline
-
-            pipeline = Pipeline.open(self.recipe, self.runtime)
-        else:  # what stores need is loaded only for them
-            from difftap.features.provider import StoreProvider
-
-            pipeline = StoreProvider.open(self.recipe, self.features, self.runtime)
-        if self.category is not None and pipeline.prompts.depends_on != "category":
-            pipeline.close()
-            raise InputError("--category chooses among learned prompts, and these do not depend on it; leave it out")
-        if self.note:
-            click.echo(self.note, err=True)
-        return pipeline
-
-    @property
-    def rule(self) -> MatchRule:
-        """How branches are combined; self-found matches compare all cells with all, which takes a joined map."""
-        from difftap.matching import MatchRule
-
-        several = sum(len(branch.taps) for branch in self.recipe.branches) > 1
-        if self.mutual and several and self.recipe.combine == "score-product":
-            raise InputError("--mutual needs branches that add up; combine is 'score-product': give points instead")
-        return MatchRule.of(self.recipe, "concat" if self.mutual else None)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides, besides the recipe, which matches are written."""
-        grid = None if self.mutual else self.grid
-        said = {} if self.category is None else {"category": self.category}
-        return {"mutual": self.mutual, "grid": grid, **dataclasses.asdict(self.threshold), **said}
-
-    def choose(self, size: tuple[int, int], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-        """Points of an image of ``size`` to match, ``(N, 2)``; None if they are to be found."""
-        from difftap.points import check_inside, grid_points
-
-        if given is not None and len(given):
-            return check_inside(given, size, "the source image")
-        return None if self.mutual else grid_points(size, self.grid)
-
-    def find(self, source: PreparedImage, target: PreparedImage, points: NDArray[np.float64] | None) -> Matches:
-        """Match the points, or find mutual ones."""
-        return source.mutual(target) if points is None else source.match(target, points)
 
 
 def _read_points(texts: tuple[str, ...], file: Path | None) -> NDArray[np.float64] | None:
@@ -236,10 +178,17 @@ def _read_points(texts: tuple[str, ...], file: Path | None) -> NDArray[np.float6
     return np.array([parse_point(text) for text in texts]) if texts else None
 
 
-def _one(
-    job: _Job, paths: tuple[Path, Path], given: NDArray[np.float64] | None, output: Path | None, heat: int | None
+def _match_two(
+    opened: Callable[[], Provider],
+    note: str,
+    matching: PairMatching,
+    paths: tuple[Path, Path],
+    given: NDArray[np.float64] | None,
+    output: Path | None,
+    heat: int | None,
 ) -> None:
     """Match two images: JSON to stdout, and a picture."""
+    from difftap.features.pairs import match_images
     from difftap.images import load_image
     from difftap.matching.matches import SCHEMA, image_record, match_records
     from difftap.pages.draw import check_output, draw_matches, save_picture
@@ -248,61 +197,51 @@ def _one(
     if output is not None:
         check_output(output, paths)
     source, target = (load_image(path) for path in paths)
-    points = job.choose(source.size, given)
+    points = matching.points(source.size, given)
     if heat is not None and (heat < 1 or (points is not None and heat > len(points))):
         raise InputError(f"--heat is {heat}; allowed: 1 to {'the number of' if points is None else len(points)} points")
-    rule = job.rule
-    with job.open() as pipeline:
-        both = pipeline.pair(source, target, job.category)
-        first, second = (rule.prepare(rule.fuse(maps)) for maps in both)
-    found = job.find(first, second, points)
-    matches = job.threshold.keep(found)
+    with opened() as pipeline:
+        matching.check(pipeline)
+        _remark(note)
+        pair = match_images(pipeline, source, target, matching, given)
     if output is not None:
-        shown = None
-        if heat is not None:
-            passed = job.threshold.passed(found)
-            if heat > len(passed) or not passed[heat - 1]:
-                raise InputError(f"--heat is {heat}, but point {heat} of {len(passed)} was not found or not kept")
-            picture = first.heat(second, found.source[heat - 1])
-            shown = (int(passed[: heat - 1].sum()), picture)
-        save_picture(draw_matches(source, target, matches, shown), output)
+        shown = None if heat is None else pair.heat(heat)
+        save_picture(draw_matches(source, target, pair.kept, shown), output)
     record = {
         "type": "match",
         "schema": SCHEMA,
         **pipeline.conditions,
-        "settings": job.settings,
+        "settings": matching.to_dict(),
         "source": image_record(source),
         "target": image_record(target),
-        "matches": match_records(matches),
+        "matches": match_records(pair.kept),
     }
     click.echo(json.dumps(record, indent=1, allow_nan=False))
 
 
-def _many(job: _Job, pairs_file: Path, output: Path, overwrite: bool, memory: int) -> None:
+def _remark(note: str) -> None:
+    if note:
+        click.echo(note, err=True)
+
+
+def _match_list(
+    opened: Callable[[], Provider],
+    note: str,
+    matching: PairMatching,
+    pairs_file: Path,
+    output: Path,
+    overwrite: bool,
+    memory: int,
+) -> None:
     """Match a list of pairs into JSON lines."""
     from difftap.features.pairs import load_pairs, run_pairs
 
     pairs = load_pairs(pairs_file)
-    rule = job.rule
-
-    def find(source: PreparedImage, target: PreparedImage, given: NDArray[np.float64]) -> Matches:
-        return job.find(source, target, job.choose(source.image_size, given))
-
-    with job.open() as pipeline, progress_bar(len(pairs)) as advance:
-        run = run_pairs(
-            pipeline,
-            pairs,
-            output,
-            find,
-            rule=rule,
-            settings=job.settings,
-            threshold=job.threshold,
-            overwrite=overwrite,
-            batch=pipeline.batch,
-            memory=memory,
-            category=job.category,
-            progress=advance,
-        )
+    with opened() as pipeline:
+        matching.check(pipeline)
+        _remark(note)
+        with progress_bar(len(pairs)) as advance:
+            run = run_pairs(pipeline, pairs, output, matching, overwrite=overwrite, memory=memory, progress=advance)
     earlier = f", {run.skipped} already there" if run.skipped else ""
     click.echo(f"{run.written} pairs written to {output}{earlier}; {run.failed} failed in all", err=True)
     for line in run.reasons:

@@ -1,17 +1,19 @@
-"""Many pairs: a list in, JSON lines out; each image's features once, resumable, one bad pair no harm to the rest.
+"""Pairs of images matched: two given ones, or a list in and JSON lines out.
 
-The output's first line holds the run's conditions, then one line follows a pair, in the list's order. A line is
+Of a list each image's features are made once, the run can be resumed, and a bad pair does no harm to the rest. The
+output's first line holds the run's conditions, then one line follows a pair, in the list's order. A line is
 complete or absent: a partial last line (the run was killed, the disk was full) is cut off when the run is resumed.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.run import open_run
+from difftap.coords import Size
 from difftap.errors import DifftapError, InputError, NonFiniteError, PairsError
 from difftap.features.keeper import MapKeeper, View
 from difftap.features.requests import MapRequest, MapSource, request_pair
+from difftap.images import Image
 from difftap.matching import Matches, MatchRule, PreparedImage
 from difftap.matching.matches import SCHEMA, Threshold, match_records
 from difftap.pipeline.pipeline import Provider
-from difftap.points import parse_point
+from difftap.points import check_inside, grid_points, parse_point
+from difftap.recipe import Recipe
 
-__all__ = ["Pair", "PairsRun", "load_pairs", "run_pairs"]
+__all__ = ["MatchedPair", "Pair", "PairMatching", "PairsRun", "load_pairs", "match_images", "run_pairs"]
 
 
 _REASONS = 5  # of failures, told at the end of a run; the file has them all
@@ -92,23 +97,135 @@ def load_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-Finder = Callable[[PreparedImage, PreparedImage, NDArray[np.float64]], Matches]
-"""From two images made ready and the pair's points (possibly none) to matches."""
+@dataclass(frozen=True)
+class PairMatching:
+    """Which points of a pair are matched and which matches are kept: all that a recipe does not say.
+
+    Attributes:
+        threshold: which matches are kept.
+        mutual: find the points too: cells that are each other's nearest.
+        grid: where no points are given, so many times as many over the source image.
+        category: what all images show, where learned prompts depend on it.
+    """
+
+    threshold: Threshold = field(default_factory=Threshold)
+    mutual: bool = False
+    grid: int = 5
+    category: str | None = None
+
+    def rule(self, recipe: Recipe) -> MatchRule:
+        """Say how maps are combined; self-found matches compare all cells with all, which takes one map an image.
+
+        Raises:
+            InputError: points are to be found, and the recipe multiplies the scores of several maps.
+        """
+        several = sum(len(branch.taps) for branch in recipe.branches) > 1
+        if self.mutual and several and recipe.combine == "score-product":
+            raise InputError("--mutual needs branches that add up; combine is 'score-product': give points instead")
+        return MatchRule.of(recipe, "concat" if self.mutual else None)
+
+    def check(self, pipeline: Provider) -> None:
+        """Refuse a category that no prompt depends on.
+
+        Raises:
+            InputError: there is one.
+        """
+        if self.category is not None and pipeline.prompts.depends_on != "category":
+            raise InputError("--category chooses among learned prompts, and these do not depend on it; leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data: part of the conditions of every match."""
+        grid = None if self.mutual else self.grid
+        said = {} if self.category is None else {"category": self.category}
+        return {"mutual": self.mutual, "grid": grid, **dataclasses.asdict(self.threshold), **said}
+
+    def points(self, size: Size, given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+        """Choose the points ``(N, 2)`` of a source image of ``(W, H)`` pixels; None if they are to be found.
+
+        Raises:
+            PointError: a given point lies outside the image, or the grid is no number of points.
+        """
+        if given is not None and len(given):
+            return check_inside(given, size, "the source image")
+        return None if self.mutual else grid_points(size, self.grid)
+
+    def match(self, source: PreparedImage, target: PreparedImage, given: NDArray[np.float64] | None) -> Matches:
+        """Match the given points ``(N, 2)``, those of the grid, or mutual ones; not yet those alone that are kept.
+
+        Raises:
+            PointError: as `points`.
+        """
+        points = self.points(source.image_size, given)
+        return source.mutual(target) if points is None else source.match(target, points)
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """Two images matched.
+
+    Attributes:
+        source: the image whose points were looked for.
+        target: the image they were looked for in.
+        found: all matches.
+        kept: those that pass the threshold.
+        passed: which of all they are, ``(N,)``.
+    """
+
+    source: PreparedImage
+    target: PreparedImage
+    found: Matches
+    kept: Matches
+    passed: NDArray[np.bool_]
+
+    def heat(self, number: int) -> tuple[int, NDArray[np.float32]]:
+        """Score a point against every pixel of the target.
+
+        Args:
+            number: of the point, from 1.
+
+        Returns:
+            the point's place among the kept ones, from 0; scores ``(H, W)``.
+
+        Raises:
+            InputError: the point was not found, or not kept.
+        """
+        if not 1 <= number <= len(self.passed) or not self.passed[number - 1]:
+            raise InputError(f"--heat is {number}, but point {number} of {len(self.passed)} was not found or not kept")
+        scores = self.source.heat(self.target, self.found.source[number - 1])
+        return int(self.passed[: number - 1].sum()), scores
+
+
+def match_images(
+    pipeline: Provider, source: Image, target: Image, matching: PairMatching, given: NDArray[np.float64] | None = None
+) -> MatchedPair:
+    """Match two images.
+
+    Args:
+        pipeline: the open recipe.
+        source: the image whose points are looked for.
+        target: the image they are looked for in.
+        matching: which points are taken, and which matches kept.
+        given: points ``(N, 2)`` of the source, in pixels.
+
+    Raises:
+        PointError: a point lies outside the source image.
+        InputError: the recipe and the matching exclude each other.
+    """
+    rule = matching.rule(pipeline.recipe)
+    both = pipeline.pair(source, target, matching.category)
+    first, second = (rule.prepare(rule.fuse(maps)) for maps in both)
+    found = matching.match(first, second, given)
+    return MatchedPair(first, second, found, matching.threshold.keep(found), matching.threshold.passed(found))
 
 
 def run_pairs(
     pipeline: Provider,
     pairs: Sequence[Pair],
     output: Path,
-    find: Finder,
+    matching: PairMatching,
     *,
-    rule: MatchRule,
-    settings: dict[str, Any],
-    threshold: Threshold,
     overwrite: bool = False,
-    batch: int = 1,
     memory: int = 2 << 30,
-    category: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PairsRun:
     """Match many pairs into a file of JSON lines.
@@ -117,17 +234,13 @@ def run_pairs(
         pipeline: the open recipe.
         pairs: what to match.
         output: the JSONL file; continued if an earlier run with the same conditions left it unfinished.
-        find: how a pair's points are chosen and matched.
-        rule: how an image's maps become one thing to match.
-        settings: what decides ``find``; part of the conditions that a resumed run must share.
-        threshold: which matches are written.
+        matching: which points are taken, and which matches written.
         overwrite: start afresh whatever ``output`` holds.
-        batch: images extracted together.
         memory: bytes of features kept in memory; more goes to a scratch folder.
-        category: what all images show, where learned prompts depend on it.
         progress: called with the number of pairs just finished.
 
     Raises:
+        InputError: the recipe and the matching exclude each other.
         OutputError: the output cannot be written, belongs to another run, or is being written by one.
         BackendError: the runtime failed, which is no pair's fault; what was written stays, and a later run goes on.
     """
@@ -135,11 +248,12 @@ def run_pairs(
     conditions = {
         "schema": SCHEMA,
         **pipeline.conditions,
-        "settings": settings,
+        "settings": matching.to_dict(),
         "pairs": len(pairs),
         "pairs_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
     }
-    requested = [request_pair(pipeline.recipe, View(p.source), View(p.target), category) for p in pairs]
+    recipe, rule = pipeline.recipe, matching.rule(pipeline.recipe)
+    requested = [request_pair(recipe, View(p.source), View(p.target), matching.category) for p in pairs]
     with (
         tempfile.TemporaryDirectory(prefix="difftap-") as scratch,
         open_run(output, conditions, overwrite=overwrite) as run,
@@ -149,10 +263,10 @@ def run_pairs(
         rest = pairs[done:]
         order = [request for both in requested[done:] for request in both]
         source = MapSource(pipeline, rule, order, Path(scratch))
-        keeper = MapKeeper(source, rule.prepare, order, memory, Path(scratch), max(1, batch))
+        keeper = MapKeeper(source, rule.prepare, order, memory, Path(scratch), max(1, pipeline.batch))
         progress(done)
         for index, (pair, both) in enumerate(zip(rest, requested[done:], strict=True), start=done):
-            line = _match_pair(keeper, pair, both, find, threshold)
+            line = _match_pair(keeper, pair, both, matching)
             if "error" in line:
                 failed += 1
                 reasons.append(f"pair {index}: {line['error']}")
@@ -167,8 +281,7 @@ def _match_pair(
     keeper: MapKeeper[MapRequest],
     pair: Pair,
     both: tuple[MapRequest, MapRequest],
-    find: Finder,
-    threshold: Threshold,
+    matching: PairMatching,
 ) -> dict[str, Any]:
     """One pair's record: its matches, or why there are none."""
     try:
@@ -177,7 +290,7 @@ def _match_pair(
             name: {"width": made.size[0], "height": made.size[1], "sha256": made.digest}
             for name, made in zip(("source_image", "target_image"), map(keeper.get, both), strict=True)
         }
-        matches = find(source, target, np.reshape(np.array(pair.points, np.float64), (-1, 2)))
+        matches = matching.match(source, target, np.reshape(np.array(pair.points, np.float64), (-1, 2)))
     except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair
         return {"error": " ".join(str(error).split())}
-    return {**records, "matches": match_records(threshold.keep(matches))}
+    return {**records, "matches": match_records(matching.threshold.keep(matches))}

@@ -15,11 +15,8 @@ from difftap.coords import Geometry
 from difftap.engine import Features
 from difftap.errors import BackendError, NonFiniteError, OutputError, PairsError
 from difftap.featuremap import FeatureMap
-from difftap.features.pairs import Pair, load_pairs, run_pairs
+from difftap.features.pairs import Pair, PairMatching, load_pairs, run_pairs
 from difftap.images import load_image
-from difftap.matching import MatchRule
-from difftap.matching.matches import Threshold
-from difftap.points import check_inside, grid_points
 from difftap.recipe import Branch, Recipe
 from tests.conftest import picture
 
@@ -32,7 +29,8 @@ class FakePipeline:
     recipe = Recipe((Branch(("up1",), 1),), size=(48, 40), ensemble=1)
     prompts = SimpleNamespace(knows=lambda name: True)
 
-    def __init__(self, seed=0):
+    def __init__(self, seed=0, batch=1):
+        self.batch = batch
         self.conditions = {"difftap": "test", "seed": seed}
         self.seen = Counter()
         self.batches = []
@@ -51,14 +49,7 @@ class FakePipeline:
             yield Features(image.digest, ({"up1": features},))
 
 
-def find(source, target, given):
-    points = (
-        check_inside(given, source.image_size, "the source image") if len(given) else grid_points(source.image_size, 2)
-    )
-    return source.match(target, points)
-
-
-RULE = MatchRule.of(FakePipeline.recipe)
+GRID = PairMatching(grid=2)
 
 
 @pytest.fixture
@@ -72,9 +63,8 @@ def every_pair(folder):
     return [Pair(folder / f"{a}.png", folder / f"{b}.png") for a in range(IMAGES) for b in range(IMAGES)]
 
 
-def run(folder, pairs, name="out.jsonl", pipeline=None, **options):
-    options = {"rule": RULE, "settings": {"grid": 2}, "threshold": Threshold(), **options}
-    return run_pairs(pipeline or FakePipeline(), pairs, folder / name, find, **options)
+def run(folder, pairs, name="out.jsonl", pipeline=None, matching=GRID, batch=1, **options):
+    return run_pairs(pipeline or FakePipeline(batch=batch), pairs, folder / name, matching, **options)
 
 
 def lines(path):
@@ -84,8 +74,8 @@ def lines(path):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("memory", [1, 2 << 30])
 def test_each_image_is_extracted_once(folder, batch, memory):
-    pipeline = FakePipeline()
-    done = run(folder, every_pair(folder), pipeline=pipeline, batch=batch, memory=memory)
+    pipeline = FakePipeline(batch=batch)
+    done = run(folder, every_pair(folder), pipeline=pipeline, memory=memory)
     assert (done.written, done.failed, done.skipped) == (IMAGES**2, 0, 0)
     assert set(pipeline.seen.values()) == {1}
     assert max(pipeline.batches) == min(batch, IMAGES)
@@ -180,7 +170,7 @@ def test_resumed_from_any_byte_the_output_is_the_same(folder):
     "change",
     [
         {"pipeline": FakePipeline(seed=1)},
-        {"settings": {"grid": 3}},
+        {"matching": PairMatching(grid=3)},
         {"pairs": [("0.png", "1.png")]},
         {"pairs": [("0.png", "1.png"), ("1.png", "3.png")]},
     ],
@@ -300,7 +290,7 @@ def test_a_finished_list_still_counts_its_failures(folder):
 def test_the_current_folder_is_no_output(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(OutputError, match="a folder stands there"):
-        run_pairs(FakePipeline(), every_pair(folder), Path(), find, rule=RULE, settings={}, threshold=Threshold())
+        run_pairs(FakePipeline(), every_pair(folder), Path(), GRID)
 
 
 def test_a_fault_of_the_machine_ends_the_run_and_blames_no_pair(folder):
