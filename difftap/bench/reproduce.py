@@ -14,10 +14,11 @@ from difftap.artifacts.files import write_atomic
 from difftap.bench.poster import PosterRow
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import result_table
-from difftap.bench.runner import Opener
 from difftap.bench.scoring import Resampling
 from difftap.bench.session import Pairs, match_pairs, write_results
 from difftap.errors import DifftapError, InputError
+from difftap.pipeline.pipeline import Provider
+from difftap.recipe import Recipe
 
 __all__ = ["reproduce"]
 
@@ -26,11 +27,10 @@ def reproduce(
     rows: Sequence[PosterRow],
     sets: Sequence[Pairs],
     folder: Path,
-    opener: Opener,
+    opener: Callable[[Recipe], Provider],
     *,
     settings: Resampling | None = None,
     memory: int = 2 << 30,
-    batch: int = 1,
     features: Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
@@ -59,10 +59,11 @@ def reproduce(
         for row in rows:
             place = folder / name / row.name
             say(f"{name}: {row.name}")
-            options: dict[str, Any] = {"memory": memory, "batch": batch, "overwrite": overwrite, "progress": progress}
+            options: dict[str, Any] = {"memory": memory, "overwrite": overwrite, "progress": progress}
             try:
                 options["features"] = kept if row.keepable else None
-                run = match_pairs(pairs, row.recipe, place, opener, rule=row.rule, **options)
+                with opener(row.recipe) as pipeline:
+                    run = match_pairs(pipeline, pairs, row.recipe, place, rule=row.rule, **options)
             except DifftapError as error:
                 reason = " ".join(str(error).split())
                 refusals.append(reason)

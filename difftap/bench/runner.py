@@ -31,12 +31,9 @@ from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt
 from difftap.recipe import Recipe
 
-__all__ = ["Opener", "PairOrder", "PredictRun", "finished", "plan", "predict", "subset"]
+__all__ = ["PairOrder", "PredictRun", "finished", "plan", "predict", "subset"]
 
 _LOG = logging.getLogger("difftap")
-
-Opener = Callable[[Recipe], Provider]
-"""Opens a recipe."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,8 @@ class PredictRun:
         images: images made ready, each once per set of prompts.
         passes: passes through the UNet: one for each image, branch and prompt that was not in the feature files.
         seconds: it took.
+        served: images whose features a store held.
+        extracted: images that the store lacked; 0 where there is no store.
     """
 
     written: int
@@ -58,6 +57,8 @@ class PredictRun:
     images: int
     passes: int
     seconds: float
+    served: int = 0
+    extracted: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,16 @@ def finished(records: Sequence[Mapping[str, Any]]) -> set[int]:
 
 
 def predict(
+    pipeline: Provider,
     samples: Sequence[Sample],
     recipe: Recipe,
     output: Path,
-    open_pipeline: Opener,
     *,
     dataset: Mapping[str, Any],
     rule: MatchRule,
     confidence: bool = True,
     overwrite: bool = False,
     memory: int = 2 << 30,
-    batch: int = 1,
     features: Path | None = None,
     generators: Generators | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -136,16 +136,15 @@ def predict(
     later run tries it again.
 
     Args:
+        pipeline: the open recipe.
         samples: the pairs.
         recipe: what makes features; its prompts may hold ``{category}``.
         output: the JSON lines; continued if an earlier run with the same conditions left them unfinished.
-        open_pipeline: opens the recipe.
         dataset: name, split and whatever else says which pairs these are; ``name`` decides the protocols' basis.
         rule: how maps are joined and matched.
         confidence: also compute margin and cycle error, at twice the matching's cost.
         overwrite: start afresh whatever ``output`` holds.
         memory: bytes kept in memory of maps and their norms; more goes to a scratch folder.
-        batch: images extracted together.
         features: a folder for the branches' maps, used again by later runs; None to keep nothing.
         generators: images that have to be made when they are first needed.
         progress: called with the number of pairs just finished.
@@ -159,7 +158,6 @@ def predict(
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="difftap-")))
-        pipeline = stack.enter_context(contextlib.closing(open_pipeline(recipe)))
         # These may refuse, so they come before anything is written.
         files = BranchFiles.lasting(features, pipeline) if features else None
         planned = plan(samples, recipe).order
@@ -178,7 +176,7 @@ def predict(
         rest = [index for index in planned if index not in done]
         order = [request for index in rest for request in _requests(samples[index], recipe)]
         source = MapSource(pipeline, rule, order, scratch, files, generators)
-        keeper = MapKeeper(source, rule.prepare, order, memory, scratch, batch)
+        keeper = MapKeeper(source, rule.prepare, order, memory, scratch, pipeline.batch)
         progress(len(done))
         failed = 0
         for index in rest:
@@ -187,7 +185,8 @@ def predict(
             failed += prediction.error is not None
             progress(1)
         seconds = time.perf_counter() - began
-        return PredictRun(len(rest), failed, len(done), keeper.made, source.extracted, seconds)
+        counted = (len(rest), failed, len(done), keeper.made, source.extracted, seconds)
+        return PredictRun(*counted, pipeline.served, pipeline.extracted)
 
 
 def digest(samples: Sequence[Sample]) -> str:

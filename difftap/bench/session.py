@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from difftap.artifacts.files import output_errors, write_atomic
 from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
-from difftap.bench.runner import Opener, PredictRun, count_passes, digest, predict, subset
+from difftap.bench.runner import PredictRun, count_passes, digest, predict, subset
 from difftap.bench.scoring import Resampling, score
 from difftap.datasets.keypoints import Sample, load, loader
 from difftap.datasets.parts import take_part
 from difftap.errors import InputError
 from difftap.features.keeper import Generators
+from difftap.features.provider import is_store, open_features
 from difftap.matching import MatchRule
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Provider
+from difftap.prompts import wants_category
 from difftap.prompts.learned import remembered
 from difftap.recipe import Recipe
 
@@ -29,6 +34,7 @@ __all__ = [
     "load_pairs",
     "make_folder",
     "match_pairs",
+    "match_selection",
     "write_results",
 ]
 
@@ -69,10 +75,6 @@ class Pairs:
     samples: Sequence[Sample]
     about: Mapping[str, Any]
     generators: Generators = field(default_factory=dict)
-
-    def passes(self, recipe: Recipe) -> int:
-        """How many times an image goes through a branch of the recipe."""
-        return count_passes(self.samples, recipe)
 
 
 def make_folder(path: Path) -> Path:
@@ -174,35 +176,98 @@ def clear_pictures(folder: Path) -> None:
 
 
 def match_pairs(
+    pipeline: Provider,
     pairs: Pairs,
     recipe: Recipe,
     folder: Path,
-    opener: Opener,
     *,
-    rule: MatchRule | None = None,
+    rule: MatchRule,
     confidence: bool = True,
     overwrite: bool = False,
     memory: int = 2 << 30,
-    batch: int = 1,
     features: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PredictRun:
     """Fill ``predictions.jsonl`` of a run's folder; arguments as `difftap.bench.runner.predict`."""
     return predict(
+        pipeline,
         pairs.samples,
         recipe,
         make_folder(folder) / "predictions.jsonl",
-        opener,
         dataset=pairs.about,
-        rule=rule or MatchRule.of(recipe),
+        rule=rule,
         confidence=confidence,
         overwrite=overwrite,
         memory=memory,
-        batch=batch,
         features=features,
         generators=pairs.generators,
         progress=progress,
     )
+
+
+def match_selection(
+    selection: Selection,
+    recipe: Recipe,
+    folder: Path,
+    runtime: Runtime,
+    *,
+    rule: MatchRule,
+    confidence: bool = True,
+    overwrite: bool = False,
+    memory: int = 2 << 30,
+    features: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]] = lambda count: nullcontext(lambda done: None),
+) -> PredictRun:
+    """Read a selection's pairs, open the recipe, match, and fill ``predictions.jsonl`` of a run's folder.
+
+    Args:
+        selection: the pairs.
+        recipe: what makes features; its prompts may hold ``{category}``.
+        folder: the run's.
+        runtime: where the recipe runs.
+        rule: how maps are combined and matched.
+        confidence: also compute margin and cycle error, at twice the matching's cost.
+        overwrite: start afresh whatever the folder holds.
+        memory: bytes kept in memory of maps and their norms; more goes to a scratch folder.
+        features: a store of ``difftap extract``, or a folder in which branches' maps are kept for later runs.
+        say: told of remarks.
+        bar: shows progress over so many pairs.
+
+    Raises:
+        InputError: the pairs or the features cannot be used.
+        OutputError: the predictions cannot be written, or belong to another run.
+    """
+    if overwrite:
+        clear_pictures(folder)
+    stored = features if features is not None and is_store(features) else None
+    if stored and wants_category(recipe.branches):
+        raise InputError(
+            f"the recipe prompts by category, and the store '{stored}' holds one map an image, which is of "
+            "none: it would never be used; extract with --prompt '' and give the same here, or name a folder to keep "
+            "features in"
+        )
+    pairs = load_pairs(selection, folder / "targets")
+    passes = count_passes(pairs.samples, recipe)
+    say(f"{len(pairs.samples)} pairs, {passes} passes of an image through a branch, less what is there")
+    with open_features(recipe, stored, runtime) as pipeline, bar(len(pairs.samples)) as advance:
+        run = match_pairs(
+            pipeline,
+            pairs,
+            recipe,
+            folder,
+            rule=rule,
+            confidence=confidence,
+            overwrite=overwrite,
+            memory=memory,
+            features=None if stored else features,
+            progress=advance,
+        )
+    earlier = f", {run.skipped} already there" if run.skipped else ""
+    say(f"{run.written} pairs in {run.seconds:.1f} s{earlier}, {run.failed} failed")
+    if stored:
+        say(f"features of {run.served} images from '{stored}', of {run.extracted} extracted, not being in it")
+    return run
 
 
 def write_results(

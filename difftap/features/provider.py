@@ -22,7 +22,7 @@ from difftap.prompts import Prompt, PromptBook, Subject
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 
-__all__ = ["StoreProvider", "open_features", "precision_of", "precisions_agree"]
+__all__ = ["StoreProvider", "is_store", "open_features", "precision_of", "precisions_agree"]
 
 _FLOATING = ("fp32", "bf16x3", "fp16", "bf16")
 
@@ -36,6 +36,11 @@ def precision_of(conditions: Mapping[str, Any]) -> str:
 def precisions_agree(one: str, other: str) -> bool:
     """Whether features of two precisions may be compared: floating point agrees up to rounding, the rest does not."""
     return one == other or (one in _FLOATING and other in _FLOATING)
+
+
+def is_store(place: Path) -> bool:
+    """Whether a folder is a store that ``difftap extract`` wrote: those alone are zarr groups."""
+    return (place / "zarr.json").is_file()
 
 
 def open_features(recipe: Recipe, store: str | Path | None, runtime: Runtime | None = None) -> Provider:
@@ -94,8 +99,6 @@ class StoreProvider(Provider):
         batch = 1 if conditions["backend"]["device"] == "cpu" else runtime.batch
         super().__init__(recipe, model, conditions, batch, book)
         self.store = store
-        self.extracted = 0
-        self.served = 0
         self._runtime = runtime
         self._complete = complete
         self._pipeline: Pipeline | None = None

@@ -48,9 +48,11 @@ class Provider(ABC):
         conditions: what must go with every number made here: recipe, model, backend, device, threads, versions.
         batch: images that are worth taking together: 1 on a CPU.
         prompts: which prompts an image gets, and their embeddings.
+        served: images whose features a store held; 0 where there is no store.
         extracted: images that a store lacked, and that were computed; 0 where there is no store.
     """
 
+    served: int = 0
     extracted: int = 0
 
     def __init__(

@@ -180,6 +180,8 @@ class FakePipeline:
 
     opened: list = []  # noqa: RUF012 - a log shared by all on purpose
 
+    batch, served, extracted = 1, 0, 0
+
     def __init__(self, recipe: Recipe, shapes=((12, 6),)):
         self.recipe = recipe
         self.shapes = shapes
@@ -214,6 +216,12 @@ class FakePipeline:
 
     def close(self):
         self.shapes = ()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 def fake_recipe(prompts=("",), matcher="dense", **more) -> Recipe:

@@ -31,9 +31,11 @@ def _forget():
     FakePipeline.opened.clear()
 
 
-def run(pairs, output, recipe=None, opener=FakePipeline, rule=None, **more):
+def run(pairs, output, recipe=None, opener=FakePipeline, rule=None, batch=1, **more):
     recipe = recipe or fake_recipe()
-    return predict(pairs, recipe, output, opener, dataset=DATASET, rule=rule or MatchRule.of(recipe), **more)
+    with opener(recipe) as pipeline:
+        pipeline.batch = batch
+        return predict(pipeline, pairs, recipe, output, dataset=DATASET, rule=rule or MatchRule.of(recipe), **more)
 
 
 def results(file):

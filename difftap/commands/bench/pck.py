@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,7 @@ from difftap.commands.progress import progress_bar
 if TYPE_CHECKING:
     from difftap.bench.scoring import Resampling
     from difftap.bench.session import Selection
-    from difftap.features.provider import StoreProvider
-    from difftap.matching import MatchRule
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
 
 __all__ = ["pck"]
@@ -160,7 +156,7 @@ def pck(
     """
     from difftap.bench.protocols import get_protocols
     from difftap.bench.report import format_results
-    from difftap.bench.session import check_run, make_folder, write_results
+    from difftap.bench.session import check_run, make_folder, match_selection, write_results
     from difftap.matching import MatchRule
 
     chosen = get_protocols(protocols)  # a wrong name is said before anything slow starts
@@ -171,83 +167,22 @@ def pck(
         for line in check_run(selection, folder, recipe if was_given(*RECIPE_NAMES) else None, told):
             click.echo(line, err=True)
     else:
-        rule = MatchRule.of(recipe, combine, reading)
-        job = _Job(selection, folder, recipe, runtime, rule, confidence, memory << 20, features, overwrite)
-        _predict(job)
+        match_selection(
+            selection,
+            recipe,
+            folder,
+            runtime,
+            rule=MatchRule.of(recipe, combine, reading),
+            confidence=confidence,
+            overwrite=overwrite,
+            memory=memory << 20,
+            features=features,
+            say=lambda text: click.echo(text, err=True),
+            bar=progress_bar,
+        )
     results = write_results(folder, chosen, settings, show_published=published, plots=plots, gallery=gallery)
     for line in format_results(results, show_published=published):
         click.echo(line)
     click.echo(f"wrote {folder}", err=True)
     if results["counts"]["pairs_failed"] or results["counts"]["pairs_pending"]:
         sys.exit(1)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is matched, under which recipe, where, and what is done with what is there."""
-
-    selection: Selection
-    folder: Path
-    recipe: Recipe
-    runtime: Runtime
-    rule: MatchRule
-    confidence: bool
-    memory: int
-    features: Path | None
-    overwrite: bool
-
-
-def _predict(job: _Job) -> None:
-    """Fill the file of predictions."""
-    from difftap.bench.session import clear_pictures, load_pairs, match_pairs
-    from difftap.errors import InputError
-    from difftap.pipeline.pipeline import Pipeline as Opened
-    from difftap.prompts import wants_category
-
-    if job.overwrite:
-        clear_pictures(job.folder)
-    kept = job.features
-    # A folder with this file is a store that 'difftap extract' wrote.
-    stored = kept if kept is not None and (kept / "zarr.json").is_file() else None
-    if stored and wants_category(job.recipe.branches):
-        raise InputError(
-            f"the recipe prompts by category, and the store '{stored}' holds one map an image, which is of "
-            "none: it would never be used; extract with --prompt '' and give the same here, or name a folder to keep "
-            "features in"
-        )
-    pairs = load_pairs(job.selection, job.folder / "targets")
-    sources: list[StoreProvider] = []
-
-    def opener(filled: Recipe) -> Provider:
-        if stored is not None:
-            from difftap.features.provider import StoreProvider
-
-            sources.append(StoreProvider.open(filled, stored, job.runtime))
-            return sources[-1]
-        return Opened.open(filled, job.runtime)
-
-    passes = pairs.passes(job.recipe)
-    click.echo(
-        f"{len(pairs.samples)} pairs, {passes} passes of an image through a branch, less what is there", err=True
-    )
-    with progress_bar(len(pairs.samples)) as advance:
-        run = match_pairs(
-            pairs,
-            job.recipe,
-            job.folder,
-            opener,
-            rule=job.rule,
-            confidence=job.confidence,
-            overwrite=job.overwrite,
-            memory=job.memory,
-            batch=job.runtime.batch,
-            features=None if stored else kept,
-            progress=advance,
-        )
-    earlier = f", {run.skipped} already there" if run.skipped else ""
-    click.echo(f"{run.written} pairs in {run.seconds:.1f} s{earlier}, {run.failed} failed", err=True)
-    for source in sources:
-        click.echo(
-            f"features of {source.served} images from '{stored}', of {source.extracted} extracted, not being in it",
-            err=True,
-        )

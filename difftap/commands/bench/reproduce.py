@@ -80,6 +80,7 @@ def reproduce(
     from difftap.bench.poster import learned_rows, poster_rows, stand_in_rows, with_prompts
     from difftap.bench.reproduce import reproduce as run
     from difftap.bench.session import Selection, load_pairs, make_folder
+    from difftap.features.provider import is_store
     from difftap.pipeline.pipeline import Pipeline as Opened
     from difftap.recipe import ModelReference
 
@@ -94,7 +95,7 @@ def reproduce(
             "of them, as 'difftap tune' writes them"
         )
     rows = [*(stand_in_rows(size) if reference is None else poster_rows(reference)), *learned]
-    if features is not None and (features / "zarr.json").is_file():
+    if features is not None and is_store(features):
         raise InputError(f"'{features}' is a store of 'difftap extract', of one recipe; rows keep features in a folder")
     folder = make_folder(output)
     sets = [
@@ -119,7 +120,6 @@ def reproduce(
             folder,
             opener,
             memory=memory << 20,
-            batch=runtime.batch,
             features=features,
             overwrite=overwrite,
             say=lambda text: click.echo(text, err=True),
