@@ -11,17 +11,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
 
 from difftap.artifacts.files import JsonObject, no_folder, only_writer, output_errors
 from difftap.errors import InputError, OutputError
 
-__all__ = ["Run", "check_conditions", "differences", "open_run", "read_run"]
+__all__ = ["ProgressBar", "Run", "check_conditions", "differences", "no_bar", "open_run", "read_run"]
+
+ProgressBar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Shows progress over so many pieces of work: opened, it gives the function that is told how many are just done."""
 
 _SHOWN = 60
 """Characters of a value that an error shows; a prompt or a list of files may be long."""
+
+
+def no_bar(_total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show nothing: the `ProgressBar` of who wants none."""
+    return contextlib.nullcontext(lambda _count: None)
 
 
 class Run:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from difftap.artifacts.files import output_errors, write_atomic
+from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.bench.predictions import Predictions, load_predictions
 from difftap.bench.protocols import Protocol
 from difftap.bench.report import dump_results, result_table
@@ -217,7 +217,7 @@ def match_selection(
     memory: int = 2 << 30,
     features: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
-    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]] = lambda count: nullcontext(lambda done: None),
+    bar: ProgressBar = no_bar,
 ) -> PredictRun:
     """Read a selection's pairs, open the recipe, match, and fill ``predictions.jsonl`` of a run's folder.
 

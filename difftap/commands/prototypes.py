@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from difftap.prototypes import PrototypeTable, SceneSource
     from difftap.recipe import Recipe
 
-__all__ = ["classes_of", "object_options", "open_objects", "prototypes"]
+__all__ = ["STUDY_DEFAULT", "object_options", "prototypes", "semantic_recipe"]
 
 _FILE = click.Path(path_type=Path)
 STUDY_DEFAULT = "pocket-semantics; semantics with --model"
@@ -59,42 +59,19 @@ object_options = stack(
 """Which objects are wanted."""
 
 
-def classes_of(text: str | None, dataset: str) -> tuple[str, ...] | None:
-    """List the classes that ``--classes`` names; ``voc`` stands for VOC's 20 in the data set's own words."""
-    if text is None:
-        return None
-    if text == "voc":
-        from difftap.datasets import coco, voc
-
-        return tuple(coco.VOC_NAMES.get(one, one) for one in voc.CLASSES) if dataset == "coco" else voc.CLASSES
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not names:
-        raise InputError(f"--classes is {text!r}; allowed: names with commas between, such as person,car, or voc")
-    return names
-
-
-def open_objects(
+def _open(
     dataset: str,
     root: Path,
-    *,
-    split: str | None = None,
-    listing: Path | None = None,
-    classes: str | None = None,
-    min_area: float = 0.01,
-    crowds: str = "exclude",
-    allow_missing: bool = False,
+    split: str | None,
+    listing: Path | None,
+    classes: str | None,
+    min_area: float,
+    crowds: str,
+    allow_missing: bool,
 ) -> SceneSource:
-    """Open the scenes that the options ask for."""
-    from difftap.datasets.objects import load, read_listing
-    from difftap.prototypes import ObjectFilter
+    from difftap.datasets.chosen_objects import open_objects
 
-    wanted = ObjectFilter(min_area, classes_of(classes, dataset))
-    options: dict[str, Any] = {"split": split, "wanted": wanted, "allow_missing": allow_missing}
-    if listing is not None:
-        options["listing"] = read_listing(listing, dataset)
-    if dataset == "coco" or crowds != "exclude":
-        options["crowds"] = crowds
-    return load(dataset, root, **options)
+    return open_objects(dataset, root, split, listing, classes, min_area, crowds, allow_missing)
 
 
 def semantic_recipe(**options: Any) -> Recipe:
@@ -118,7 +95,7 @@ def prototypes() -> None:
 @object_options
 @click.option("--overwrite", is_flag=True, help="Start afresh instead of resuming.")
 @store_option
-@gives("source", open_objects)
+@gives("source", _open)
 @feature_options(STUDY_DEFAULT, make=semantic_recipe)
 @runtime_options
 def build(

@@ -32,7 +32,7 @@ __all__ = ["SPLITS", "TREE", "load", "mirrored", "mirrored_copy", "variants", "w
 def mirrored(side: AnnotatedImage) -> AnnotatedImage:
     """Give the annotations as they are in the mirrored image: pixel 0 goes to pixel W - 1 (`difftap.coords`).
 
-    >>> side = mirrored(Side(Path("a.png"), (10, 8), np.array([[0.0, 5.0]]), (0.0, 1.0, 3.0, 2.0)))
+    >>> side = mirrored(AnnotatedImage(Path("a.png"), (10, 8), np.array([[0.0, 5.0]]), (0.0, 1.0, 3.0, 2.0)))
     >>> side.points.tolist(), side.box
     ([[9.0, 5.0]], (6.0, 1.0, 9.0, 2.0))
     """

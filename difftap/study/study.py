@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from difftap.artifacts.files import output_errors
+from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.artifacts.table import plain
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.errors import InputError
 from difftap.pipeline.pipeline import Provider
 from difftap.prototypes import PrototypeTable, SceneSource, build, is_built
 from difftap.recipe import Recipe
@@ -86,7 +86,7 @@ class Study:
     device: str = "cpu"
     overwrite: bool = False
     say: Callable[[str], None] = field(default=lambda text: None)
-    bar: Callable[[int], Any] | None = None
+    bar: ProgressBar = no_bar
     fresh: set[Path] = field(default_factory=set)
 
     @property
@@ -130,22 +130,16 @@ def tables(study: Study, source: SceneSource, cases: Sequence[Case], name: str) 
         to_build = columns(study.recipe, study.model, missing, folder)
         mark = hashlib.sha256("\n".join(column.path.name for column in to_build).encode()).hexdigest()[:12]
         study.say(f"{name}: {len(source)} images, {len(to_build)} tables of prototypes to build")
-        with study.opener(recipe) as pipeline:
-            bar = study.bar(len(source)) if study.bar else None
-            advance = bar.__enter__() if bar else None
-            try:
-                built = build(
-                    source,
-                    pipeline,
-                    to_build,
-                    rule=study.rule,
-                    progress=advance or (lambda count: None),
-                    overwrite=study.overwrite,
-                    scratch=folder / f".{mark}.parts",
-                )
-            finally:
-                if bar:
-                    bar.__exit__(None, None, None)
+        with study.opener(recipe) as pipeline, study.bar(len(source)) as advance:
+            built = build(
+                source,
+                pipeline,
+                to_build,
+                rule=study.rule,
+                progress=advance,
+                overwrite=study.overwrite,
+                scratch=folder / f".{mark}.parts",
+            )
         study.fresh.update(column.path for column in to_build)
         for left in folder.glob(".*.parts"):
             shutil.rmtree(left, ignore_errors=True)  # of a run that was stopped between two tables
@@ -234,10 +228,7 @@ def _transforms(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, A
 
 def _video(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
     """Fig. 9: distance over offset; Fig. 10 is drawn from the same table."""
-    source = sources.get(VIDEO)
-    if source is None:
-        raise InputError("the video axis needs clips; give --davis ROOT")
-    [table] = tables(study, source, [base_case(study)], VIDEO)
+    [table] = tables(study, sources[VIDEO], [base_case(study)], VIDEO)
     found = clips(table, study.metric, study.device)
     results = offset_results(found, study.offsets, draws=study.draws, seed=study.seed)
     return {"datasets": {VIDEO: {**_about(table), "metric": study.metric, **results}}}
@@ -265,10 +256,8 @@ def run_axis(study: Study, axis: str, sources: Mapping[str, SceneSource]) -> dic
     """One axis' results as plain data, ready for JSON.
 
     Raises:
-        InputError: the axis needs a data set that was not given, or no object is usable.
+        InputError: no object is usable.
     """
-    if axis != "video" and not still_sources(sources):
-        raise InputError(f"the {axis} axis needs images; give --voc, --coco or --folder ROOT")
     if axis == "distances":
         results = _distances(study, sources)
     elif axis in ("layers", "steps"):

@@ -175,7 +175,7 @@ def test_coco_lists_look_in_both_splits(tmp_path):
 
 
 def test_a_part_of_coco_need_not_have_all_of_vocs_classes(tmp_path):
-    from difftap.commands.prototypes import classes_of
+    from difftap.datasets.chosen_objects import classes_of
 
     write_coco(tmp_path)
     source = load("coco", tmp_path, wanted=ObjectFilter(classes=classes_of("voc", "coco")))

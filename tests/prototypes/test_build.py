@@ -325,7 +325,7 @@ def test_bad_options_write_nothing(tmp_path, extra, message):
 
 
 def test_voc_classes_of_coco_have_cocos_names():
-    from difftap.commands.prototypes import classes_of
+    from difftap.datasets.chosen_objects import classes_of
 
     assert "airplane" in classes_of("voc", "coco")
     assert "aeroplane" in classes_of("voc", "voc")

@@ -157,13 +157,13 @@ def test_an_error_of_the_file_itself_is_seen(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from difftap.retrieval.builder import Options, build_folder
+from difftap.retrieval.builder import IndexOptions, build_folder
 from difftap.errors import OutputError
 from tests.retrieval.cases import batches, objects, origin
 vectors, rows = objects(3000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (len(vectors) * 64 + 10, -1))  # the spool fits, FAISS' header does not
 try:
-    build_folder(Path(sys.argv[1]), origin(), batches(vectors, rows), Options())
+    build_folder(Path(sys.argv[1]), origin(), batches(vectors, rows), IndexOptions())
 except OutputError as error:
     print("refused:", error)
 """

@@ -122,7 +122,7 @@ about = {"name": "synthetic", "how": "by hand", "train_pairs": 4, "val_pairs": 2
 pairs = TrainingPairs(made[:2] + made[3:5], [made[2], made[5]], about)
 def step(done, of, left):
     print(done, flush=True)
-learn(model, pairs, out, "class", cache=Cache(cache), epochs=6, watcher=loop.Watcher(step))
+learn(model, pairs, out, "class", cache=Cache(cache), epochs=6, watcher=loop.ProgressCallbacks(step))
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,15 +20,13 @@ from difftap.commands.options import (
     was_given,
 )
 from difftap.commands.progress import progress_bar
-from difftap.commands.prototypes import STUDY_DEFAULT, open_objects, semantic_recipe
+from difftap.commands.prototypes import STUDY_DEFAULT, semantic_recipe
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Provider
-    from difftap.prototypes import SceneSource
     from difftap.recipe import Recipe
-    from difftap.study.study import Study
+    from difftap.study.setup import StudySets
 
 __all__ = ["semantics"]
 
@@ -52,21 +49,10 @@ def _numbers(low: int, high: int) -> Callable[[click.Context, click.Parameter, s
     return parse
 
 
-@dataclass(frozen=True)
-class _Sets:
-    """The data sets that were given, and what of them is taken; an axis that has no use for one leaves its default."""
-
-    splits: tuple[str, ...]
-    listing: Path | None
-    allow_missing: bool
-    min_area: float
-    voc: Path | None = None
-    coco: Path | None = None
-    folder: Path | None = None
-    davis: Path | None = None
-    limit: int | None = None
-    coco_classes: str | None = None
-    davis_classes: str | None = None
+_SETS = (
+    *("splits", "listing", "allow_missing", "min_area"),
+    *("voc", "coco", "folder", "davis", "limit", "coco_classes", "davis_classes"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ class _Job:
     """One axis, or all of them: under which recipe, where, of which data sets."""
 
     output: Path
-    sets: _Sets
+    sets: StudySets
     recipe: Recipe
     runtime: Runtime
     rule: str
@@ -144,7 +130,7 @@ def _options(name: str) -> Decorator:
         click.option("--overwrite", is_flag=True, help="Build prototypes anew instead of resuming."),
         feature_options(STUDY_DEFAULT, make=semantic_recipe),
         runtime_options,
-        gives("sets", _Sets),
+        gives("sets", "difftap.study.setup:StudySets", *_SETS),
         gives("job", _Job),
     ]
 
@@ -190,146 +176,37 @@ for _name in _HELP:
     semantics.add_command(_command(_name))
 
 
-def _sources(sets: _Sets) -> dict[str, SceneSource]:
-    """Open the data sets that were given, open."""
-    roots = {"voc": sets.voc, "coco": sets.coco, "folder": sets.folder, "davis": sets.davis}
-    splits = dict(pair.partition("=")[::2] for pair in sets.splits)
-    unknown = sorted(name for name in splits if roots.get(name) is None)
-    if unknown:
-        raise InputError(f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a set that is")
-    asked = {"coco": sets.coco_classes, "davis": sets.davis_classes}
-    classes = {name: None if text == "all" else text for name, text in asked.items()}
-    if asked["davis"] is None and roots["davis"] is not None:
-        listing = None if "davis" in splits else sets.listing
-        classes["davis"] = _people(roots["davis"], splits.get("davis"), listing, sets.allow_missing)
-    if not any(roots.values()):
-        raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
-    found = {}
-    for name, root in roots.items():
-        if root is None:
-            continue
-        source = open_objects(
-            name,
-            root,
-            split=splits.get(name),
-            listing=None if name in splits else sets.listing,
-            classes=classes.get(name),
-            min_area=sets.min_area,
-            allow_missing=sets.allow_missing,
-        )
-        found[name] = source if name == "davis" else _limited(source, sets.limit)
-    return found
-
-
-def _people(root: Path, split: str | None, listing: Path | None, allow_missing: bool) -> str | None:
-    """Choose the class of clips that the study takes: people, or all objects (None) where nothing tells them."""
-    from difftap.datasets.davis import PEOPLE
-
-    source = open_objects("davis", root, split=split, listing=listing, allow_missing=allow_missing)
-    if source.about["semantics"] != "built in" or any(key.partition("/")[0] in PEOPLE for key in source.keys):
-        return "person"
-    click.echo(f"nothing says which objects of {root} are people (davis_semantics.json): all are taken", err=True)
-    return None
-
-
-def _limited(source: SceneSource, limit: int | None) -> SceneSource:
-    """So many scenes, evenly spaced; frames of clips stay whole."""
-    if limit is None or limit >= len(source):
-        return source
-    keys = [source.keys[k * len(source) // limit] for k in range(limit)]
-    return dataclasses.replace(source, keys=tuple(keys), about={**source.about, "limit": limit})
-
-
 def _run(name: str, job: _Job) -> None:
     """Run one axis, or all of them."""
-    from difftap.study.axes import AXES
-    from difftap.study.study import prepare, run_axis
-    from difftap.study.summary import finish_axis, study_folder, write_report
+    from difftap.study.setup import open_study, run_study
 
     if name == "layers" and was_given("taps"):
         raise InputError("the layers axis compares the UNet's own layers; leave --tap out")
     if name == "steps" and was_given("timestep"):
         raise InputError("the steps axis compares several timesteps; give --timesteps in place of --timestep")
-    sources = _sources(job.sets)
-    stills = [one for one in sources if one != "davis"]
-    if name == "all":
-        axes = [axis for axis in AXES if (axis == "video") <= ("davis" in sources) and (axis == "video" or stills)]
-    else:
-        axes = [name]
-        if name == "video" and "davis" not in sources:
-            raise InputError("the video axis needs clips; give --davis ROOT")
-        if name != "video" and not stills:
-            raise InputError(f"the {name} axis needs images; give --voc, --coco or --folder ROOT")
-    failed = 0
-    with study_folder(job.output) as folder:
-        study = _study(folder, job)
-        if name == "all":
-            prepare(study, sources, axes)
-        for axis in axes:
-            results = run_axis(study, axis, sources)
-            for line in finish_axis(study, results, sources):
-                click.echo(line)
-            failed += sum(data["counts"]["images_failed"] for data in results["datasets"].values())
-            report = write_report(folder)  # after every axis: a run that is stopped leaves a report of what it did
-        click.echo(f"wrote {report}", err=True)
-    if failed:
-        sys.exit(1)
 
+    def say(text: str) -> None:
+        click.echo(text, err=True)
 
-def _distance_device(device: str) -> str:
-    """Where distances are computed: with the features on a GPU, if torch can use it; else on the CPU."""
-    if device != "cuda":
-        return "cpu"
-    from difftap.errors import MissingExtraError, require
-
-    try:
-        torch = require("torch", "bench", "distances on a GPU")
-    except MissingExtraError:
-        return "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _study(folder: Path, job: _Job) -> Study:
-    """Set up the study that the options ask for."""
-    from difftap.engine import model_key
-    from difftap.pipeline.environment import check_fits, open_cache, open_checkpoint
-    from difftap.pipeline.fastest import resolve
-    from difftap.pipeline.pipeline import Pipeline as Opened
-    from difftap.prototypes import RULES
-    from difftap.retrieval.distances import METRICS
-    from difftap.study.axes import OFFSETS, TIMESTEPS
-    from difftap.study.study import Study
-
-    recipe = job.recipe
-    for what, value, allowed in (("--metric", job.metric, METRICS), ("--rule", job.rule, RULES)):
-        if value not in allowed:
-            raise InputError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
-    if len(recipe.branches) != 1:
-        raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
-    cache = open_cache(job.runtime.cache)
-    model = open_checkpoint(recipe.model, cache, recipe.size)
-    check_fits(recipe, model)
-    runtime = resolve(recipe, job.runtime)  # once: tables of several recipes must be of one backend
-
-    def opener(filled: Recipe) -> Provider:
-        return Opened.open(filled, runtime)
-
-    return Study(
-        recipe,
-        model,
-        model_key(cache, model),
-        runtime.backend,
-        runtime.precision,
-        opener,
-        folder,
+    sources = job.sets.open(say)
+    study = open_study(
+        job.recipe,
+        job.runtime,
+        job.output,
         rule=job.rule,
         metric=job.metric,
-        timesteps=job.timesteps or TIMESTEPS,
-        offsets=job.offsets or OFFSETS,
+        timesteps=job.timesteps,
+        offsets=job.offsets,
         draws=job.draws,
         seed=job.draw_seed,
-        device=_distance_device(runtime.device),
         overwrite=job.overwrite,
-        say=lambda text: click.echo(text, err=True),
+        say=say,
         bar=lambda count: progress_bar(count, "images"),
     )
+    failed = 0
+    for results, lines in run_study(study, name, sources):
+        for line in lines:
+            click.echo(line)
+        failed += sum(data["counts"]["images_failed"] for data in results["datasets"].values())
+    if failed:
+        sys.exit(1)

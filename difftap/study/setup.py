@@ -1,0 +1,212 @@
+"""The study set up and run: data sets opened, recipe and runtime checked once, then one axis after another."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from difftap.artifacts.run import ProgressBar, no_bar
+from difftap.datasets.chosen_objects import open_objects
+from difftap.datasets.davis import PEOPLE
+from difftap.datasets.objects import SceneSource
+from difftap.engine import model_key
+from difftap.errors import InputError, MissingExtraError, require
+from difftap.pipeline.environment import Runtime, check_fits, open_cache, open_checkpoint
+from difftap.pipeline.fastest import resolve
+from difftap.pipeline.pipeline import Pipeline, Provider
+from difftap.prototypes import RULES
+from difftap.recipe import Recipe
+from difftap.retrieval.distances import METRICS
+from difftap.study.axes import AXES, OFFSETS, TIMESTEPS
+from difftap.study.study import VIDEO, Study, prepare, run_axis, still_sources
+from difftap.study.summary import finish_axis, study_folder, write_report
+
+__all__ = ["StudySets", "open_study", "run_study"]
+
+
+@dataclass(frozen=True)
+class StudySets:
+    """The data sets that were given, and what of them is taken.
+
+    Attributes:
+        splits: ``NAME=SPLIT`` texts; a set that is not named has its default.
+        listing: a file that names the only images or clips to take; not of a set whose split is named.
+        allow_missing: leave out listed images that are missing.
+        min_area: least area of an object, as a fraction of the image.
+        voc: root of VOC 2012; None where it is not taken. So are the next three.
+        coco: root of COCO 2017.
+        folder: root of one's own ``images/`` and ``masks/``.
+        davis: root of DAVIS 2017.
+        limit: so many images of each set, evenly spaced; clips stay whole.
+        coco_classes: names with commas between, ``voc`` or ``all``.
+        davis_classes: names or ``all``; None for people, or all where nothing tells them.
+    """
+
+    splits: tuple[str, ...] = ()
+    listing: Path | None = None
+    allow_missing: bool = False
+    min_area: float = 0.01
+    voc: Path | None = None
+    coco: Path | None = None
+    folder: Path | None = None
+    davis: Path | None = None
+    limit: int | None = None
+    coco_classes: str | None = None
+    davis_classes: str | None = None
+
+    def open(self, say: Callable[[str], None] = lambda text: None) -> dict[str, SceneSource]:
+        """Open them, by name.
+
+        Args:
+            say: told of remarks.
+
+        Raises:
+            InputError: none was given, a split is named of one that was not, or a folder is not laid out as expected.
+        """
+        given = {"voc": self.voc, "coco": self.coco, "folder": self.folder, VIDEO: self.davis}
+        roots = {name: root for name, root in given.items() if root is not None}
+        splits = dict(pair.partition("=")[::2] for pair in self.splits)
+        unknown = sorted(splits.keys() - roots.keys())
+        if unknown:
+            raise InputError(f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a set that is")
+        if not roots:
+            raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
+        asked = {"coco": self.coco_classes, VIDEO: self.davis_classes}
+        classes = {name: None if text == "all" else text for name, text in asked.items()}
+        if self.davis_classes is None and VIDEO in roots:
+            classes[VIDEO] = self._people(roots[VIDEO], splits.get(VIDEO), say)
+        found = {}
+        for name, root in roots.items():
+            source = open_objects(
+                name,
+                root,
+                split=splits.get(name),
+                listing=None if name in splits else self.listing,
+                classes=classes.get(name),
+                min_area=self.min_area,
+                allow_missing=self.allow_missing,
+            )
+            found[name] = source if name == VIDEO else _limited(source, self.limit)
+        return found
+
+    def _people(self, root: Path, split: str | None, say: Callable[[str], None]) -> str | None:
+        """Choose the class of clips that the study takes: people, or all (None) where nothing tells them apart."""
+        listing = self.listing if split is None else None
+        source = open_objects(VIDEO, root, split=split, listing=listing, allow_missing=self.allow_missing)
+        if source.about["semantics"] != "built in" or any(key.partition("/")[0] in PEOPLE for key in source.keys):
+            return "person"
+        say(f"nothing says which objects of {root} are people (davis_semantics.json): all are taken")
+        return None
+
+
+def _limited(source: SceneSource, limit: int | None) -> SceneSource:
+    """Take so many scenes, evenly spaced."""
+    if limit is None or limit >= len(source):
+        return source
+    keys = [source.keys[k * len(source) // limit] for k in range(limit)]
+    return dataclasses.replace(source, keys=tuple(keys), about={**source.about, "limit": limit})
+
+
+def open_study(
+    recipe: Recipe,
+    runtime: Runtime,
+    folder: Path,
+    *,
+    rule: str = "area",
+    metric: str = "correlation",
+    timesteps: tuple[int, ...] | None = None,
+    offsets: tuple[int, ...] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    bar: ProgressBar = no_bar,
+) -> Study:
+    """Set up a study; arguments as the attributes of `Study`, ``timesteps`` and ``offsets`` the paper's by default.
+
+    Raises:
+        InputError: the recipe has several branches, or a name is unknown.
+        ModelError: the checkpoint does not fit the recipe.
+    """
+    for what, value, allowed in (("--metric", metric, METRICS), ("--rule", rule, RULES)):
+        if value not in allowed:
+            raise InputError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
+    if len(recipe.branches) != 1:
+        raise InputError(f"the study's recipe has one branch, this one {len(recipe.branches)}; choose another --recipe")
+    cache = open_cache(runtime.cache)
+    model = open_checkpoint(recipe.model, cache, recipe.size)
+    check_fits(recipe, model)
+    chosen = resolve(recipe, runtime)  # once: tables of several recipes must be of one backend
+
+    def opener(filled: Recipe) -> Provider:
+        return Pipeline.open(filled, chosen)
+
+    return Study(
+        recipe,
+        model,
+        model_key(cache, model),
+        chosen.backend,
+        chosen.precision,
+        opener,
+        folder,
+        rule=rule,
+        metric=metric,
+        timesteps=timesteps or TIMESTEPS,
+        offsets=offsets or OFFSETS,
+        draws=draws,
+        seed=seed,
+        device=_distance_device(chosen.device),
+        overwrite=overwrite,
+        say=say,
+        bar=bar,
+    )
+
+
+def _distance_device(device: str) -> str:
+    """Choose where distances are computed: with the features on a GPU, if torch can use it; else on the CPU."""
+    if device != "cuda":
+        return "cpu"
+    try:
+        torch = require("torch", "bench", "distances on a GPU")
+    except MissingExtraError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_study(
+    study: Study, name: str, sources: Mapping[str, SceneSource]
+) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
+    """Run one axis, or all that the data sets allow, each one's files and the report written before the next begins.
+
+    Args:
+        study: what is to be done.
+        name: of the axis, or ``all``.
+        sources: the data sets, by name.
+
+    Yields:
+        each axis' results as plain data, and its lines for a terminal.
+
+    Raises:
+        InputError: the axis needs a data set that was not given, or no object is usable.
+        OutputError: the folder cannot be written, or another run is writing it.
+    """
+    stills = still_sources(sources)
+    if name == "all":
+        axes = [axis for axis in AXES if (VIDEO in sources if axis == "video" else stills)]
+    else:
+        axes = [name]
+        if name == "video" and VIDEO not in sources:
+            raise InputError("the video axis needs clips; give --davis ROOT")
+        if name != "video" and not stills:
+            raise InputError(f"the {name} axis needs images; give --voc, --coco or --folder ROOT")
+    with study_folder(study.folder) as folder:
+        if name == "all":
+            prepare(study, sources, axes)
+        for axis in axes:
+            results = run_axis(study, axis, sources)
+            yield results, finish_axis(study, results, sources)
+            report = write_report(folder)  # after every axis: a run that is stopped leaves a report of what it did
+        study.say(f"wrote {report}")
