@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +28,14 @@ from difftap.commands.options import (
     store_option,
 )
 from difftap.commands.progress import progress_bar
-from difftap.errors import InputError
 
 if TYPE_CHECKING:
     from difftap.pipeline.environment import Runtime
-    from difftap.pipeline.pipeline import Provider
     from difftap.recipe import Recipe
     from difftap.retrieval.builder import IndexOptions
-    from difftap.retrieval.index import VectorBatch, VectorOrigin
-    from difftap.retrieval.queries import Query, Weights
-    from difftap.retrieval.vectors import AlreadyIndexed, Patches
+    from difftap.retrieval.quality import Quality
+    from difftap.retrieval.queries import Weights
+    from difftap.retrieval.vectors import Patches
 
 __all__ = ["index"]
 
@@ -101,18 +99,15 @@ def _patches(per_image: int | None, labels: str, seed: int | None = None) -> Pat
     return Patches(per_image, labels, seed or 0)
 
 
-def _are_tables(sources: Iterable[Path]) -> bool:
-    kinds = {source.suffix.lower() == ".parquet" for source in sources}
-    if len(kinds) > 1:
-        raise InputError(
-            "tables and images cannot be indexed together; give tables of prototypes (.parquet), or images"
-        )
-    return kinds.pop()
-
-
 def _for_images(text: str, *names: str) -> Rule:
     """Refuse options that would change nothing where SOURCEs are tables, which bring their own features."""
-    return Rule(lambda ctx, name: name if _are_tables(ctx.params["sources"]) else None, text, names)
+
+    def offends(ctx: click.Context, name: str) -> str | None:
+        from difftap.retrieval.vectors import are_tables
+
+        return name if are_tables(ctx.params["sources"]) else None
+
+    return Rule(offends, text, names)
 
 
 _BUILT_OF_IMAGES = _for_images(
@@ -193,30 +188,22 @@ def build(
     A table brings its own recipe; for images the recipe options say how features are made. Both are stored with the
     index: queries are made the same way, and vectors of another recipe or model are refused.
     """
-    from difftap.retrieval.retrieve import build_index, check_place, describe
-    from difftap.retrieval.vectors import list_images, open_tables, patch_batches
+    from difftap.retrieval.retrieve import index_sources
 
-    check_place(where, overwrite)
-    failures: list[tuple[str, str]] = []
-    if _are_tables(sources):
-        origin, batches = open_tables(sources)
-        with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
-            record = describe(made)
-    else:
-        from difftap.features.provider import open_features
-        from difftap.retrieval.index import VectorOrigin
-
-        paths = list_images(sources)
-        with (
-            open_features(recipe, features, runtime) as pipeline,
-            progress_bar(len(paths), "images") as advance,
-        ):
-            origin = VectorOrigin.of_patches(pipeline.recipe, pipeline.conditions)
-            batches = patch_batches(pipeline, paths, which, advance, failures)
-            with build_index(where, origin, batches, wanted, overwrite=overwrite, name=name) as made:
-                record = describe(made)
-            _say_extracted(pipeline, features)
-    click.echo(f"{record['rows']} vectors of {record['width']} in {where}: {_kind_line(record)}", err=True)
+    record, failures = index_sources(
+        where,
+        sources,
+        wanted,
+        which,
+        recipe,
+        runtime,
+        features=features,
+        overwrite=overwrite,
+        name=name,
+        bar=_bar,
+        say=_say,
+    )
+    _say(f"{record['rows']} vectors of {record['width']} in {where}: {_kind_line(record)}")
     _end(failures)
 
 
@@ -247,25 +234,9 @@ def add(
 
     What is in already is left out and counted, so the same command may be given again.
     """
-    from difftap.retrieval.retrieve import open_index
-    from difftap.retrieval.vectors import AlreadyIndexed
+    from difftap.retrieval.retrieve import add_sources
 
-    failures: list[tuple[str, str]] = []
-    with open_index(where, name=name) as opened:
-        trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
-        known = AlreadyIndexed(opened.rows())
-        with _vectors(sources, opened.about.origin, which, runtime, weights, features, failures, known) as (
-            batches,
-            _,
-        ):
-            added = opened.add(batches)
-        count, kind = opened.about.count, opened.about.kind
-    click.echo(f"{added} vectors added to {where}: {count} in all", err=True)
-    if known.left_out:
-        click.echo(f"  {known.left_out} {known.what} were in already and are left out", err=True)
-    if kind not in ("flat", "hnsw") and count > 2 * trained:
-        click.echo(f"  its lists were made for {trained}: build it again to keep its recall", err=True)
-    _end(failures)
+    _end(add_sources(where, sources, which, runtime, weights=weights, features=features, name=name, bar=_bar, say=_say))
 
 
 @index.command(cls=Command)
@@ -339,39 +310,29 @@ def search(
     difftap index search --row voc.parquet:12 --other-images --index voc.index
     """
     from difftap.pages.draw import check_output, save_picture
-    from difftap.retrieval.queries import embed, open_pipeline
-    from difftap.retrieval.retrieve import SCHEMA, describe, open_index, search_record
+    from difftap.retrieval.queries import read_query
+    from difftap.retrieval.retrieve import search_index
     from difftap.retrieval.sheet import draw_sheet
 
     if sheet is not None:
         check_output(sheet, [one for one in (image, mask) if one is not None])
-    make = _query(image, mask, mask_value, point, row)
-    with open_index(where, name=name, gpu=gpu) as opened:
-        query = make(opened.about.origin)
-        if query.vector is None:
-            with open_pipeline(
-                opened.about.origin,
-                runtime,
-                features=features,
-                weights=weights,
-            ) as pipeline:
-                vector, conditions = embed(query, opened.about.origin, pipeline), pipeline.conditions
-        else:
-            vector, conditions = query.vector, {}
-        found = search_record(opened, vector, k, key=query.key, other_images=other_images)
-        record = {
-            "type": "search",
-            "schema": SCHEMA,
-            **conditions,
-            "index": describe(opened),
-            "query": dict(query.about),
-            **found,
-        }
-        if sheet is not None:
-            picture, missing = draw_sheet(query, found["hits"], found["score"], roots)
-            save_picture(picture, sheet)
-            if missing:
-                click.echo(f"{missing} images of the sheet were not found; name their folder with --images", err=True)
+    make = read_query(image, mask=mask, mask_value=mask_value, point=point, row=row)
+    query, record = search_index(
+        where,
+        make,
+        k,
+        runtime,
+        weights=weights,
+        features=features,
+        other_images=other_images,
+        name=name,
+        gpu=gpu,
+    )
+    if sheet is not None:
+        picture, missing = draw_sheet(query, record["hits"], record["score"], roots)
+        save_picture(picture, sheet)
+        if missing:
+            _say(f"{missing} images of the sheet were not found; name their folder with --images")
     click.echo(json.dumps(record, indent=1, allow_nan=False))
 
 
@@ -410,95 +371,36 @@ def evaluate(
     difftap index eval voc.parquet --index voc.index
     """
     from difftap.artifacts.files import write_atomic
-    from difftap.retrieval import retrieve
+    from difftap.retrieval.retrieve import judge_sources
 
-    failures: list[tuple[str, str]] = []
-    with (
-        retrieve.open_index(where, name=name, gpu=gpu) as opened,
-        _vectors(sources, opened.about.origin, which, runtime, weights, features, failures) as (
-            batches,
-            conditions,
-        ),
-    ):
-        found, looked = retrieve.evaluate(opened, batches, ks=ks or (1, 5, 10), neighbours=neighbours, depth=depth)
-        about = retrieve.describe(opened)
-    for line in _quality_lines(found, neighbours, looked, about):
+    found, record, failures = judge_sources(
+        where,
+        sources,
+        which,
+        runtime,
+        weights=weights,
+        features=features,
+        ks=ks or (1, 5, 10),
+        neighbours=neighbours,
+        depth=depth,
+        name=name,
+        gpu=gpu,
+        bar=_bar,
+        say=_say,
+    )
+    for line in _quality_lines(found, record):
         click.echo(line)
     if json_file is not None:
-        record = {
-            "type": "retrieval",
-            "schema": retrieve.SCHEMA,
-            **conditions,
-            "index": about,
-            "settings": {"neighbours": neighbours, "depth": looked, "left_out": "the query's own image"},
-            **found.to_dict(),
-        }
         write_atomic(json_file, json.dumps(record, indent=1, allow_nan=False) + "\n")
     _end(failures)
 
 
-@contextlib.contextmanager
-def _vectors(
-    sources: tuple[Path, ...],
-    origin: VectorOrigin,
-    which: Patches,
-    runtime: Runtime,
-    weights: Weights,
-    features: str | None,
-    failures: list[tuple[str, str]],
-    known: AlreadyIndexed | None = None,
-) -> Iterator[tuple[Iterable[VectorBatch], dict[str, Any]]]:
-    """Open the vectors of some sources, less those that are known, made as an index's were, and the conditions."""
-    from difftap.retrieval.queries import open_pipeline
-    from difftap.retrieval.vectors import list_images, open_tables, patch_batches
-
-    if _are_tables(sources):
-        theirs, batches = open_tables(sources)
-        names = ", ".join(f"'{source}'" for source in sources)
-        origin.check(theirs, names)
-        yield batches if known is None else known.objects(batches), {}
-        return
-    if origin.source != "patches":
-        raise InputError("this index holds prototypes of objects; add a table of prototypes (.parquet), not images")
-    paths = list_images(sources)
-    if known is not None:
-        paths = known.images(paths)
-    with (
-        open_pipeline(origin, runtime, features=features, weights=weights) as pipeline,
-        progress_bar(len(paths), "images") as advance,
-    ):
-        yield patch_batches(pipeline, paths, which, advance, failures), pipeline.conditions
-        _say_extracted(pipeline, features)
+def _bar(count: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    return progress_bar(count, "images")
 
 
-def _say_extracted(pipeline: Provider, store: str | None) -> None:
-    if pipeline.extracted:
-        click.echo(f"  {pipeline.extracted} images were not in {store} and were extracted", err=True)
-
-
-def _query(
-    image: Path | None, mask: Path | None, mask_value: int | None, point: str | None, row: str | None
-) -> Callable[[VectorOrigin], Query]:
-    """Read what is searched for, read and checked as far as it can be before the index is open."""
-    from difftap.images import load_image, read_mask
-    from difftap.points import parse_point
-    from difftap.retrieval.queries import image_query, mask_query, point_query, row_query
-
-    if row is not None:
-        table, _, number = row.rpartition(":")
-        if not table or not number.isdecimal():
-            raise InputError(f"--row is {row!r}; allowed: TABLE:N, such as voc.parquet:12")
-        return lambda origin: row_query(Path(table), int(number), origin)
-    if image is None:
-        raise InputError("nothing to search for; give an image (with --mask or --point, if a part is meant) or --row")
-    loaded = load_image(image)
-    if mask is not None:
-        made = mask_query(loaded, read_mask(mask, mask_value), mask)
-    elif point is not None:
-        made = point_query(loaded, *parse_point(point))
-    else:
-        made = image_query(loaded)
-    return lambda origin: made
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _kind_line(record: dict[str, Any]) -> str:
@@ -511,30 +413,37 @@ def _kind_line(record: dict[str, Any]) -> str:
     )
 
 
-def _quality_lines(found: Any, neighbours: int, depth: int, about: dict[str, Any]) -> Iterator[str]:
+def _quality_lines(found: Quality, record: dict[str, Any]) -> Iterator[str]:
+    from difftap.artifacts.table import Table, TableColumn
+
+    about, settings = record["index"], record["settings"]
     yield f"{about['rows']} rows, {_kind_line(about)}"
     yield (
         f"{found.queries} queries, their own image left out ({found.skipped} more have nothing of their class in "
-        f"another image); {depth} hits looked at"
+        f"another image); {settings['depth']} hits looked at"
     )
-    heads = [f"R@{k}" for k in found.recall] + ["mAP", f"{neighbours}NN"]
-    width = max([len(name) for name in found.by_class] + [len("mean of classes")])
-    yield f"{'':<{width}}  {'queries':>7}" + "".join(f"  {head:>6}" for head in heads)
+    heads = [f"R@{k}" for k in found.recall] + ["mAP", f"{settings['neighbours']}NN"]
+    columns = [TableColumn("", left=True), TableColumn("queries")]
+    columns += [TableColumn(head, "%", ".2f", unit_shown=False) for head in heads]
 
-    def line(name: str, count: int | None, one: dict[str, Any]) -> str:
-        values = [*one["recall"].values(), one["mean_average_precision"], one["accuracy"]]
-        return f"{name:<{width}}  {'' if count is None else count:>7}" + "".join(f"  {100 * v:6.2f}" for v in values)
+    def row(name: str, count: int | None, one: dict[str, Any]) -> tuple[str | float | None, ...]:
+        return (
+            name,
+            "" if count is None else count,
+            *one["recall"].values(),
+            one["mean_average_precision"],
+            one["accuracy"],
+        )
 
     overall = {name: getattr(found, name) for name in ("recall", "mean_average_precision", "accuracy")}
-    for name, one in found.by_class.items():
-        yield line(name, one["queries"], one)
-    yield line("mean of queries", found.queries, overall)
-    yield line("mean of classes", None, found.class_means)
+    rows = [row(name, one["queries"], one) for name, one in found.by_class.items()]
+    rows += [row("mean of queries", found.queries, overall), row("mean of classes", None, found.class_means)]
+    yield from Table(tuple(columns), tuple(rows)).text()
 
 
 def _end(failures: list[tuple[str, str]]) -> None:
     for path, why in failures[:10]:
-        click.echo(f"  {path} failed: {why}", err=True)
+        _say(f"  {path} failed: {why}")
     if failures:
-        click.echo(f"{len(failures)} images failed", err=True)
+        _say(f"{len(failures)} images failed")
         sys.exit(1)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.table import plain
 from difftap.errors import InputError
 from difftap.retrieval.distances import pairwise
 from difftap.retrieval.kinds import IndexMetric
@@ -152,14 +153,8 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: NaN becomes None."""
-        cleaned: dict[str, Any] = _plain(asdict(self))
+        cleaned: dict[str, Any] = plain(asdict(self))
         return cleaned
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def judge(

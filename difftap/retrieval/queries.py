@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from difftap.errors import InputError
 from difftap.features.provider import open_features, precision_of, precisions_agree
-from difftap.images import Image
+from difftap.images import Image, load_image, read_mask
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Provider
-from difftap.points import check_inside
+from difftap.points import check_inside, parse_point
 from difftap.recipe import ModelReference, Recipe
 from difftap.retrieval.index import VectorOrigin
 from difftap.retrieval.vectors import table_batches, table_origin
 
-__all__ = ["Query", "embed", "image_query", "mask_query", "open_pipeline", "point_query", "row_query"]
+__all__ = ["Query", "embed", "image_query", "mask_query", "open_pipeline", "point_query", "read_query", "row_query"]
 
 Mask = NDArray[np.bool_]
 
@@ -98,6 +98,46 @@ def row_query(path: Path, number: int, origin: VectorOrigin) -> Query:
             return Query(None, None, about, str(record["image"]), batch.vectors[number - start])
         start += len(batch.rows)
     raise InputError(f"row {number} of '{path}' does not exist; allowed: 0 to {start - 1}")
+
+
+def read_query(
+    image: Path | None,
+    *,
+    mask: Path | None = None,
+    mask_value: int | None = None,
+    point: str | None = None,
+    row: str | None = None,
+) -> Callable[[VectorOrigin], Query]:
+    """Read what is searched for, and check it as far as that can be done before the index is open.
+
+    Args:
+        image: its file.
+        mask: the object in it: a mask's file.
+        mask_value: the mask's value that means the object; None for any but 0.
+        point: the place in it, ``x,y`` in pixels.
+        row: ``TABLE:N``, a row of a table of prototypes, in place of an image.
+
+    Returns:
+        what makes the query for an index of some origin.
+
+    Raises:
+        InputError: nothing is named, or it cannot be read.
+    """
+    if row is not None:
+        table, _, number = row.rpartition(":")
+        if not table or not number.isdecimal():
+            raise InputError(f"--row is {row!r}; allowed: TABLE:N, such as voc.parquet:12")
+        return lambda origin: row_query(Path(table), int(number), origin)
+    if image is None:
+        raise InputError("nothing to search for; give an image (with --mask or --point, if a part is meant) or --row")
+    loaded = load_image(image)
+    if mask is not None:
+        made = mask_query(loaded, read_mask(mask, mask_value), mask)
+    elif point is not None:
+        made = point_query(loaded, *parse_point(point))
+    else:
+        made = image_query(loaded)
+    return lambda origin: made
 
 
 Weights = Callable[[ModelReference], ModelReference]

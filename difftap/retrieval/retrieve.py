@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.errors import InputError
+from difftap.features.provider import open_features
 from difftap.images import is_picture
+from difftap.pipeline.environment import Runtime
+from difftap.pipeline.pipeline import Provider
+from difftap.recipe import Recipe
 from difftap.retrieval.builder import IndexOptions, build_folder
 from difftap.retrieval.faiss_folder import FolderIndex, check_new
 from difftap.retrieval.index import Index, Rows, VectorBatch, VectorOrigin, is_milvus
 from difftap.retrieval.quality import Quality, judge, summarise, vote
+from difftap.retrieval.queries import Query, Weights, embed, open_pipeline
+from difftap.retrieval.vectors import AlreadyIndexed, Patches, are_tables, list_images, open_tables, patch_batches
 
-__all__ = ["SCHEMA", "build_index", "check_place", "describe", "evaluate", "open_index", "same_image", "search_record"]
+__all__ = [
+    "SCHEMA",
+    "add_sources",
+    "build_index",
+    "check_place",
+    "describe",
+    "evaluate",
+    "index_sources",
+    "judge_sources",
+    "open_index",
+    "same_image",
+    "search_index",
+    "search_record",
+]
 
 SCHEMA = 1
 """Version of the JSON that searches and evaluations are written in; docs/index.md describes it."""
@@ -140,6 +161,249 @@ def search_record(
     ]
     known = facts.classes[chosen]
     return {"score": index.about.space.meaning, "class": vote(known[known != ""]), "hits": hits}
+
+
+@contextlib.contextmanager
+def _vectors(
+    origin: VectorOrigin,
+    sources: Sequence[Path],
+    which: Patches,
+    runtime: Runtime,
+    *,
+    weights: Weights,
+    features: str | None,
+    failures: list[tuple[str, str]],
+    bar: ProgressBar,
+    say: Callable[[str], None],
+    known: AlreadyIndexed | None = None,
+) -> Iterator[tuple[Iterable[VectorBatch], dict[str, Any]]]:
+    """Open the vectors of some sources, less those that are known, made as an index's were, and their conditions."""
+    if are_tables(sources):
+        theirs, batches = open_tables(sources)
+        origin.check(theirs, ", ".join(f"'{source}'" for source in sources))
+        yield batches if known is None else known.objects(batches), {}
+        return
+    if origin.source != "patches":
+        raise InputError("this index holds prototypes of objects; add a table of prototypes (.parquet), not images")
+    paths = list_images(sources)
+    if known is not None:
+        paths = known.images(paths)
+    with (
+        open_pipeline(origin, runtime, features=features, weights=weights) as pipeline,
+        bar(len(paths)) as advance,
+    ):
+        yield patch_batches(pipeline, paths, which, advance, failures), pipeline.conditions
+        _say_extracted(pipeline, features, say)
+
+
+def _say_extracted(pipeline: Provider, store: str | None, say: Callable[[str], None]) -> None:
+    if pipeline.extracted:
+        say(f"  {pipeline.extracted} images were not in {store} and were extracted")
+
+
+def index_sources(
+    where: str,
+    sources: Sequence[Path],
+    options: IndexOptions,
+    which: Patches,
+    recipe: Recipe,
+    runtime: Runtime,
+    *,
+    features: str | None = None,
+    overwrite: bool = False,
+    name: str = "difftap",
+    bar: ProgressBar = no_bar,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Build an index of tables of prototypes, or of images' patch features.
+
+    Args:
+        where: a folder, or a place of Milvus.
+        sources: tables (.parquet), or images and folders of images.
+        options: of the index.
+        which: cells of images, and their classes.
+        recipe: makes images' features; tables bring their own.
+        runtime: where it runs.
+        features: a store that images' features are taken from where it has them.
+        overwrite: replace an index that stands there, once the new one is whole.
+        name: of the index, in Milvus.
+        bar: shows progress over images.
+        say: told of remarks.
+
+    Returns:
+        what the index says of itself (`describe`), and path and reason of each image that failed.
+
+    Raises:
+        InputError: the sources cannot be used.
+        OutputError: something else stands there.
+    """
+    check_place(where, overwrite)
+    failures: list[tuple[str, str]] = []
+    if are_tables(sources):
+        origin, batches = open_tables(sources)
+        with build_index(where, origin, batches, options, overwrite=overwrite, name=name) as made:
+            return describe(made), failures
+    paths = list_images(sources)
+    with open_features(recipe, features, runtime) as pipeline, bar(len(paths)) as advance:
+        origin = VectorOrigin.of_patches(pipeline.recipe, pipeline.conditions)
+        batches = patch_batches(pipeline, paths, which, advance, failures)
+        with build_index(where, origin, batches, options, overwrite=overwrite, name=name) as made:
+            record = describe(made)
+        _say_extracted(pipeline, features, say)
+    return record, failures
+
+
+def add_sources(
+    where: str,
+    sources: Sequence[Path],
+    which: Patches,
+    runtime: Runtime,
+    *,
+    weights: Weights,
+    features: str | None = None,
+    name: str = "difftap",
+    bar: ProgressBar = no_bar,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[tuple[str, str]]:
+    """Add tables or images to an index: all or, if it is interrupted, none; what is in already is left out and counted.
+
+    Args:
+        where: the index.
+        sources: as `index_sources`, of the index's own kind.
+        which: cells of images, and their classes.
+        runtime: where the index's recipe runs.
+        weights: how the index's model is to be had.
+        features: a store that images' features are taken from where it has them.
+        name: of the index, in Milvus.
+        bar: shows progress over images.
+        say: told what was added, and what is worth a remark.
+
+    Returns:
+        path and reason of each image that failed.
+
+    Raises:
+        InputError: the sources cannot be used, or are of another origin than the index.
+    """
+    failures: list[tuple[str, str]] = []
+    with open_index(where, name=name) as opened:
+        trained = int(opened.about.report.get("recall", {}).get("rows", opened.about.count))
+        known = AlreadyIndexed(opened.rows())
+        with _vectors(
+            opened.about.origin,
+            sources,
+            which,
+            runtime,
+            weights=weights,
+            features=features,
+            failures=failures,
+            bar=bar,
+            say=say,
+            known=known,
+        ) as (batches, _):
+            added = opened.add(batches)
+        count, kind = opened.about.count, opened.about.kind
+    say(f"{added} vectors added to {where}: {count} in all")
+    if known.left_out:
+        say(f"  {known.left_out} {known.what} were in already and are left out")
+    if kind not in ("flat", "hnsw") and count > 2 * trained:
+        say(f"  its lists were made for {trained}: build it again to keep its recall")
+    return failures
+
+
+def search_index(
+    where: str,
+    make: Callable[[VectorOrigin], Query],
+    k: int,
+    runtime: Runtime,
+    *,
+    weights: Weights,
+    features: str | None = None,
+    other_images: bool = False,
+    name: str = "difftap",
+    gpu: bool = False,
+) -> tuple[Query, dict[str, Any]]:
+    """Find what is nearest to a query, its vector made with the index's own recipe.
+
+    Args:
+        where: the index.
+        make: gives the query, as `difftap.retrieval.queries.read_query` does.
+        k: hits.
+        runtime: where the index's recipe runs.
+        weights: how the index's model is to be had.
+        features: a store that the image's features are taken from where it has them.
+        other_images: leave out hits in the query's own image.
+        name: of the index, in Milvus.
+        gpu: let FAISS use the GPU.
+
+    Returns:
+        the query, and the search as plain data: docs/index.md describes it.
+
+    Raises:
+        InputError: there is no such index, or the query cannot be made as its vectors were.
+    """
+    with open_index(where, name=name, gpu=gpu) as opened:
+        origin = opened.about.origin
+        query = make(origin)
+        conditions: dict[str, Any] = {}
+        vector = query.vector
+        if vector is None:
+            with open_pipeline(origin, runtime, features=features, weights=weights) as pipeline:
+                vector, conditions = embed(query, origin, pipeline), pipeline.conditions
+        found = search_record(opened, vector, k, key=query.key, other_images=other_images)
+        about = {"index": describe(opened), "query": dict(query.about)}
+    return query, {"type": "search", "schema": SCHEMA, **conditions, **about, **found}
+
+
+def judge_sources(
+    where: str,
+    sources: Sequence[Path],
+    which: Patches,
+    runtime: Runtime,
+    *,
+    weights: Weights,
+    features: str | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    neighbours: int = 5,
+    depth: int | None = None,
+    name: str = "difftap",
+    gpu: bool = False,
+    bar: ProgressBar = no_bar,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Quality, dict[str, Any], list[tuple[str, str]]]:
+    """Search for every vector of some sources, and judge the hits by class; arguments as `add_sources`, `evaluate`.
+
+    Returns:
+        the figures; the same as plain data, with conditions and settings; path and reason of each image that failed.
+
+    Raises:
+        InputError: as `add_sources`; or no row of the index has a class, or there is no query.
+    """
+    failures: list[tuple[str, str]] = []
+    with (
+        open_index(where, name=name, gpu=gpu) as opened,
+        _vectors(
+            opened.about.origin,
+            sources,
+            which,
+            runtime,
+            weights=weights,
+            features=features,
+            failures=failures,
+            bar=bar,
+            say=say,
+        ) as (batches, conditions),
+    ):
+        found, looked = evaluate(opened, batches, ks=ks, neighbours=neighbours, depth=depth)
+        about = describe(opened)
+    record = {
+        "type": "retrieval",
+        "schema": SCHEMA,
+        **conditions,
+        "index": about,
+        "settings": {"neighbours": neighbours, "depth": looked, "left_out": "the query's own image"},
+        **found.to_dict(),
+    }
+    return found, record, failures
 
 
 def evaluate(

@@ -19,7 +19,16 @@ from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
 from difftap.pipeline.pipeline import Provider
 from difftap.retrieval.index import Rows, VectorBatch, VectorOrigin
 
-__all__ = ["AlreadyIndexed", "Patches", "list_images", "open_tables", "patch_batches", "table_batches", "table_origin"]
+__all__ = [
+    "AlreadyIndexed",
+    "Patches",
+    "are_tables",
+    "list_images",
+    "open_tables",
+    "patch_batches",
+    "table_batches",
+    "table_origin",
+]
 
 _ROWS = 4096
 
@@ -79,6 +88,20 @@ def table_batches(path: Path, rows: int = _ROWS) -> Iterator[VectorBatch]:
             f"'{path}' is no whole table of prototypes ({first_line(error)}); build it again with 'difftap prototypes "
             "build'"
         ) from error
+
+
+def are_tables(sources: Iterable[Path]) -> bool:
+    """Whether sources are tables of prototypes, told by their ending, and not images or folders.
+
+    Raises:
+        InputError: some are and some are not.
+    """
+    kinds = {source.suffix.lower() == ".parquet" for source in sources}
+    if len(kinds) > 1:
+        raise InputError(
+            "tables and images cannot be indexed together; give tables of prototypes (.parquet), or images"
+        )
+    return kinds.pop()
 
 
 def list_images(paths: Iterable[Path]) -> list[Path]:

@@ -54,7 +54,7 @@ class StudySets:
     folder: Path | None = None
     davis: Path | None = None
     limit: int | None = None
-    coco_classes: str | None = None
+    coco_classes: str | None = "voc"
     davis_classes: str | None = None
 
     def open(self, say: Callable[[str], None] = lambda text: None) -> dict[str, SceneSource]:
