@@ -13,7 +13,17 @@ from difftap.prompts import made_of_images
 from difftap.prompts.learned import find_learned
 from difftap.recipe import KINDS, Branch, Learned, ModelReference, Recipe, load_recipe
 
-__all__ = ["LEARNED", "POSTER", "PROMPT", "PosterRow", "learned_rows", "poster_rows", "stand_in_rows", "with_prompts"]
+__all__ = [
+    "LEARNED",
+    "POSTER",
+    "PROMPT",
+    "PosterRow",
+    "choose_rows",
+    "learned_rows",
+    "poster_rows",
+    "stand_in_rows",
+    "with_prompts",
+]
 
 PROMPT = "a photo of a {category}"
 """DIFT's, filled in per class."""
@@ -107,3 +117,28 @@ def with_prompts(rows: Sequence[PosterRow], root: Path) -> tuple[list[PosterRow]
             learned = dataclasses.replace(learned, path=str(place))
         found.append(dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, learned=learned)))
     return found, absent
+
+
+def choose_rows(
+    model: ModelReference | None, size: int | None, prompts_root: Path | None
+) -> tuple[list[PosterRow], list[str]]:
+    """Choose the rows that can be filled: all that need no learned prompts, and those whose prompts are there.
+
+    Args:
+        model: a Stable Diffusion 2.1 checkpoint; None for the embedded model.
+        size: of the embedded model's input, in pixels.
+        prompts_root: where learned prompts lie, a folder a row; None for ``prompts``, where it is there.
+
+    Returns:
+        the rows, and the names of those whose prompts are missing.
+
+    Raises:
+        InputError: a folder was named and holds prompts of no row.
+    """
+    learned, absent = with_prompts(learned_rows(model, size), prompts_root or Path("prompts"))
+    if prompts_root is not None and not learned:
+        raise InputError(
+            f"'{prompts_root}' holds no learned prompts for a row; allowed: a folder with {', '.join(absent)}, or some "
+            "of them, as 'difftap tune' writes them"
+        )
+    return [*(stand_in_rows(size) if model is None else poster_rows(model)), *learned], absent

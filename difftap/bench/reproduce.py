@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from difftap.artifacts.files import write_atomic
+from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.bench.poster import PosterRow
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import result_table
@@ -34,7 +35,7 @@ def reproduce(
     features: Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int], None] = lambda count: None,
+    bar: ProgressBar = no_bar,
 ) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Run every row on every data set; after each, write the data set's table, ours below the published rows.
 
@@ -53,25 +54,26 @@ def reproduce(
     made: dict[str, dict[str, Mapping[str, Any]]] = {}
     refusals: list[str] = []
     kept = features or folder / "features"
-    for pairs in sets:
-        name = str(pairs.about["name"])
-        made[name] = {}
-        for row in rows:
-            place = folder / name / row.name
-            say(f"{name}: {row.name}")
-            options: dict[str, Any] = {"memory": memory, "overwrite": overwrite, "progress": progress}
-            try:
-                options["features"] = kept if row.keepable else None
-                with opener(row.recipe) as pipeline:
-                    run = match_pairs(pipeline, pairs, row.recipe, place, rule=row.rule, **options)
-            except DifftapError as error:
-                reason = " ".join(str(error).split())
-                refusals.append(reason)
-                say(f"{name}: {row.name} left out: {reason}")
-                continue
-            say(f"{name}: {row.name}: {run.written} pairs in {run.seconds:.0f} s, {run.skipped} already there")
-            made[name][row.name] = write_results(place, get_protocols(), settings)
-            _write_tables(folder / name, made[name])  # a run that is stopped leaves the rows that are done
+    with bar(len(rows) * sum(len(pairs.samples) for pairs in sets)) as advance:
+        for pairs in sets:
+            name = str(pairs.about["name"])
+            made[name] = {}
+            for row in rows:
+                place = folder / name / row.name
+                say(f"{name}: {row.name}")
+                options: dict[str, Any] = {"memory": memory, "overwrite": overwrite, "progress": advance}
+                try:
+                    options["features"] = kept if row.keepable else None
+                    with opener(row.recipe) as pipeline:
+                        run = match_pairs(pipeline, pairs, row.recipe, place, rule=row.rule, **options)
+                except DifftapError as error:
+                    reason = " ".join(str(error).split())
+                    refusals.append(reason)
+                    say(f"{name}: {row.name} left out: {reason}")
+                    continue
+                say(f"{name}: {row.name}: {run.written} pairs in {run.seconds:.0f} s, {run.skipped} already there")
+                made[name][row.name] = write_results(place, get_protocols(), settings)
+                _write_tables(folder / name, made[name])  # a run that is stopped leaves the rows that are done
     if not any(made.values()):
         raise InputError(f"no row can run here: {refusals[0]}")
     return made

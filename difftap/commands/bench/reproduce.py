@@ -77,7 +77,7 @@ def reproduce(
     \b
     difftap bench reproduce -o out/poster --spair SPair-71k --model sd21/ --prompts-root prompts --batch 8
     """
-    from difftap.bench.poster import learned_rows, poster_rows, stand_in_rows, with_prompts
+    from difftap.bench.poster import choose_rows
     from difftap.bench.reproduce import reproduce as run
     from difftap.bench.session import Selection, load_pairs, make_folder
     from difftap.features.provider import is_store
@@ -87,14 +87,7 @@ def reproduce(
     roots = {"spair": spair, "pf-pascal": pf_pascal, "pf-willow": pf_willow, "synthetic": synthetic}
     if not any(roots.values()):
         raise InputError("no data set was given; allowed: --spair, --pf-pascal, --pf-willow, --synthetic")
-    reference = None if model is None else ModelReference(model)
-    learned, absent = with_prompts(learned_rows(reference, size), prompts_root or Path("prompts"))
-    if prompts_root is not None and not learned:
-        raise InputError(
-            f"'{prompts_root}' holds no learned prompts for a row; allowed: a folder with {', '.join(absent)}, or some "
-            "of them, as 'difftap tune' writes them"
-        )
-    rows = [*(stand_in_rows(size) if reference is None else poster_rows(reference)), *learned]
+    rows, absent = choose_rows(None if model is None else ModelReference(model), size, prompts_root)
     if features is not None and is_store(features):
         raise InputError(f"'{features}' is a store of 'difftap extract', of one recipe; rows keep features in a folder")
     folder = make_folder(output)
@@ -107,24 +100,25 @@ def reproduce(
     def opener(filled: Recipe) -> Provider:
         return Opened.open(filled, runtime)
 
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
     if absent:
-        click.echo(
+        say(
             f"left out, having no learned prompts in '{prompts_root or 'prompts'}': {', '.join(absent)}; 'difftap "
-            "tune' makes them (docs/tuning.md)",
-            err=True,
+            "tune' makes them (docs/tuning.md)"
         )
-    with progress_bar(len(rows) * sum(len(pairs.samples) for pairs in sets)) as advance:
-        results = run(
-            rows,
-            sets,
-            folder,
-            opener,
-            memory=memory << 20,
-            features=features,
-            overwrite=overwrite,
-            say=lambda text: click.echo(text, err=True),
-            progress=advance,
-        )
+    results = run(
+        rows,
+        sets,
+        folder,
+        opener,
+        memory=memory << 20,
+        features=features,
+        overwrite=overwrite,
+        say=say,
+        bar=progress_bar,
+    )
     for name in (name for name, rows_ in results.items() if rows_):
         click.echo((folder / name / "table.md").read_text(encoding="utf-8"), nl=False)
     failed = sum(one["counts"]["pairs_failed"] for rows_ in results.values() for one in rows_.values())
