@@ -11,12 +11,12 @@ import json
 import os
 import tarfile
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from difftap.artifacts.memory import MemoryCache
 from difftap.errors import ImageError, InputError, first_line, require
 from difftap.images import PICTURE_ENDINGS, Image, decode_image, is_picture, load_image, walk_folder
 
@@ -142,8 +142,21 @@ def tar_source(paths: Sequence[Path]) -> Source:
 # ---- tables: Parquet files, or the Arrow files that Hugging Face's ``save_to_disk`` writes. A cell is a file's
 # bytes, a path, or the struct of both that Hugging Face calls an Image.
 
-_KEPT = 4  # pieces of tables that stay in memory: row groups, or mapped files
-_pieces: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
+
+@dataclass(frozen=True)
+class _Piece:
+    """A column of one row group, or of a mapped file."""
+
+    column: Any
+    mapped: bool
+
+
+PIECES_KEPT = 512 << 20
+"""Bytes of row groups that stay in memory; two stay whatever they take, since one may end in the middle of a batch."""
+# A mapped file costs an open file and no memory of its own, since the kernel takes its pages back: it counts for little.
+_pieces: MemoryCache[tuple[str, int, str], _Piece] = MemoryCache(
+    PIECES_KEPT, lambda piece: 8 << 20 if piece.mapped else piece.column.nbytes
+)
 _lock = threading.Lock()
 
 
@@ -187,11 +200,9 @@ def _piece(path: str, group: int, column: str) -> Any:
 
                 with pyarrow.parquet.ParquetFile(path) as file:
                     table = file.read_row_group(group, columns=[column])
-            _pieces[name] = table.column(column)
-            while len(_pieces) > _KEPT:
-                _pieces.popitem(last=False)
-        _pieces.move_to_end(name)
-        return _pieces[name]
+            _pieces.put(name, _Piece(table.column(column), mapped=group < 0))
+        _pieces.touch(name)
+        return _pieces[name].column
 
 
 def _choose(schema: Any, column: str | None, path: Path) -> str:

@@ -5,7 +5,6 @@ Axis letters: T prompt tokens; D width of the UNet's cross-attention; N image to
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -25,7 +24,8 @@ __all__ = ["ConditionalPrompts", "PromptBook"]
 
 TOKENS_KEPT = 1 << 30
 """Bytes of image tokens that are remembered."""
-_PROMPTS_KEPT = 64  # of pairs; each is read twice, once for each image
+EMBEDDINGS_KEPT = 256 << 20
+"""Bytes of embeddings that are remembered, of texts and of pairs: those of some hundred prompts."""
 
 
 class ConditionalPrompts:
@@ -103,8 +103,9 @@ class PromptBook:
         self._cache = cache
         self._learned = learned
         self._conditional = conditional
-        self._texts: dict[Prompt, NDArray[np.float32]] = {}
-        self._pairs: OrderedDict[Prompt, NDArray[np.float32]] = OrderedDict()
+        self._embeddings: MemoryCache[Prompt, NDArray[np.float32]] = MemoryCache(
+            EMBEDDINGS_KEPT, lambda one: one.nbytes
+        )
 
     @property
     def depends_on(self) -> str:
@@ -159,15 +160,13 @@ class PromptBook:
         """
         if prompt.row is not None and self._learned is not None:
             return np.asarray(self._learned.embeddings[prompt.branch][prompt.row], np.float32)
-        if prompt.pair is not None and self._conditional is not None:
-            if prompt not in self._pairs:
-                self._pairs[prompt] = self._conditional.embedding(prompt.branch, prompt.pair)
-                while len(self._pairs) > _PROMPTS_KEPT:
-                    self._pairs.popitem(last=False)
-            return self._pairs[prompt]
-        if prompt not in self._texts:
-            self._texts[prompt] = embed(self._model, prompt, self._cache)
-        return self._texts[prompt]
+        if prompt in self._embeddings:
+            self._embeddings.touch(prompt)
+        elif prompt.pair is not None and self._conditional is not None:
+            self._embeddings.put(prompt, self._conditional.embedding(prompt.branch, prompt.pair))
+        else:
+            self._embeddings.put(prompt, embed(self._model, prompt, self._cache))
+        return self._embeddings[prompt]
 
     def any(self) -> list[NDArray[np.float32]]:
         """One embedding a branch, of the shape that all of them have; engines are opened with it."""
