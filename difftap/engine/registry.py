@@ -20,12 +20,17 @@ BACKENDS = {
 
 
 @cache
+_REMOVED = {"torch-compile": "'difftap bench throughput --rivals dift-tuned' still measures compiled torch"}
+
+
 def get_backend(name: str) -> Backend:
     """Find the backend of a name, which need not be able to run here.
 
     Raises:
         InputError: there is no such backend.
     """
+    if name in _REMOVED:
+        raise InputError(f"backend '{name}' is gone: {_REMOVED[name]}; allowed: {', '.join(BACKENDS)}")
     if name not in BACKENDS:
         raise InputError(f"no backend '{name}'; allowed: {', '.join(BACKENDS)}")
     module, kind = BACKENDS[name].split(":")

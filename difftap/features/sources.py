@@ -153,7 +153,7 @@ class _Piece:
 
 PIECES_KEPT = 512 << 20
 """Bytes of row groups that stay in memory; two stay whatever they take, since one may end in the middle of a batch."""
-# A mapped file costs an open file and no memory of its own, since the kernel takes its pages back: it counts for little.
+# A mapped file costs an open file but no memory of its own, since the kernel takes its pages back: it counts little.
 _pieces: MemoryCache[tuple[str, int, str], _Piece] = MemoryCache(
     PIECES_KEPT, lambda piece: 8 << 20 if piece.mapped else piece.column.nbytes
 )
