@@ -60,8 +60,10 @@ class TimedPipeline:
         self._within = False
         self._undo: list[Callable[[], None]] = []
         for engine in pipeline.engines:
+            # Two stages for every kind of network: what encodes an image once, and what is tapped (docs/throughput.md).
+            stage = "vae" if engine.graph.component == pipeline.model.encoder else "unet"
             for name in ("_run", "_run_on_device"):
-                self._time(engine, name, engine.graph.component)
+                self._time(engine, name, stage)
         self._time(featurizer, "to_input", "resize")
         self._time(featurizer, "draw_noise", "noise")
         self.together = max(engine.profile.ensemble for engine in pipeline.engines)

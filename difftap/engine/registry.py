@@ -19,10 +19,10 @@ BACKENDS = {
 }
 
 
-@cache
 _REMOVED = {"torch-compile": "'difftap bench throughput --rivals dift-tuned' still measures compiled torch"}
 
 
+@cache
 def get_backend(name: str) -> Backend:
     """Find the backend of a name, which need not be able to run here.
 
