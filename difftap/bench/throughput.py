@@ -202,7 +202,7 @@ def _width(row: ThroughputRow, stage: str) -> float:
     """Measure a bar's part: medians of stages, and for the rest what brings the bar to the median of whole calls."""
     engines = row.stages.get("vae", 0.0) + row.stages.get("unet", 0.0)  # a network may have no encoder
     if stage != "own":
-        return row.stages[stage]
+        return row.stages.get(stage, 0.0)
     return max(0.0, (row.timing.median if row.timing else engines) - engines)
 
 
