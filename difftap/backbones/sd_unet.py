@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ from difftap.taps import Tap
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import AutoencoderKL
 
 __all__ = ["SDUNet", "depth"]
 
@@ -276,7 +277,7 @@ class SDUNet(Checkpoint):
 
     def encode(self, network: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the VAE's encoder; the posterior is that before the scaling factor."""
-        posterior = network.encode(image, return_dict=False)[0]
+        posterior = cast("AutoencoderKL", network).encode(image, return_dict=False)[0]
         return posterior.mean, posterior.std
 
     def run(
@@ -304,7 +305,7 @@ class SDUNet(Checkpoint):
 
     def entrance(self, component: str, network: torch.nn.Module) -> torch.nn.Module:
         """Give the UNet, or the VAE's encoder: its decoder is never run."""
-        return network if component == "unet" else network.encoder
+        return network if component == "unet" else network.get_submodule("encoder")
 
 
 def _check_config(part: str, config: Mapping[str, Any], folder: Path) -> None:

@@ -84,13 +84,13 @@ class Rival:
         if device == "cuda":  # fp32 means fp32; where halves are asked for, nothing but halves is multiplied
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         encoder = build(model, "vae")
-        self._encode: Any = encoder.to(device, self._kind, memory_format=self._layout)
+        self._encode: Any = encoder.to(device, self._kind, memory_format=self._layout)  # type: ignore[call-overload]  # unknown to torch's stub
         self._networks = []
         cut: dict[tuple[str, ...], Any] = {}
         for branch in recipe.branches:
             if branch.taps not in cut:
                 network = build(model, "unet", branch.taps, stop_early=True)
-                network.to(device, self._kind, memory_format=self._layout)
+                network.to(device, self._kind, memory_format=self._layout)  # type: ignore[call-overload]  # unknown to torch's stub
                 cut[branch.taps] = _whole(_cut_after(network.network, branch), compiled) if tuned else network.members
             self._networks.append(cut[branch.taps])
         if tuned and compiled:

@@ -38,7 +38,7 @@ def noisy_latent(
     return signal.view(-1, 1, 1, 1, 1) * latent + sigma.view(-1, 1, 1, 1, 1) * noise
 
 
-class ComponentModule(nn.Module):  # type: ignore[misc]
+class ComponentModule(nn.Module):
     """A component's network, its parameters named ``<component>.<tensor>``.
 
     Attributes:

@@ -25,7 +25,7 @@ def pool_table(tokens: int, pooled: int) -> Tensor:
     return torch.tensor([one + one[-1:] * (longest - len(one)) for one in bins])
 
 
-class ConditionalHead(nn.Module):  # type: ignore[misc]
+class ConditionalHead(nn.Module):
     """SD4Match's conditional prompting module: two images' tokens to a sequence of prompt tokens.
 
     Concatenated on channels -> linear over channels -> linear over tokens -> adaptive max-pool to M -> plus a position
@@ -39,6 +39,10 @@ class ConditionalHead(nn.Module):  # type: ignore[misc]
         start: ``(S, W)``, frozen, before the learned tokens.
         end: ``(E, W)``, frozen, after them.
     """
+
+    start: Tensor
+    end: Tensor
+    bins: Tensor  # (M, K)
 
     def __init__(
         self, channels: int, tokens: int, shared: Tensor, conditional: int, start: Tensor, end: Tensor
@@ -65,7 +69,7 @@ class ConditionalHead(nn.Module):  # type: ignore[misc]
         return torch.cat([fixed[0], fixed[1], conditional, fixed[2]], dim=1)
 
 
-class TextEncoder(nn.Module):  # type: ignore[misc]
+class TextEncoder(nn.Module):
     """A CLIP text encoder fed with vectors in place of words; no position is added to them.
 
     Args:
@@ -94,7 +98,7 @@ class TextEncoder(nn.Module):  # type: ignore[misc]
         return hidden
 
 
-class ImageTokens(nn.Module):  # type: ignore[misc]
+class ImageTokens(nn.Module):
     """A vision transformer's last patch tokens, its class token dropped.
 
     Args:
@@ -111,7 +115,7 @@ class ImageTokens(nn.Module):  # type: ignore[misc]
         return values[:, 1:]
 
 
-class HeadPart(nn.Module):  # type: ignore[misc]
+class HeadPart(nn.Module):
     """A conditional head under the name that its weights have in a prompt file."""
 
     def __init__(self, head: nn.Module) -> None:

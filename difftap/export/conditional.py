@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,9 @@ from difftap.export.parity import TensorParity
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
+    from difftap.engine.torch_prompts import ConditionalHead
 
 __all__ = [
     "dino_facts",
@@ -127,12 +129,12 @@ def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> Grap
     identity = {"graph_version": GRAPH_VERSION, "component": "text", "weights": digest, "length": length}
 
     def make(scratch: Path) -> Making:
-        torch = require("torch", "export", f"exporting the text encoder of model '{model.name}'")
+        require("torch", "export", f"exporting the text encoder of model '{model.name}'")
         transformers = require("transformers", "export", f"exporting the text encoder of model '{model.name}'")
         from difftap.artifacts.tensors import locate_tensors
         from difftap.engine.torch_prompts import TextEncoder
 
-        text = _loaded(transformers.CLIPTextModel, model.folder / "text_encoder", torch)
+        text = _loaded(transformers.CLIPTextModel, model.folder / "text_encoder")
         placed = cache.place_files(files, scratch.parent / "text_encoder")
         located = _plain_names(locate_tensors(placed), "text_model.")
         return _write(graph, TextEncoder(text), located, scratch, placed)
@@ -140,8 +142,13 @@ def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> Grap
     return replace(graph, path=cache.get_or_make("graph", path, identity, make))
 
 
-def _loaded(kind: Any, folder: Path, torch: Any) -> torch.nn.Module:
-    """Load a transformers network, frozen, in fp32, with plain attention: a fused one cannot be traced."""
+def _loaded(kind: type[PreTrainedModel], folder: Path) -> torch.nn.Module:
+    """Load a transformers network, frozen, in fp32, with plain attention: a fused one cannot be traced.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    import torch
     from safetensors import SafetensorError
 
     try:
@@ -196,11 +203,11 @@ def image_network(folder: Path) -> torch.nn.Module:
     Raises:
         ModelError: it is of another kind, or cannot be loaded.
     """
-    torch = require("torch", "export", "image tokens")
+    require("torch", "export", "image tokens")
     transformers = require("transformers", "export", "image tokens")
     from difftap.engine.torch_prompts import ImageTokens
 
-    return ImageTokens(_loaded(transformers.Dinov2Model, folder, torch)).eval()
+    return ImageTokens(_loaded(transformers.Dinov2Model, folder)).eval()
 
 
 def dino_graph(
@@ -261,7 +268,7 @@ def head_graph(
     return replace(graph, path=path)
 
 
-def _head_identity(graph: Graph, sha256: str) -> dict[str, Any]:
+def _head_identity(graph: Graph, sha256: str) -> dict[str, object]:
     return {"graph_version": GRAPH_VERSION, "component": graph.component, "prompts": sha256}
 
 
@@ -276,7 +283,7 @@ def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int
 
 
 def export_heads(
-    model: Checkpoint, cache: Cache, prompt_file: Path, sha256: str, heads: Sequence[torch.nn.Module]
+    model: Checkpoint, cache: Cache, prompt_file: Path, sha256: str, heads: Sequence[ConditionalHead]
 ) -> list[Graph]:
     """Export every branch's conditional head beside the prompt file that holds its weights."""
     from difftap.artifacts.tensors import locate_tensors

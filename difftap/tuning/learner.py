@@ -195,15 +195,15 @@ class Learner:
     ) -> None:
         import torch
 
+        from difftap.engine.torch_prompts import ConditionalHead
+
         self.space = space
         self.kind = settings.kind
         self._rows = {name: k for k, name in enumerate(classes)} if settings.kind == "class" else {"": 0}
         generator = torch.Generator().manual_seed(settings.seed * 1000 + branch)
-        self.head: torch.nn.Module | None = None
+        self.head: ConditionalHead | None = None
         self.rows: torch.Tensor | None = None
         if settings.kind == "cpm":
-            from difftap.engine.torch_prompts import ConditionalHead
-
             shared = settings.shared or max(1, space.count // 3)
             count, channels = image_tokens
             with torch.random.fork_rng(devices=[]):

@@ -357,7 +357,8 @@ class TrainingLoop:
         if not np.isfinite(loss):
             raise NonFiniteError(f"the loss of step {self.progress.done + 1} is not finite; use precision fp32")
         for value in self._parameters:
-            value.grad = self._processes.add(value.grad)
+            if value.grad is not None:  # each has one since the loop above
+                value.grad = self._processes.add(value.grad)
         self._optimizer.step()
         return loss
 

@@ -66,7 +66,7 @@ def cosines(source: Tensor, target: Tensor, cells: Tensor) -> Tensor:
     """Cosine of the source's vector at each of the cells ``(N, 2)`` with every target cell, ``(N, h, w)``."""
     queries = functional.normalize(read(source, cells), dim=1)
     found = queries @ functional.normalize(target.flatten(1), dim=0)
-    return found.unflatten(1, tuple(target.shape[1:]))
+    return torch.unflatten(found, 1, tuple(target.shape[1:]))
 
 
 def fused_cosines(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from difftap.tuning.posteriors import ImagePosterior
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["TappedUNet"]
 
@@ -54,7 +55,7 @@ class TappedUNet:
 
         self.unet = unet if unet is not None else build(model, "unet").network.to(device)
         if checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            cast("UNet2DConditionModel", self.unet).enable_gradient_checkpointing()
         self.stride = model.latent_stride
         self._rule = model.noise_rule
         self._noise = recipe.noise

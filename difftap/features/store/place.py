@@ -198,7 +198,7 @@ def _durable(folder: Path) -> Any:
     """Open a zarr store of local files, with every object synced before it appears."""
     from zarr.storage import LocalStore
 
-    class DurableStore(LocalStore):  # type: ignore[misc]  # zarr is not installed everywhere
+    class DurableStore(LocalStore):
         async def set(self, key: str, value: Any) -> None:
             if not self._is_open:
                 await self._open()
