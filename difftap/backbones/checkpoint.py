@@ -1,8 +1,8 @@
-"""What a backbone is: a kind of network that can be tapped, and one checkpoint of it on this disk.
+"""What a backbone is (a kind of network that can be tapped), and what a checkpoint is (one such network on this disk).
 
-Each kind is one file of this room and one line of `BACKBONES`. It declares, as plain data, how its folder is
-recognised, what goes in, its noise rule if it has one, and its taps; and it says how torch loads and runs it. The rest
-of the package asks for nothing else.
+Each kind is one file of this folder and one line of `BACKBONES`. It declares, as plain data, how its checkpoint folder
+is recognised, what its inputs are, its noise rule if it has one, and its taps; and it says how torch loads and runs it.
+The rest of the package uses a network only through this interface.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import hashlib
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.digests import DigestMemo
+from difftap.artifacts.files import JsonObject
 from difftap.coords import Size
 from difftap.errors import ModelError, RecipeError
 from difftap.recipe import Recipe
@@ -44,7 +45,7 @@ __all__ = [
 BACKBONES = {
     "sd-unet": "difftap.backbones.sd_unet:SDUNet",
 }
-"""The kinds of network by name. Adding one is one file in this folder and one line here."""
+"""The kinds of network by name. To add one, write one file in this folder and one line here."""
 
 RANDOM_MARK = "_difftap_random_weights"
 """Entry of ``model_index.json`` that holds the seed of a checkpoint built with random weights."""
@@ -52,12 +53,12 @@ _PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def pocket_folder() -> Path:
-    """Give the folder of the embedded model."""
+    """Give the folder of the embedded model, which comes with the package."""
     return Path(str(resources.files("difftap"))) / "assets" / "pocket"
 
 
 def backbones() -> dict[str, type[Checkpoint]]:
-    """List the kinds of network, in the order in which a folder is tried on them."""
+    """Import the kinds of network, by name, in the order in which they are asked whether a folder is theirs."""
     found = {}
     for name, place in BACKBONES.items():
         module, kind = place.split(":")
@@ -67,7 +68,7 @@ def backbones() -> dict[str, type[Checkpoint]]:
 
 @dataclass(frozen=True)
 class NoiseRule:
-    """How noise is mixed into a latent: declared here, applied by `difftap.engine.noise` alone.
+    """How noise is mixed into a latent. A backbone declares it; only `difftap.engine.noise` applies it.
 
     At timestep t the network is fed ``sqrt(a[t]) * scaling_factor * latent + sqrt(1 - a[t]) * noise``: DDPM's forward
     process (Ho et al. 2020, equation 4).
@@ -75,8 +76,8 @@ class NoiseRule:
     Attributes:
         latent_channels: C of the encoder's latent.
         latent_stride: image pixels per latent cell.
-        scaling_factor: what brings the encoder's latent to unit variance.
-        alphas_cumprod: a, the schedule's cumulative products of (1 - beta), ``(timesteps,)`` float64.
+        scaling_factor: the factor that gives the encoder's latent unit variance.
+        alphas_cumprod: a, the cumulative products of (1 - beta) over the schedule, ``(timesteps,)`` float64.
     """
 
     latent_channels: int
@@ -85,7 +86,7 @@ class NoiseRule:
     alphas_cumprod: NDArray[np.float64] = field(repr=False)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        """Give ``(C, h, w)`` of the latent of an input of ``(W, H)`` pixels."""
+        """Give the latent's shape ``(C, h, w)`` for an input of ``(W, H)`` pixels."""
         return self.latent_channels, size[1] // self.latent_stride, size[0] // self.latent_stride
 
 
@@ -94,15 +95,14 @@ class Checkpoint(ABC):
     """One network on this disk. A subclass is a backbone: a kind of network.
 
     Attributes:
-        name: as it was asked for.
-        folder: where it lies.
-        components: its networks that have weights of their own; their hashes, in this order, name the checkpoint.
+        name: the name that the user gave.
+        folder: the folder of its files.
+        components: its networks with weights of their own; their hashes, in this order, identify the checkpoint.
         tapped: the component whose layers are tapped.
-        encoder: the component that turns an image into the posterior of its latent; None where the tapped network is
-            fed the image itself.
-        image: what an image is laid out as for the first network.
-        prompt_width: D of the prompt embedding ``(T, D)`` that the network reads; 0 where it takes no prompt.
-        hub_files: patterns of the files to fetch from a hub repository.
+        encoder: the component that turns an image into the posterior of its latent; None if the tapped network takes
+            the image itself.
+        image: name, dtype and shape of an image as the first network takes it.
+        hub_files: patterns of the files to download from a hub repository.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Checkpoint(ABC):
 
     @staticmethod
     def load(folder: Path, name: str | None = None) -> Checkpoint:
-        """Read a checkpoint folder's configuration and make sure that its weights are there and safe to load.
+        """Read a checkpoint folder's configuration, and make sure that its weights exist and are safe to load.
 
         Raises:
             ModelError: the folder is missing, lacks a component, or holds pickled weights.
@@ -124,7 +124,7 @@ class Checkpoint(ABC):
         if not folder.is_dir():
             raise ModelError(f"no model folder at '{folder}'; give a diffusers-format folder")
         kinds = backbones()
-        # A folder that no kind knows is read as the first one: its error says what is missing.
+        # A folder that no kind recognises is read as the first kind, whose error says what is missing.
         kind = next((one for one in kinds.values() if one.recognises(folder)), next(iter(kinds.values())))
         return kind.read(folder, name or str(folder))
 
@@ -133,15 +133,15 @@ class Checkpoint(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, folder: Path) -> bool:
-        """Tell by its files whether a folder is of this kind."""
+        """Tell from the names of its files whether a folder holds a network of this kind."""
 
     @classmethod
     @abstractmethod
     def read(cls, folder: Path, name: str) -> Checkpoint:
-        """Read a folder of this kind.
+        """Read the configuration of a folder of this kind; weights are only looked for.
 
         Raises:
-            ModelError: a part is missing, damaged or of an unknown kind, or holds pickled weights.
+            ModelError: a component is missing, damaged or of an unknown kind, or its weights are pickled.
         """
 
     @property
@@ -151,21 +151,21 @@ class Checkpoint(ABC):
 
     @property
     def prompt_width(self) -> int:
-        """D: the width of the prompt embedding that the network reads; 0 where it takes no prompt."""
+        """D of the prompt embedding ``(T, D)`` that the network takes; 0 if it takes none."""
         return 0
 
     @property
     def pooled_width(self) -> int:
-        """Width of the pooled text embedding in the prompt's last row, filled up with zeros; 0 where there is none."""
+        """Width of the pooled text embedding, which is the prompt's last row padded with zeros; 0 if there is none."""
         return 0
 
     @property
     def noise_rule(self) -> NoiseRule | None:
-        """How noise is mixed into the latent; None for a network that is fed images."""
+        """How noise is mixed into the latent; None for a network that takes images."""
         return None
 
     def attention_bytes(self, size: Size) -> int:
-        """Bytes of the largest attention table ``(heads, cells, cells)`` of one ensemble member; 0 for no matter."""
+        """Give the bytes of one member's largest attention table ``(heads, cells, cells)``; 0 if it is negligible."""
         return 0
 
     def check(self, recipe: Recipe) -> None:
@@ -198,7 +198,7 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def taps(self) -> tuple[Tap, ...]:
-        """Everything that has a short name, in the order in which the network finishes it."""
+        """All taps that have a short name, in the order in which the network computes them."""
 
     def tap(self, name: str) -> Tap:
         """Find a tap by its short name or module path.
@@ -208,20 +208,21 @@ class Checkpoint(ABC):
         """
         for tap in self.taps:
             if name in (tap.name, tap.module):
+                # Under the name that was asked for, because that is what the graph's output is called.
                 return Tap(name, tap.module, tap.channels, tap.stride)
         known = ", ".join(tap.name for tap in self.taps)
         raise RecipeError(f"no tap '{name}' in '{self.name}'; allowed: {known}")
 
     def deepest(self, taps: Sequence[Tap]) -> Tap:
-        """Find the tap that the network finishes last: where the exported graph is cut."""
+        """Find the tap that the network computes last: the exported graph ends there."""
         order = [tap.module for tap in self.taps]
         return max(taps, key=lambda tap: order.index(tap.module))
 
     # What lies on the disk
 
     @abstractmethod
-    def config(self, component: str) -> Mapping[str, Any]:
-        """Give a component's configuration: what decides its numbers beside the weights."""
+    def config(self, component: str) -> JsonObject:
+        """Give a component's configuration: together with the weights it decides the numbers."""
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """Find a component's safetensors files.
@@ -232,12 +233,13 @@ class Checkpoint(ABC):
         return safetensors_files(self.folder / component)
 
     def weights_hash(self, component: str, memo: DigestMemo) -> str:
-        """Hash a component's weight files and configuration, SHA-256.
+        """Hash a component's weight files and configuration with SHA-256.
 
         Raises:
             ModelError: a file cannot be read.
         """
-        # Keys that begin with "_" name the writer and its version: they do not change a number.
+        # Keys that begin with "_" name the program that wrote the file and its version. They change no number, so the
+        # same weights saved again by another version keep their hash.
         plain = {key: value for key, value in self.config(component).items() if not key.startswith("_")}
         try:
             parts = [memo.digest(path) for path in self.weight_files(component)]
@@ -246,7 +248,7 @@ class Checkpoint(ABC):
         return hashlib.sha256("\n".join([*parts, json.dumps(plain, sort_keys=True)]).encode()).hexdigest()
 
     def check_size(self, size: Size) -> None:
-        """Refuse an input size that the blocks cannot halve evenly.
+        """Refuse an input size that the network's blocks cannot halve evenly.
 
         Raises:
             RecipeError: a side is not a multiple of `size_step`.
@@ -259,18 +261,22 @@ class Checkpoint(ABC):
                 f"allowed: multiples of {step}, such as {near}"
             )
 
-    # What torch runs: `difftap.engine.torch_model` puts hooks on it, and the export step traces it
+    # What torch runs: `difftap.engine.torch_model` puts hooks on its modules, and the export step traces it.
 
     @abstractmethod
     def network(self, component: str) -> torch.nn.Module:
-        """Load a component in float32, for inference; nothing from the network, nothing pickled.
+        """Load a component in float32, for inference, without downloading and without unpickling.
 
         Raises:
             ModelError: it cannot be loaded.
         """
 
     def encode(self, network: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the encoder: images ``(B, 3, H, W)`` to the posterior's mean and standard deviation ``(B, C, h, w)``."""
+        """Run the encoder on images ``(B, 3, H, W)``.
+
+        Returns:
+            mean and standard deviation of the posterior, each ``(B, C, h, w)``, before the scaling factor.
+        """
         raise NotImplementedError
 
     def run(
@@ -280,17 +286,23 @@ class Checkpoint(ABC):
         timestep: torch.Tensor | None = None,
         prompt: torch.Tensor | None = None,
     ) -> None:
-        """Run the tapped network; its output is of no interest.
+        """Run the tapped network for its taps, which hooks read; its own output is dropped.
 
         Args:
-            given: noisy latents ``(B, C, h, w)``, or images ``(B, 3, H, W)`` where there is no noise rule.
-            timestep: ``(B,)``; None where there is no noise rule.
-            prompt: ``(B, T, D)``; None where it takes no prompt.
+            network: the tapped component.
+            given: noisy latents ``(B, C, h, w)``, or images ``(B, 3, H, W)`` if there is no noise rule.
+            timestep: ``(B,)``; None if there is no noise rule.
+            prompt: ``(B, T, D)``; None if the network takes none.
         """
         network(given)
 
-    def as_map(self, output: Any, given: torch.Tensor) -> Any:
-        """Make a map ``(B, C, h, w)`` of a tapped module's output, for the input ``given``."""
+    def as_map(self, output: object, given: torch.Tensor) -> object:
+        """Turn the output of a tapped module into a map ``(B, C, h, w)``, where it can be.
+
+        Args:
+            output: whatever the module returned; the caller refuses what is no map.
+            given: the network's input, for the map's size.
+        """
         # Blocks that feed skip connections return (hidden, skips); attention returns (hidden,).
         return output[0] if isinstance(output, tuple | list) else output
 
@@ -299,8 +311,12 @@ class Checkpoint(ABC):
         return network
 
 
-def read_config(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
+def read_config(path: Path, what: str) -> JsonObject:
+    """Read a configuration file, which is a JSON object.
+
+    Args:
+        path: the file.
+        what: the part that it configures, as an error names it.
 
     Raises:
         ModelError: it is missing or damaged.
@@ -320,11 +336,11 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
 
 
 def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> tuple[Path, ...]:
-    """Find the safetensors files of one component; the full-precision ones if there are variants.
+    """Find the safetensors files of one component. Full precision is preferred to fp16.
 
     Args:
-        folder: the component's.
-        stem: what its writer calls such files.
+        folder: the component's folder.
+        stem: the file name without its endings, as the program that wrote it chooses it.
 
     Raises:
         ModelError: there are none, some are missing, or they are pickled.
@@ -333,6 +349,7 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> tu
     if index.is_file():
         listed = read_config(index, "weights index").get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) else set()
+        # Names with folders in them could lead out of the checkpoint, to any file of this machine.
         if not all(isinstance(name, str) and name == Path(name).name for name in names):
             raise ModelError(f"'{index}' names weights that are no files of its folder; get the checkpoint again")
         files = [folder / name for name in sorted(names)]

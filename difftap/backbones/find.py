@@ -1,11 +1,12 @@
-"""From what the user calls a model to a folder on this disk.
+"""Find the folder of a model from the name that the user gives.
 
-``pocket`` and local folders need nothing but the disk. ``sd15``, ``sd21`` and ``sdxl`` stand for the published Stable
-Diffusion 1.5, 2.1 and XL base 1.0: with ``random_weights`` they are built here from their published configuration, at
-full size, with seeded random weights, so that speed, memory and exactness can be measured where no checkpoint can be
-had. A hub id (``owner/name``) is downloaded, and only then is the network used.
+``pocket`` and local folders need only the disk. ``sd15``, ``sd21`` and ``sdxl`` stand for the published Stable
+Diffusion 1.5, 2.1 and XL base 1.0. With ``random_weights`` they are built here at full size, from their published
+configuration and with seeded random weights, so that speed, memory and exactness can be measured without a checkpoint.
+A hub id (``owner/name``) is downloaded; nothing else uses the network.
 
-``BASE+FILE.safetensors`` is a base model with another UNet's weights in place of its own, as CleanDIFT publishes them.
+``BASE+FILE.safetensors`` is a base model with the UNet's weights replaced by those of a file, as CleanDIFT publishes
+them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import shutil
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from difftap.artifacts.cache import Cache, Making
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.manifest import Manifest
 from difftap.artifacts.tensors import locate_tensors
 from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, backbones, pocket_folder
@@ -35,7 +36,7 @@ PRESETS = ("sd15", "sd21", "sdxl")
 _SIZES = {"sd15": 3.8, "sd21": 3.8, "sdxl": 5.3}  # GB on disk
 _LOG = logging.getLogger("difftap")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_GONE = "stabilityai/stable-diffusion-2-1"
+_GONE = "stabilityai/stable-diffusion-2-1"  # taken down from the hub, which the error message tells
 
 
 def open_model(
@@ -47,17 +48,18 @@ def open_model(
     """Find, build or download a model.
 
     Args:
-        reference: ``pocket``, ``sd15``, ``sd21``, ``sdxl``, a folder, or a hub id; any of them and
-            ``+FILE.safetensors`` for a UNet's weights to take in place of its own.
+        reference: ``pocket``, ``sd15``, ``sd21``, ``sdxl``, a folder, or a hub id; ``+FILE.safetensors`` behind any of
+            them replaces the UNet's weights.
         cache: where built checkpoints are kept.
-        size: the input that is wanted, ``(W, H)``: refused before anything is built, if it cannot fit.
+        size: the wanted input, ``(W, H)`` in pixels. A size that does not fit is refused before anything is built.
 
     Raises:
-        ModelError: there is no such model, or it cannot be had, or the options do not fit it.
+        ModelError: there is no such model, it cannot be downloaded, or the options do not fit it.
         RecipeError: the size does not fit the model that would be built.
     """
     name, revision, random_weights = reference.name, reference.revision, reference.random_weights
     base, plus, file = name.rpartition("+")
+    # A folder's own name may hold a plus: then it is meant.
     if plus and base and file.endswith(".safetensors") and not _is_folder(name):
         under = open_model(replace(reference, name=base), cache, size=size)
         return Checkpoint.load(_with_unet(under, Path(file), cache), name)
@@ -66,6 +68,7 @@ def open_model(
             raise ModelError(f"--random-weights builds {', '.join(PRESETS[:-1])} or {PRESETS[-1]}; got model '{name}'")
         if size is not None:
             config = _preset(name)
+            # From the configuration alone: building the weights takes minutes and gigabytes.
             SDUNet(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
         return Checkpoint.load(
             _build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})"
@@ -92,18 +95,25 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def _preset(name: str) -> dict[str, Any]:
+def _preset(name: str) -> JsonObject:
+    """Read a preset's hub id and the published configurations of its parts."""
     text = resources.files("difftap").joinpath("assets", "configs", f"{name}.json").read_text(encoding="utf-8")
-    config: dict[str, Any] = json.loads(text)
+    config: JsonObject = json.loads(text)
     return config
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    """Fetch a checkpoint's parts from the hub, or find them in its local cache."""
+    """Download a checkpoint's parts from the hub, or find them in its local cache.
+
+    Raises:
+        MissingExtraError: huggingface_hub is not installed.
+        ModelError: they cannot be downloaded.
+    """
     hub = require("huggingface_hub", "export", f"downloading model '{hub_id}'")
     try:
         files = [pattern for kind in backbones().values() for pattern in kind.hub_files]
         wanted = {"revision": revision, "allow_patterns": files}
+        # fp16 copies and the weights before averaging (non_ema) would double the download, and are not read.
         folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*fp16*", "*non_ema*"], **wanted))
         unet = folder / "unet"
         if unet.is_dir() and not any(unet.glob("*.safetensors")):  # a repository of half-precision weights alone
@@ -118,7 +128,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def _build_random(name: str, seed: int, cache: Cache) -> Path:
-    """Give a full-size checkpoint with seeded random weights, built once."""
+    """Give the folder of a full-size checkpoint with seeded random weights; build it the first time."""
     folder = cache.folder / "checkpoints" / f"{name}-random-{seed}"
     config = _preset(name)
     text = json.dumps(config, sort_keys=True)
@@ -127,10 +137,10 @@ def _build_random(name: str, seed: int, cache: Cache) -> Path:
     def make(scratch: Path) -> Making:
         torch = require("torch", "export", "building random weights")
         diffusers = require("diffusers", "export", "building random weights")
-        kept = getattr(torch, config.get("random_dtype", "float32"))  # the larger ones as their generators publish them
+        kept = getattr(torch, config.get("random_dtype", "float32"))  # large models in the type they are published in
         _LOG.info("building %s at full size with random weights: %s GB in '%s'", name, _SIZES[name], folder)
         for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
                 torch.manual_seed(seed)
                 network = kind.from_config(config[part]).to(kept)
                 network.save_pretrained(scratch / part, max_shard_size="64GB")
@@ -143,15 +153,16 @@ def _build_random(name: str, seed: int, cache: Cache) -> Path:
 
 
 def _manifest(folder: Path) -> Path:
-    """Name a built checkpoint's manifest: beside its folder, whose name may hold dots."""
+    """Give the path of a built checkpoint's manifest, beside its folder."""
+    # Not with_suffix: the folder's name may hold dots.
     return folder.with_name(f"{folder.name}.json")
 
 
 def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
-    """Put a checkpoint together from a base model and another UNet's weights; the parts are links, not copies.
+    """Make a checkpoint folder from a base model and another UNet's weights, as links to both.
 
     Raises:
-        ModelError: the file is missing, or its tensors are not those of the base model's UNet.
+        ModelError: the file is missing, or its tensors' names and shapes are not those of the base model's UNet.
     """
     if not file.is_file():
         raise ModelError(f"no UNet weights at '{file}'; give a safetensors file after the +")
@@ -171,13 +182,14 @@ def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
     def make(scratch: Path) -> Making:
         (scratch / "unet").mkdir(parents=True)
         for part in base.folder.iterdir():
-            if part.name.split(".")[0] != "unet":  # nor graphs of the base's UNet, which it may have brought
+            if part.name.split(".")[0] != "unet":  # "unet.up1.onnx" too: an exported graph of the base's own UNet
                 (scratch / part.name).symlink_to(part.resolve())
         shutil.copyfile(base.folder / "unet" / "config.json", scratch / "unet" / "config.json")
         (scratch / "unet" / "diffusion_pytorch_model.safetensors").symlink_to(file.resolve())
         return Making()
 
     def check(_: Manifest) -> None:
+        # The manifest lists files that exist. A link to a base model that was moved away is not among them.
         lost = [path for path in folder.rglob("*") if not path.exists()]
         if lost:
             raise ArtefactError(f"'{lost[0]}' is a link that leads nowhere")

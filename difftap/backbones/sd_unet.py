@@ -1,8 +1,8 @@
 """Stable Diffusion's family of UNets: SD 1.x and 2.x, SDXL's base model, and the embedded pocket model.
 
 The folder's layout is that of diffusers: ``unet/``, ``vae/`` and ``scheduler/``, and ``text_encoder/`` with
-``tokenizer/`` (Stable Diffusion) or ``prompt_table/`` (the embedded model). Only what decides the numbers is read here:
-the components' ``config.json`` and the noise schedule.
+``tokenizer/`` (Stable Diffusion) or ``prompt_table/`` (the embedded model). Of these, only files that decide the
+numbers are read here: each component's ``config.json`` and the noise schedule.
 
 Short names of taps follow the blocks of a diffusers ``UNet2DConditionModel``:
 
@@ -17,22 +17,23 @@ name               module path                         what it is
 ``down2.res0``     ``down_blocks.2.resnets.0``         one residual layer, in any block
 =================  ==================================  ==========================================
 
-Any other module path inside those blocks that gives a map (``up_blocks.1.resnets.0.conv1``) works too; its channels and
-stride are found when it is run.
+Every other module path inside those blocks whose output is a map (``up_blocks.1.resnets.0.conv1``) works too; its
+channels and stride are found by running it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.backbones.checkpoint import Checkpoint, NoiseRule, read_config
 from difftap.coords import Size
 from difftap.errors import ModelError, RecipeError, first_line, require
@@ -52,14 +53,14 @@ class SDUNet(Checkpoint):
     """A diffusers-format checkpoint of Stable Diffusion's family.
 
     Attributes:
-        unet: ``unet/config.json``.
-        vae: ``vae/config.json``.
-        scheduler: ``scheduler/scheduler_config.json``.
+        unet: content of ``unet/config.json``.
+        vae: content of ``vae/config.json``.
+        scheduler: content of ``scheduler/scheduler_config.json``.
     """
 
-    unet: Mapping[str, Any] = field(repr=False)
-    vae: Mapping[str, Any] = field(repr=False)
-    scheduler: Mapping[str, Any] = field(repr=False)
+    unet: JsonObject = field(repr=False)
+    vae: JsonObject = field(repr=False)
+    scheduler: JsonObject = field(repr=False)
 
     components: ClassVar[tuple[str, ...]] = ("unet", "vae")
     tapped: ClassVar[str] = "unet"
@@ -82,12 +83,16 @@ class SDUNet(Checkpoint):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """Tell by the UNet's folder."""
+        """Tell whether the folder holds a folder ``unet``."""
         return (folder / "unet").is_dir()
 
     @classmethod
     def read(cls, folder: Path, name: str) -> SDUNet:
-        """Read the three configurations, and make sure of every entry that is used."""
+        """Read the three configurations, and check every entry that difftap uses.
+
+        Raises:
+            ModelError: a file is missing or damaged, an entry makes no sense, or the network is of another kind.
+        """
         model = cls(
             name,
             folder,
@@ -107,18 +112,18 @@ class SDUNet(Checkpoint):
         _check_kind(model)
         return model
 
-    def config(self, component: str) -> Mapping[str, Any]:
-        """Give ``config.json`` of ``unet`` or ``vae``."""
+    def config(self, component: str) -> JsonObject:
+        """Give the content of ``config.json`` of ``unet`` or ``vae``."""
         return self.unet if component == "unet" else self.vae
 
     @property
     def latent_channels(self) -> int:
         """Channels of the VAE's latent."""
-        return int(self.vae.get("latent_channels", 4))
+        return int(self.vae.get("latent_channels", 4))  # here and below, defaults are those of diffusers' classes
 
     @property
     def latent_stride(self) -> int:
-        """Image pixels per latent cell."""
+        """Image pixels per latent cell: each encoder block but the last halves the map."""
         return int(2 ** (len(self.vae["block_out_channels"]) - 1))
 
     @property
@@ -128,19 +133,20 @@ class SDUNet(Checkpoint):
 
     @property
     def scaling_factor(self) -> float:
-        """What the latent is multiplied by before noise is added."""
+        """The factor by which the latent is multiplied before noise is added."""
         return float(self.vae.get("scaling_factor", 0.18215))
 
     @property
     def prompt_width(self) -> int:
-        """D: the width of the prompt embedding that cross-attention reads."""
+        """D: the width of the prompt embedding that cross-attention takes."""
         return int(self.unet["cross_attention_dim"])
 
     @property
     def pooled_width(self) -> int:
-        """Width of the pooled text embedding that SDXL's UNet takes besides the prompt; 0 for other UNets.
+        """Width of the pooled text embedding that SDXL's UNet takes beside the prompt; 0 for other UNets.
 
-        SDXL (Podell et al. 2024, section 2.2) projects it together with six sizes, each embedded like a timestep.
+        SDXL (Podell et al. 2024, section 2.2) projects it together with six sizes, each embedded like a timestep; the
+        configuration gives the width of all of them together.
         """
         if self.unet.get("addition_embed_type") != "text_time":
             return 0
@@ -148,7 +154,7 @@ class SDUNet(Checkpoint):
 
     @cached_property
     def noise_rule(self) -> NoiseRule:
-        """Noise of the training schedule in the VAE's latent."""
+        """How the training schedule mixes noise into the VAE's latent."""
         return NoiseRule(self.latent_channels, self.latent_stride, self.scaling_factor, self.alphas_cumprod)
 
     @cached_property
@@ -184,19 +190,22 @@ class SDUNet(Checkpoint):
         return alphas
 
     def attention_bytes(self, size: Size) -> int:
-        """Bytes of self-attention's table on the finest grid: 1.7 GB a member at 768 px for Stable Diffusion 2.1."""
-        # diffusers' configs call the number of heads attention_head_dim
+        """Give the bytes of one member's self-attention table on the finest grid that has attention.
+
+        1.7 GB at 768 x 768 pixels for Stable Diffusion 2.1.
+        """
+        # Most of diffusers' configurations store the number of heads under the name attention_head_dim.
         heads = self.unet.get("num_attention_heads") or self.unet.get("attention_head_dim", 8)
         blocks = self.unet["down_block_types"]
         finest = next((i for i, kind in enumerate(blocks) if "Attn" in kind), 0)  # SDXL's first block has no attention
         count = int(heads[finest] if isinstance(heads, list) else heads)
         stride = self.latent_stride << finest
         cells = (size[0] // stride) * (size[1] // stride)
-        return 4 * count * cells**2
+        return 4 * count * cells**2  # float32
 
     @cached_property
     def taps(self) -> tuple[Tap, ...]:
-        """Every block and layer of the UNet that has a short name, in the order in which the network runs them."""
+        """Every block and layer of the UNet that has a short name, in the order in which the network computes them."""
         unet = self.unet
         widths = [int(width) for width in unet["block_out_channels"]]
         down_types, up_types = list(unet["down_block_types"]), list(unet["up_block_types"])
@@ -213,19 +222,20 @@ class SDUNet(Checkpoint):
             taps.append(Tap(name, path, width, outer))
 
         for i, (kind, width) in enumerate(zip(down_types, widths, strict=True)):
-            outer = stride if i == len(widths) - 1 else stride * 2
+            outer = stride if i == len(widths) - 1 else stride * 2  # the last block has no downsampler
             add_block(f"down{i}", f"down_blocks.{i}", kind, per_block[i], width, stride, outer)
             stride = outer
         if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is not None:
             taps.append(Tap("mid", "mid_block", widths[-1], stride))
         for i, (kind, width) in enumerate(zip(up_types, reversed(widths), strict=True)):
-            outer = stride if i == len(widths) - 1 else stride // 2
+            outer = stride if i == len(widths) - 1 else stride // 2  # the last block has no upsampler
+            # One layer more than the mirrored encoder block: it takes the skip connection of that block's input.
             add_block(f"up{i}", f"up_blocks.{i}", kind, per_block[-1 - i] + 1, width, stride, outer)
             stride = outer
         return tuple(taps)
 
     def tap(self, name: str) -> Tap:
-        """Find a tap by its short name or module path, deeper ones too.
+        """Find a tap by its short name, or by the path of any module inside a block.
 
         Raises:
             RecipeError: the name fits no block or layer of this UNet; the message lists those that exist.
@@ -247,12 +257,17 @@ class SDUNet(Checkpoint):
         )
 
     def deepest(self, taps: Sequence[Tap]) -> Tap:
-        """Find the tap that the UNet finishes last, of any module path."""
+        """Find the tap that the UNet computes last, of any module path."""
         downs = len(self.unet["down_block_types"])
         return max(taps, key=lambda tap: depth(tap.module, downs))
 
     def network(self, component: str) -> torch.nn.Module:
-        """Load one component in fp32 with diffusers; safetensors only, nothing from the network."""
+        """Load one component in float32 with diffusers, from safetensors, without downloading.
+
+        Raises:
+            MissingExtraError: diffusers is not installed.
+            ModelError: it cannot be loaded.
+        """
         import torch
         from safetensors import SafetensorError
 
@@ -276,7 +291,7 @@ class SDUNet(Checkpoint):
         return module
 
     def encode(self, network: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the VAE's encoder; the posterior is that before the scaling factor."""
+        """Run the VAE's encoder; see `Checkpoint.encode`."""
         posterior = cast("AutoencoderKL", network).encode(image, return_dict=False)[0]
         return posterior.mean, posterior.std
 
@@ -287,10 +302,10 @@ class SDUNet(Checkpoint):
         timestep: torch.Tensor | None = None,
         prompt: torch.Tensor | None = None,
     ) -> None:
-        """Run the UNet on noisy latents, ``(B, C, h, w)``.
+        """Run the UNet on noisy latents ``(B, C, h, w)``; see `Checkpoint.run`.
 
-        SDXL's pooled embedding is taken out of the prompt's last row, and its six sizes are added, the image whole and
-        uncropped: original height and width, the crop's top and left, target height and width.
+        For SDXL the pooled embedding is taken from the prompt's last row, and six sizes are added: original height and
+        width, top and left of the crop, target height and width. They say that the image is whole and not cropped.
         """
         import torch
 
@@ -304,12 +319,12 @@ class SDUNet(Checkpoint):
         network(given, timestep, encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False)
 
     def entrance(self, component: str, network: torch.nn.Module) -> torch.nn.Module:
-        """Give the UNet, or the VAE's encoder: its decoder is never run."""
+        """Give the UNet, or the VAE's encoder (its decoder is never run)."""
         return network if component == "unet" else network.get_submodule("encoder")
 
 
-def _check_config(part: str, config: Mapping[str, Any], folder: Path) -> None:
-    """Make sure of every entry that difftap reads itself, so that a damaged file is named here and not where it hurts.
+def _check_config(part: str, config: JsonObject, folder: Path) -> None:
+    """Check every entry that difftap itself reads, so that the error names the damaged file.
 
     Raises:
         ModelError: an entry is missing or makes no sense.
@@ -341,10 +356,10 @@ def _check_config(part: str, config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _check_kind(model: SDUNet) -> None:
-    """Refuse UNets that need inputs which difftap does not feed.
+    """Refuse UNets that need inputs which difftap does not give.
 
     Raises:
-        ModelError: an inpainting UNet, or one with conditions besides timestep, prompt and SDXL's text and sizes.
+        ModelError: it is an inpainting UNet, or takes conditions other than timestep, prompt and SDXL's text and sizes.
     """
     channels = model.unet.get("in_channels", 4)
     if channels != model.latent_channels:
@@ -369,10 +384,14 @@ def _check_kind(model: SDUNet) -> None:
 
 
 def depth(module: str, downs: int) -> tuple[int, ...]:
-    """Sort module paths by when a UNet of so many encoder blocks finishes them.
+    """Give a key that sorts module paths by when the UNet computes them.
 
-    Layers finish before the block that holds them; within a block, residual layer ``k`` comes before attention layer
-    ``k``. Deeper paths sort with the layer that holds them.
+    Layers come before the block that holds them; within a block, residual layer ``k`` comes before attention layer
+    ``k``. A deeper path sorts with the layer that holds it.
+
+    Args:
+        module: path of a module in a block.
+        downs: number of encoder blocks.
     """
     parts = module.split(".")
     if parts[0] == "mid_block":
@@ -382,5 +401,5 @@ def depth(module: str, downs: int) -> tuple[int, ...]:
     if not rest:
         return (block, 1, 0, 0)
     if len(rest) == 1 or rest[0] not in ("resnets", "attentions"):
-        return (block, 0, 10**6, 0)  # a sampler, or a list of layers: after all of the block's layers
+        return (block, 0, 10**6, 0)  # a sampler, which runs after the block's layers; or a list of all layers
     return (block, 0, int(rest[1]), int(rest[0] == "attentions"))

@@ -7,7 +7,6 @@ Taps are read with forward hooks on the network's own modules; no forward pass i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -95,12 +94,12 @@ class TappedModule(ComponentModule):
 
     def members(self, given: Tensor, timestep: Tensor | None = None, prompt: Tensor | None = None) -> list[Tensor]:
         """Run once: what `difftap.backbones.checkpoint.Checkpoint.run` takes, to the taps of every member."""
-        caught: dict[str, Tensor] = {}
+        caught: dict[str, object] = {}
         handles = []
         paths = list(dict.fromkeys(path for _, path in self.taps))  # two names may mean one module
         for path in paths:
 
-            def catch(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
+            def catch(_module: nn.Module, _inputs: object, output: object, path: str = path) -> None:
                 caught[path] = self.checkpoint.as_map(output, given)
                 if self.stop_early and len(caught) == len(paths):
                     raise _Stop
@@ -113,15 +112,18 @@ class TappedModule(ComponentModule):
         finally:
             for handle in handles:
                 handle.remove()
+        found = []
         for name, path in self.taps:
-            shape = tuple(caught[path].shape) if isinstance(caught.get(path), Tensor) else None
-            if shape is None or len(shape) != 4:
-                got = "is not run, or gives no tensor" if shape is None else f"gives a tensor of {len(shape)} axes"
+            value = caught.get(path)
+            axes = value.ndim if isinstance(value, Tensor) else None
+            if not isinstance(value, Tensor) or axes != 4:
+                got = "is not run, or gives no tensor" if axes is None else f"gives a tensor of {axes} axes"
                 raise RecipeError(
                     f"tap '{name}' cannot be read: module '{path}' {got}; allowed: a module that gives a map "
                     "(B, C, h, w), such as a block, a residual or an attention layer"
                 )
-        return [caught[path] for _, path in self.taps]
+            found.append(value)
+        return found
 
 
 class NoisyModule(TappedModule):
