@@ -60,8 +60,7 @@ def parse_backends(text: str, device: str = "auto") -> tuple[list[Contender], di
     found: list[Contender] = []
     absent: dict[str, str] = {}
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    usual = [name for name in BACKENDS if get_backend(name).by_default]
-    for part in usual if parts == ["all"] else parts:
+    for part in BACKENDS if parts == ["all"] else parts:
         name, _, precision = part.partition(":")
         backend = get_backend(name)
         try:

@@ -206,12 +206,10 @@ class Backend(ABC):
     Attributes:
         name: what ``--backend`` calls it.
         needs_graph: whether it runs the exported ONNX file (all do, but for the torch reference).
-        by_default: whether ``all`` means it too; one that is there to be measured against is named instead.
     """
 
     name: ClassVar[str]
     needs_graph: ClassVar[bool] = True
-    by_default: ClassVar[bool] = True
 
     def precisions(self, device: str) -> tuple[str, ...]:
         """List what it can compute in on a device, exact first."""

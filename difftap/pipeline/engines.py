@@ -102,7 +102,7 @@ def plan_builds(
     """
     if "all" in backends:
         every = {name: get_backend(name) for name in BACKENDS}
-        usable = {name: one for name, one in every.items() if one.by_default and not one.missing()}
+        usable = {name: one for name, one in every.items() if not one.missing()}
         backends = [name for name, one in usable.items() if runtime.device in ("auto", *one.devices())]
     pairs = []
     for name in dict.fromkeys(backends):

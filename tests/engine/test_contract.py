@@ -25,14 +25,26 @@ TOLERANCES = {
 PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=3)
 
 
-@pytest.fixture(scope="module", params=list(BACKENDS))
+def _lacking(name: str) -> str | None:
+    """Why a backend takes no part here."""
+    found = get_backend(name)
+    return found.missing() or (None if "cpu" in found.devices() else f"{name} runs on no CPU")
+
+
+PRESENT = [name for name in BACKENDS if not _lacking(name)]
+# What a processor or a runtime has not is no test; a backend that is not installed is one test that says so.
+ABSENT = [pytest.param(name, marks=pytest.mark.skip(reason=str(_lacking(name)))) for name in BACKENDS if _lacking(name)]
+KINDS = [
+    (name, precision)
+    for name in PRESENT
+    for precision in PRECISIONS
+    if precision in get_backend(name).precisions("cpu")
+]
+
+
+@pytest.fixture(scope="module", params=[*PRESENT, *ABSENT])
 def backend(request) -> Backend:
-    found = get_backend(request.param)
-    if found.missing():
-        pytest.skip(found.missing())
-    if "cpu" not in found.devices():
-        pytest.skip(f"{found.name} runs on no CPU")
-    return found
+    return get_backend(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +65,15 @@ class ExampleCalibration(Calibration):
             yield example_feeds(graph, replace(profile, batch=1), seed)
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
-def profile(request, backend) -> Profile:
-    if request.param not in backend.precisions("cpu"):
-        pytest.skip(f"{backend.name} has no {request.param} here")
-    if request.param != "fp32" and not backend.by_default:
-        pytest.skip(f"{backend.name} is there to be compared with, and slow to start")
-    return replace(PROFILE, precision=request.param)
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def kind(request) -> tuple[Backend, Profile]:
+    name, precision = request.param
+    return get_backend(name), replace(PROFILE, precision=precision)
 
 
 @pytest.fixture(scope="module", params=["vae", "unet"])
-def engine(request, backend, profile, graphs, tmp_path_factory):
+def engine(request, kind, graphs, tmp_path_factory):
+    backend, profile = kind
     graph, built = graphs[request.param], None
     if backend.builds(profile, "cpu"):
         built = tmp_path_factory.mktemp("built")
@@ -171,9 +181,9 @@ def test_a_backend_says_what_it_is(backend):
         choose_device(backend, "tpu")
 
 
-def test_a_graph_that_cannot_be_opened(backend, graphs, tmp_path):
-    if not backend.needs_graph:
-        pytest.skip("runs the checkpoint itself")
+@pytest.mark.parametrize("name", [name for name in PRESENT if get_backend(name).needs_graph])
+def test_a_graph_that_cannot_be_opened(name, graphs, tmp_path):
+    backend = get_backend(name)
     graph = graphs["vae"]
     broken = tmp_path / "vae.onnx"
     for content in (None, b"", graph.path.read_bytes()[:500], b"no graph at all"):
