@@ -1,4 +1,4 @@
-"""What a data set's folder holds, and what in it is broken."""
+"""Check a data set's folder: count what it holds and list what is broken."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from difftap.datasets import keypoints, objects
 from difftap.datasets.keypoints import Dataset
@@ -19,17 +18,17 @@ from difftap.images import load_image
 __all__ = ["SCHEMA", "ObjectPart", "Part", "Report", "check", "check_objects"]
 
 SCHEMA = 1
-"""Of `Report.to_dict`."""
+"""Version of the data that `Report.to_dict` gives."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One list of pairs.
+    """The findings about one list of pairs.
 
     Attributes:
         options: the options of `difftap.datasets.keypoints.load` that read it.
         pairs: pairs listed.
-        usable: pairs that can be used; the others have a problem each.
+        usable: pairs that can be used; each of the others has an entry in ``problems``.
         images: images that the usable pairs name.
         keypoints: keypoints of the usable pairs, those annotated in both images.
         classes: ``usable``, ``images`` and ``keypoints`` of each class.
@@ -37,7 +36,7 @@ class Part:
         notes: what a reader of the scores should know.
     """
 
-    options: dict[str, Any]
+    options: dict[str, str]
     pairs: int
     usable: int
     images: int
@@ -49,12 +48,12 @@ class Part:
 
 @dataclass(frozen=True)
 class ObjectPart:
-    """One split.
+    """The findings about one split of objects.
 
     Attributes:
         split: its name.
         images: images listed.
-        usable: images that can be used; the others have a problem each.
+        usable: images that can be used; each of the others has an entry in ``problems``.
         objects: objects that cover enough of their image, in usable images.
         classes: ``objects`` and ``images`` of each class.
         left_out: annotated objects that are not counted, by reason.
@@ -72,13 +71,13 @@ class ObjectPart:
 
 @dataclass(frozen=True)
 class Report:
-    """All lists of pairs, or all splits of objects, of a data set.
+    """The findings about a data set: all its lists of pairs, or all its splits of objects.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         root: its folder.
-        parts: one a list, or one a split.
-        min_area: of objects: they count from more than this fraction of their image; None of pairs.
+        parts: one for each list of pairs, or for each split of objects.
+        min_area: objects are counted if they cover more than this fraction of their image; None for pairs.
     """
 
     name: str
@@ -91,7 +90,7 @@ class Report:
         """Whether nothing is broken."""
         return not any(part.problems for part in self.parts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Give the report as plain data (docs/datasets.md)."""
         parts = [asdict(part) for part in self.parts]
         for part in parts:
@@ -104,12 +103,12 @@ class Report:
 
 
 def check(name: str, root: str | Path, *, decode: bool = True) -> Report:
-    """Read every list of pairs that a data set's folder holds, and every image they name.
+    """Read every list of pairs that a data set's folder holds, and every image that the lists name.
 
     Args:
         name: one of `difftap.datasets.keypoints.NAMES`.
         root: the folder.
-        decode: decode the images, rather than look at their headers alone.
+        decode: decode every image completely; otherwise read only its header.
 
     Raises:
         DatasetError: the folder does not exist, or holds no list of pairs.
@@ -118,22 +117,24 @@ def check(name: str, root: str | Path, *, decode: bool = True) -> Report:
     module, root = keypoints.loader(name), Path(root)
     require_files(name, root, module.TREE)
     parts, faults = [], dict[Path, DifftapError | None]()
-    with tempfile.TemporaryDirectory() as cache:  # stays empty: nothing is taken from the data sets
+    # Some loaders want a cache. It stays empty, because images are made only when a pair is taken from the data set.
+    with tempfile.TemporaryDirectory() as cache:
         for options in module.variants(root):
             try:
-                found = module.load(root, allow_missing=True, cache=Path(cache), **options)
+                found = keypoints.load(name, root, allow_missing=True, cache=Path(cache), **options)
             except DatasetError as error:
+                # With problems: the list was read, but no pair of it can be used. That is a finding, not a failure.
                 if not error.problems:
                     raise
                 found = Dataset(name, options["split"], root, (), error.problems)
             parts.append(_part(_decoded(found, faults) if decode else found, options))
         if not parts:
-            module.load(root, cache=Path(cache))  # says what is missing
+            module.load(root, cache=Path(cache))  # raises: no list is there, and the error names what is missing
     return Report(name, root, tuple(parts))
 
 
 def _images(found: Dataset) -> Iterator[tuple[str, Path]]:
-    """Yield the class and file of both images of every pair, but for those that would have to be made."""
+    """Yield the class and the file of both images of every pair, except images that would have to be made first."""
     for sample in found.samples:
         for path in (sample.source, sample.target):
             if path not in found.generators:
@@ -141,7 +142,10 @@ def _images(found: Dataset) -> Iterator[tuple[str, Path]]:
 
 
 def _decoded(found: Dataset, faults: dict[Path, DifftapError | None]) -> Dataset:
-    """Return the data set without the pairs whose images turn out to be damaged; ``faults`` remembers each image."""
+    """Return the data set without the pairs whose images cannot be decoded.
+
+    ``faults`` holds the result of each image, so that an image of many pairs, or of many lists, is decoded once.
+    """
     for _, path in _images(found):
         if path not in faults:
             try:
@@ -159,7 +163,7 @@ def _decoded(found: Dataset, faults: dict[Path, DifftapError | None]) -> Dataset
     return replace(found, samples=tuple(samples), problems=tuple(problems))
 
 
-def _part(found: Dataset, options: dict[str, Any]) -> Part:
+def _part(found: Dataset, options: dict[str, str]) -> Part:
     images = set(_images(found))
     classes = {
         category: {
@@ -187,7 +191,7 @@ def check_objects(name: str, root: str | Path, *, min_area: float = 0.01) -> Rep
     Args:
         name: one of `difftap.datasets.objects.NAMES`.
         root: the folder.
-        min_area: objects count from more than this fraction of their image.
+        min_area: count objects that cover more than this fraction of their image.
 
     Raises:
         DatasetError: the folder does not exist, or holds no split.
@@ -195,7 +199,7 @@ def check_objects(name: str, root: str | Path, *, min_area: float = 0.01) -> Rep
     """
     module, root = objects.loader(name), Path(root)
     require_files(name, root, module.TREE)
-    splits: Sequence[str | None] = module.variants(root) or [None]
+    splits: Sequence[str | None] = module.variants(root) or [None]  # None: the loader says what is missing
     wanted = ObjectFilter(min_area=min_area)
     parts = []
     for split in splits:

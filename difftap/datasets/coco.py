@@ -1,4 +1,4 @@
-"""COCO 2017 instances: polygons and run-length masks in one JSON file a split, read with pycocotools."""
+"""COCO 2017 instances: one JSON file per split with polygons and run-length masks, read with pycocotools."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
+from difftap.artifacts.files import JsonObject
 from difftap.datasets import voc
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.objects import ObjectFilter, Scene, SceneSource, make_scene, make_source
+from difftap.datasets.objects import Mask, ObjectFilter, Scene, SceneSource, make_scene, make_source
 from difftap.errors import InputError, require
 from difftap.images import load_image
 
@@ -34,7 +35,19 @@ VOC_NAMES = {
     "sofa": "couch",
     "tvmonitor": "tv",
 }
-"""What COCO calls VOC's classes, where the names differ."""
+"""COCO's names for VOC's classes, where they differ."""
+
+
+class _Annotations(Protocol):
+    """The part of ``pycocotools.coco.COCO`` that is used here; the package has no annotations."""
+
+    def getImgIds(self) -> list[int]: ...  # noqa: N802
+    def getCatIds(self) -> list[int]: ...  # noqa: N802
+    def getAnnIds(self, imgIds: list[int]) -> list[int]: ...  # noqa: N802, N803
+    def loadImgs(self, ids: list[int]) -> list[JsonObject]: ...  # noqa: N802
+    def loadCats(self, ids: list[int]) -> list[JsonObject]: ...  # noqa: N802
+    def loadAnns(self, ids: list[int]) -> list[JsonObject]: ...  # noqa: N802
+    def annToMask(self, ann: JsonObject) -> Mask: ...  # noqa: N802
 
 
 def variants(root: Path) -> list[str]:
@@ -42,12 +55,13 @@ def variants(root: Path) -> list[str]:
     return [name for name in SPLITS if (root / "annotations" / f"instances_{name}.json").is_file()]
 
 
-def _annotations(file: Path) -> Any:
-    """Return a split's annotations; pycocotools speaks on stdout, which belongs to data."""
+def _annotations(file: Path) -> _Annotations:
+    """Read a split's annotations."""
     coco = require("pycocotools.coco", "prototypes", "reading COCO")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return coco.COCO(str(file))
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress; our stdout is for data
+            found: _Annotations = coco.COCO(str(file))
+        return found
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise DatasetError(f"'{file}' cannot be read as COCO annotations ({error}); restore it") from error
 
@@ -66,14 +80,14 @@ def load(
     Args:
         root: the folder that holds ``annotations``.
         split: ``val2017`` or ``train2017``; by default the first of these whose annotations are there.
-        listing: names of images instead of a split, looked up in both.
+        listing: names of images instead of a split; they are looked up in both splits.
         wanted: which objects, by COCO's class names.
         allow_missing: leave out listed images that are missing, and count them.
-        crowds: ``exclude`` annotations that stand for many objects at once (``iscrowd``), counted among what is left
-            out; or ``include`` them as objects like any other.
+        crowds: what to do with annotations of many objects at once (``iscrowd``): ``exclude`` them and count them as
+            left out, or ``include`` each as one object.
 
     Raises:
-        DatasetError: the folder is not laid out so, or listed images are missing.
+        DatasetError: the folder is not laid out like `TREE`, or listed images are missing.
         MissingExtraError: pycocotools is not installed.
     """
     one_of("crowds", crowds, CROWDS)
@@ -89,7 +103,8 @@ def load(
     names, missing = list(files), []
     if listing is not None:
         names = []
-        by_stem = {key.split("/", 1)[1]: key for key in reversed(files)}  # of two splits, the first asked for
+        # Reversed, so that the first split wins where both have the name.
+        by_stem = {key.split("/", 1)[1]: key for key in reversed(files)}
         for name in listing:
             key = name if name in files else by_stem.get(Path(name).stem)
             if key is None:
@@ -116,14 +131,15 @@ def load(
     return make_source("coco", root, keys, read, about, missing, allow_missing=allow_missing)
 
 
-def _infos(index: Any) -> list[dict[str, Any]]:
+def _infos(index: _Annotations) -> list[JsonObject]:
     return sorted(index.loadImgs(index.getImgIds()), key=lambda info: str(info["file_name"]))
 
 
-def _check_classes(wanted: ObjectFilter, indices: dict[str, Any], root: Path) -> None:
-    """Refuse a class that no split knows; of VOC's, a part of COCO need not hold every one."""
+def _check_classes(wanted: ObjectFilter, indices: dict[str, _Annotations], root: Path) -> None:
+    """Refuse a class that no split has."""
     known = {c["name"] for index in indices.values() for c in index.loadCats(index.getCatIds())}
     asked = set(wanted.classes or ())
+    # The classes of VOC may be asked for all at once, and a subset of COCO need not have all of them.
     unknown = sorted(asked - known - {VOC_NAMES.get(one, one) for one in voc.CLASSES})
     if not unknown and asked and not asked & known:
         unknown = sorted(asked)
@@ -133,8 +149,8 @@ def _check_classes(wanted: ObjectFilter, indices: dict[str, Any], root: Path) ->
         )
 
 
-def _scene(path: Path, key: str, info: dict[str, Any], index: Any, wanted: ObjectFilter, crowds: str) -> Scene:
-    """One image and its objects: polygons and run lengths become masks."""
+def _scene(path: Path, key: str, info: JsonObject, index: _Annotations, wanted: ObjectFilter, crowds: str) -> Scene:
+    """Read one image and draw the masks of its objects from polygons and run lengths."""
     image = load_image(path)
     if image.size != (info["width"], info["height"]):
         raise InputError(
@@ -153,10 +169,11 @@ def _scene(path: Path, key: str, info: dict[str, Any], index: Any, wanted: Objec
     return make_scene(key, image, found, wanted, {reason: count for reason, count in left_out.items() if count})
 
 
-def _mask(index: Any, annotation: dict[str, Any], key: str) -> Any:
+def _mask(index: _Annotations, annotation: JsonObject, key: str) -> Mask:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools' arrays are older than numpy 2's protocol
+            # numpy 2 warns about the __array__ method of pycocotools, which lacks the argument ``copy``.
+            warnings.simplefilter("ignore", DeprecationWarning)
             return np.asarray(index.annToMask(annotation), np.bool_)
     except Exception as error:  # pycocotools raises bare exceptions on malformed polygons and run lengths
         raise InputError(f"annotation {annotation.get('id')} of '{key}' has no usable mask ({error})") from error

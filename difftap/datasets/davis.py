@@ -1,11 +1,10 @@
-"""DAVIS 2017: clips with a palette PNG a frame, whose numbers name the same object throughout a clip."""
+"""DAVIS 2017: video clips with one palette PNG per frame; a number means the same object in all frames of a clip."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -56,9 +55,9 @@ def load(
 ) -> SceneSource:
     """Open DAVIS 2017.
 
-    A scene is a frame that has a mask, named ``clip/00000``; an object is named ``clip/number`` in all of them. Its
-    class is what ``davis_semantics.json`` says, if the folder holds that file; else ``person`` for the people of the
-    clips in `PEOPLE` and ``object`` for the rest.
+    A scene is a frame that has a mask, named ``clip/00000``. An object has the name ``clip/number`` in all frames of
+    its clip. Its class comes from ``davis_semantics.json`` if the folder has that file; otherwise it is ``person`` for
+    the objects in `PEOPLE` and ``object`` for the rest.
 
     Args:
         root: the folder that holds ``JPEGImages``.
@@ -69,7 +68,7 @@ def load(
         resolution: ``480p`` or ``Full-Resolution``; by default the first of these that is there.
 
     Raises:
-        DatasetError: the folder is not laid out so, or listed files are missing.
+        DatasetError: the folder is not laid out like `TREE`, or listed files are missing.
     """
     if split is not None:
         one_of("split", split, SPLITS)
@@ -114,12 +113,12 @@ def load(
 
 
 def _semantics(root: Path) -> dict[str, dict[str, str]] | None:
-    """Return the class of each object of each clip, if the folder says so."""
+    """Read the class of each object of each clip: clip -> number -> class; None if the folder has no such file."""
     path = root / "davis_semantics.json"
     if not path.is_file():
         return None
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
         return {str(clip): {str(k): str(v) for k, v in objects.items()} for clip, objects in data.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise DatasetError(
@@ -136,7 +135,7 @@ def _category(clip: str, number: int, semantics: Mapping[str, Mapping[str, str]]
 def _scene(
     frames: Path, masks: Path, key: str, semantics: Mapping[str, Mapping[str, str]] | None, wanted: ObjectFilter
 ) -> Scene:
-    """One frame and its objects."""
+    """Read one frame and its objects."""
     clip = key.split("/", 1)[0]
     image = load_image(frames / f"{key}.jpg")
     labels = read_labels(masks / f"{key}.png")

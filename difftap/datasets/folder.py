@@ -23,7 +23,7 @@ TREE: Tree = (
 
 
 def variants(root: Path) -> list[str]:
-    """All that is there, if something is."""
+    """Return the one split ``all``, if the folder has images and masks."""
     return ["all"] if (root / "images").is_dir() and (root / "masks").is_dir() else []
 
 
@@ -45,7 +45,7 @@ def load(
         allow_missing: leave out pictures without a mask, and listed ones that are missing, and count them.
 
     Raises:
-        DatasetError: the folder is not laid out so, or masks are missing.
+        DatasetError: the folder is not laid out like `TREE`, or masks are missing.
     """
     if split is not None:
         one_of("split", split, ("all",))
@@ -74,12 +74,12 @@ def load(
 
 
 def _named(root: Path) -> Mapping[tuple[str, int], tuple[str, str]]:
-    """Class and identity of the objects that ``objects.csv`` names, by image and number."""
+    """Read ``objects.csv``: (image, number) -> (class, identity); empty if there is no such file."""
     path = root / "objects.csv"
     if not path.is_file():
         return {}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
+        with open(path, newline="", encoding="utf-8-sig") as handle:  # spreadsheet programs write a byte order mark
             rows = list(csv.DictReader(handle))
         named = {}
         for row in rows:
@@ -98,7 +98,7 @@ def _named(root: Path) -> Mapping[tuple[str, int], tuple[str, str]]:
 def _scene(
     root: Path, path: Path, key: str, named: Mapping[tuple[str, int], tuple[str, str]], wanted: ObjectFilter
 ) -> Scene:
-    """One picture and its objects."""
+    """Read one picture and its objects."""
     image = load_image(path)
     labels = read_labels(root / "masks" / f"{key}.png")
     if labels.shape != image.pixels.shape[:2]:

@@ -1,8 +1,9 @@
-"""Point-matching data sets: a name, a folder, and out come pairs of images with keypoints (`Sample`).
+"""Point-matching data sets: `load` takes a name and a folder and gives pairs of images with keypoints (`Sample`).
 
-Every loader is one module with ``load(root, *, split, allow_missing, cache, ...)``, the ``TREE`` of files it expects
-and ``variants(root)``, the sets of options for which the folder holds a list of pairs. They are imported on use. What
-they share is here: the pair, the reading of lists, and the `Collector`, which makes a `Problem` of every broken pair.
+Each data set is one module with ``load(root, *, split, allow_missing, cache, ...)``, the ``TREE`` of files that it
+expects, and ``variants(root)``, the options under which the folder has a list of pairs. A module is imported when it is
+first used. This file holds what they share: the pair, the reading of lists, and the `Collector`, which turns every
+broken pair into a `Problem`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import csv
 import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast, overload
+from typing import Any, Protocol, TypeVar, cast, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from difftap.artifacts.files import atomic_path, output_errors
+from difftap.artifacts.files import JsonObject, atomic_path, output_errors
 from difftap.coords import Size
 from difftap.datasets.layout import BadPairError, DatasetError, Problem, Tree, draw_tree, load_with
 from difftap.errors import InputError
@@ -45,6 +46,8 @@ __all__ = [
     "to_number",
 ]
 
+T = TypeVar("T")
+
 Box = tuple[float, float, float, float]
 """``(x1, y1, x2, y2)`` in pixels of the original image, as annotated; it may reach beyond the image."""
 
@@ -58,18 +61,20 @@ class Sample:
         source: the source image's file.
         target: the target image's file.
         category: the class both objects belong to.
-        source_points: ``(N, 2)``, the keypoints that are annotated in both images.
-        target_points: ``(N, 2)``, where they are in the target.
-        keypoint_ids: N names of those keypoints, shared by all pairs of the class.
-        target_visible: ``(M, 2)``, every keypoint annotated in the target, in both images or not: PCK-dagger's rivals.
-        target_ids: M names of those.
+        source_points: ``(N, 2)``, x and y in the source of the keypoints that are annotated in both images.
+        target_points: ``(N, 2)``, x and y of the same keypoints in the target.
+        keypoint_ids: N names of these keypoints, the same for all pairs of the class.
+        target_visible: ``(M, 2)``, every keypoint annotated in the target, also those that the source lacks. PCK-dagger
+            asks whether a match is nearer to another one of these.
+        target_ids: M names of these.
         source_size: ``(W, H)`` of the source image.
         target_size: ``(W, H)`` of the target image.
         source_box: the source object's box, if annotated.
         target_box: the target object's box, if annotated.
-        flags: what the annotation says of the pair's difficulty (SPair-71k: ``viewpoint_variation``,
-            ``scale_variation``, ``truncation``, ``occlusion``), as integers.
-        mirrored: the target is to be flipped left to right before use; points and box are those of the flipped image.
+        flags: the annotated difficulty of the pair (SPair-71k: ``viewpoint_variation``, ``scale_variation``,
+            ``truncation``, ``occlusion``), as integers.
+        mirrored: whether the target must be flipped left to right before use. Points and box are those of the flipped
+            image.
     """
 
     name: str
@@ -106,24 +111,24 @@ class Sample:
 
 # ---- a split's pairs
 
-_SHOWN = 10
+_SHOWN = 10  # problems that an error lists; ``data check`` lists all
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset(Sequence[Sample]):
-    """The usable pairs of one split, in the list's order, with what was left out.
+    """The usable pairs of one split, in the list's order, and the pairs that were left out.
 
-    Taking a pair from it (by index or in a loop) first makes those of its images that have to be made; `samples` are
-    the same pairs without that.
+    Some images are made by us (mirrored copies, warped targets). Taking a pair by index or in a loop writes those of
+    its images that do not exist yet; reading ``samples`` does not.
 
     Attributes:
-        name: of the data set, as in `difftap.datasets.keypoints.NAMES`.
-        split: which part of it.
+        name: name of the data set, one of `difftap.datasets.keypoints.NAMES`.
+        split: the split's name.
         root: the folder it was read from.
         samples: the usable pairs.
         problems: the pairs that were left out, and why; ``len(samples) + len(problems)`` pairs were listed.
-        notes: what a reader of the scores should know, in sentences; nothing was left out for it.
-        generators: images that are not part of the data set's folder: file -> what writes it.
+        notes: sentences that a reader of the scores should know. They leave no pair out.
+        generators: the images made by us: file -> function that writes it.
     """
 
     name: str
@@ -156,13 +161,13 @@ class Dataset(Sequence[Sample]):
 
 
 class Collector:
-    """Gathers a split's samples, and a problem for each pair that cannot be one.
+    """Gather the samples of a split, and a problem for each pair that cannot be used.
 
     ::
 
         for name in names:
             with collector.pair(name):
-                collector.add(Sample(...))      # whatever goes wrong in here becomes a problem of this pair
+                collector.add(Sample(...))      # an error in here becomes a problem of this pair
         return collector.finish(allow_missing)
     """
 
@@ -172,29 +177,35 @@ class Collector:
         self._problems: list[Problem] = []
         self._notes: dict[str, int] = {}
         self._names: Counter[str] = Counter()
+        # Both are kept, because an image or an annotation belongs to many pairs.
         self._sizes: dict[Path, Size | BadPairError] = {}
         self._documents: dict[Path, Any] = {}
         self.generators: dict[Path, Callable[[], None]] = {}
 
     @contextlib.contextmanager
     def pair(self, name: str) -> Iterator[None]:
-        """Turn what goes wrong with one pair into a problem; a `DatasetError`, which concerns all of them, passes."""
+        """Turn an error about one pair into its problem; raise a `DatasetError`, which concerns all pairs."""
         try:
             yield
-        except DatasetError:
+        except DatasetError:  # is an InputError too
             raise
         except BadPairError as error:
             self._problems.append(Problem(error.kind, name, str(error), error.path))
+        # The annotation is somebody's JSON or .mat file: a missing key, a text for a number, a list for an object.
         except (InputError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
             self._problems.append(Problem("malformed", name, f"its annotation cannot be used: {what}"))
 
     def note(self, text: str) -> None:
-        """Record something a reader of the scores should know; said often, it is written once, with the count."""
+        """Record a sentence that a reader of the scores should know; keep a repeated one once, with its count."""
         self._notes[text] = self._notes.get(text, 0) + 1
 
     def add(self, sample: Sample) -> None:
-        """Take a pair in; one without keypoints is a problem, and a name that comes again gets a number."""
+        """Add a pair. If its name was used before, it gets a number, because names must be unique.
+
+        Raises:
+            BadPairError: it has no keypoints.
+        """
         if not sample.keypoint_ids:
             raise BadPairError("no-keypoints", "no keypoint is annotated in both images")
         self._names[sample.name] += 1
@@ -203,8 +214,16 @@ class Collector:
             sample = replace(sample, name=f"{sample.name}#{self._names[sample.name]}")
         self._samples.append(sample)
 
-    def size(self, path: Path, annotated: Any = None) -> Size:
-        """``(W, H)`` of an image, upright; if its annotation states a size, that must be the same."""
+    def size(self, path: Path, annotated: Sequence[int] | None = None) -> Size:
+        """Read the size ``(W, H)`` of an image after it was turned upright.
+
+        Args:
+            path: the image.
+            annotated: the size that its annotation states: W, H and maybe more.
+
+        Raises:
+            BadPairError: the image is missing or damaged, or its annotation states another size.
+        """
         if path not in self._sizes:
             try:
                 if not path.is_file():
@@ -225,8 +244,12 @@ class Collector:
             )
         return size
 
-    def document(self, path: Path, read: Callable[[Path], Any]) -> Any:
-        """Read a file of annotations, once."""
+    def document(self, path: Path, read: Callable[[Path], T]) -> T:
+        """Read a file of annotations; the second time, give what was read the first time.
+
+        Raises:
+            BadPairError: the file is missing or cannot be read.
+        """
         if path not in self._documents:
             if not path.is_file():
                 raise BadPairError("missing-annotation", f"there is no annotation '{path}'", path)
@@ -234,11 +257,16 @@ class Collector:
                 self._documents[path] = read(path)
             except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
                 raise BadPairError("malformed", f"'{path}' cannot be read ({error})", path) from error
-        return self._documents[path]
+        document: T = self._documents[path]
+        return document
 
-    def json(self, path: Path, *, keep: bool = True) -> Any:
-        """Read a JSON file; its content is kept for the next time, or not."""
-        content = self.document(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
+    def json(self, path: Path, *, keep: bool = True) -> JsonObject:
+        """Read a JSON file; ``keep=False`` does not hold its content for the next time.
+
+        Raises:
+            BadPairError: the file is missing or is not JSON.
+        """
+        content: JsonObject = self.document(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
         if not keep:
             del self._documents[path]
         return content
@@ -247,7 +275,7 @@ class Collector:
         """Return the data set.
 
         Raises:
-            DatasetError: pairs were left out and that was not allowed, or none remains.
+            DatasetError: pairs were left out although ``allow_missing`` is not set, or no pair remains.
         """
         notes = tuple(text if times == 1 else f"{text} ({times} times)" for text, times in self._notes.items())
         found = replace(
@@ -275,7 +303,7 @@ class Collector:
 
 
 def save_png(path: Path, pixels: NDArray[np.uint8]) -> None:
-    """Write an image ``(H, W, 3)``, whole or not at all, making its folder if need be."""
+    """Write an image ``(H, W, 3)``, whole or not at all; make its folder if it does not exist."""
     from PIL import Image as PIL
 
     with output_errors(path):
@@ -284,19 +312,25 @@ def save_png(path: Path, pixels: NDArray[np.uint8]) -> None:
         PIL.fromarray(np.ascontiguousarray(pixels)).save(scratch, format="PNG")
 
 
-# ---- what annotations hold: lists of pairs, numbers, boxes, keypoints
+# ---- reading annotations: lists of pairs, numbers, boxes, keypoints
 
 
 @dataclass(frozen=True)
 class ListLine:
-    """A line of a list: what to call it, its cells, and the columns' names."""
+    """One line of a CSV list.
+
+    Attributes:
+        label: file and line number, to name it in errors.
+        cells: the line's cells.
+        header: the names of the columns.
+    """
 
     label: str
     cells: tuple[str, ...]
     header: tuple[str, ...]
 
     def row(self) -> dict[str, str]:
-        """Column -> cell.
+        """Map each column's name to the line's cell.
 
         Raises:
             BadPairError: the line has too few cells or too many.
@@ -307,13 +341,13 @@ class ListLine:
 
 
 def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> list[ListLine]:
-    """Read the lines of a CSV with a header; blank ones are skipped.
+    """Read the lines of a CSV file with a header; skip blank lines.
 
     Raises:
-        DatasetError: it cannot be read, is empty, or lacks one of the columns.
+        DatasetError: it cannot be read, is empty, or lacks one of ``columns``.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
+        with open(path, newline="", encoding="utf-8-sig") as handle:  # spreadsheet programs write a byte order mark
             reader = csv.reader(handle)
             rows = [(reader.line_num, tuple(map(str.strip, row))) for row in reader if any(map(str.strip, row))]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -328,15 +362,23 @@ def read_list(path: Path, columns: Sequence[str], root: Path, tree: Tree) -> lis
 
 
 def to_number(text: str) -> float:
-    """Read a cell's number; NaN if it is empty, which is how some lists mark an absent keypoint."""
+    """Read a cell's number. An empty cell gives NaN: some lists mark an absent keypoint so.
+
+    Raises:
+        BadPairError: the cell is not a number.
+    """
     try:
         return float(text) if text.strip() else float("nan")
     except ValueError:
         raise BadPairError("malformed", f"'{text}' is not a number") from None
 
 
-def to_box(values: Any) -> Box:
-    """Four numbers as a box; it may reach beyond the image, but not be empty, nor inside out."""
+def to_box(values: ArrayLike) -> Box:
+    """Make a box of four numbers x1, y1, x2, y2 in pixels. It may reach beyond the image.
+
+    Raises:
+        BadPairError: these are not four finite numbers, or x2 < x1, or y2 < y1, or the box is a single point.
+    """
     numbers = np.asarray(values, np.float64).ravel()
     if numbers.shape != (4,) or not np.isfinite(numbers).all():
         raise BadPairError("malformed", f"the box {numbers.tolist()} is not x1, y1, x2, y2")
@@ -346,9 +388,9 @@ def to_box(values: Any) -> Box:
     return x1, y1, x2, y2
 
 
-def points_array(points: Any) -> NDArray[np.float64]:
-    """Keypoints as ``(N, 2)``, ``(0, 2)`` if there are none; one that is null, or half so, is NaN."""
-    filled = [(None, None) if point is None else point for point in points]
+def points_array(points: Iterable[ArrayLike | None]) -> NDArray[np.float64]:
+    """Make an array ``(N, 2)`` of keypoints. A keypoint that is null, and a coordinate that is null, becomes NaN."""
+    filled = [(None, None) if point is None else point for point in points]  # numpy reads None as NaN
     return np.asarray(filled, np.float64).reshape(-1, 2)
 
 
@@ -372,7 +414,7 @@ class AnnotatedImage:
 def joined(
     name: str, category: str, sides: Sequence[AnnotatedImage], ids: Sequence[str], *, mirrored: bool = False
 ) -> Sample:
-    """Join two images whose keypoints have the same names ``ids`` to a pair; absent ones are left out.
+    """Join two images to a pair. Both have a keypoint for each name in ``ids``; absent keypoints are left out.
 
     Raises:
         BadPairError: the images do not have a keypoint, present or absent, for each name.
@@ -421,12 +463,12 @@ class Loader(Protocol):
     SPLITS: tuple[str, ...]
 
     def load(
-        self, root: Path, *, split: str = ..., allow_missing: bool = ..., cache: Path | None = ..., **options: Any
+        self, root: Path, *, split: str = ..., allow_missing: bool = ..., cache: Path | None = ..., **options: object
     ) -> Dataset:
         """Read the pairs of one split."""
 
-    def variants(self, root: Path) -> Iterator[dict[str, Any]]:
-        """Return the options of `load` for which the folder holds a list of pairs."""
+    def variants(self, root: Path) -> Iterator[dict[str, str]]:
+        """Yield the options of `load` under which the folder has a list of pairs."""
 
 
 def loader(name: str) -> Loader:
@@ -440,13 +482,13 @@ def loader(name: str) -> Loader:
     return cast(Loader, importlib.import_module(_MODULES[name]))
 
 
-def load(name: str, root: str | Path, **options: Any) -> Dataset:
+def load(name: str, root: str | Path, **options: object) -> Dataset:
     """Read a data set's pairs.
 
     Args:
         name: one of `NAMES`.
         root: the folder it lies in.
-        options: ``split``, ``allow_missing``, ``cache``, and what the data set's own ``load`` takes beyond these.
+        options: ``split``, ``allow_missing``, ``cache``, and further options of the data set's own ``load``.
 
     Raises:
         DatasetError: the folder is not laid out as expected, or pairs are broken and ``allow_missing`` is not set.

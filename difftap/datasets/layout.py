@@ -1,4 +1,4 @@
-"""A data set's folder: what is expected in it, where a listed file lies, and the errors that say so."""
+"""A data set's folder: the files expected in it, how listed files are found, and the errors about both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from numpy.typing import ArrayLike
 
 from difftap.errors import InputError, require
 
@@ -38,7 +40,7 @@ class Problem:
             ``no-keypoints``.
         pair: the pair's name, or the list and line it was read from.
         message: what is wrong, in words.
-        path: the file to blame, if it is one.
+        path: the file that causes it, if there is one.
     """
 
     kind: str
@@ -51,9 +53,9 @@ class DatasetError(InputError):
     """A data set's folder cannot be used.
 
     Attributes:
-        summary: one line: what is wrong, got, allowed, and how to mend it.
-        detail: further lines: the expected tree, or the list of what is broken. ``str(error)`` is both.
-        problems: the broken pairs, if that is the reason.
+        summary: one line: what is wrong, what was found, what is allowed, and how to mend it.
+        detail: further lines: the expected files, or the list of what is broken. ``str(error)`` gives both.
+        problems: the broken pairs, if they are the reason.
     """
 
     def __init__(self, summary: str, detail: str = "", problems: tuple[Problem, ...] = ()) -> None:
@@ -64,7 +66,7 @@ class DatasetError(InputError):
 
 
 class BadPairError(InputError):
-    """A pair that cannot be used; the collector makes a `Problem` of it."""
+    """A pair cannot be used; the collector turns this error into a `Problem`."""
 
     def __init__(self, kind: str, message: str, path: Path | None = None) -> None:
         super().__init__(message)
@@ -73,13 +75,17 @@ class BadPairError(InputError):
 
 
 def one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not among those allowed."""
+    """Check that a value is allowed.
+
+    Raises:
+        InputError: it is not.
+    """
     if value not in allowed:
         raise InputError(f"{what} '{value}' does not exist; allowed: {', '.join(allowed)}")
 
 
 def draw_tree(root: Path, tree: Tree) -> str:
-    """Draw the expected files under a root, one a line, with a mark on those that are not there."""
+    """Draw the expected files below a folder, one on each line, and mark those that are not there."""
     width = max(len(pattern) for pattern, _ in tree)
     lines = [f"expected:\n{root}/"]
     for pattern, meaning in tree:
@@ -88,11 +94,11 @@ def draw_tree(root: Path, tree: Tree) -> str:
     return "\n".join([*lines[:-1], "`" + lines[-1][1:]])
 
 
-def load_with(name: str, load: Callable[..., T], root: Path, options: Mapping[str, Any]) -> T:
+def load_with(name: str, load: Callable[..., T], root: Path, options: Mapping[str, object]) -> T:
     """Call a data set's ``load`` with options from the command line.
 
     Raises:
-        InputError: it has no such option.
+        InputError: this data set's ``load`` has no such option.
     """
     unknown = set(options) - set(inspect.signature(load).parameters)
     if unknown:
@@ -101,7 +107,11 @@ def load_with(name: str, load: Callable[..., T], root: Path, options: Mapping[st
 
 
 def require_files(name: str, root: Path, tree: Tree, *wanted: Path) -> None:
-    """Refuse a root that does not exist or lacks one of the files wanted, and draw what is expected."""
+    """Check that a data set's folder exists and has the files wanted.
+
+    Raises:
+        DatasetError: it does not; the error draws the expected files.
+    """
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise DatasetError(f"'{root}' {what}; give the folder that holds the data set '{name}'", draw_tree(root, tree))
@@ -115,9 +125,13 @@ def require_files(name: str, root: Path, tree: Tree, *wanted: Path) -> None:
 
 
 def locate(root: Path, relative: str) -> Path:
-    """Find a file that a list names, though the root may be one of the folders inside its path.
+    """Find the file that a list names, also if ``root`` is itself one of the folders in that name.
 
-    The name's leading folders are dropped until a file is there; if none is, the path as given, under the root.
+    Leading folders of the name are dropped until the file exists. If it never does, the full name below ``root`` is
+    given, for the error.
+
+    Raises:
+        BadPairError: the name is empty or leaves the folder (``..``).
     """
     parts = [part for part in PurePosixPath(relative.strip().replace("\\", "/")).parts if part != "/"]
     if not parts or ".." in parts:
@@ -126,16 +140,16 @@ def locate(root: Path, relative: str) -> Path:
     return next((path for path in candidates if path.exists()), root.joinpath(*parts))
 
 
-def read_mat(path: Path) -> dict[str, Any]:
-    """Read the variables of a MATLAB 5 to 7 file, by name; PF-WILLOW's and PF-PASCAL's hold plain numeric arrays.
+def read_mat(path: Path) -> dict[str, ArrayLike]:
+    """Read the variables of a MATLAB 5 to 7 file, by name; those of PF-WILLOW and PF-PASCAL are numeric arrays.
 
     Raises:
         MissingExtraError: scipy is not installed.
-        ValueError: the file is damaged, or an HDF5 one (MATLAB 7.3).
+        ValueError: the file is damaged, or has the HDF5 format of MATLAB 7.3.
     """
     scipy_io = require("scipy.io", "bench", "reading .mat annotations")
     try:
-        content: dict[str, Any] = scipy_io.loadmat(path)
-    except Exception as error:  # scipy raises what its parser happens to trip over
+        content: dict[str, ArrayLike] = scipy_io.loadmat(path)
+    except Exception as error:  # on a damaged file, scipy's parser raises errors of many kinds
         raise ValueError(f"not a MATLAB 5 to 7 file: {error}") from error
     return content

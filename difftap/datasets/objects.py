@@ -1,8 +1,8 @@
-"""Data sets of objects: a name, a folder, and out come scenes, images with the masks of their objects.
+"""Data sets of objects: `load` takes a name and a folder and gives scenes, images with the masks of their objects.
 
-Every loader is one module with ``load(root, *, split, listing, wanted, allow_missing, ...)``, the ``TREE`` of files it
-expects and ``variants(root)``, the splits that the folder holds. They are imported on use. Axis letters: K objects;
-H W image pixels.
+Each data set is one module with ``load(root, *, split, listing, wanted, allow_missing, ...)``, the ``TREE`` of files
+that it expects, and ``variants(root)``, the splits that the folder holds. A module is imported when it is first used.
+Axis letters: K objects; H W image pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,9 +47,9 @@ class SceneObject:
     """One object of a scene.
 
     Attributes:
-        instance: its identity: the same in every scene that shows the same object.
+        instance: its identity, the same in every scene that shows the same object.
         category: its class.
-        area: pixels of its mask as a fraction of the image's.
+        area: pixels of its mask as a fraction of the image's pixels.
     """
 
     instance: str
@@ -59,7 +59,7 @@ class SceneObject:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """An image and the objects in it that are wanted.
+    """An image and the wanted objects in it.
 
     Attributes:
         key: the image's name in its data set.
@@ -80,7 +80,7 @@ class Scene:
         if self.masks.shape != (len(self.objects), height, width) or self.masks.dtype != np.bool_:
             raise InputError(
                 f"masks of '{self.key}' are {self.masks.dtype} {self.masks.shape}; allowed: bool "
-                f"({len(self.objects)}, {height}, {width}), one a object, as large as the image"
+                f"({len(self.objects)}, {height}, {width}), one per object, as large as the image"
             )
 
 
@@ -91,6 +91,9 @@ class ObjectFilter:
     Attributes:
         min_area: an object must cover more than this fraction of the image (the study: 0.01).
         classes: the classes wanted; None for all.
+
+    Raises:
+        InputError: ``min_area`` is below 0, or 1 or more.
     """
 
     min_area: float = 0.01
@@ -100,8 +103,8 @@ class ObjectFilter:
         if not 0 <= self.min_area < 1:
             raise InputError(f"min-area is {self.min_area}; allowed: a fraction of the image, 0 to below 1")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for provenance."""
+    def to_dict(self) -> dict[str, object]:
+        """Give plain data, for provenance."""
         return {"min_area": self.min_area, "classes": None if self.classes is None else sorted(self.classes)}
 
 
@@ -110,17 +113,17 @@ class SceneSource:
     """Scenes that are read one at a time.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         keys: the scenes' names, in order.
-        read: a scene by its name; raises InputError if it cannot be used.
-        about: what decides the scenes, as plain data: part of the provenance of what is made from them.
+        read: gives a scene by its name; raises InputError if it cannot be used.
+        about: what decides the scenes, as plain data; it enters the provenance of everything made from them.
         missing: images that are listed but not there: name, kind of problem, what is wrong.
     """
 
     name: str
     keys: Sequence[str]
     read: Callable[[str], Scene]
-    about: Mapping[str, Any]
+    about: Mapping[str, object]
     missing: tuple[tuple[str, str, str], ...] = ()
 
     def __len__(self) -> int:
@@ -128,9 +131,13 @@ class SceneSource:
 
 
 def mask_boxes(masks: Mask) -> NDArray[np.int32]:
-    """Find the tightest box around each mask of ``(K, H, W)``: ``(K, 4)``, x0, y0, x1, y1 in pixels, ends excluded.
+    """Find the tightest box around each mask.
 
-    An empty mask's is all zeros.
+    Args:
+        masks: bool, ``(K, H, W)``.
+
+    Returns:
+        int32 ``(K, 4)``: x0, y0, x1, y1 in pixels, ends excluded; zeros for an empty mask.
     """
     found = np.zeros((len(masks), 4), np.int32)
     for box, mask in zip(found, masks, strict=True):
@@ -147,14 +154,14 @@ def make_scene(
     wanted: ObjectFilter,
     left_out: Mapping[str, int] | None = None,
 ) -> Scene:
-    """Make a scene of the objects that are wanted; the others are counted.
+    """Make a scene of the wanted objects, and count the others.
 
     Args:
         key: the scene's name.
         image: the picture.
-        found: per annotated object its identity, its class and its mask ``(H, W)``.
-        wanted: which to keep.
-        left_out: objects that the caller left out already, by reason.
+        found: identity, class and mask ``(H, W)`` of each annotated object.
+        wanted: which objects to keep.
+        left_out: number of objects that the caller has left out already, by reason.
     """
     counts = dict(left_out or {})
     objects, masks = [], []
@@ -181,14 +188,14 @@ def make_scene(
 # ---- lists of images, and images that are missing
 
 VOID = 255
-"""The label of pixels that belong to nothing: VOC's object borders and what was too hard to label."""
+"""The label of pixels that belong to no object: in VOC, the objects' borders and what was too hard to label."""
 
-_SHOWN = 10
-_ALIASES = {"pascal": "voc"}
+_SHOWN = 10  # problems that an error lists; ``data check`` lists all
+_ALIASES = {"pascal": "voc"}  # the study's list calls VOC so
 
 
 def read_names(path: Path) -> list[str]:
-    """Read the first word of each line of a list, as the data sets' own splits have them.
+    """Read the first word of each line of a list; in the data sets' own lists, a label may follow it.
 
     Raises:
         DatasetError: it cannot be read.
@@ -201,12 +208,13 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_listing(path: Path, dataset: str) -> tuple[str, ...]:
-    """Read the images or clips of one data set in a list like the study's, a CSV with the columns ``src,dataset``.
+    """Read the names of the images or clips to take from one data set.
 
-    A file without these columns is a plain list, one name a line.
+    The study's list is a CSV file for several data sets, with the columns ``src,dataset``. A file without these
+    columns is read as a plain list with one name on each line.
 
     Raises:
-        InputError: it cannot be read, or names nothing for this data set.
+        InputError: it cannot be read, or names nothing of this data set.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:
@@ -231,15 +239,15 @@ def make_source(
     root: Path,
     keys: Sequence[str],
     read: Callable[[str], Scene],
-    about: Mapping[str, Any],
+    about: Mapping[str, object],
     missing: Sequence[Problem],
     *,
     allow_missing: bool,
 ) -> SceneSource:
-    """Give the scenes that are there; refuse the listed ones that are not, or count them.
+    """Make a source of the scenes that are there. Images that are missing are counted, if that is allowed.
 
     Raises:
-        DatasetError: nothing is listed, or something is missing and may not be.
+        DatasetError: nothing is listed, nothing is left, or images are missing and ``allow_missing`` is not set.
     """
     if missing and not (allow_missing and keys):
         lines = [f"{problem.pair}: {problem.message}" for problem in missing[:_SHOWN]]
@@ -283,7 +291,7 @@ class ObjectLoader(Protocol):
         listing: Sequence[str] | None = ...,
         wanted: ObjectFilter = ...,
         allow_missing: bool = ...,
-        **options: Any,
+        **options: object,
     ) -> SceneSource:
         """Return the scenes of a split, or those that a list names."""
 
@@ -302,14 +310,14 @@ def loader(name: str) -> ObjectLoader:
     return cast(ObjectLoader, importlib.import_module(_MODULES[name]))
 
 
-def load(name: str, root: str | Path, **options: Any) -> SceneSource:
-    """Open a data set of objects; scenes are read when they are asked for.
+def load(name: str, root: str | Path, **options: object) -> SceneSource:
+    """Open a data set of objects. Its scenes are read one by one, when they are used.
 
     Args:
         name: one of `NAMES`.
         root: the folder it lies in.
         options: ``split``, ``listing`` (names of images or clips), ``wanted`` (an `ObjectFilter`), ``allow_missing``,
-            and what the data set's own ``load`` takes beyond these.
+            and further options of the data set's own ``load``.
 
     Raises:
         DatasetError: the folder is not laid out as expected, or images are missing and ``allow_missing`` is not set.

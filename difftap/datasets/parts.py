@@ -1,7 +1,7 @@
-"""Parts of a data set that share no image: for learning on one and measuring on another.
+"""Parts of a data set that share no image, to learn on one part and measure on another.
 
-A class's images are put in an order that depends on nothing but their names (within the data set's folder) and are cut
-by the shares; a pair belongs to a part if both its images do, and pairs across parts are left out.
+The images of a class are sorted by a hash of their names (relative to the data set's folder) and cut into parts by the
+shares. A pair belongs to a part if both its images do; pairs across parts are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHARES = (0.4, 0.3, 0.3)
 
 
 def part_of_images(images: Sequence[tuple[str, str]], shares: Sequence[float] = SHARES) -> dict[tuple[str, str], str]:
-    """Which part each image ``(class, name)`` belongs to; of every class with three images or more, each gets one.
+    """Assign each image ``(class, name)`` to a part. If a class has three images or more, every part gets one of them.
 
     >>> sorted(part_of_images([("cat", str(k)) for k in range(10)]).values())
     ['test', 'test', 'test', 'train', 'train', 'train', 'train', 'val', 'val', 'val']
@@ -30,6 +30,7 @@ def part_of_images(images: Sequence[tuple[str, str]], shares: Sequence[float] = 
         classes.setdefault(category, []).append(name)
     found = {}
     for category, names in classes.items():
+        # A hash, not a random generator: an image's place must not depend on which other images are there.
         names.sort(key=lambda name: hashlib.sha256(f"difftap-part-1:{name}".encode()).hexdigest())
         first = max(1, round(shares[0] * len(names)))
         second = max(first + 1, round((shares[0] + shares[1]) * len(names)))
@@ -43,7 +44,11 @@ def part_of_images(images: Sequence[tuple[str, str]], shares: Sequence[float] = 
 def take_part(samples: Sequence[Sample], part: str, root: Path, made: Path | None = None) -> list[Sample]:
     """Choose the pairs of one part.
 
-    A target that was made (it lies in ``made``) belongs with its source.
+    Args:
+        samples: all pairs.
+        part: one of `PARTS`.
+        root: the data set's folder.
+        made: the folder of targets that were made from their sources; such a target is in the part of its source.
 
     Raises:
         InputError: there is no such part, or it holds no pair.

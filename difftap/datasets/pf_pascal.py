@@ -1,4 +1,4 @@
-"""PF-PASCAL (Ham et al., 2018): lists with keypoints in them, or lists beside ``.mat`` annotations."""
+"""PF-PASCAL (Ham et al., 2018): lists of pairs that contain keypoints, or lists with separate ``.mat`` annotations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ __all__ = ["SPLITS", "TREE", "load", "mirrored", "mirrored_copy", "variants", "w
 
 
 def mirrored(side: AnnotatedImage) -> AnnotatedImage:
-    """Give the annotations as they are in the mirrored image: pixel 0 goes to pixel W - 1 (`difftap.coords`).
+    """Mirror the annotations of an image left to right: pixel 0 becomes pixel W - 1 (`difftap.coords`).
 
     >>> side = mirrored(AnnotatedImage(Path("a.png"), (10, 8), np.array([[0.0, 5.0]]), (0.0, 1.0, 3.0, 2.0)))
     >>> side.points.tolist(), side.box
@@ -43,7 +42,7 @@ def mirrored(side: AnnotatedImage) -> AnnotatedImage:
 
 
 def mirrored_copy(image: Path, digest: str, cache: Path) -> Path:
-    """Where an image's mirrored copy belongs, by the digest of the image's file."""
+    """Give the path of an image's mirrored copy. The file's digest is in the name: a changed image gets a new copy."""
     return cache / f"{image.stem}-{digest[:16]}-mirrored.png"
 
 
@@ -77,12 +76,12 @@ _SECOND_HALF = (
     "tvmonitor",
 )
 CLASSES = (*_FIRST_HALF, *_SECOND_HALF)
-"""PASCAL VOC's, in the order in which the lists number them, from 1."""
+"""PASCAL VOC's classes, in the order in which the lists number them, from 1."""
 _NAMES = {"trn": ("trn", "train"), "val": ("val",), "test": ("test",)}
 
 
 def _lists(root: Path, split: str) -> list[Path]:
-    """Return the lists of a split that are there, those that the annotations at hand make readable first."""
+    """Return the lists of a split that are there. First come those that can be read with the annotations present."""
     inner = root / "PF-dataset-PASCAL"
     with_mat = (root / "Annotations").is_dir() or (inner / "Annotations").is_dir()
     endings = ["", "_pf_pascal"] if with_mat else ["_pf_pascal", ""]
@@ -92,8 +91,8 @@ def _lists(root: Path, split: str) -> list[Path]:
     return list(dict.fromkeys(path for path in named + others if path.is_file()))
 
 
-def variants(root: Path) -> Iterator[dict[str, Any]]:
-    """Return the lists that are there, all of each split."""
+def variants(root: Path) -> Iterator[dict[str, str]]:
+    """Yield the options of every list of every split that is there."""
     for split in SPLITS:
         for path in _lists(root, split):
             yield {"split": split, "pairs": path.relative_to(root).as_posix()}
@@ -108,20 +107,20 @@ def load(
     allow_missing: bool = False,
     cache: Path | None = None,
 ) -> Dataset:
-    """Read PF-PASCAL. Keypoints are kept as annotated; NaN and empty ones are absent.
+    """Read PF-PASCAL. Keypoints are kept as annotated; a keypoint that is NaN or empty is absent.
 
     Args:
         root: the folder that holds the lists and ``PF-dataset-PASCAL``, or that folder itself.
         split: ``trn``, ``val`` or ``test``.
-        pairs: a list under the root, by name. By default, the split's own: with ``Annotations`` there,
-            ``test_pairs.csv`` before ``test_pairs_pf_pascal.csv``, without them the other way round.
-        flip: what a 1 in a list's column ``flip`` means: ``both`` images are mirrored, as every public reader of these
-            lists has it; the ``target`` alone (`Sample.mirrored`); or ``ignore`` the column.
+        pairs: the name of a list below ``root``. By default the split's own list: ``test_pairs.csv`` before
+            ``test_pairs_pf_pascal.csv`` if the folder ``Annotations`` is there, otherwise the other way round.
+        flip: what a 1 in the list's column ``flip`` means: ``both`` images are mirrored, as in every public reader of
+            these lists; the ``target`` alone is (`Sample.mirrored`); or ``ignore`` the column.
         allow_missing: leave broken pairs out, and count them, instead of refusing the data set.
         cache: where mirrored copies are written; needed for ``both`` if the list has such pairs.
 
     Raises:
-        DatasetError: the folder is not laid out so, or pairs are broken.
+        DatasetError: the folder is not laid out like `TREE`, or pairs are broken.
         MissingExtraError: ``.mat`` files are to be read and scipy is not installed.
     """
     one_of("split", split, SPLITS)
@@ -149,7 +148,7 @@ def load(
 
 
 def _category(cell: str) -> str:
-    """Return a class by its number from 1, or by its name."""
+    """Return the class that a cell names by its number from 1 or by its name."""
     name = CLASSES[int(cell) - 1] if cell.isdecimal() and 1 <= int(cell) <= len(CLASSES) else cell
     if name not in CLASSES:
         raise BadPairError("malformed", f"class '{cell}' does not exist; allowed: 1 to 20, or a class's name")
@@ -163,7 +162,7 @@ def _flag(cell: str) -> bool:
 
 
 def _side(collector: Collector, root: Path, row: dict[str, str], end: str, category: str) -> AnnotatedImage:
-    """One image of a pair, its keypoints from the list or, if that has none, from its ``.mat`` file."""
+    """Read one image of a pair: its keypoints from the list, or from its ``.mat`` file if the list has none."""
     image = locate(root, row[f"{end}_image"])
     if "XA" in row:
         letter = "A" if end == "source" else "B"
@@ -171,7 +170,7 @@ def _side(collector: Collector, root: Path, row: dict[str, str], end: str, categ
         if len(xs) != len(ys):
             raise BadPairError("malformed", f"X{letter} has {len(xs)} numbers and Y{letter} {len(ys)}; must be equal")
         return AnnotatedImage(image, collector.size(image), np.array([xs, ys], np.float64).T)
-    size = collector.size(image)  # first: a list without its images asks for no .mat reader
+    size = collector.size(image)  # first, so that a missing image is reported even without scipy
     file = locate(root, f"PF-dataset-PASCAL/Annotations/{category}/{image.stem}.mat")
     content = collector.document(file, read_mat)
     points = np.asarray(content["kps"], np.float64)
@@ -182,7 +181,7 @@ def _side(collector: Collector, root: Path, row: dict[str, str], end: str, categ
 
 
 def _copied(collector: Collector, side: AnnotatedImage, cache: Path | None) -> AnnotatedImage:
-    """Give the mirrored side with a mirrored copy as its image, made when it is first needed."""
+    """Give a mirrored side the mirrored copy as its image; the copy is written when the pair is first used."""
     if cache is None:
         raise DatasetError("the list has mirrored pairs; give cache, a folder for the copies, or choose another flip")
     copy = mirrored_copy(side.image, collector.document(side.image, file_digest), cache)

@@ -1,11 +1,10 @@
-"""PF-WILLOW (Ham et al., 2016): ten keypoints an image, pairs from a CSV or all ordered pairs in a class."""
+"""PF-WILLOW (Ham et al., 2016): ten keypoints per image; pairs from a CSV file, or all ordered pairs of a class."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,8 @@ _IDS = tuple(str(k) for k in range(1, _COUNT + 1))
 _COLUMNS = tuple(f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in _IDS)
 
 
-def variants(root: Path) -> Iterator[dict[str, Any]]:
-    """Return the one split, from the CSV or from the annotations."""
+def variants(root: Path) -> Iterator[dict[str, str]]:
+    """Yield the options that read the one split: from the CSV file, or else from the annotations."""
     if (root / "test_pairs.csv").is_file():
         yield {"split": "test", "pairs": "csv"}
     elif next(root.rglob("*.mat"), None) is not None:
@@ -44,9 +43,10 @@ def load(
     allow_missing: bool = False,
     cache: Path | None = None,  # noqa: ARG001 - one interface for all loaders
 ) -> Dataset:
-    """Read PF-WILLOW. It has no boxes: protocols take the extent of the target's keypoints.
+    """Read PF-WILLOW. It has no boxes; protocols use the extent of the target's keypoints instead.
 
-    A keypoint whose place is empty, NaN or exactly (-1, -1) is absent, so that no padding gets into that extent.
+    A keypoint that is empty, NaN or exactly (-1, -1) is absent: lists are padded so, and padding must not enter that
+    extent.
 
     Args:
         root: the folder that holds ``test_pairs.csv``, or class folders of images and ``.mat`` files at any depth.
@@ -56,7 +56,7 @@ def load(
         cache: not used.
 
     Raises:
-        DatasetError: the folder is not laid out so, or pairs are broken.
+        DatasetError: the folder is not laid out like `TREE`, or pairs are broken.
         MissingExtraError: ``.mat`` files are to be read and scipy is not installed.
     """
     one_of("split", split, SPLITS)
@@ -77,7 +77,7 @@ def load(
 
 
 def _add(collector: Collector, images: list[Path], points: list[NDArray[np.float64]]) -> None:
-    """Take in a pair of images with ``(10, 2)`` keypoints each."""
+    """Add a pair of images with keypoints ``(10, 2)`` each."""
     sides = []
     for image, xy in zip(images, points, strict=True):
         padding = (xy == -1).all(axis=1, keepdims=True)
@@ -87,7 +87,7 @@ def _add(collector: Collector, images: list[Path], points: list[NDArray[np.float
 
 
 def _add_all(collector: Collector, root: Path) -> None:
-    """Take in all ordered pairs of every folder that holds ``.mat`` files."""
+    """Add all ordered pairs of every folder that holds ``.mat`` files."""
     folders = sorted({path.parent for path in root.rglob("*.mat")})
     if not folders:
         raise DatasetError(
@@ -101,12 +101,12 @@ def _add_all(collector: Collector, root: Path) -> None:
             with collector.pair(f"{folder.name}/{ends[0]}-{ends[1]}"):
                 images = [found.get(stem, folder / f"{stem}.png") for stem in ends]
                 for image in images:
-                    collector.size(image)  # first: a class without its images asks for no .mat reader
+                    collector.size(image)  # first, so that a missing image is reported even without scipy
                 _add(collector, images, [_points(collector, folder / f"{stem}.mat") for stem in ends])
 
 
 def _points(collector: Collector, path: Path) -> NDArray[np.float64]:
-    """``pts_coord`` of a ``.mat`` file as ``(10, 2)``."""
+    """Read ``pts_coord`` of a ``.mat`` file as ``(10, 2)``."""
     points = np.asarray(collector.document(path, read_mat)["pts_coord"], np.float64)
     if points.shape != (2, _COUNT):
         raise BadPairError("malformed", f"'{path}' has pts_coord of {points.shape}; expected (2, {_COUNT})", path)

@@ -1,11 +1,10 @@
-"""SPair-71k (Min et al., 2019): JSON per pair and per image, lists of pairs in two layouts."""
+"""SPair-71k (Min et al., 2019): a JSON file per pair and per image, and lists of pairs in two layouts."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,8 +25,8 @@ _POINTS = ("src_kps", "trg_kps")
 _FLAGS = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
 
 
-def variants(root: Path) -> Iterator[dict[str, Any]]:
-    """Return the layouts and splits whose lists are there."""
+def variants(root: Path) -> Iterator[dict[str, str]]:
+    """Yield the options of every layout and split whose list is there."""
     for layout in LAYOUTS:
         for split in SPLITS:
             if (root / "Layout" / layout / f"{split}.txt").is_file():
@@ -44,9 +43,9 @@ def load(
 ) -> Dataset:
     """Read SPair-71k.
 
-    Keypoints and boxes are kept as annotated: some keypoints lie outside their box, and boxes count from 1, as PASCAL
-    VOC's do, so that they may end at W or H. PCK-dagger's rivals come from the image annotations; a folder that has
-    none at all gets a note, and the pair's own keypoints in their place.
+    Keypoints and boxes are kept as annotated. Some keypoints lie outside their box. Boxes count pixels from 1, as
+    PASCAL VOC's do, so they may end at W or H. The other keypoints of the target, which PCK-dagger needs, come from the
+    image annotations; if the folder has none, only the pair's own keypoints are used, and a note says so.
 
     Args:
         root: the folder that holds ``PairAnnotation``.
@@ -56,7 +55,7 @@ def load(
         cache: not used.
 
     Raises:
-        DatasetError: the folder is not laid out so, or pairs are broken.
+        DatasetError: the folder is not laid out like `TREE`, or pairs are broken.
     """
     one_of("split", split, SPLITS)
     one_of("layout", layout, LAYOUTS)
@@ -75,7 +74,8 @@ def load(
 
 
 def _sample(collector: Collector, root: Path, split: str, name: str, with_images: bool) -> Sample:
-    """One pair, from its own annotation and the target image's."""
+    """Read one pair from its own annotation and that of the target image."""
+    # Not kept: each of the 70,958 files is read once. The images' annotations below are shared by many pairs.
     pair = collector.json(root / "PairAnnotation" / split / f"{name}.json", keep=False)
     category = str(pair["category"])
     images = [root / "JPEGImages" / category / str(pair[f"{side}_imname"]) for side in ("src", "trg")]

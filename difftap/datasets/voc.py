@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 instances: palette PNGs with a number an object, and with a number a class."""
+"""PASCAL VOC 2012 instances: per image, one palette PNG that numbers the objects and one that numbers the classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-"""In the order of their labels, 1 to 20."""
+"""The classes in the order of their labels, 1 to 20."""
 
 SPLITS = ("trainval", "train", "val")
 TREE: Tree = (
@@ -31,7 +31,7 @@ _INSIDE = ("", "VOC2012", "VOCdevkit/VOC2012")
 
 
 def _home(root: Path) -> Path:
-    """Return the folder that holds the images, which may lie below the one given."""
+    """Find the folder that holds the images: the one given, or one below it."""
     return next((root / name for name in _INSIDE if (root / name / "JPEGImages").is_dir()), root)
 
 
@@ -50,8 +50,8 @@ def load(
 ) -> SceneSource:
     """Open PASCAL VOC 2012.
 
-    An object's pixels are those with its number in ``SegmentationObject``; the void border (255) belongs to none. Its
-    class is the one that most of its pixels have in ``SegmentationClass``.
+    The pixels of an object are those with its number in ``SegmentationObject``; the void border (255) belongs to no
+    object. The class of an object is the one that most of its pixels have in ``SegmentationClass``.
 
     Args:
         root: ``VOC2012``, or a folder that holds it or ``VOCdevkit``.
@@ -61,7 +61,7 @@ def load(
         allow_missing: leave out listed images whose files are missing, and count them.
 
     Raises:
-        DatasetError: the folder is not laid out so, or listed files are missing.
+        DatasetError: the folder is not laid out like `TREE`, or listed files are missing.
     """
     home = _home(root)
     if split is not None:
@@ -101,7 +101,7 @@ def load(
 
 
 def _scene(home: Path, key: str, wanted: ObjectFilter) -> Scene:
-    """One image, its objects and their classes."""
+    """Read one image, its objects and their classes."""
     image = load_image(home / "JPEGImages" / f"{key}.jpg")
     objects = read_labels(home / "SegmentationObject" / f"{key}.png")
     classes = read_labels(home / "SegmentationClass" / f"{key}.png")

@@ -1,4 +1,4 @@
-"""Object prototypes: one vector an object, the mean of a tap's map over the cells of the object's mask."""
+"""Object prototypes: one vector per object, the mean of a tap's map over the cells of the object's mask."""
 
 from __future__ import annotations
 

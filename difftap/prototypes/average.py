@@ -1,8 +1,8 @@
-"""The prototype: the mean of a map, or of several joined maps, over an object's cells.
+"""Compute prototypes: the mean of a map, or of several joined maps, over an object's cells.
 
-Several maps are joined as in the study: interpolated bilinearly to the largest grid and concatenated, as they are. The
-joined map is never made: interpolation and mean are linear, so the mean over cells of the fine grid is a weighted sum
-over cells of the coarse one.
+Several maps are joined as in the study: interpolated bilinearly to the largest grid and concatenated without
+normalisation. The joined map is never made. Interpolation and mean are linear, so the mean over cells of the fine grid
+is a weighted sum over cells of the coarse grid.
 
 Axis letters: K objects; C channels; h w cells; D width of a prototype, the sum of all C.
 """
@@ -25,16 +25,16 @@ __all__ = ["average", "joined_grid", "prototypes"]
 
 
 def joined_grid(maps: Sequence[FeatureMap]) -> Size:
-    """``(w, h)`` of the largest grid among maps: the one that masks are scaled to."""
+    """Give the size ``(w, h)`` of the largest grid among maps, to which masks are scaled."""
     return max(m.grid[0] for m in maps), max(m.grid[1] for m in maps)
 
 
 def average(maps: Sequence[FeatureMap], cells: KeptCells) -> NDArray[np.float32]:
-    """Mean of the joined maps over each object's cells.
+    """Average the joined maps over each object's cells.
 
     Args:
-        maps: maps ``(C_i, h_i, w_i)`` of one image, under one geometry.
-        cells: which cells of the largest grid are kept.
+        maps: maps ``(C_i, h_i, w_i)`` of one image, with the same geometry.
+        cells: the kept cells of the largest grid.
 
     Returns:
         float32 ``(K, D)``.
@@ -46,6 +46,7 @@ def average(maps: Sequence[FeatureMap], cells: KeptCells) -> NDArray[np.float32]
         width, height = m.grid
         own = weights
         if (height, width) != (rows, columns):
+            # The transposed interpolation carries the weights of fine cells to the coarse cells they are made from.
             across = axis_matrix(rescale(np.arange(columns), width / columns), width, "bilinear")  # (w, w_i)
             down = axis_matrix(rescale(np.arange(rows), height / rows), height, "bilinear")  # (h, h_i)
             own = down.T @ weights @ across  # (K, h_i, w_i)
@@ -55,7 +56,15 @@ def average(maps: Sequence[FeatureMap], cells: KeptCells) -> NDArray[np.float32]
 
 
 def prototypes(maps: Sequence[FeatureMap], masks: Mask, rule: str = "area") -> tuple[NDArray[np.float32], KeptCells]:
-    """Compute the prototypes ``(K, D)`` of objects with masks ``(K, H, W)``, and the cells they were averaged over.
+    """Compute the prototypes of objects.
+
+    Args:
+        maps: maps ``(C_i, h_i, w_i)`` of one image, with the same geometry.
+        masks: bool, ``(K, H, W)``.
+        rule: how cells are chosen, one of `difftap.prototypes.cells.RULES`.
+
+    Returns:
+        float32 ``(K, D)``, and the cells that were averaged.
 
     Raises:
         InputError: no map, maps of different images, an unknown rule, or an empty mask.

@@ -1,8 +1,9 @@
-"""Building tables of prototypes: scenes in, Parquet out, streaming and resumable.
+"""Build tables of prototypes from scenes, streaming and resumable.
 
-Work is done in steps of a few images. A step's rows are written as one file a column, then a record of the run; a run
-that was stopped, by whatever means, goes on after the last record, and what a stopped step left is written again. When
-all steps are there they are joined, and the tables are the same, byte for byte, as those of an unbroken run.
+The work is done in steps of a few images. A step writes its rows as one file per table, and then a record of the run.
+A run that was stopped in any way continues after its last record; the files of a step without a record are written
+again. When all steps are done, their files are joined. The tables are the same, byte for byte, as those of a run that
+was not stopped.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from difftap.artifacts.files import no_folder, only_writer, output_errors
+from difftap.artifacts.files import JsonObject, no_folder, only_writer, output_errors
 from difftap.artifacts.run import check_conditions, open_run
 from difftap.datasets.objects import Scene, SceneSource, mask_boxes
 from difftap.engine import Features, finite_or_alone
@@ -33,20 +33,20 @@ from difftap.recipe import Recipe
 __all__ = ["BuildSummary", "TableSpec", "build", "is_built", "narrowed", "recipe_column"]
 
 _STEP = 16
-"""Images of a step, at least: what a killed run may have to do again."""
+"""At least so many images are one step, the work that a killed run may have to do again."""
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One table to build: which maps make its prototypes.
+    """One table to build, and the maps that its prototypes are made from.
 
     Attributes:
         path: the Parquet file.
-        recipe: the recipe that gives these maps and no others: its keys name the table, so learned prompts in it are
-            pinned to their file.
-        taps: what the table's column ``tap`` says.
-        timestep: of the pass; -1 if the maps are of passes at several timesteps.
-        parts: per map, the branch of the pipeline's recipe and the tap.
+        recipe: the recipe that gives exactly these maps. Its keys identify the table, so learned prompts in it are
+            replaced by the digest of their file.
+        taps: the text for the table's column ``tap``.
+        timestep: the timestep of the pass; -1 if the maps come from passes at several timesteps.
+        parts: for each map, the number of its branch in the pipeline's recipe, and its tap.
     """
 
     path: Path
@@ -65,11 +65,11 @@ class BuildSummary:
 
     Attributes:
         rows: prototypes in each table.
-        images: images that gave at least one.
-        empty: images without an object that is wanted.
+        images: images that gave at least one prototype.
+        empty: images without a wanted object.
         resumed: images that an earlier run had done.
-        small: per table, objects kept by their largest cell alone.
-        left_out: annotated objects that were not wanted, by reason.
+        small: for each table, the objects so small that only their largest cell was kept.
+        left_out: number of annotated objects that were not wanted, by reason.
         failures: images that could not be used, and why.
     """
 
@@ -83,32 +83,33 @@ class BuildSummary:
 
 
 def recipe_column(path: Path, recipe: Recipe) -> TableSpec:
-    """Return the column that joins every tap of every branch of a recipe, in its order."""
+    """Describe the table that joins every tap of every branch of a recipe, in the recipe's order."""
     times = {branch.timestep for branch in recipe.branches}
     parts = tuple((k, tap) for k, branch in enumerate(recipe.branches) for tap in branch.taps)
     label = "+".join(tap if len(times) == 1 else f"{tap}@{recipe.branches[k].timestep}" for k, tap in parts)
     return TableSpec(path, recipe, label, times.pop() if len(times) == 1 else -1, parts)
 
 
-def _identity(source: SceneSource, column: TableSpec, rule: str) -> dict[str, Any]:
-    """Tell what must be the same for a table to be the one meant, whoever makes it."""
+def _identity(source: SceneSource, column: TableSpec, rule: str) -> dict[str, object]:
+    """Give what must be equal for two tables to be the same one."""
+    # The names of the scenes as a digest: a data set may have 100,000 of them.
     keys = hashlib.sha256("\n".join(source.keys).encode()).hexdigest()[:16]
     data = {**source.about, "name": source.name, "scenes": len(source), "keys": keys}
     return {"feature_key": column.recipe.feature_key(), "taps": column.taps, "rule": rule, "data": data}
 
 
-def is_built(source: SceneSource, column: TableSpec, rule: str, conditions: Mapping[str, Any]) -> bool:
-    """Whether a column's table is there.
+def is_built(source: SceneSource, column: TableSpec, rule: str, conditions: JsonObject) -> bool:
+    """Tell whether a table is already built.
 
     Args:
         source: the scenes.
         column: the table.
-        rule: from masks to cells.
-        conditions: of the pipeline that would build it: its model's key, backend and precision, and the store that it
-            takes features from, must be the table's.
+        rule: how masks choose cells.
+        conditions: the conditions of the pipeline that would build it. The table must have the same model key, backend
+            and precision, and its features must come from the same store.
 
     Raises:
-        OutputError: a file is there, but it is another table, or none.
+        OutputError: the file is another table, or no table.
     """
     if not column.path.exists():
         return False
@@ -118,12 +119,12 @@ def is_built(source: SceneSource, column: TableSpec, rule: str, conditions: Mapp
         raise OutputError(f"cannot write '{column.path}': {error}; choose another file, or --overwrite") from error
     wanted = {**_identity(source, column, rule), "model_key": conditions["model"]["key"], **_made_by(conditions)}
     have = {**known, **_made_by(known.get("conditions", {}))}
-    plain = json.loads(json.dumps(wanted))
+    plain = json.loads(json.dumps(wanted))  # as the table's own came through JSON: tuples became lists
     check_conditions(column.path, {name: have.get(name) for name in plain}, plain, begun="built")
     return True
 
 
-def _made_by(conditions: Mapping[str, Any]) -> dict[str, Any]:
+def _made_by(conditions: JsonObject) -> dict[str, object]:
     backend = conditions.get("backend", {})
     return {
         "backend": backend.get("name"),
@@ -142,19 +143,19 @@ def build(
     overwrite: bool = False,
     scratch: Path | None = None,
 ) -> BuildSummary:
-    """Build the tables of some columns in one pass over the scenes.
+    """Build some tables in one pass over the scenes.
 
     Args:
         source: the scenes.
-        pipeline: gives the maps that the columns name.
+        pipeline: gives the maps that the tables need.
         columns: the tables; their folders must exist.
-        rule: from masks to cells, one of `difftap.prototypes.cells.RULES`.
-        progress: told how many images are done.
-        scratch: folder for what is not finished; beside the first table by default.
-        overwrite: start afresh whatever an earlier run left.
+        rule: how masks choose cells, one of `difftap.prototypes.cells.RULES`.
+        progress: called with the number of images done since the last call.
+        scratch: folder for unfinished work; by default a hidden one beside the first table.
+        overwrite: start again, and remove what an earlier run left.
 
     Raises:
-        OutputError: a table or its scratch folder cannot be written, or is another run's.
+        OutputError: a table or its scratch folder cannot be written, or belongs to a run with other conditions.
         InputError: no scene gives a prototype.
     """
     folder = scratch or columns[0].path.with_name(f".{columns[0].path.name}.parts")
@@ -182,8 +183,9 @@ def build(
     return built
 
 
-def _header(source: SceneSource, pipeline: Provider, columns: Sequence[TableSpec], rule: str) -> dict[str, Any]:
-    step = -(-_STEP // pipeline.batch) * pipeline.batch  # whole batches
+def _header(source: SceneSource, pipeline: Provider, columns: Sequence[TableSpec], rule: str) -> JsonObject:
+    step = -(-_STEP // pipeline.batch) * pipeline.batch  # rounded up to whole batches, which no step should split
+    # The pipeline's recipe may hold more maps than these tables need. Each table is identified by its own recipe.
     conditions = {k: v for k, v in pipeline.conditions.items() if k not in ("recipe", "recipe_key")}
     return {
         "schema": "difftap.prototypes.build/1",
@@ -206,9 +208,9 @@ def _step(
     keys: Sequence[str],
     folder: Path,
     start: int,
-) -> dict[str, Any]:
-    """Do some images: write a file a column, and give the record that makes them count once it is written."""
-    record: dict[str, Any] = {"start": start, "images": 0, "empty": 0, "failures": [], "left_out": Counter()}
+) -> JsonObject:
+    """Do one step: write a file per table, and give the step's record. The step counts once the record is written."""
+    record: JsonObject = {"start": start, "images": 0, "empty": 0, "failures": [], "left_out": Counter()}
     tables: list[list[PrototypeTable]] = [[] for _ in columns]
     for scene, features in _features(source, pipeline, keys, record):
         for made, table in zip(tables, _tables(scene, features, columns, rule), strict=True):
@@ -223,9 +225,9 @@ def _step(
 
 
 def _features(
-    source: SceneSource, pipeline: Provider, keys: Sequence[str], record: dict[str, Any]
+    source: SceneSource, pipeline: Provider, keys: Sequence[str], record: JsonObject
 ) -> Iterator[tuple[Scene, Features]]:
-    """Yield scenes that hold an object that is wanted, with their features; record the rest."""
+    """Yield the scenes that hold a wanted object, with their features; record the others."""
 
     def run(scenes: Sequence[Scene]) -> list[Features]:
         return list(pipeline.features([scene.image for scene in scenes]))
@@ -239,8 +241,8 @@ def _features(
                 yield from zip(some, made, strict=True)
 
 
-def _wanted_scenes(source: SceneSource, keys: Sequence[str], record: dict[str, Any]) -> Iterator[Scene]:
-    """Read the scenes that hold an object that is wanted; record those that do not, or cannot be read."""
+def _wanted_scenes(source: SceneSource, keys: Sequence[str], record: JsonObject) -> Iterator[Scene]:
+    """Read the scenes that hold a wanted object; record scenes that hold none or cannot be read."""
     for key in keys:
         try:
             scene = source.read(key)
@@ -255,8 +257,8 @@ def _wanted_scenes(source: SceneSource, keys: Sequence[str], record: dict[str, A
 
 
 def _tables(scene: Scene, features: Features, columns: Sequence[TableSpec], rule: str) -> Iterator[PrototypeTable]:
-    """One table a column, of a scene's objects."""
-    known: dict[tuple[int, int], KeptCells] = {}
+    """Yield the rows of each table for a scene's objects."""
+    known: dict[tuple[int, int], KeptCells] = {}  # by grid: many tables have the same
     count, boxes = len(scene.objects), mask_boxes(scene.masks)
     for column in columns:
         maps = [features.branches[branch][tap] for branch, tap in column.parts]
@@ -283,8 +285,8 @@ def _finish(
     folder: Path,
     columns: Sequence[TableSpec],
     source: SceneSource,
-    header: Mapping[str, Any],
-    steps: Mapping[int, Mapping[str, Any]],
+    header: JsonObject,
+    steps: Mapping[int, JsonObject],
     resumed: int,
 ) -> BuildSummary:
     """Join the steps' files into the tables."""
@@ -309,7 +311,8 @@ def _finish(
             f"have no object that is wanted ({_reasons(built.left_out)}); widen --min-area or the classes"
         )
     filled = [start for start, record in records if record["rows"]]
-    for k in reversed(range(len(columns))):  # the first one last: its lock and its scratch folder stand for all
+    # The first table last, because it is what shows that the run is finished: the lock and the scratch folder are its.
+    for k in reversed(range(len(columns))):
         files = [_part(folder, start, k) for start in filled]
         width = PrototypeTable.load(files[0]).width
         provenance = _provenance(columns[k], header, k, built)
@@ -321,7 +324,7 @@ def _reasons(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none annotated"
 
 
-def _provenance(column: TableSpec, header: Mapping[str, Any], index: int, built: BuildSummary) -> dict[str, Any]:
+def _provenance(column: TableSpec, header: JsonObject, index: int, built: BuildSummary) -> dict[str, object]:
     conditions = header["conditions"]
     return {
         **header["columns"][index],
@@ -342,5 +345,5 @@ def _provenance(column: TableSpec, header: Mapping[str, Any], index: int, built:
 
 
 def narrowed(recipe: Recipe, taps: tuple[str, ...], timestep: int) -> Recipe:
-    """Make a recipe of one branch: the first one's prompt, other taps and timestep."""
+    """Make a recipe with one branch: the first branch's, with other taps and another timestep."""
     return replace(recipe, branches=(replace(recipe.branches[0], taps=taps, timestep=timestep, weight=1.0),))

@@ -1,8 +1,8 @@
-"""From a mask to the cells of a map: which cells stand for an object.
+"""Choose the cells of a map that stand for an object, from the object's mask.
 
-The study's paper does not say how masks are scaled to the map, so the rule is an option: ``area`` keeps the cells that
-the mask covers by more than half, ``nearest`` those whose centre lies in the mask. An object that is too small for
-either is kept by the one cell that its mask covers most, and marked.
+The study's paper does not say how masks are scaled to the map, so the rule is an option. ``area`` keeps the cells that
+the mask covers by more than half; ``nearest`` keeps those whose centre lies in the mask. If an object is so small that
+the rule keeps none, the one cell that its mask covers most is kept, and the object is marked as small.
 
 Axis letters: K objects; H W image pixels; h w cells.
 """
@@ -28,10 +28,10 @@ class KeptCells:
     """The cells that stand for K objects.
 
     Attributes:
-        kept: bool, ``(K, h, w)``; at least one cell an object.
-        counts: ``(K,)``, cells kept.
-        coverage: ``(K,)``, mean share of the kept cells that the mask covers, 0 to 1.
-        small: bool, ``(K,)``, whether the rule kept none, so that the cell which is covered most stands in.
+        kept: bool, ``(K, h, w)``; at least one cell per object.
+        counts: ``(K,)``, number of cells kept.
+        coverage: ``(K,)``, the share of a kept cell that the mask covers, 0 to 1, averaged over the kept cells.
+        small: bool, ``(K,)``, whether the rule kept no cell, so that the most covered cell is kept instead.
     """
 
     kept: NDArray[np.bool_]
@@ -41,10 +41,10 @@ class KeptCells:
 
 
 def cell_shares(masks: Mask, geometry: Geometry, grid: Size) -> NDArray[np.float32]:
-    """How much of each cell a mask covers.
+    """Compute the share of each cell that a mask covers.
 
-    A pixel is a square of full weight, so the shares are exact: a cell's border cuts pixels where it must. Cells in a
-    letterbox's padding are covered by nothing.
+    Pixels and cells are squares, and a cell's border may cut a pixel, so the shares are exact. Cells in a letterbox's
+    padding have share 0.
 
     Args:
         masks: bool, ``(K, H, W)``.
@@ -53,6 +53,9 @@ def cell_shares(masks: Mask, geometry: Geometry, grid: Size) -> NDArray[np.float
 
     Returns:
         float32, ``(K, h, w)``, 0 to 1.
+
+    Raises:
+        InputError: the masks are not as large as the image.
     """
     width, height = geometry.image
     if masks.shape[1:] != (height, width):
@@ -63,12 +66,23 @@ def cell_shares(masks: Mask, geometry: Geometry, grid: Size) -> NDArray[np.float
     low, high = geometry.to_pixels(corners, grid) + 0.5  # from pixel centres to distances from the image's border
     across = _overlaps(low[0], high[0], grid[0], width)  # (w, W)
     down = _overlaps(low[1], high[1], grid[1], height)  # (h, H)
+    # Overlap of squares is a product of overlaps along the axes, so two small matrices do it.
     shares: NDArray[np.float32] = np.matmul(np.matmul(down, masks.astype(np.float32)), across.T)
     return np.clip(shares, 0.0, 1.0)  # sums of rounded shares may exceed 1 in the last digit
 
 
 def _overlaps(low: float, high: float, cells: int, pixels: int) -> NDArray[np.float32]:
-    """Share of each of the cells between two borders that each pixel takes, ``(cells, pixels)``; rows sum to 1."""
+    """Compute the share of each cell that each pixel takes along one axis.
+
+    Args:
+        low: the first cell's outer border, in pixels from the image's border.
+        high: the last cell's outer border.
+        cells: number of cells between them.
+        pixels: number of pixels of the image.
+
+    Returns:
+        float32 ``(cells, pixels)``; the row of a cell that lies in the image sums to 1.
+    """
     borders = np.linspace(low, high, cells + 1)
     edges = np.arange(pixels + 1, dtype=np.float64)
     start = np.maximum(borders[:-1, None], edges[None, :-1])
@@ -107,8 +121,9 @@ def keep_cells(masks: Mask, geometry: Geometry, grid: Size, rule: str = "area") 
 def _nearest(masks: Mask, geometry: Geometry, grid: Size) -> NDArray[np.bool_]:
     """Sample the mask at each cell's centre, ``(K, h, w)``; a centre on the border of two pixels reads the second."""
     width, height = geometry.image
-    diagonal = np.arange(max(grid), dtype=np.float64)
+    diagonal = np.arange(max(grid), dtype=np.float64)  # x and y are independent: a diagonal gives both axes
     centres = geometry.to_pixels(np.stack([diagonal, diagonal], axis=1), grid)
+    # 1e-9: a centre that is meant to lie on a border must not fall before it by rounding.
     columns = np.floor(centres[: grid[0], 0] + 0.5 + 1e-9).astype(np.int64)
     rows = np.floor(centres[: grid[1], 1] + 0.5 + 1e-9).astype(np.int64)
     inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None]

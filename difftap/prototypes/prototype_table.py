@@ -1,4 +1,4 @@
-"""The table of prototypes: a vector an object with what is known of it, kept as one Parquet file.
+"""The table of prototypes: for each object a vector and its description, kept as one Parquet file.
 
 Axis letters: N objects, D the vector's width.
 """
@@ -10,22 +10,23 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import atomic_path
+from difftap.artifacts.files import JsonObject, atomic_path
 from difftap.errors import InputError, first_line, require
 
 __all__ = ["SCHEMA", "PrototypeTable", "load_provenance", "save_stream"]
 
 SCHEMA = 1
-_KEY = b"difftap.prototypes"
+_KEY = b"difftap.prototypes"  # names our entry in the Parquet file's metadata
 _ROWS = 4096
-"""Rows of a row group: what a reader that streams holds at once."""
+"""Rows of a row group, which is what a streaming reader holds at once."""
 
-_COLUMNS: dict[str, tuple[str, type]] = {  # field -> column's name and numpy kind, in the file's order
+_COLUMNS: dict[str, tuple[str, type]] = {  # field -> column's name and numpy type, in the file's order
     "classes": ("class", np.str_),
     "images": ("image", np.str_),
     "instances": ("instance", np.str_),
@@ -51,13 +52,16 @@ class PrototypeTable:
         areas: ``(N,)`` float32, the mask's pixels as a fraction of the image's.
         coverages: ``(N,)`` float32, mean share of the kept cells that the mask covers, 0 to 1.
         cells: ``(N,)`` int32, how many cells were averaged.
-        small: ``(N,)`` bool, whether the rule kept no cell, so that the one which the mask covers most stands for it.
+        small: ``(N,)`` bool, whether the rule kept no cell, so that the cell which the mask covers most was used.
         taps: ``(N,)`` str, the tap, or taps joined by ``+``.
-        timesteps: ``(N,)`` int32; -1 where the joined taps are of passes at several timesteps, as ``taps`` then says.
+        timesteps: ``(N,)`` int32; -1 if the taps come from passes at several timesteps, which ``taps`` then names.
         provenance: ``recipe_key``, ``feature_key``, ``model_key``, ``difftap`` (its version), ``conditions``, and
-            whatever else the maker adds.
+            what the maker adds.
         boxes: ``(N, 4)`` int32, the tightest box around each mask: x0, y0, x1, y1 in pixels of the image, ends
-            excluded; zeros where it is not known.
+            excluded; zeros if it is not known.
+
+    Raises:
+        InputError: an array has another shape, or the vectors are not float32.
     """
 
     vectors: NDArray[np.float32]
@@ -70,11 +74,11 @@ class PrototypeTable:
     small: NDArray[np.bool_]
     taps: NDArray[np.str_]
     timesteps: NDArray[np.int32]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
     boxes: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 4), np.int32))
 
     def __post_init__(self) -> None:
-        if not len(self.boxes):
+        if not len(self.boxes):  # not given, or read from a table that was written before boxes were kept
             object.__setattr__(self, "boxes", np.zeros((len(self.vectors), 4), np.int32))
         if self.boxes.shape != (len(self.vectors), 4):
             raise InputError(f"boxes have shape {self.boxes.shape}; allowed: ({len(self.vectors)}, 4)")
@@ -95,14 +99,14 @@ class PrototypeTable:
         """D, the number of channels of a prototype."""
         return int(self.vectors.shape[1])
 
-    def take(self, rows: NDArray[Any] | slice) -> PrototypeTable:
-        """Take the rows of an index or mask, with the same provenance."""
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]] | slice) -> PrototypeTable:
+        """Give the rows that a mask, a slice or row numbers choose, with the same provenance."""
         parts = {name: getattr(self, name)[rows] for name in ("vectors", "boxes", *_COLUMNS)}
         return dataclasses.replace(self, **parts)
 
     @classmethod
     def concat(cls, tables: Sequence[PrototypeTable]) -> PrototypeTable:
-        """Tables one after the other; the first one's provenance stands for all.
+        """Join tables one after the other; the result has the first one's provenance.
 
         Raises:
             InputError: there is none, or their widths differ.
@@ -155,8 +159,8 @@ class PrototypeTable:
             ) from error
 
 
-def load_provenance(path: Path) -> dict[str, Any]:
-    """Read a table's provenance, from the file's end alone.
+def load_provenance(path: Path) -> JsonObject:
+    """Read a table's provenance; only the end of the file is read.
 
     Raises:
         InputError: the file is missing, damaged, no table of prototypes, or of another schema.
@@ -177,13 +181,23 @@ def load_provenance(path: Path) -> dict[str, Any]:
     return provenance
 
 
-def save_stream(path: Path, tables: Iterable[PrototypeTable], width: int, provenance: Mapping[str, Any]) -> int:
-    """Write tables one after the other into one Parquet file, holding a few row groups at a time.
+def save_stream(path: Path, tables: Iterable[PrototypeTable], width: int, provenance: Mapping[str, object]) -> int:
+    """Write tables one after the other into one Parquet file; hold only a few row groups in memory.
 
-    The bytes depend on the rows and the provenance alone, not on how the rows were cut into tables.
+    The file's bytes depend on the rows and the provenance, not on how the rows were cut into tables.
+
+    Args:
+        path: the file.
+        tables: the tables; their own provenance is not written.
+        width: D, the width of their vectors.
+        provenance: goes into the file's metadata.
 
     Returns:
-        how many rows were written.
+        the number of rows written.
+
+    Raises:
+        OutputError: the file cannot be written.
+        MissingExtraError: pyarrow is not installed.
     """
     arrow, parquet = _arrow()
     text = json.dumps({"schema": SCHEMA, "provenance": dict(provenance)}, sort_keys=True, allow_nan=False)
@@ -191,7 +205,7 @@ def save_stream(path: Path, tables: Iterable[PrototypeTable], width: int, proven
     fields = [arrow.field(column, kinds[kind], nullable=False) for column, kind in _COLUMNS.values()]
     fields.append(arrow.field("box", arrow.list_(arrow.int32(), 4)))
     recipe_key = provenance.get("recipe_key")
-    if recipe_key is not None:  # for those who read the rows alone, or many tables at once
+    if recipe_key is not None:  # in every row too, for readers that see no metadata or join many tables
         fields.append(arrow.field("recipe_key", arrow.string(), nullable=False))
     fields.append(arrow.field("vector", arrow.list_(arrow.float32(), width)))
     schema = arrow.schema(fields, metadata={_KEY: text.encode()})
@@ -230,7 +244,7 @@ def _regrouped(tables: Iterable[PrototypeTable]) -> Iterator[PrototypeTable]:
         yield PrototypeTable.concat(held)
 
 
-def _arrow() -> tuple[Any, Any]:
-    """Pyarrow and its Parquet part."""
+def _arrow() -> tuple[ModuleType, ModuleType]:
+    """Import pyarrow and its Parquet part."""
     why = "a table of prototypes"
     return require("pyarrow", "prototypes", why), require("pyarrow.parquet", "prototypes", why)
