@@ -1,4 +1,4 @@
-"""Matching: from two feature maps to points, with a score and how sure it is. Needs numpy alone.
+"""Matching: from two images' feature maps to pairs of points, each with a score and a confidence. Needs only numpy.
 
 >>> import numpy as np
 >>> from difftap.coords import Geometry

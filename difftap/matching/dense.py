@@ -1,21 +1,21 @@
 """Exact dense matching on the low-resolution map.
 
-DIFT's evaluation enlarges both maps to image size, normalises every pixel's vector and takes the best cosine. The same
-pixel is found here without enlarging anything that has channels. With T the target's cells, u the interpolation weights
-of a pixel p and q a unit source descriptor,
+DIFT's evaluation enlarges both maps to image size, normalises every pixel's vector and takes the best cosine. Here the
+same pixel is found without enlarging a map with channels. With T the target's cells, u the interpolation weights of a
+pixel p, and q a unit source descriptor,
 
     cosine(p) = <q, sum_i u_i T_i> / |sum_i u_i T_i|
 
 The numerator is linear: one small map ``<q, T_i>`` per point, interpolated. The squared norm is the quadratic form
-``sum_ij u_i u_j <T_i, T_j>``, which needs only the Gram products of cells that one pixel reads together: offsets up to
-1 cell for bilinear (5 by symmetry), up to 3 for bicubic (25). It does not depend on the point, so a `DenseTarget` holds
-it as one ``(H, W)`` image (`difftap.matching.norms`).
+``sum_ij u_i u_j <T_i, T_j>``. It needs only the Gram products of cells that one pixel reads together: offsets of up to
+1 cell for bilinear (5 of them by symmetry), up to 3 for bicubic (25). It does not depend on the point, so a
+`DenseTarget` holds it as one ``(H, W)`` image (`difftap.matching.norms`).
 
-All sums run in float64: float32 would lose the norm where neighbouring cells nearly cancel, and rounding would decide
-between pixels that tie.
+All sums are in float64: float32 would lose the norm where neighbouring cells nearly cancel, and its rounding would
+decide between pixels that tie.
 
 Tie rule: cosines within `TIE` of the best count as equal, and the first pixel in row-major order wins. Pixels beyond
-the outermost cells' centres repeat the border's and so tie; of those the ones nearest the image's top left win.
+the centres of the border cells repeat those cells and so tie; among them the one nearest the top left wins.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from difftap.matching.norms import inverse_norms
 __all__ = ["TIE", "DenseTarget", "Peaks"]
 
 TIE = 1e-9
-"""Cosines this close are equal: far above float64 rounding, far below what float32 features can tell apart."""
+"""Cosines this close count as equal: far above float64 rounding, far below what float32 features can distinguish."""
 
-_BLOCK_BYTES = 1 << 23  # of scratch for points handled together
-_TILE_PIXELS = 1 << 17  # one tile's float64 scores stay in a core's cache between product, norm and maximum
+_BLOCK_BYTES = 1 << 23  # scratch memory for the points that are handled together
+_TILE_PIXELS = 1 << 17  # a tile's scores, 1 MiB of float64, stay in a core's cache between product, norm and maximum
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Where N descriptors match a target best.
+    """The best place on a target for each of N descriptors.
 
     Attributes:
         pixels: ``(N, 2)`` whole pixels ``(x, y)`` of the target's image.
         score: ``(N,)`` cosine there, higher is better, -1 to 1.
-        margin: ``(N,)`` score less the best score farther than `RADIUS_CELLS` cells away, 0 to 2, higher is surer; NaN
-            where not asked for, or where no pixel is that far.
+        margin: ``(N,)`` score less the best score more than `RADIUS_CELLS` cells away, 0 to 2, higher is surer; NaN if
+            not asked for, or if no pixel is that far away.
     """
 
     pixels: NDArray[np.float64]
@@ -57,24 +57,25 @@ class Peaks:
 
 
 class DenseTarget:
-    """A target made ready for dense matching; share one among all calls against the same image.
+    """A target prepared for dense matching. Share one among all calls against the same image.
 
-    Building it costs one pass over the maps per Gram offset; memory is a float64 image of the target's size for each.
+    Preparing it takes one pass over the maps per Gram offset. Its memory is one float64 image of the target's size for
+    each of the descriptors.
 
     Args:
         descriptors: the target's: one, or several whose cosines are multiplied.
         interpolation: ``bilinear`` or ``bicubic``.
 
     Attributes:
-        inverse_norms: for each, ``(H, W)``: one over the length of the interpolated vector at each pixel; 0 where it
-            vanishes.
+        inverse_norms: for each of the descriptors ``(H, W)``: one over the length of the interpolated vector at each
+            pixel; 0 where the vector vanishes.
     """
 
     def __init__(self, descriptors: Sequence[Descriptors], interpolation: str = "bilinear") -> None:
         self._descriptors = tuple(descriptors)
         geometry, (width, height) = descriptors[0].geometry, descriptors[0].grid
         self._columns, self._rows = pixel_cells(geometry, (width, height))  # (W,), (H,)
-        # Runs are cut so that the norms' products, the largest made of them, stay `SMALL`.
+        # Runs are cut short enough for the largest matrix products made from them, those of the norms, to stay `SMALL`.
         reach, pairs = (1, 4) if interpolation == "bilinear" else (3, 16)  # a pixel reads cells up to this far apart
         across_longest = max(1, SMALL // (2 * pairs * height * 4))
         down_longest = max(1, SMALL // (pairs * len(self._columns)))
@@ -96,16 +97,23 @@ class DenseTarget:
         return sum(norm.nbytes for norm in self.inverse_norms)
 
     def heat(self, queries: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Score one query with every pixel of the target, ``(H, W)``, from its unit vector ``(1, C)`` under each."""
+        """Score one query at every pixel of the target.
+
+        Args:
+            queries: the query's unit vector ``(1, C)`` for each of the target's descriptors.
+
+        Returns:
+            cosines ``(H, W)``.
+        """
         scores = np.empty(self.inverse_norms[0].shape)
         self._score([one[0] for one in self._stretch(queries)], scores)
         return np.clip(scores, -1.0, 1.0, out=scores)
 
     def find(self, queries: Sequence[NDArray[np.float64]], margin: bool = True) -> Peaks:
-        """Find the best pixel for each query; the tie rule is in the module's docstring.
+        """Find the best pixel for each query. The module's docstring has the tie rule.
 
         Args:
-            queries: unit vectors ``(N, C)`` under each of the target's descriptors.
+            queries: unit vectors ``(N, C)`` for each of the target's descriptors.
             margin: also compute margins.
         """
         count = len(queries[0])
@@ -121,11 +129,11 @@ class DenseTarget:
                 k = start + n
                 found.pixels[k], found.score[k], found.margin[k] = self._peak(scores, best, margin)
         np.clip(found.score, -1.0, 1.0, out=found.score)
-        np.clip(found.margin, 0.0, 2.0, out=found.margin)  # a tied place may be ahead by rounding
+        np.clip(found.margin, 0.0, 2.0, out=found.margin)  # another place that ties may be ahead by rounding
         return found
 
     def _stretch(self, queries: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-        """Multiply unit queries ``(n, C)`` with the cells, interpolated along rows only: ``(n, h, W)`` each."""
+        """Multiply unit queries ``(n, C)`` with the cells, and interpolate along x only: ``(n, h, W)`` each."""
         found = []
         for query, one in zip(queries, self._descriptors, strict=True):
             products = one.products(query)  # (n, h, w)
@@ -137,7 +145,7 @@ class DenseTarget:
         return found
 
     def _score(self, stretched: Sequence[NDArray[np.float64]], scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Fill ``scores`` ``(H, W)`` from products stretched to ``(h, W)``; returns the best of each tile."""
+        """Fill ``scores`` ``(H, W)`` from products stretched to ``(h, W)``; give the best score of each tile."""
         best = np.empty(len(self._tiles))
         for k, (tile, runs) in enumerate(self._tiles):
             here = scores[tile]
@@ -155,7 +163,8 @@ class DenseTarget:
     def _peak(
         self, scores: NDArray[np.float64], best: NDArray[np.float64], margin: bool
     ) -> tuple[tuple[int, int], float, float]:
-        """Give the best pixel, its score and its margin, from ``scores`` ``(H, W)`` and the best of each tile."""
+        """Give the best pixel ``(x, y)``, its score and its margin, from ``scores`` and the best score of each tile."""
+        # The first pixel that ties lies in the first tile that holds one, so only that tile is searched.
         tied = best.max() - TIE
         first = self._tiles[int(np.argmax(best >= tied))][0]
         y, x = divmod(int(np.argmax(scores[first] >= tied)), scores.shape[1])
@@ -164,9 +173,12 @@ class DenseTarget:
         return (x, y), score, score - self._second(scores, best, x, y) if margin else np.nan
 
     def _second(self, scores: NDArray[np.float64], best: NDArray[np.float64], x: int, y: int) -> float:
-        """Give the best score beyond the radius from ``(x, y)``, NaN if nothing is; overwrites what lies nearer."""
+        """Give the best score farther from ``(x, y)`` than the radius; NaN if there is none.
+
+        Nearer scores are overwritten: they are not needed any more.
+        """
         right, down = self._columns - self._columns[x], self._rows - self._rows[y]  # in cells
-        reach = RADIUS_CELLS + 1e-9  # a pixel exactly on the radius is near, however its coordinates were rounded
+        reach = RADIUS_CELLS + 1e-9  # a pixel exactly on the radius counts as near, whatever its rounding
         x0, x1 = np.searchsorted(right, [-reach, reach])
         y0, y1 = np.searchsorted(down, [-reach, reach])
         near = np.square(down[y0:y1, None]) + np.square(right[x0:x1]) <= reach**2
@@ -179,7 +191,7 @@ class DenseTarget:
 
 
 def _tiles(runs: list[AxisRun], rows: int) -> list[tuple[slice, list[AxisRun]]]:
-    """Gather runs into tiles of about ``rows`` pixel rows, each with the rows it covers."""
+    """Group runs into tiles of at most about ``rows`` pixel rows; give each tile's rows and its runs."""
     tiles: list[tuple[slice, list[AxisRun]]] = []
     for run in runs:
         if tiles and run.stop - tiles[-1][0].start <= rows:

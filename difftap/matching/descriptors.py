@@ -1,14 +1,14 @@
 """Descriptors of one image: its feature maps, one or several, as vectors whose cosines are compared.
 
-Several maps are matched as one by one of three laws:
+Several maps are matched as one, by one of three laws:
 
-- ``concat`` joins the maps into one (`combine`), so that one map remains, with the shares in its cells;
-- ``score-sum`` has the same cosines, the share-weighted mean of the maps' own, without storing the joined map:
-  products with a query add up over the maps, and so do the Gram products that lengths follow from;
-- ``score-product`` takes the share-weighted geometric mean of the maps' cosines instead; negative ones count as 0.
+- ``concat`` joins the maps into one (`combine`), whose cells hold the shares as factors;
+- ``score-sum`` gives the same cosines (the weighted mean of the maps' cosines) without storing the joined map: products
+  with a query are summed over the maps, and so are the Gram products that the lengths follow from;
+- ``score-product`` takes the weighted geometric mean of the maps' cosines; negative ones count as 0.
 
-A map coarser than the finest one is brought to its grid channel by channel, or not at all: interpolation is linear, so
-its products are interpolated instead.
+A map that is coarser than the finest one is not stored on the finest grid. Interpolation is linear, so its products
+with queries are interpolated instead of its channels; where channels are needed, a few are resized at a time.
 
 Axis letters: N points; C channels; w h cells of the finest grid.
 """
@@ -30,17 +30,17 @@ from difftap.recipe import INTERPOLATIONS
 
 __all__ = ["Descriptors", "combine", "describe", "mean_cosine"]
 
-_CHANNELS = 64  # brought to the finest grid together
+_CHANNELS = 64  # resized to the finest grid at once
 
 
 class Descriptors:
-    """Vectors at an image's cells and between them, compared by one cosine.
+    """The vectors at an image's cells and between them, compared by one cosine.
 
     Args:
-        parts: the maps that a vector is laid together from.
+        parts: the maps that a vector is concatenated from.
         geometry: of the image.
         grid: ``(w, h)`` of the finest map.
-        share: the exponent of this cosine where several are multiplied.
+        share: exponent of this cosine, where several are multiplied.
     """
 
     def __init__(self, parts: Sequence[_Part], geometry: Geometry, grid: Size, share: float = 1.0) -> None:
@@ -56,7 +56,7 @@ class Descriptors:
 
     @property
     def nbytes(self) -> int:
-        """Memory of what scales the maps' cells, in bytes."""
+        """Memory of the cells' scale factors, in bytes; the maps themselves are the caller's."""
         return sum(part.scale.nbytes for part in self._parts)
 
     def pick(self, columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.floating]:
@@ -74,7 +74,7 @@ class Descriptors:
         return unit(self.between(cells, interpolation))
 
     def between(self, cells: NDArray[np.float64], interpolation: str) -> NDArray[np.float64]:
-        """Give the interpolated vectors ``(N, C)`` at fractional cells ``(N, 2)``, as long as they are."""
+        """Give the interpolated vectors ``(N, C)`` at fractional cells ``(N, 2)``, not normalised."""
         return sample(self.pick, self.grid, cells, interpolation)
 
     def products(self, queries: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -87,7 +87,7 @@ class Descriptors:
         return total
 
     def grams(self, reach: int) -> NDArray[np.float64]:
-        """Give the `gram_products` of the cells."""
+        """Give the `gram_products` of the cells, summed over the maps."""
         first, *others = (part.grams(reach) for part in self._parts)
         for other in others:
             first += other
@@ -105,13 +105,13 @@ class Descriptors:
 
 
 class _Part:
-    """One map, seen on the finest grid.
+    """One map, read on the finest grid.
 
     Args:
-        data: ``(C, h_i, w_i)``; it is not copied: what scales its cells is kept beside it.
+        data: ``(C, h_i, w_i)``. It is not copied: factors for its cells are kept beside it.
         grid: ``(w, h)`` of the finest map.
-        upsample: how it is brought there: ``bilinear`` or ``bicubic``.
-        share: of the cosine; cells are then of length ``sqrt(share)`` on both grids. None leaves them as they are.
+        upsample: interpolation to the finest grid: ``bilinear`` or ``bicubic``.
+        share: this map's share of the cosine: its cells get length ``sqrt(share)``. None leaves lengths as they are.
     """
 
     def __init__(self, data: NDArray[np.float32], grid: Size, upsample: str = "bilinear", share: float | None = None):
@@ -119,7 +119,7 @@ class _Part:
         self._alone, self._share = share is None, share or 1.0
         self._axes: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         (height, width), (columns, rows) = data.shape[1:], grid
-        root = math.sqrt(self._share)
+        root = math.sqrt(self._share)  # a cosine is a product of two vectors, so each carries the root of the share
         if self._alone:
             self._cell = np.ones((height, width))
         else:
@@ -133,12 +133,13 @@ class _Part:
         self._x, self._y = rescale(np.arange(columns), width / columns), rescale(np.arange(rows), height / rows)
         self._upsample = upsample
         self._axes = axis_matrix(self._y, height, upsample), axis_matrix(self._x, width, upsample)  # (h, h_i), (w, w_i)
+        # Interpolating unit vectors shortens them, so cells are normalised on the coarse grid and again on the finest.
         down, across = (axis_runs(at, cells, upsample, len(at)) for at, cells in ((self._y, height), (self._x, width)))
         grams = scale_grams(gram_products(data, 1 if upsample == "bilinear" else 3), self._cell)
         self.scale = root * inverse_norms(grams, down, across, lambda y, x: self._between(x, y))
 
     def _between(self, columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Give a coarse map's vectors ``(N, C)`` at cells of the finest grid, not yet scaled there."""
+        """Give a coarse map's vectors ``(N, C)`` at cells of the finest grid, not yet normalised there."""
         height, width = self._cell.shape
         cells = np.stack([self._x[columns], self._y[rows]], axis=1)
         return sample(
@@ -167,7 +168,7 @@ class _Part:
             return grams if self._alone else scale_grams(grams, self.scale)
         down, across = (axis.astype(np.float32) for axis in self._axes)
         grams = np.zeros((reach + 1, len(down), 2 * reach + 1, len(across)))
-        for start in range(0, len(self.data), _CHANNELS):  # so that the map is never whole on the finest grid
+        for start in range(0, len(self.data), _CHANNELS):  # the whole map on the finest grid would take too much memory
             block = (self.data[start : start + _CHANNELS] * self._cell).astype(np.float32)
             grams += gram_products(np.matmul(down, block @ across.T), reach)
         return scale_grams(grams, self.scale)
@@ -184,12 +185,16 @@ def _squared(data: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def mean_cosine(cosines: Sequence[NDArray[np.float64]], descriptors: Sequence[Descriptors]) -> NDArray[np.float64]:
-    """Make one score of the cosines under each of an image's descriptors: their share-weighted geometric mean.
+    """Compute the score from the cosines of each of an image's descriptors: their weighted geometric mean.
 
-    Of one it is that cosine, -1 to 1; of several, negative ones count as 0.
+    A single cosine is returned as it is, -1 to 1. Of several, negative ones count as 0.
+
+    Args:
+        cosines: one array for each of the descriptors, all of one shape.
+        descriptors: hold the weights, which are their shares.
     """
     if len(cosines) == 1:
-        return np.clip(cosines[0], -1.0, 1.0)
+        return np.clip(cosines[0], -1.0, 1.0)  # rounding may take it a little beyond 1
     score = np.ones_like(cosines[0])
     for cosine, one in zip(cosines, descriptors, strict=True):
         score *= np.power(np.clip(cosine, 0.0, 1.0), one.share)
@@ -199,14 +204,14 @@ def mean_cosine(cosines: Sequence[NDArray[np.float64]], descriptors: Sequence[De
 def describe(
     maps: Sequence[FeatureMap], weights: Sequence[float] = (1.0,), upsample: str = "bicubic", law: str = "score-sum"
 ) -> tuple[Descriptors, ...]:
-    """Take an image's maps as what is compared: one cosine, or under ``score-product`` one for each map.
+    """Make descriptors of an image's maps: one, or under ``score-product`` one per map.
 
-    One map is taken as it is, under any law.
+    A single map is taken as it is, under any law.
 
     Args:
         maps: ``(C_i, h_i, w_i)`` of the same image under the same geometry.
-        weights: one positive number a map; divided by their sum they are the shares.
-        upsample: how coarse maps are brought to the finest grid: ``bilinear`` or ``bicubic``.
+        weights: one positive number per map; divided by their sum they are the shares.
+        upsample: how coarse maps are resized to the finest grid: ``bilinear`` or ``bicubic``.
         law: ``score-sum`` or ``score-product``; ``concat`` is the sum of maps that `combine` has joined.
 
     Raises:

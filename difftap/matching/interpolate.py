@@ -1,8 +1,8 @@
 """Reading a feature map between its cells.
 
-Both interpolations are separable, so everything here works one axis at a time on weights, and never on an enlarged map.
-Where cells lie is not decided here: `difftap.coords.Geometry` holds the half-pixel rule and the letterbox, and gives
-the fractional cell of every pixel. Cells beyond the border repeat the border's, as in torch's ``F.interpolate``.
+Both interpolations are separable, so everything here works with the weights of one axis at a time, and never enlarges a
+map. `difftap.coords.Geometry` says where cells lie (the half-pixel rule and the letterbox): it gives the fractional
+cell of every pixel. Cells beyond the border repeat the border cells, as in torch's ``F.interpolate``.
 
 Axis letters: N points; P positions along an axis; C channels; W H image pixels; w h cells.
 """
@@ -34,22 +34,23 @@ CUBIC_A = -0.75
 """Keys' cubic convolution parameter; torch and OpenCV use -0.75, Pillow -0.5."""
 
 VANISHING = 1e-6
-"""Interpolated vectors shorter than this share of what their cells could give count as zero.
+"""Interpolated vectors count as zero if they are shorter than this share of the length they have without cancellation.
 
-Opposite cells cancel between their centres; what is left there is rounding, and its cosine would be noise.
+Between two opposite cells the vectors cancel. What is left there is rounding, and its cosine would be noise.
 """
 
 SMALL = 1 << 18
-"""Multiplications in a matrix product that OpenBLAS still does on the calling thread.
+"""Number of multiplications up to which OpenBLAS computes a matrix product on the calling thread.
 
-Matching is many small products. Shared among threads they gain nothing, and on a busy machine each waits for a thread
-that is not scheduled: measured at 200 times slower on two busy cores. So products are cut to stay below this.
+Matching consists of many small products. Sharing them among threads gains nothing, and on a busy machine each product
+waits for a thread that is not scheduled: measured at 200 times slower on two busy cores. So products are cut to stay
+below this size.
 """
 
 
 @dataclass(frozen=True)
 class AxisRun:
-    """Neighbouring pixels of one axis that read the same cells.
+    """Neighbouring pixels along one axis that read the same cells.
 
     Attributes:
         start: first pixel.
@@ -69,18 +70,18 @@ class AxisRun:
 def axis_taps(
     positions: NDArray[np.float64], cells: int, interpolation: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Tell which cells a position reads along one axis, and with what weights.
+    """Tell which cells each position reads along one axis, and with which weights.
 
     Args:
         positions: ``(P,)`` fractional cell coordinates.
         cells: number of cells along the axis.
-        interpolation: ``bilinear`` (2 cells) or ``bicubic`` (4 cells, Keys 1981 with a = -0.75).
+        interpolation: ``bilinear`` (K = 2 cells) or ``bicubic`` (K = 4 cells; Keys 1981 with a = -0.75).
 
     Returns:
-        indices ``(P, K)``, clamped into the axis, and weights ``(P, K)`` that sum to 1; K is 2 or 4.
+        indices ``(P, K)``, clamped to the axis, and weights ``(P, K)`` that sum to 1.
     """
-    # A pixel on a cell's centre reads that cell alone. Rounding would add a trace of the next, and beside a zero cell
-    # the trace is all that the cosine sees.
+    # A pixel on a cell's centre must read that cell only. Rounding would add a trace of the next cell, and if the cell
+    # itself is zero, that trace alone would decide the cosine.
     centres = np.rint(positions)
     positions = np.where(np.abs(positions - centres) < 1e-9, centres, positions)
     base = np.floor(positions)
@@ -96,27 +97,27 @@ def axis_taps(
 
 
 def _near(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cubic convolution kernel for distances 0 to 1."""
+    """Evaluate the cubic convolution kernel at distances 0 to 1."""
     return ((CUBIC_A + 2) * x - (CUBIC_A + 3)) * x * x + 1
 
 
 def _far(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cubic convolution kernel for distances 1 to 2."""
+    """Evaluate the cubic convolution kernel at distances 1 to 2."""
     return ((CUBIC_A * x - 5 * CUBIC_A) * x + 8 * CUBIC_A) * x - 4 * CUBIC_A
 
 
 def axis_matrix(positions: NDArray[np.float64], cells: int, interpolation: str) -> NDArray[np.float64]:
-    """Give the weights of `axis_taps` as a matrix ``(P, cells)``, to be multiplied with the cells of one axis."""
+    """Give the weights of `axis_taps` as a matrix ``(P, cells)`` to multiply the cells of one axis with."""
     indices, weights = axis_taps(positions, cells, interpolation)
     matrix = np.zeros((len(positions), cells))
     rows = np.arange(len(positions))
-    for k in range(indices.shape[1]):  # one tap at a time: clamped taps may name the same cell and must add up
+    for k in range(indices.shape[1]):  # one tap at a time: at the border, clamped taps name one cell and must add up
         matrix[rows, indices[:, k]] += weights[:, k]
     return matrix
 
 
 def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, longest: int) -> list[AxisRun]:
-    """Give the weights of `axis_taps` in runs of at most ``longest`` positions that read the same cells.
+    """Give the weights of `axis_taps` in runs: at most ``longest`` neighbouring positions that read the same cells.
 
     Args:
         positions: ``(P,)`` fractional cells, ascending.
@@ -132,7 +133,7 @@ def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, lo
         for start in range(int(first), int(last), longest):
             stop = min(start + longest, int(last))
             local = np.zeros((stop - start, high - low))
-            for k in range(indices.shape[1]):  # clamped taps may name the same cell and must add up
+            for k in range(indices.shape[1]):  # one tap at a time, as in `axis_matrix`
                 local[:, indices[first, k] - low] += weights[start:stop, k]
             runs.append(AxisRun(start, stop, low, high, local))
     return runs
@@ -141,6 +142,7 @@ def axis_runs(positions: NDArray[np.float64], cells: int, interpolation: str, lo
 def pixel_cells(geometry: Geometry, grid: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Give the fractional cell columns ``(W,)`` and rows ``(H,)`` of every pixel column and row of the image."""
     width, height = geometry.image
+    # A column's cell does not depend on the row, so the pixels of the diagonal give both axes at once.
     diagonal = np.arange(max(width, height), dtype=np.float64)
     cells = geometry.to_cells(np.stack([diagonal, diagonal], axis=1), grid)
     return cells[:width, 0], cells[:height, 1]
@@ -152,12 +154,12 @@ def sample(
     cells: NDArray[np.float64],
     interpolation: str,
 ) -> NDArray[np.float64]:
-    """Interpolate between the cells of a map ``(C, h, w)``; what all but cancels becomes zero (`VANISHING`).
+    """Interpolate between the cells of a map ``(C, h, w)``; vectors that nearly cancel become zero (`VANISHING`).
 
     Args:
         pick: gives the vectors ``(N, C)`` of whole cells, from their columns ``(N,)`` and rows ``(N,)``.
-        grid: ``(w, h)``.
-        cells: ``(N, 2)`` fractional.
+        grid: ``(w, h)`` of the map.
+        cells: ``(N, 2)``, fractional.
         interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
@@ -170,7 +172,7 @@ def sample(
         for i in range(columns.shape[1]):
             part = (down[:, j] * across[:, i])[:, None] * pick(columns[:, i], rows[:, j])
             vectors = vectors + part if j == i == 0 else np.add(vectors, part, out=vectors)
-            possible += np.sqrt(np.einsum("nc,nc->n", part, part))
+            possible += np.sqrt(np.einsum("nc,nc->n", part, part))  # the length if all parts pointed the same way
     length = np.sqrt(np.einsum("nc,nc->n", vectors, vectors))
     vectors[length <= VANISHING * possible] = 0.0
     return vectors

@@ -1,4 +1,4 @@
-"""Mutual nearest neighbours among cells: matches that two images agree on.
+"""Mutual nearest neighbours: pairs of cells in two images, each of which is the other's nearest neighbour.
 
 Axis letters: N queries, points or cells; M vectors of the bank; D descriptor; w h cells.
 """
@@ -15,22 +15,22 @@ from difftap.matching.grid import GridTarget, first_best
 
 __all__ = ["agreed_cells", "mutual_cells", "mutual_nearest", "nearest"]
 
-_BLOCK_VALUES = 1 << 21
-_BLOCK = 256  # cells whose vectors are held at once
+_BLOCK_VALUES = 1 << 21  # similarities in memory at once, 16 MiB of float64
+_BLOCK = 256  # cells whose vectors are in memory at once
 
 
 def nearest(
     queries: NDArray[np.float64], bank: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Find nearest neighbours both ways, from one pass over the similarities.
+    """Find nearest neighbours in both directions, in one pass over the similarities.
 
     Args:
         queries: unit vectors ``(N, D)``.
         bank: unit vectors ``(M, D)``.
 
     Returns:
-        indices ``(N, 1)`` of each query's nearest in the bank, their cosines ``(N, 1)``, higher is nearer, and indices
-        ``(M, 1)`` of each bank vector's nearest query. ``-1`` = none, with score ``-inf``, where a side is empty. Of
+        indices ``(N, 1)`` of each query's nearest bank vector, their cosines ``(N, 1)``, higher is nearer, and indices
+        ``(M, 1)`` of each bank vector's nearest query. If a side is empty, indices are -1 and cosines ``-inf``. Of
         cosines within `TIE` of each other the first counts.
     """
     count, size = len(queries), len(bank)
@@ -43,7 +43,7 @@ def nearest(
         indices[start : start + block] = np.argmax(similarity >= top[:, None] - TIE, axis=1)
         scores[start : start + block] = top
         top = similarity.max(axis=0)
-        better = top > best + TIE  # a later block must beat an earlier one, or the tie is the earlier one's
+        better = top > best + TIE  # of queries that tie, the first counts, so a later block must be better by more
         reverse[better] = start + np.argmax(similarity[:, better] >= top[better] - TIE, axis=0)
         best[better] = top[better]
     return indices[:, None], np.clip(scores, -np.inf, 1.0)[:, None], reverse[:, None]
@@ -52,14 +52,14 @@ def nearest(
 def mutual_nearest(
     queries: NDArray[np.float64], bank: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Find each query's nearest in the bank where that one's nearest query is the same query.
+    """Find each query's nearest bank vector, if that vector's nearest query is the same query.
 
     Args:
         queries: unit vectors ``(N, D)``.
         bank: unit vectors ``(M, D)``.
 
     Returns:
-        indices ``(N, 1)``, ``-1`` = none, and cosines ``(N, 1)``, higher is nearer, ``-inf`` where none.
+        indices ``(N, 1)``, and cosines ``(N, 1)``, higher is nearer; -1 and ``-inf`` where there is none.
     """
     indices, scores, reverse = nearest(queries, bank)
     if not len(bank):
@@ -71,12 +71,19 @@ def mutual_nearest(
 def agreed_cells(
     source: GridTarget, target: GridTarget, cells: NDArray[np.float64], margin: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Match the source's cells nearest to fractional cells ``(N, 2)``, where the way back leads to the same cell.
+    """Match source cells to the target, keeping matches that match back to the same cell.
+
+    Args:
+        source: the source image.
+        target: the target image.
+        cells: fractional cells ``(N, 2)`` of the source; the nearest whole cell that shows the image is matched.
+        margin: also compute margins.
 
     Returns:
-        the target's cells ``(N, 2)``, scores and margins ``(N,)``; NaN where the way back leads elsewhere.
+        the target's cells ``(N, 2)``, scores ``(N,)`` and margins ``(N,)``; NaN where a match leads back elsewhere.
     """
     rows, columns = np.flatnonzero(source.cells.any(axis=1)), np.flatnonzero(source.cells.any(axis=0))
+    # floor(x + 0.5) rounds every half up; np.rint would round halves to the even neighbour, up or down.
     x = np.clip(np.floor(cells[:, 0] + 0.5).astype(np.int64), columns[0], columns[-1])
     y = np.clip(np.floor(cells[:, 1] + 0.5).astype(np.int64), rows[0], rows[-1])
     own = y * source.cells.shape[1] + x
@@ -98,13 +105,13 @@ def mutual_cells(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Find the cells of two images that are each other's nearest neighbour, best score first.
 
-    Cells that show only letterbox padding take no part.
+    Cells that show only letterbox padding are left out.
 
     Returns:
-        the source's and the target's cells ``(N,)``, row-major, with scores and margins ``(N,)``.
+        row-major indices ``(N,)`` of the source's cells and of the target's, scores ``(N,)`` and margins ``(N,)``.
 
     Raises:
-        InputError: the maps' cosines are multiplied, which leaves no vectors to compare.
+        InputError: the maps' cosines are multiplied, so there are no vectors to compare.
     """
     if len(source.descriptors) > 1:
         raise InputError("branches whose cosines are multiplied find no mutual matches; combine them by concat")

@@ -1,11 +1,11 @@
-"""Sums over channels: products of cells with queries and with one another, and the lengths that follow from these.
+"""Sums over channels: products of cells with queries and with one another, and the lengths computed from these.
 
 The vector at a pixel is ``sum_i u_i T_i`` over the cells it reads, so its squared length is the quadratic form
-``sum_ij u_i u_j <T_i, T_j>``. Both interpolations being separable, the weights of a pair of cells ``(dy, dx)`` apart
-are a product of one factor per axis, and the whole image of lengths follows from a few small matrix products.
+``sum_ij u_i u_j <T_i, T_j>``. Both interpolations are separable: the weight of a pair of cells that lie ``(dy, dx)``
+apart is a product of one factor per axis. So the lengths at all pixels follow from a few small matrix products.
 
-Most of dense matching's time goes into passes over the channels of a map, which numpy does on one core; here two
-threads share them. The split is the same on every machine, so that sums do not differ by rounding between them.
+Dense matching spends most of its time on passes over the channels of a map, which numpy runs on one core. Here two
+threads share them. The split is the same on every machine, so that sums are rounded in the same way everywhere.
 
 Axis letters: N queries; C channels; W H image pixels; w h cells; Y X cells of one run.
 """
@@ -24,22 +24,22 @@ from difftap.matching.interpolate import SMALL, VANISHING, AxisRun
 __all__ = ["DOUBTFUL", "check_finite", "gram_products", "inverse_norms", "project", "scale_grams", "sum_in_halves"]
 
 DOUBTFUL = 1e-2
-"""Vectors shorter than this share of what their cells could give are read directly.
+"""Vectors shorter than this share of their length without cancellation are interpolated and measured directly.
 
-There the quadratic form has lost digits to cancellation, and rounding would decide between pixels that tie.
+There the quadratic form has lost digits to cancellation, and its rounding would decide between pixels that tie.
 """
 
-_WORTH = 256  # channels below which a thread costs more than it saves
-_READ_AT_ONCE = 256  # doubtful vectors
-_BLOCK_VALUES = 1 << 17  # float64 channels converted at once: they stay in a core's cache for all offsets
+_WORTH = 256  # with fewer channels, a second thread costs more than it saves
+_READ_AT_ONCE = 256  # number of doubtful vectors in memory at once
+_BLOCK_VALUES = 1 << 17  # values converted to float64 at once, 1 MiB: they stay in a core's cache for all offsets
 
 
 def sum_in_halves(channels: int, work: Callable[[range], NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Sum ``work`` over the channels: over two halves, run at once where that pays.
+    """Sum ``work`` over the channels, as two halves in two threads where that is faster.
 
     Args:
         channels: C.
-        work: from a range of channels to their share of the sum.
+        work: computes the sum over a range of channels.
     """
     if channels < _WORTH:
         return work(range(channels))
@@ -50,7 +50,7 @@ def sum_in_halves(channels: int, work: Callable[[range], NDArray[np.float64]]) -
 
 
 def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Multiply queries ``(N, C)`` with every cell of a map ``(C, h, w)``, as ``(N, h, w)`` float64."""
+    """Multiply queries ``(N, C)`` with every cell of a map ``(C, h, w)``: ``(N, h, w)`` in float64."""
     channels, height, width = data.shape
     size = height * width
     cells = data.reshape(channels, size)
@@ -60,11 +60,12 @@ def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray
         for first in range(0, len(queries), 64):
             here = slice(first, first + 64)
             count = len(queries[here])
-            block, step = SMALL // (count * size), size  # few queries: whole rows of products, a few channels at a time
+            # Products stay below `SMALL`: a few channels over all cells or, with many queries, 64 channels over a few.
+            block, step = SMALL // (count * size), size
             if block < 8:
                 block = 64
                 step = max(1, SMALL // (count * block))
-            for start in some[::block]:  # in blocks, so that no float64 copy of the whole map is made
+            for start in some[::block]:  # in blocks: a float64 copy of the whole map would take twice its memory
                 stop = min(start + block, some.stop)
                 part = cells[start:stop].astype(np.float64)
                 for low in range(0, size, step):
@@ -75,17 +76,17 @@ def project(queries: NDArray[np.float64], data: NDArray[np.floating]) -> NDArray
 
 
 def gram_products(data: NDArray[np.floating], reach: int) -> NDArray[np.float64]:
-    """Multiply cells with their neighbours, each pair of different cells counted twice.
+    """Multiply cells with their neighbours; a pair of different cells counts twice.
 
-    Half of the offsets are enough, the products being symmetric; the other half stays zero.
+    The products are symmetric, so half of the offsets are computed; the other half stays zero.
 
     Args:
         data: ``(C, h, w)``.
         reach: farthest offset, in cells.
 
     Returns:
-        ``(reach + 1, h, 2 reach + 1, w)``; the entry ``[dy, y, reach + dx, x]`` is of the cells ``(y, x)`` and
-        ``(y + dy, x + dx)``, zero where the second lies outside the map.
+        ``(reach + 1, h, 2 reach + 1, w)``. Entry ``[dy, y, reach + dx, x]`` belongs to the cells ``(y, x)`` and
+        ``(y + dy, x + dx)``; it is zero if the second lies outside the map.
     """
     channels, height, width = data.shape
     size = height * width
@@ -99,7 +100,9 @@ def gram_products(data: NDArray[np.floating], reach: int) -> NDArray[np.float64]
         for start in some[::block]:
             part = cells[start : min(start + block, some.stop)].astype(np.float64)
             for k, (dy, dx) in enumerate(offsets):
-                step = dy * width + dx  # rows follow each other: an offset is one shift; what wraps round is cut below
+                # Rows follow one another in memory, so an offset is a shift of the flat array. Products that wrap
+                # around the border of a row are cut off below.
+                step = dy * width + dx
                 sums[k, : size - step] += np.einsum("cp,cp->p", part[:, : size - step], part[:, step:])
         return sums
 
@@ -112,7 +115,7 @@ def gram_products(data: NDArray[np.floating], reach: int) -> NDArray[np.float64]
 
 
 def scale_grams(grams: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Turn the `gram_products` of cells, in place, into those of the cells times ``scale`` ``(h, w)``."""
+    """Turn the `gram_products` of cells into those of the cells multiplied by ``scale`` ``(h, w)``, in place."""
     reach = len(grams) - 1
     height, width = scale.shape
     padded = np.zeros((height + reach, width + 2 * reach))
@@ -129,14 +132,14 @@ def inverse_norms(
     across: list[AxisRun],
     read: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]],
 ) -> NDArray[np.float64]:
-    """Give one over the length of the interpolated vector at every pixel, ``(H, W)``; 0 where it vanishes.
+    """Give one over the length of the interpolated vector at every pixel, ``(H, W)``; 0 where the vector vanishes.
 
     Args:
-        grams: of the cells, as `gram_products`; the reach is 1 for bilinear and 3 for bicubic.
+        grams: the cells' `gram_products`, with a reach of 1 for bilinear and 3 for bicubic.
         down: how pixel rows read rows of cells.
         across: how pixel columns read columns of cells.
-        read: gives the vectors ``(M, C)`` at pixels, from their rows ``(M,)`` and columns ``(M,)``. Only those below
-            `DOUBTFUL` are asked for, which real features hardly have.
+        read: gives the vectors ``(M, C)`` at pixels, from their rows ``(M,)`` and columns ``(M,)``. It is called for
+            vectors below `DOUBTFUL`, which real features hardly have.
 
     Raises:
         InputError: the map holds NaN or infinity.
@@ -145,7 +148,8 @@ def inverse_norms(
     lengths = np.sqrt(grams[0, :, reach, :])  # (h, w)
     check_finite(lengths)
     height = lengths.shape[0]
-    rows = np.empty((reach + 1, height, across[-1].stop))  # quadratic in the columns already, (dy, h, W)
+    # The quadratic form, one axis after the other: first over the cells that a pixel column reads, (dy, h, W).
+    rows = np.empty((reach + 1, height, across[-1].stop))
     longest = np.empty((height, across[-1].stop))
     for run in across:
         here = slice(run.start, run.stop)
@@ -165,7 +169,7 @@ def inverse_norms(
             some = slice(start, start + _READ_AT_ONCE)
             vectors = read(run.start + y[some], x[some])
             squared[y[some], x[some]] = np.einsum("nc,nc->n", vectors, vectors)
-        # What is read directly may turn out to be nothing.
+        # A vector that was read directly may turn out to be zero, hence ``squared > 0``.
         np.divide(
             1.0, np.sqrt(np.maximum(squared, 0.0)), out=inverse[run.start : run.stop], where=present & (squared > 0)
         )
@@ -173,7 +177,7 @@ def inverse_norms(
 
 
 def check_finite(lengths: NDArray[np.float64]) -> None:
-    """Refuse a map by the lengths of its cells.
+    """Refuse a map, by the lengths of its cells, if it is not finite.
 
     Raises:
         InputError: the map holds NaN or infinity.
@@ -183,7 +187,7 @@ def check_finite(lengths: NDArray[np.float64]) -> None:
 
 
 def _pair_weights(weights: NDArray[np.float64], offsets: range) -> NDArray[np.float64]:
-    """Multiply a run's weights with those ``offset`` cells further on: ``(P, X)`` to ``(offsets, X, P)``."""
+    """Multiply a run's weights ``(P, X)`` with those ``offset`` cells further on, for each: ``(offsets, X, P)``."""
     cells = weights.shape[1]
     pairs = np.zeros((len(offsets), cells, len(weights)))
     for k, offset in enumerate(offsets):

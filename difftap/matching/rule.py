@@ -1,8 +1,9 @@
-"""Two images matched: what a recipe asks for, an image made ready, and points led from one to the other.
+"""Matching two images: the rule that a recipe asks for, images prepared for it, and points matched between them.
 
 - ``combine``: ``concat`` joins an image's maps into one; ``score-sum`` and ``score-product`` keep them apart, so that
-  the joined map is never stored (`difftap.matching.descriptors`). A single map is a list of one under any law.
-- ``reading``: ``centres``, difftap's half-pixel rule; or ``corners``, SD4Match's (`difftap.coords.CornerGeometry`).
+  the joined map is never stored (`difftap.matching.descriptors`). A single map is the same under each of them.
+- ``reading``: where cells lie. ``centres`` is difftap's half-pixel rule; ``corners`` is SD4Match's rule
+  (`difftap.coords.CornerGeometry`).
 
 Axis letters: N points; C channels; W H image pixels; w h cells.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,17 +42,17 @@ __all__ = [
 
 READINGS = ("centres", "corners")
 
-_BLOCK = 256  # points whose descriptors are held at once
+_BLOCK = 256  # points whose descriptors are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchRule:
-    """How an image's maps become one thing to match.
+    """How an image's maps are matched as one.
 
     Attributes:
         matcher: the recipe's.
-        shares: one a map.
-        upsample: how coarse maps are brought to the finest grid.
+        shares: one per map; they need not sum to 1.
+        upsample: how coarse maps are resized to the finest grid: ``bilinear`` or ``bicubic``.
         combine: one of `COMBINES`.
         reading: one of `READINGS`.
     """
@@ -74,17 +74,21 @@ class MatchRule:
 
     @classmethod
     def of(cls, recipe: Recipe, combining: str | None = None, reading: str = "centres") -> MatchRule:
-        """Take what a recipe asks for; ``combining`` takes the place of its own.
+        """Make the rule of a recipe.
 
-        ``mutual`` compares all cells with all, for which sums of scores are made of the joined map.
+        Args:
+            recipe: matcher, shares of its branches, and how they are combined.
+            combining: one of `COMBINES` to use instead of the recipe's; None for the recipe's.
+            reading: one of `READINGS`.
 
         Raises:
-            InputError: a name is unknown, or the matcher and the way of combining or reading exclude each other.
+            InputError: a name is unknown, or the matcher does not work with the way of combining or reading.
         """
+        # A branch's share is divided evenly among its taps.
         shares = [branch.weight / len(branch.taps) for branch in recipe.branches for _ in branch.taps]
         chosen = combining or recipe.combine
         if recipe.matcher.name == "mutual" and chosen == "score-sum":
-            chosen = "concat"
+            chosen = "concat"  # gives the same scores, and mutual compares all cells with all: it needs joined vectors
         if reading == "corners" and recipe.fit != "stretch":
             raise InputError(f"reading by corners needs a stretched image; the recipe's fit is '{recipe.fit}'")
         return cls(recipe.matcher, tuple(shares), recipe.upsample, chosen, reading)
@@ -95,7 +99,7 @@ class MatchRule:
         return self.combine != "concat" and len(self.shares) > 1
 
     def fuse(self, maps: Sequence[FeatureMap]) -> tuple[FeatureMap, ...]:
-        """Choose what is kept of an image's maps: all, or the joined one."""
+        """Give the maps to keep for an image: all of them, or the joined one."""
         if self.reading == "corners":
             geometry = maps[0].geometry
             corners = CornerGeometry(geometry.image, geometry.input, geometry.content)
@@ -103,16 +107,16 @@ class MatchRule:
         return tuple(maps) if self.apart else (combine(list(maps), self.shares, self.upsample),)
 
     def prepare(self, fused: Sequence[FeatureMap]) -> PreparedImage:
-        """Make what was kept ready for matching; costly steps are taken when first needed."""
+        """Prepare an image, from what `fuse` gave, for matching; costly steps wait until they are first needed."""
         return PreparedImage(fused, self)
 
 
 class PreparedImage:
-    """An image made ready: source and target of any number of matches, all of one `MatchRule`.
+    """An image prepared for matching: source or target of any number of matches, all under one `MatchRule`.
 
     Args:
         maps: what `MatchRule.fuse` gave.
-        rule: how they become one thing to match.
+        rule: how they are matched as one.
     """
 
     def __init__(self, maps: Sequence[FeatureMap], rule: MatchRule) -> None:
@@ -122,7 +126,7 @@ class PreparedImage:
 
     @cached_property
     def descriptors(self) -> tuple[Descriptors, ...]:
-        """One, or several whose cosines are multiplied."""
+        """One descriptor, or several whose cosines are multiplied."""
         weights = self._rule.shares if len(self._maps) > 1 else (1.0,)
         return describe(self._maps, weights, self._rule.upsample, self._rule.combine)
 
@@ -141,27 +145,27 @@ class PreparedImage:
 
     @property
     def nbytes(self) -> int:
-        """Memory in bytes of what was made beside the maps, so far."""
-        made = self.__dict__  # of cached properties, only those that were asked for
+        """Memory of what was made from the maps so far, in bytes; the maps themselves do not count."""
+        made = self.__dict__  # holds a cached property only once it was asked for
         descriptors: tuple[Descriptors, ...] = made.get("descriptors", ())
         dense: DenseTarget | None = made.get("_dense")
         return sum(one.nbytes for one in descriptors) + (0 if dense is None else dense.nbytes)
 
     def match(self, target: PreparedImage, points: ArrayLike, confidence: bool = True) -> Matches:
-        """Find where points of this image lie on the target; the rules are at `match_points`.
+        """Find where points of this image lie on the target; see `match_points` for how.
 
         Args:
-            target: made ready by an equal `MatchRule`.
+            target: prepared by an equal `MatchRule`.
             points: ``(N, 2)`` pixels ``(x, y)`` of this image, fractional allowed.
             confidence: also compute margin and cycle error, at about twice the cost.
 
         Raises:
             PointError: a point is not finite or not on this image.
-            InputError: the maps have different channel counts or hold NaN, or the images were made ready differently.
+            InputError: the maps have different channel counts or hold NaN, or the images were prepared differently.
         """
         self._check(target)
         xy = check_points(points, self.image_size)
-        if not len(xy):
+        if not len(xy):  # numpy takes no maximum over nothing
             return Matches(xy, np.zeros((0, 2)), np.zeros(0), np.zeros(0), np.zeros(0))
         pixels, score, margin = self._lead(target, xy, confidence)
         error = np.full(len(xy), np.nan)
@@ -171,31 +175,30 @@ class PreparedImage:
         return Matches(xy, pixels, score, margin, error)
 
     def mutual(self, target: PreparedImage) -> Matches:
-        """Find matches without being given points; the rules are at `mutual_matches`.
+        """Find matches without given points; see `mutual_matches` for how.
 
         Raises:
-            InputError: as `match`, or the branches' cosines are multiplied, which leaves no vectors to compare.
+            InputError: as `match`; or the branches' cosines are multiplied, so there are no vectors to compare.
         """
         self._check(target)
         cells, peaks, score, margin = mutual_cells(self._grid, target._grid)
         points, found = self._centres(cells), target._centres(peaks)
         error = np.zeros(len(cells))
-        if self._matcher.name not in ("mutual", "nn"):  # under these the way back is known already
+        if self._matcher.name not in ("mutual", "nn"):  # these match back to the same cell, so the error is 0
             error = cycle_error(points, target._lead(self, found, False)[0])
         return Matches(points, found, score, margin, error)
 
     def heat(self, target: PreparedImage, point: ArrayLike) -> NDArray[np.float32]:
-        """Score one of this image's points against every pixel of the target, ``(H, W)``, for a picture.
+        """Score one point of this image at every pixel of the target, ``(H, W)``, for a picture.
 
-        Pixels are read with the matcher's interpolation, whichever matcher it is.
+        Pixels are read with the matcher's interpolation, even if the matcher itself works on cells.
 
         Raises:
             PointError: the point is not one, not finite or not on this image.
             InputError: as `match`.
         """
         self._check(target)
-        one: Any = [point]  # a list of one point, whatever kind of pair it is
-        xy = check_points(one, self.image_size)
+        xy = check_points([point], self.image_size)
         if len(xy) != 1:
             raise PointError("no point was given for the heat map; give one (x, y) in source pixels")
         return target._dense.heat(self._read(self._cells(xy), self._matcher.interpolation)).astype(np.float32)
@@ -208,7 +211,7 @@ class PreparedImage:
             )
         if self._rule != target._rule:
             raise InputError(
-                f"the images were made ready differently: {self._rule} and {target._rule}; use one for both"
+                f"the images were prepared under different rules: {self._rule} and {target._rule}; use one for both"
             )
 
     def _cells(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -216,13 +219,13 @@ class PreparedImage:
         return one.geometry.to_cells(points, one.grid)
 
     def _pixels(self, cells: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Cells ``(N, 2)`` as pixels: inside the image, but by corners as SD4Match leaves them."""
+        """Convert cells ``(N, 2)`` to pixels: clipped into the image by ``centres``, not clipped by ``corners``."""
         one = self.descriptors[0]
         pixels = one.geometry.to_pixels(cells, one.grid)
         return pixels if self._rule.reading == "corners" else clip_to_image(pixels, self.image_size)
 
     def _centres(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Centres ``(N, 2)`` in pixels of cells given by row-major index."""
+        """Give the centres, in pixels ``(N, 2)``, of cells named by row-major index ``(N,)``."""
         y, x = np.divmod(indices, self.descriptors[0].grid[0])
         return self._pixels(np.stack([x, y], axis=1).astype(np.float64))
 
@@ -232,7 +235,7 @@ class PreparedImage:
     def _lead(
         self, target: PreparedImage, points: NDArray[np.float64], margin: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Pixels ``(N, 2)``, scores and margins ``(N,)`` of where points ``(N, 2)`` of this image match."""
+        """Match points ``(N, 2)`` of this image: give pixels ``(N, 2)``, scores and margins ``(N,)``."""
         name = self._matcher.name
         grid = None if name == "dense" else target._grid
         home = self._grid if name == "mutual" else None
@@ -253,11 +256,11 @@ class PreparedImage:
         return pixels, score, margins
 
 
-def check_points(points: ArrayLike, size: Size) -> NDArray[np.float64]:
-    """Take points as float64 ``(N, 2)``, all on an image of ``(W, H)`` pixels.
+def check_points(points: ArrayLike | Sequence[ArrayLike], size: Size) -> NDArray[np.float64]:
+    """Convert points to float64 ``(N, 2)``, if all of them lie on the source image of ``(W, H)`` pixels.
 
     Raises:
-        PointError: not numbers, not pairs, not finite, or outside the image.
+        PointError: they are not numbers, not pairs, not finite, or lie outside the image.
     """
     try:
         array = np.asarray(points, np.float64)
@@ -276,10 +279,10 @@ def match_points(
     """Find where points of the source image lie on the target image.
 
     ``dense`` returns whole pixels: the same ones as enlarging both maps to image size, normalising and taking the best
-    cosine (`difftap.matching.dense`). The others choose or average cells and return fractional pixels. ``mutual`` moves
-    the point to its nearest cell and matches it only if the cell found leads back there.
+    cosine (`difftap.matching.dense`). The other matchers choose or average cells and return fractional pixels.
+    ``mutual`` moves the point to its nearest cell, and matches it only if the cell it finds matches back to that cell.
 
-    For many calls with the same maps make them ready once: ``MatchRule(matcher).prepare([features])``.
+    For many calls with the same maps, prepare them once: ``MatchRule(matcher).prepare([features])``.
 
     Args:
         source: the source image's map.
@@ -297,15 +300,16 @@ def match_points(
 
 
 def mutual_matches(source: FeatureMap, target: FeatureMap, matcher: Matcher) -> Matches:
-    """Find matches without points: cells of the two maps that are each other's nearest neighbour, best score first.
+    """Find matches without given points: cells of the two maps that are each other's nearest neighbour.
 
-    Points are the cells' centres, clipped into the images; cells that show only letterbox padding take no part.
+    The best score comes first. Points are the cells' centres, clipped into the images; cells that show only letterbox
+    padding are left out.
 
     Args:
         source: the source image's map.
         target: the target image's map.
-        matcher: finds the way back from each target point for the cycle error. With ``mutual`` or ``nn`` it repeats
-            what is known already; ``dense`` judges the pair to the pixel.
+        matcher: matches each target point back, for the cycle error. For ``mutual`` and ``nn`` that error is 0, since
+            the cells match each other; ``dense`` measures it to the pixel.
 
     Raises:
         InputError: the maps have different channel counts or hold NaN.
@@ -315,9 +319,9 @@ def mutual_matches(source: FeatureMap, target: FeatureMap, matcher: Matcher) -> 
 
 
 def heat_map(source: FeatureMap, target: FeatureMap, point: ArrayLike, matcher: Matcher) -> NDArray[np.float32]:
-    """Give the cosine of one source point with every pixel of the target's image, ``(H, W)``, for a picture.
+    """Compute the cosine of one source point with every pixel of the target image, ``(H, W)``, for a picture.
 
-    Pixels are read with the matcher's interpolation, whichever matcher it is.
+    Pixels are read with the matcher's interpolation, even if the matcher itself works on cells.
 
     Raises:
         PointError: the point is not finite or not on the source image.
@@ -330,18 +334,19 @@ def heat_map(source: FeatureMap, target: FeatureMap, point: ArrayLike, matcher: 
 def find(
     source: PreparedImage, target: PreparedImage, points: NDArray[np.float64], size: Size, confidence: bool = True
 ) -> tuple[Matches, int]:
-    """Match a pair's keypoints; those outside the source image are read at its border, and counted.
+    """Match a pair's keypoints. Those outside the source image are moved to its border, and counted.
 
     Args:
         source: the source image.
         target: the target image.
         points: ``(N, 2)`` source pixels, as annotated.
         size: ``(W, H)`` of the source image.
-        confidence: also margin and cycle error.
+        confidence: also compute margin and cycle error.
 
     Returns:
-        matches whose ``source`` is as annotated, and how many points were moved.
+        matches whose ``source`` are the points as annotated, and the number of points that were moved.
     """
+    # Data sets hold a few keypoints just outside their images; evaluation counts them, so they must be matched.
     inside = np.clip(points, -0.5, np.array(size, np.float64) - 0.5)
     matches = source.match(target, inside, confidence)
     return dataclasses.replace(matches, source=points), int((inside != points).any(axis=1).sum())

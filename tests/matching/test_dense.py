@@ -328,7 +328,7 @@ def test_no_full_size_map_is_made():
 def test_images_must_be_made_ready_alike():
     target = feature_map(np.ones((2, 3, 3)), (9, 9))
     ready = [MatchRule(Matcher("dense", interpolation)).prepare([target]) for interpolation in INTERPOLATIONS]
-    with pytest.raises(InputError, match="made ready differently"):
+    with pytest.raises(InputError, match="prepared under different rules"):
         ready[0].match(ready[1], [[1, 1]])
 
 
