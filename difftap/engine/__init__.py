@@ -1,4 +1,4 @@
-"""The runtime: backends behind one interface, the artefact cache, noise, and the featurizer."""
+"""Running networks: backends behind one interface, their graphs and engines, noise, and the featurizer."""
 
 from difftap.artifacts.cache import Cache, default_cache_folder
 from difftap.engine.backend import Backend, Engine, Graph, Profile, TensorSpec

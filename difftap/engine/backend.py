@@ -1,7 +1,7 @@
-"""The seam between difftap and a runtime: what a backend must do.
+"""The interface between difftap and a runtime: what a backend must do.
 
-A backend is one small file: it says whether it can run here, opens a graph for one shape profile, and gives back an
-engine that turns named arrays into named arrays. Every registered backend passes the same contract test.
+A backend is one small file. It says whether it can run here, and it opens a graph for one profile of shapes, as an
+engine: a function from named arrays to named arrays. Every registered backend passes the same contract test.
 
 Axis letters: B batch of images, E ensemble members, C channels, H W image pixels, h w cells, T prompt tokens, D width.
 """
@@ -41,10 +41,10 @@ __all__ = [
 
 
 class Calibration(ABC):
-    """Feeds of real images: what post-training quantisation measures ranges on.
+    """Feeds made from real images, on which post-training quantisation measures the ranges of values.
 
     Attributes:
-        chosen: whether the user named the images; then an engine calibrated on others is not the one meant.
+        chosen: whether the user named the images; if so, an engine calibrated on other images must not be used.
     """
 
     chosen: bool = False
@@ -52,23 +52,25 @@ class Calibration(ABC):
     @property
     @abstractmethod
     def key(self) -> str:
-        """16 hex digits that stand for the images."""
+        """16 hex digits that identify the images."""
 
     @abstractmethod
     def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, Array]]:
-        """Yield feeds of a graph, one image at a time (B = 1) with all members of the profile."""
+        """Yield feeds for a graph, one image at a time (B = 1), with all members of the profile."""
 
 
 class DeviceArray(ABC):
-    """A value that lies where an engine runs: one engine's output, fed to another of the same backend and device.
+    """A value in the memory of the device: the output of one engine, to be fed to another on the same device.
+
+    So the encoder's posterior reaches the tapped network without a copy through the host.
 
     Attributes:
-        shape: as of an array.
-        dtype: as of an array.
+        shape: as of a numpy array.
+        dtype: as of a numpy array.
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
 
     @property
     def ndim(self) -> int:
@@ -77,23 +79,23 @@ class DeviceArray(ABC):
 
     @abstractmethod
     def numpy(self) -> Array:
-        """Make a copy on the host."""
+        """Copy the value to the host."""
 
 
 Value = Array | DeviceArray
-"""What an engine is fed."""
+"""One input of an engine."""
 
 
 class Engine(ABC):
-    """A graph made ready to run. Subclasses implement `_run` and `close`.
+    """A graph made ready to run on one backend. Subclasses implement `_run`, and `close` if they hold resources.
 
     Attributes:
         graph: what it runs.
         profile: the shapes it takes.
-        device: where it really runs, whatever was asked for.
-        inputs: what it is fed.
-        outputs: what it gives.
-        chains: whether `run_on_device` leaves its outputs where it runs, and `run` takes such values.
+        device: the device that it runs on, which may differ from the one asked for.
+        inputs: name, dtype and shape of each input.
+        outputs: name, dtype and shape of each output.
+        chains: whether `run_on_device` leaves outputs in the device's memory, and `run` accepts such values.
     """
 
     chains: bool = False
@@ -107,7 +109,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
-        """Run once; the feeds have been checked."""
+        """Run once on feeds that have been checked: arrays, and for an engine that chains also its `DeviceArray`s."""
 
     def close(self) -> None:  # noqa: B027 - not every engine holds something
         """Release what the engine holds."""
@@ -116,11 +118,11 @@ class Engine(ABC):
         """Run the network once.
 
         Args:
-            feeds: one array for every input, with its dtype and shape; letters agree across inputs. An engine that
-                `chains` also takes what another one's `run_on_device` gave.
+            feeds: one array for each input, with the input's dtype and shape; an axis letter has the same length in all
+                of them. An engine that `chains` also takes outputs of another engine's `run_on_device`.
 
         Returns:
-            One C-ordered float32 array for every output.
+            one C-ordered float32 array for each output.
 
         Raises:
             BackendError: an input is missing, unknown, or of another dtype or shape; or the runtime failed.
@@ -131,23 +133,27 @@ class Engine(ABC):
         return outputs
 
     def compute(self, feeds: Mapping[str, Value]) -> dict[str, Array]:
-        """As `run`, but nobody has looked at the outputs yet: for who has `check_finite` do it while others compute."""
+        """Run like `run`, but do not check whether the outputs are finite.
+
+        The caller must call `check_finite`; so it can release its turn on the engine first.
+        """
         self._check(feeds)
         if self.profile.precision in CALIBRATED:
-            # Rounding to a few levels makes a number of everything, so nothing would show in the outputs.
+            # Rounding to a few levels turns NaN into a number, so the outputs would not show it.
             self.check_finite({name: value for name, value in feeds.items() if not isinstance(value, DeviceArray)})
         return self._run(feeds if self.chains else {name: _on_host(value) for name, value in feeds.items()})
 
     def check_finite(self, arrays: Mapping[str, Array]) -> None:
-        """Refuse outputs, or inputs, that hold NaN or infinity.
+        """Refuse outputs or inputs that hold NaN or infinity.
 
         Raises:
-            NonFiniteError: they do.
+            NonFiniteError: an array is not finite.
         """
         given = {spec.name for spec in self.inputs}
         for name, value in arrays.items():
             with np.errstate(all="ignore"):
-                total = value.sum()  # finite only if all are; a table of which are would cost as much again to free
+                # The sum is finite only if all values are, and it needs no array of booleans as large as a map.
+                total = value.sum()
             if not np.isfinite(total) and not np.isfinite(value).all():
                 bad = int(np.count_nonzero(~np.isfinite(value)))
                 kind, advice = ("input", "") if name in given else ("output", "; use a precision with more range")
@@ -157,9 +163,9 @@ class Engine(ABC):
                 )
 
     def run_on_device(self, feeds: Mapping[str, Value]) -> Mapping[str, Value]:
-        """Like `run`, but an engine that `chains` leaves its outputs on its device.
+        """Run like `run`, but leave the outputs in the device's memory if the engine `chains`.
 
-        Nobody looks at values there: ones that are not finite show in the outputs of the engine that is fed them.
+        They are not checked there. Values that are not finite show in the outputs of the engine that they are fed to.
         """
         if not self.chains:
             return self.run(feeds)
@@ -167,10 +173,15 @@ class Engine(ABC):
         return self._run_on_device(feeds)
 
     def _run_on_device(self, feeds: Mapping[str, Value]) -> Mapping[str, Value]:
-        """Run once and leave the outputs on the device; for engines that chain."""
+        """Run once and leave the outputs on the device. Engines that chain implement it."""
         raise NotImplementedError
 
     def _check(self, feeds: Mapping[str, Value]) -> None:
+        """Compare feeds with the inputs' names, dtypes and shapes.
+
+        Raises:
+            BackendError: they differ.
+        """
         wanted = [spec.name for spec in self.inputs]
         if set(feeds) != set(wanted):
             raise BackendError(
@@ -204,78 +215,86 @@ class Backend(ABC):
     """A runtime.
 
     Attributes:
-        name: what ``--backend`` calls it.
-        needs_graph: whether it runs the exported ONNX file (all do, but for the torch reference).
+        name: its name for ``--backend``.
+        needs_graph: whether it runs the exported ONNX file; only the torch reference does not.
     """
 
     name: ClassVar[str]
     needs_graph: ClassVar[bool] = True
 
     def precisions(self, device: str) -> tuple[str, ...]:
-        """List what it can compute in on a device, exact first."""
+        """List the precisions that it can compute in on a device, fp32 first."""
         return ("fp32",)
 
     def graph_precision(self, profile: Profile, device: str) -> str:
-        """Name the types of the graph it opens for a profile: a half type, if it computes in what the graph says.
+        """Name the variant of the graph that it opens for a profile (`difftap.export.variants`).
 
-        ``fp16-half`` leaves nothing of attention in float32, ``fp16-float`` its logits too; ``fp32-fused`` and
-        ``fp16-fused`` have attention as one operator of onnxruntime's (`difftap.export.variants`).
+        ``fp32`` is the graph as exported. A runtime that computes in the types that the graph names needs ``fp16`` or
+        ``bf16``. A suffix says what becomes of attention: ``-half`` leaves none of it in float32, ``-float`` leaves its
+        logits and softmax in float32, ``-fused`` makes it one operator of onnxruntime's.
         """
         return "fp32"
 
     def builds(self, profile: Profile, device: str) -> bool:
-        """Whether such an engine is files made beforehand by `build`; else `open` needs the graph alone."""
+        """Tell whether an engine of this profile has files, made by `build`; else `open` needs only the graph."""
         return False
 
     def build(
         self, graph: Graph, profile: Profile, device: str, folder: Path, calibration: Calibration | None = None
-    ) -> Mapping[str, Any]:
-        """Make the engine's files in an empty folder; `difftap.engine.builds` keeps them and their manifest.
+    ) -> Mapping[str, object]:
+        """Write the engine's files into an empty folder; `difftap.engine.builds` keeps them and their manifest.
 
         Args:
-            calibration: feeds of real images, for precisions that are calibrated.
+            graph: what is built.
+            profile: its shapes and precision.
+            device: the device that the files are for.
+            folder: the empty folder.
+            calibration: feeds of real images, for precisions that need calibration.
 
         Returns:
-            What the manifest should say beyond shapes, backend and versions: plain data.
+            plain data for the manifest, beyond shapes, backend and versions.
 
         Raises:
             BackendError: the runtime cannot build the graph.
         """
         raise BackendError(f"backend '{self.name}' builds no files for {profile.label} on {device}")
 
-    def identity(self, profile: Profile, device: str) -> Mapping[str, Any]:
-        """Say what else a built file must have been made with to be used here (a GPU's compute capability, say)."""
+    def identity(self, profile: Profile, device: str) -> Mapping[str, object]:
+        """Give the further conditions that a built file must match to be used here: a compute capability, say."""
         return {}
 
     def fused_attention(self, device: str) -> bool:
-        """Whether attention never writes its table of (heads, cells, cells), so that a whole ensemble fits one run."""
+        """Tell whether attention runs without its table (heads, cells, cells): then a whole ensemble fits one run."""
         return False
 
     @abstractmethod
     def missing(self) -> str | None:
-        """None if the backend can open or build engines here, else one line: what is missing, how to get it."""
+        """Give one line on what is missing here and how to get it; None if engines can be opened or built here."""
 
     def cannot_run(self, device: str) -> str | None:
-        """None if engines for a device run here, else one line that says why they can only be built here."""
+        """Give one line on why engines for a device can only be built here; None if they also run here."""
         return None
 
     @abstractmethod
     def devices(self) -> tuple[str, ...]:
-        """List the devices it can use here, or build for, best first: ``cpu``, ``cuda``."""
+        """List the devices that it can use here or build for, best first: ``cuda``, ``cpu``."""
 
     @abstractmethod
     def version(self) -> str:
-        """Say the runtime's version: part of every engine's identity."""
+        """Give the runtime's version, which is part of every engine's identity."""
 
     @abstractmethod
     def open(
         self, graph: Graph, profile: Profile, device: str, threads: int | None, built: Path | None = None
     ) -> Engine:
-        """Make a graph ready for a profile on a device.
+        """Open a graph as an engine, for a profile on a device.
 
         Args:
+            graph: what is opened.
+            profile: its shapes and precision.
+            device: one of `devices`.
             threads: CPU threads to use; None for the runtime's own choice.
-            built: folder of the files that `build` made, where `builds` says that there are some.
+            built: folder of the files that `build` made, if `builds` says that the engine has files.
 
         Raises:
             BackendError: the runtime cannot open the graph.

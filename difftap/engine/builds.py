@@ -1,4 +1,4 @@
-"""Engines that are files: built once beside the graphs, trusted by their manifest, shared by every later run."""
+"""Engines that have files: built once, kept beside the graphs, trusted by their manifest, shared by all later runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from difftap.artifacts.cache import Cache, Making
 from difftap.artifacts.manifest import Manifest
@@ -21,8 +20,8 @@ __all__ = ["engine_identity", "engine_manifest_path", "ensure_built", "known_eng
 _LOG = logging.getLogger("difftap")
 
 
-def engine_identity(cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str) -> dict[str, Any]:
-    """Say what an engine's manifest must hold for the engine to be the one meant, on this machine."""
+def engine_identity(cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str) -> dict[str, object]:
+    """Give what an engine must have been made from to be used for a profile on this machine."""
     return {
         **graph_identity(cache, graph),
         "backend": backend.name,
@@ -39,13 +38,13 @@ def engine_identity(cache: Cache, graph: Graph, backend: Backend, profile: Profi
 
 
 def engine_manifest_path(cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str) -> Path:
-    """Say where an engine's manifest lies; its files, if it has any, are in the folder of the same stem."""
+    """Give the path of an engine's manifest. Its files, if it has any, are in the folder of the same stem."""
     stem = f"{file_stem(graph.name)}.{backend.name}-{device}.{profile.label}"
     return model_folder(cache, graph.model) / f"{stem}.engine.json"
 
 
 def built_folder(manifest: Path) -> Path:
-    """Name the folder of an engine's own files."""
+    """Give the folder of an engine's own files from the path of its manifest."""
     return manifest.with_name(manifest.name.removesuffix(".engine.json"))
 
 
@@ -60,7 +59,7 @@ def known_engine(
     """Find the folder of an engine's files, if they can be trusted; None if they were never built.
 
     Raises:
-        ArtefactError: they are there, and are stale, foreign, cut short or changed, or calibrated on other images.
+        ArtefactError: they are stale, foreign, cut short or changed, or were calibrated on other images.
     """
     path = engine_manifest_path(cache, graph, backend, profile, device)
     identity = engine_identity(cache, graph, backend, profile, device)
@@ -75,17 +74,25 @@ def ensure_built(
     profile: Profile,
     device: str,
     calibration: Calibration | None = None,
-    check: Callable[[Path], Mapping[str, Any]] | None = None,
+    check: Callable[[Path], Mapping[str, object]] | None = None,
 ) -> Path | None:
-    """Give the folder of an engine's files, built if it is not there or not to be trusted; None if the engine has none.
+    """Give the folder of an engine's files; build them if there are none that can be trusted.
 
     Args:
-        calibration: feeds of real images; where the user chose them, an engine calibrated on others is built again.
-        check: called with the files' folder before they are trusted; what it gives goes into the manifest's report, and
-            an engine for which it raises is not kept.
+        cache: where engines are kept.
+        graph: what is built.
+        backend: the runtime.
+        profile: shapes and precision.
+        device: one of the backend's.
+        calibration: feeds of real images; if the user chose them, an engine calibrated on others is built again.
+        check: called with the files' folder before they are trusted. It returns entries for the manifest's report; if
+            it raises an error, the engine is not kept.
+
+    Returns:
+        the folder; None if engines of this profile have no files.
 
     Raises:
-        BackendError: the runtime cannot build it, or it gives values that are not finite.
+        BackendError: the runtime cannot build it, or its outputs are not finite.
         OutputError: the cache cannot be written.
     """
     if not backend.builds(profile, device):
@@ -117,28 +124,28 @@ def ensure_built(
 
 
 def save_engine_manifest(
-    cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str, report: Mapping[str, Any]
+    cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str, report: Mapping[str, object]
 ) -> tuple[Path, Manifest]:
-    """Write an engine's manifest: what it was made for, the hashes of all its files, and what was measured."""
+    """Write an engine's manifest: what it was made from, the hashes of all its files, and what was measured."""
     path = engine_manifest_path(cache, graph, backend, profile, device)
     identity = engine_identity(cache, graph, backend, profile, device)
     own = sorted(p for p in built_folder(path).rglob("*") if p.is_file())
-    with contextlib.suppress(ArtefactError):  # what was measured before stays, unless it is measured again
+    with contextlib.suppress(ArtefactError):  # earlier measurements stay unless they were repeated
         earlier = Manifest.load(path)
         report = {**earlier.report, **report} if earlier.made_from == identity else report
     return path, cache.record("engine", path, identity, [*_graph_files(graph), *own], report)
 
 
 def _graph_files(graph: Graph) -> list[Path]:
-    """List the files that an engine's graph consists of; none for a backend that runs the checkpoint itself."""
+    """List a graph's files: the ONNX file and its weights; none for a backend that runs the checkpoint itself."""
     return [] if graph.path is None else [graph.path, *placed_weights(graph, graph.path.parent)]
 
 
 def _check_calibration(folder: Path, calibration: Calibration | None, manifest: Manifest) -> None:
-    """Refuse an engine that was calibrated on other images than the user chose.
+    """Refuse an engine if the user chose calibration images and it was calibrated on others.
 
     Raises:
-        ArtefactError: it was.
+        ArtefactError: it was calibrated on other images.
     """
     used = manifest.report.get("build", {}).get("calibration")
     if calibration is not None and calibration.chosen and used is not None and used != calibration.key:

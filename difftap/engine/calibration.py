@@ -1,8 +1,8 @@
-"""Feeds of real images for post-training quantisation: the posterior, noise, timestep and prompt that a recipe gives.
+"""Feeds made from real images, for post-training quantisation, with a recipe's noise, timesteps and prompts.
 
-A network's quantised ranges should be those of what it will really be fed. So the encoder is shown the images as they
-are laid on its input, and the tapped network the posterior that the encoder's own engine gives for them, with the
-recipe's noise.
+Quantisation measures the ranges of values inside a network, so it must see what the network will be fed in use. The
+encoder gets images laid on its input. The tapped network gets the posterior that the encoder's own engine computes for
+them, with the recipe's noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from PIL import Image as PIL
 from PIL import ImageDraw
 
 from difftap.backbones.checkpoint import Checkpoint
-from difftap.engine.backend import Calibration, Engine, Graph, Profile
+from difftap.engine.backend import Array, Calibration, Engine, Graph, Profile
 from difftap.engine.featurizer import encode, lay
 from difftap.engine.noise import network_feeds
 from difftap.images import Image, load_image
@@ -30,15 +29,15 @@ from difftap.recipe import Recipe
 __all__ = ["MAX_IMAGES", "RecipeCalibration", "bundled_images"]
 
 MAX_IMAGES = 32
-"""Images that are calibrated on at most; more change the ranges no further and cost minutes at full size."""
+"""Most images to calibrate on: more hardly change the ranges, and cost minutes at full size."""
 
 
 def bundled_images() -> list[Image]:
-    """Load what is calibrated on where the user names nothing.
+    """Load the images to calibrate on if the user names none.
 
-    A portrait, two mirrored parts of it, and three seeded pictures of overlapping discs, whose sizes follow a power law
-    (the dead leaves model: Lee, Mumford and Huang 2001) and so have edges and flat parts at all scales as photographs
-    do. The last one is another portrait, to measure on.
+    They are a portrait, two mirrored parts of it, and three seeded pictures of overlapping discs. The discs' sizes
+    follow a power law (the dead leaves model of Lee, Mumford and Huang 2001), so the pictures have edges and flat areas
+    at all scales, as photographs do. The last image is another portrait: the engine's error is measured on it.
     """
     folder = Path(str(resources.files("difftap"))) / "assets" / "calibration"
     seen, kept = load_image(folder / "collins.jpg"), load_image(folder / "hopper.jpg")
@@ -49,11 +48,11 @@ def bundled_images() -> list[Image]:
 
 
 def _dead_leaves(seed: int, side: int = 512, count: int = 3000) -> NDArray[np.uint8]:
-    """Discs of power-law sizes over one another, ``(side, side, 3)``."""
+    """Draw overlapping discs with sizes from a power law, ``(side, side, 3)``."""
     stream = np.random.default_rng([7, seed])
     picture = PIL.new("RGB", (side, side))
     draw = ImageDraw.Draw(picture)
-    # Radii with density r^-3 between 4 pixels and half the side, by inversion.
+    # Radii with density r^-3 between 4 pixels and half the side, drawn by inverting the cumulative distribution.
     least, most = 4.0, side / 2
     radii = (least**-2 - stream.random(count) * (least**-2 - most**-2)) ** -0.5
     for radius, (x, y), colour in zip(
@@ -65,16 +64,17 @@ def _dead_leaves(seed: int, side: int = 512, count: int = 3000) -> NDArray[np.ui
 
 @dataclass(frozen=True)
 class RecipeCalibration(Calibration):
-    """Calibration on what a recipe feeds its networks.
+    """Calibration on the feeds that a recipe makes.
+
+    ``find``, ``prompts`` and ``encoder`` are functions, so that nothing is loaded unless an engine must be built.
 
     Attributes:
         model: the checkpoint.
         recipe: resolution, noise, seed, branches.
-        find: gives the images; of more than `MAX_IMAGES`, as many are taken at even steps. Like what follows, it is
-            called only when an engine really has to be built.
-        prompts: gives each branch's prompt, ``(T, D)`` float32.
-        encoder: opens the encoder's engine, whose posteriors the tapped network is fed; not called where there is none.
-        chosen: whether the user named the images; then an engine calibrated on others is built again.
+        find: loads the images; if there are more than `MAX_IMAGES`, so many are taken at even steps.
+        prompts: makes each branch's prompt, ``(T, D)`` float32.
+        encoder: opens the encoder's engine; not called if the model has no encoder.
+        chosen: whether the user named the images; if so, an engine calibrated on others is built again.
     """
 
     model: Checkpoint
@@ -86,26 +86,26 @@ class RecipeCalibration(Calibration):
 
     @cached_property
     def images(self) -> list[Image]:
-        """The images that are used, the last of which is kept out of calibration, to measure on."""
+        """The images that are used. The last one is not calibrated on: the error is measured on it."""
         found = self.find()
         count = min(len(found), MAX_IMAGES)
         return [found[i * len(found) // count] for i in range(count)]
 
     @property
     def key(self) -> str:
-        """16 hex digits of the images that are used."""
+        """16 hex digits that identify the images that are used."""
         return hashlib.sha256("\n".join(image.digest for image in self.images).encode()).hexdigest()[:16]
 
-    def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, NDArray[Any]]]:
-        """One image at a time; for the tapped network, every branch that reads these taps takes its turn."""
+    def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, Array]]:
+        """Yield the feeds of one image at a time; for the tapped network, the branches with these taps take turns."""
         for i, image in enumerate(self.images[:-1] or self.images):
             yield self._feeds(graph, profile, image, i)
 
-    def probe(self, graph: Graph, profile: Profile) -> Mapping[str, NDArray[Any]]:
-        """Make feeds of an image that is not calibrated on (unless there is only one)."""
+    def probe(self, graph: Graph, profile: Profile) -> Mapping[str, Array]:
+        """Make feeds from the image that is not calibrated on (or from the only one)."""
         return self._feeds(graph, profile, self.images[-1], 0)
 
-    def _feeds(self, graph: Graph, profile: Profile, image: Image, turn: int) -> Mapping[str, NDArray[Any]]:
+    def _feeds(self, graph: Graph, profile: Profile, image: Image, turn: int) -> Mapping[str, Array]:
         laid = lay(self.recipe, [image])
         if graph.component == self.model.encoder:
             return {"image": laid.pixels}

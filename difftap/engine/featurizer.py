@@ -1,9 +1,9 @@
 """From images to feature maps: one map per branch and tap.
 
-The encoder runs once per image; the ensemble's noisy latents, the tapped network and the ensemble's mean are one graph.
-A backbone without an encoder is fed the image itself. On a CPU each image is one run whatever the batch size: the
-ensemble already fills the cores, and the features are then the same bit for bit in any company. Axis letters as in
-`difftap.engine.backend`.
+The encoder runs once per image. One graph then forms the ensemble's noisy latents, runs the tapped network and takes
+the mean over the ensemble. A backbone without an encoder takes the image itself. On a CPU each image is a run of its
+own: the ensemble already keeps the cores busy, and so an image's features are the same bit for bit whatever other
+images come with it. Axis letters are those of `difftap.engine.backend`.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ _Maps = Mapping[str, NDArray[np.float32]]
 
 
 ATTENTION_BUDGET = 1 << 30
-"""Bytes that the largest attention table of one run may take; about three of that size live at once."""
+"""Most bytes of the largest attention table in one run; about three arrays of that size exist at the same time."""
 
 
 def finite_or_alone(
     run: Callable[[Sequence[_Item]], _Made], items: Sequence[_Item]
 ) -> Iterator[tuple[Sequence[_Item], _Made | NonFiniteError]]:
-    """Run a batch and, where an output is not finite, its items one by one: a bad one does not spoil the others.
+    """Run a batch; if an output is not finite, run its items one by one, so that a bad one does not spoil the others.
 
     Args:
-        run: does all of its work before it returns, and raises `NonFiniteError` where an output holds NaN or infinity.
+        run: does all its work before it returns, and raises `NonFiniteError` if an output holds NaN or infinity.
         items: the batch.
 
     Yields:
-        Items, with what ``run`` made of them: all at once if that is finite, else each alone, or its fault.
+        the items and what ``run`` returned for them: the whole batch at once if it is finite; else each item alone,
+        with its result or its error.
     """
     if not items:
         return
@@ -77,9 +78,10 @@ def finite_or_alone(
 
 
 def members_per_run(model: Checkpoint, size: Size, ensemble: int) -> int:
-    """Choose how many ensemble members one run takes: all, or as large a divisor of E as memory allows.
+    """Choose how many ensemble members one run takes: the largest divisor of E whose attention fits the budget.
 
-    The answer depends on nothing but model and recipe, so it does not make features differ between machines.
+    The budget is fixed, not read from the machine: sums over members are split at the same places everywhere, so
+    features do not differ between machines.
     """
     table = model.attention_bytes(size)
     most = max(1, ATTENTION_BUDGET // table) if table else ensemble
@@ -88,9 +90,9 @@ def members_per_run(model: Checkpoint, size: Size, ensemble: int) -> int:
 
 @dataclass(frozen=True)
 class BranchEngine:
-    """What one branch runs: its tapped network's engine and its prompt, ``(T, D)`` float32.
+    """A branch with its tapped network's engine and its prompt, ``(T, D)`` float32.
 
-    The engine's profile says how many members it takes at once; the ensemble must be a multiple of that.
+    The ensemble must be a multiple of the members in the engine's profile.
     """
 
     branch: Branch
@@ -104,7 +106,7 @@ class Features:
 
     Attributes:
         digest: the image's identity.
-        branches: per branch of the recipe (or of those that were asked for), its taps' maps by name.
+        branches: for each branch that was run, the maps of its taps by name.
     """
 
     digest: str
@@ -122,12 +124,13 @@ class InputBatch:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch of images as the tapped networks are fed them, whatever branch and prompt.
+    """A batch of images ready for the tapped networks of all branches and prompts.
 
     Attributes:
         digests: the images' identities.
-        geometries: take their pixels to the input.
-        given: the encoder's posterior, ``mean`` and ``std`` ``(B, C, h, w)``; or ``image`` where there is no encoder.
+        geometries: how each image lies on the input.
+        given: the encoder's posterior, ``mean`` and ``std``, each ``(B, C, h, w)``; or ``image``, ``(B, 3, H, W)``, if
+            there is no encoder.
         noises: the posterior's noise and the diffusion noise, ``(2, B, E, C, h, w)``; None without a noise rule.
     """
 
@@ -155,10 +158,10 @@ def encode(
 
     Args:
         recipe: kind of noise, and seed.
-        encoder: its engine; None where the network is fed the images.
+        encoder: its engine; None if the tapped network takes the images.
         laid: the images.
         members: E.
-        turn: held while the engine runs.
+        turn: a lock to hold while the engine runs.
 
     Raises:
         NonFiniteError: the posterior holds NaN or infinity.
@@ -173,17 +176,17 @@ def encode(
 
 
 class Latents:
-    """Remembers the posteriors and noises of images, as far as a budget goes, so that the encoder runs once an image.
+    """Keeps the posteriors and noises of images in bounded memory, so that the encoder runs once per image.
 
-    For where several passes see an image: each pair of images has a prompt of its own, say.
+    Use it where one image is run under several prompts: where each pair of images has its own prompt, for instance.
 
     Args:
         recipe: input size, fit, noise, seed and ensemble.
         encoder: its engine.
-        budget: bytes to remember; 0 to remember nothing.
+        budget: bytes to keep; 0 to keep nothing.
 
     Attributes:
-        encoded: images that went through the encoder.
+        encoded: number of images that the encoder has run on.
     """
 
     def __init__(self, recipe: Recipe, encoder: Engine, budget: int = 0) -> None:
@@ -194,7 +197,7 @@ class Latents:
         self.encoded = 0
 
     def get(self, images: Sequence[Image], members: int) -> EncodedBatch:
-        """Give a batch of images with the noise of so many members; what is not remembered is encoded together."""
+        """Give a batch of images with the noise of the first ``members``; images not kept are encoded in one run."""
         missing = [image for image in images if image.digest not in self._kept]
         found = {image.digest: self._kept[image.digest] for image in images if image.digest in self._kept}
         for digest in found:
@@ -218,7 +221,7 @@ class Latents:
 
 
 def _one(encoded: EncodedBatch, k: int) -> EncodedBatch:
-    """One image of a batch: copies, since a part of the batch's array would keep the whole of it in memory."""
+    """Copy one image out of a batch: a view would keep the arrays of the whole batch in memory."""
     given = {name: np.array(value[k : k + 1]) for name, value in encoded.given.items()}  # type: ignore[index]
     noises = None if encoded.noises is None else encoded.noises[:, k : k + 1].copy()
     return EncodedBatch((encoded.digests[k],), (encoded.geometries[k],), given, noises)
@@ -235,10 +238,10 @@ class Featurizer:
     Args:
         model: the checkpoint.
         recipe: resolution, ensemble, noise, seed.
-        encoder: the encoder's engine; None where the network is fed the images.
+        encoder: the encoder's engine; None if the tapped network takes the images.
         branches: one per branch of the recipe.
         batch: images per engine run; the engines' profiles must allow it.
-        latents: what remembers posteriors, where an image is seen under several prompts; None for nothing.
+        latents: keeps posteriors where an image is run under several prompts; None to keep none.
     """
 
     def __init__(
@@ -258,14 +261,14 @@ class Featurizer:
         self._latents = latents
         self._branches = tuple(branches)
         self._batch = batch
-        self._turn = threading.Lock()
+        self._turn = threading.Lock()  # extraction runs the stages in several threads, engines one at a time
 
     def __call__(self, images: Iterable[Image], branches: Sequence[BranchEngine] | None = None) -> Iterator[Features]:
         """Yield each image's features, in the images' order.
 
         Args:
-            images: any number, taken one batch at a time.
-            branches: to run in place of all, under prompts of their own perhaps.
+            images: any number; they are taken one batch at a time.
+            branches: the branches to run, perhaps with other prompts; None for all.
         """
         pending = iter(images)
         while chunk := list(islice(pending, self._batch)):
@@ -285,32 +288,41 @@ class Featurizer:
         yield from _features(encoded, branches, outputs)
 
     def _on_device(self, laid: InputBatch) -> EncodedBatch:
-        """As `encode`, but the posterior stays where the engine runs; the engine's next run may overwrite it."""
+        """Encode, but leave the posterior in the device's memory; the engine's next run may overwrite it."""
         if self._encoder is None:
             return self.encode(laid)
         given = self._encoder.run_on_device({"image": laid.pixels})
         noises = draw_noise(self._recipe, laid.digests, given["mean"].shape[1:], self._recipe.ensemble)
         return EncodedBatch(laid.digests, laid.geometries, given, noises)
 
-    # The same in three stages, for who runs them at once on batches of their own. Engines take turns: they would be in
-    # each other's way. Some write the next run's outputs where the last one's are, so the posterior is brought home.
+    # The same work in three stages, so that threads can be at different stages of different batches at the same time.
+    # Engines run one at a time, because each uses all cores. Some write a run's outputs over those of the last run, so
+    # here the posterior is copied to the host before the next batch's encoder runs.
 
     def lay(self, images: Sequence[Image]) -> InputBatch:
         """Lay images on the network's input."""
         return lay(self._recipe, images)
 
     def encode(self, laid: InputBatch) -> EncodedBatch:
-        """Run the encoder, and draw the noise."""
+        """Run the encoder, and draw the noise.
+
+        Raises:
+            NonFiniteError: the posterior holds NaN or infinity.
+        """
         return encode(self._recipe, self._encoder, laid, self._recipe.ensemble, self._turn)
 
     def tap(self, encoded: EncodedBatch) -> Iterator[Features]:
-        """Run every branch's tapped network."""
+        """Run every branch's tapped network.
+
+        Raises:
+            NonFiniteError: a map holds NaN or infinity.
+        """
         with self._turn:
             outputs = [self._run_branch(branch, encoded) for branch in self._branches]
         yield from _features(encoded, self._branches, outputs)
 
     def _run_branch(self, branch: BranchEngine, encoded: EncodedBatch) -> dict[str, NDArray[np.float32]]:
-        """Run as many members at once as the engine takes, and take the mean over all."""
+        """Run as many members at once as the engine takes, and average over all of them."""
         total: dict[str, NDArray[np.float32]] = {}
         together, members = branch.engine.profile.ensemble, self._recipe.ensemble
         for start in range(0, members, together):
@@ -325,9 +337,9 @@ class Featurizer:
 
 
 def _features(encoded: EncodedBatch, branches: Sequence[BranchEngine], outputs: Sequence[_Maps]) -> Iterator[Features]:
-    """Look at the branches' outputs and part them by image.
+    """Check that the branches' outputs are finite, and split them by image.
 
-    The engines' turn is over by then: looking at large maps takes as long as a fast engine's run.
+    It is called after the lock is released: checking large maps takes as long as a run of a fast engine.
     """
     for branch, maps in zip(branches, outputs, strict=True):
         branch.engine.check_finite(maps)
@@ -336,7 +348,7 @@ def _features(encoded: EncodedBatch, branches: Sequence[BranchEngine], outputs: 
 
 
 def _maps(output: _Maps, index: int, geometry: Geometry) -> dict[str, FeatureMap]:
-    # A copy, so that keeping one image's map does not keep its whole batch in memory.
+    # Copies, because a view of one image's map would keep the whole batch in memory.
     return {
         name: FeatureMap(value[index] if len(value) == 1 else value[index].copy(), geometry)
         for name, value in output.items()

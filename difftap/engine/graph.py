@@ -1,4 +1,4 @@
-"""What an engine is made of, in words: graphs and their tensors, and the profile of shapes and precision.
+"""What an engine is made from: a graph with named inputs and outputs, and a profile of shapes and precision.
 
 Axis letters: B batch of images, E ensemble members, C channels, H W image pixels, h w cells, T prompt tokens, D width.
 """
@@ -26,26 +26,27 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+"""An input or output of an engine; its dtype and shape are in the graph's `TensorSpec` of the same name."""
 
 PRECISIONS = ("fp32", "bf16x3", "fp16", "bf16", "int8", "fp8")
-"""What an engine computes in; inputs and outputs are float32 in all of them."""
+"""The types that an engine computes in. Inputs and outputs are float32 under all of them."""
 
 CALIBRATED = ("int8", "fp8")
-"""Precisions whose ranges are measured on images when an engine is built."""
+"""Precisions that need ranges measured on images when an engine is built."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One exported network: a backbone's encoder, or its tapped network cut after the deepest tap.
+    """One network to run: a backbone's encoder, or its tapped network cut after the deepest tap.
 
     Attributes:
         model: the checkpoint it comes from.
-        component: one of the checkpoint's: ``vae`` or ``unet``, for Stable Diffusion.
-        taps: names of the tapped tensors, the graph's outputs; empty for the encoder.
-        path: the ONNX file; None where it has not been exported (the torch backend needs none).
-        precision: the types inside: ``fp32`` as exported, or the half type of a variant (`difftap.export.variants`).
-        takes: inputs of a small network beside the backbone's (a text encoder, a conditional head); none for the
-            inputs that follow from the checkpoint.
+        component: one of the checkpoint's components: ``vae`` or ``unet`` for Stable Diffusion.
+        taps: names of the tapped tensors, which are the graph's outputs; empty for the encoder.
+        path: the ONNX file; None if it has not been exported (the torch backend needs none).
+        precision: the types inside: ``fp32`` as exported, or the name of a variant (`difftap.export.variants`).
+        takes: inputs of a network that is not the backbone's own (a text encoder, a conditional head); empty for the
+            inputs that the checkpoint defines.
         gives: outputs of such a network.
     """
 
@@ -59,27 +60,30 @@ class Graph:
 
     @property
     def name(self) -> str:
-        """The file's stem: ``vae``, or ``unet.`` and the taps; then the types inside, if they are not float32."""
+        """The file's stem: ``vae``, or ``unet.`` and the taps; then the precision, if it is not fp32."""
         kind = [self.precision] if self.precision != "fp32" else []
         return ".".join([self.component, *(["+".join(self.taps)] if self.taps else []), *kind])
 
     @property
     def cut(self) -> str | None:
-        """The tap that the network finishes last, after which it is cut; None for the encoder."""
+        """The tap that the network computes last, after which it is cut; None for the encoder."""
         if not self.taps:
             return None
         return self.model.deepest([self.model.tap(name) for name in self.taps]).name
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What the network is fed."""
+        """Name, dtype and shape of each input."""
         if self.takes:
             return self.takes
         return (self.model.image,) if self.component == self.model.encoder else network_inputs(self.model)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What it gives: the taps, or the posterior's mean and standard deviation before the scaling factor."""
+        """Name, dtype and shape of each output: the taps; or, for an encoder, the posterior's ``mean`` and ``std``.
+
+        The posterior is that before the scaling factor.
+        """
         if self.gives:
             return self.gives
         rule = self.model.noise_rule
@@ -95,14 +99,14 @@ class Graph:
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes and the precision an engine is made for.
+    """The shapes and the precision that an engine is made for.
 
     Attributes:
         size: the network's input, ``(W, H)`` in pixels.
-        ensemble: members per image, E.
+        ensemble: ensemble members per image in one run, E.
         tokens: prompt tokens, T.
         batch: most images in one run, B.
-        precision: what the engine computes in, one of `PRECISIONS`.
+        precision: one of `PRECISIONS`.
     """
 
     size: Size
@@ -116,7 +120,7 @@ class Profile:
             raise InputError(f"precision is '{self.precision}'; allowed: {', '.join(PRECISIONS)}")
 
     def axes(self, model: Checkpoint) -> dict[str, int]:
-        """Give the lengths of the lettered axes that a profile fixes: all but B."""
+        """Give the lengths of the lettered axes that the profile fixes: all but B, which may vary between runs."""
         width, height = self.size
         axes = {"E": self.ensemble, "T": self.tokens, "H": height, "W": width}
         rule = model.noise_rule
@@ -126,15 +130,16 @@ class Profile:
 
     @property
     def label(self) -> str:
-        """For file names and messages: ``256x256.e4.t77.b1.fp32``."""
+        """The profile as a text for file names and messages: ``256x256.e4.t77.b1.fp32``."""
         width, height = self.size
         return f"{width}x{height}.e{self.ensemble}.t{self.tokens}.b{self.batch}.{self.precision}"
 
 
 def network_inputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
-    """Name a tapped network's inputs, per image: those of `difftap.engine.noise.network_feeds`, in order.
+    """List a tapped network's inputs, in the order in which it takes them.
 
-    For SDXL the prompt's last row is the pooled text embedding, filled up with zeros; its sizes are those of the input.
+    `difftap.engine.noise.network_feeds` makes arrays for them. For SDXL, the prompt's last row is the pooled text
+    embedding padded with zeros, and the sizes that SDXL is conditioned on are computed from the input's size.
     """
     width, rule = checkpoint.prompt_width, checkpoint.noise_rule
     prompt = (TensorSpec("prompt", "float32", ("B", "T", width)),) if width else ()

@@ -1,34 +1,33 @@
 """What networks are fed: the one place that draws noise, applies a backbone's schedule and names the feeds.
 
-A backbone with a noise rule is fed the posterior of its encoder's latent and two noises a member; the exported graph
-forms every member's noisy latent itself (`difftap.engine.torch_model.noisy_latent`):
+A backbone with a noise rule is fed the posterior of its encoder's latent and two noises per member. The exported graph
+forms every member's noisy latent from them (`difftap.engine.torch_model.noisy_latent`):
 
     ``latent = signal * (mean + std * posterior_noise) + sigma * noise``
 
-One without is fed the image.
+A backbone without one is fed the image.
 
-Noise depends on nothing but (seed, image, member). Each ensemble member of each image has its own counter-based stream
-(Philox 4x64-10, Salmon et al., SC 2011), keyed by a hash of the recipe's seed, the image's content and the member's
-number. So features do not depend on batch size, order, the other images, or how many workers share the job.
+Noise depends only on (seed, image, member). Each ensemble member of each image has its own counter-based stream (Philox
+4x64-10, Salmon et al., SC 2011), keyed by a hash of the recipe's seed, the image's content and the member's number. So
+features do not depend on the batch size, the order, the other images, or the number of workers.
 
-Antithetic members come in pairs: the second of a pair has the first one's noise with the sign turned, posterior and
-diffusion noise alike. Each member by itself is standard normal as before, so the expectation over members is the same;
-whatever part of a feature is odd in the noise cancels within the pair (Hammersley and Morton, 1956).
+Antithetic members come in pairs: the second member has the first one's posterior and diffusion noise with the opposite
+sign. Each member alone is standard normal as before, so the expectation over members is the same; the part of a feature
+that is odd in the noise cancels within the pair (Hammersley and Morton, 1956).
 
-Axis letters as in `difftap.engine.backend`.
+Axis letters are those of `difftap.engine.backend`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.backbones.checkpoint import Checkpoint, NoiseRule
-from difftap.engine.backend import Value
+from difftap.engine.backend import Array, Value
 from difftap.engine.graph import Graph, Profile
 from difftap.errors import InputError
 from difftap.recipe import Recipe
@@ -46,17 +45,18 @@ def draw(
         digest: the image's identity, `difftap.images.Image.digest`.
         members: E.
         shape: ``(C, h, w)`` of the latent.
-        antithetic: member 2k + 1 gets the negative of member 2k's noise, which itself is that of independent draws.
+        antithetic: member 2k + 1 gets the negative of member 2k's noise; even members are as without it.
 
     Returns:
-        The posterior's noise and the diffusion noise, each float32 ``(E, C, h, w)``. Member ``e`` is the same whatever
-        E is.
+        the posterior's noise and the diffusion noise, each float32 ``(E, C, h, w)``. A member's noise does not depend
+        on E.
     """
     both = np.empty((2, members, *shape), np.float32)
     for member in range(members):
         if antithetic and member % 2:
             np.negative(both[:, member - 1], out=both[:, member])
             continue
+        # The text is part of the format: features in stores were made with it, so it must never change.
         key = hashlib.sha256(f"difftap-noise-1:{seed}:{digest}:{member}".encode()).digest()[:16]
         stream = np.random.Generator(np.random.Philox(key=np.frombuffer(key, "<u8")))
         both[0, member] = stream.standard_normal(shape, np.float32)
@@ -68,7 +68,7 @@ def draw_noise(recipe: Recipe, digests: Sequence[str], shape: tuple[int, ...], m
     """Draw the posterior's noise and the diffusion noise of the first members of each image: ``(2, B, E, C, h, w)``.
 
     Args:
-        recipe: whose seed and kind of noise; with noise ``none`` both are zero.
+        recipe: its seed and kind of noise; with noise ``none`` both are zero.
         digests: the images' identities.
         shape: ``(C, h, w)`` of the latent.
         members: E; may be fewer than the recipe's.
@@ -82,17 +82,17 @@ def draw_noise(recipe: Recipe, digests: Sequence[str], shape: tuple[int, ...], m
 
 
 def scales(rule: NoiseRule, timestep: int, noise: str) -> tuple[float, float]:
-    """Compute signal and sigma, the weights of the latent and of the noise at a timestep, from a backbone's schedule.
+    """Compute signal and sigma, the factors of the latent and of the noise at a timestep (see `NoiseRule`).
 
     Args:
-        rule: declared by the backbone.
-        timestep: from 0, the least noise.
-        noise: the recipe's kind.
+        rule: the backbone's.
+        timestep: counted from 0, which has the least noise.
+        noise: the recipe's kind of noise.
 
     Raises:
         InputError: the schedule has no such timestep.
     """
-    if noise == "none":  # a clean latent; the timestep still conditions the network (CleanDIFT)
+    if noise == "none":  # a clean latent, as in CleanDIFT; the timestep is still an input of the network
         return rule.scaling_factor, 0.0
     schedule = rule.alphas_cumprod
     if not 0 <= timestep < len(schedule):
@@ -104,13 +104,13 @@ def scales(rule: NoiseRule, timestep: int, noise: str) -> tuple[float, float]:
 def latent_feeds(
     rule: NoiseRule, timestep: int, noise: str, posterior: Mapping[str, Value], noises: NDArray[np.float32]
 ) -> dict[str, Value]:
-    """Gather what makes the noisy latents of a batch of images, and their timestep.
+    """Make the feeds from which the graph forms the noisy latents of a batch of images, and their timesteps.
 
     Args:
         rule: the backbone's.
-        timestep: of all images.
-        noise: the recipe's kind.
-        posterior: ``mean`` and ``std`` of the encoder, ``(B, C, h, w)`` each.
+        timestep: the same for all images.
+        noise: the recipe's kind of noise.
+        posterior: the encoder's ``mean`` and ``std``, each ``(B, C, h, w)``.
         noises: from `draw_noise`, ``(2, B, E, C, h, w)``.
     """
     count = noises.shape[1]
@@ -134,15 +134,15 @@ def network_feeds(
     noises: NDArray[np.float32] | None,
     prompt: NDArray[np.float32],
 ) -> dict[str, Value]:
-    """Gather all that a tapped network is fed for a batch of images: the arrays of `network_inputs`.
+    """Make all feeds of a tapped network for a batch of images: an array for each of its `network_inputs`.
 
     Args:
-        checkpoint: whose network.
-        timestep: of all images; of no matter where there is no noise rule.
-        noise: the recipe's kind.
-        given: what the images became: the encoder's posterior (`latent_feeds`), or ``image`` ``(B, 3, H, W)``.
-        noises: from `draw_noise`; None where there is no noise rule.
-        prompt: of all images, ``(T, D)``; left out where the network takes none.
+        checkpoint: the network's.
+        timestep: the same for all images; ignored if there is no noise rule.
+        noise: the recipe's kind of noise.
+        given: the encoder's posterior (see `latent_feeds`), or ``image``, ``(B, 3, H, W)``.
+        noises: from `draw_noise`; None if there is no noise rule.
+        prompt: the same for all images, ``(T, D)``; ignored if the network takes none.
     """
     rule = checkpoint.noise_rule
     if rule is None or noises is None:
@@ -154,17 +154,17 @@ def network_feeds(
     return feeds
 
 
-def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Make seeded inputs of the right kind for a graph: a noise picture, or a noisy latent; a unit-variance prompt."""
+def example_feeds(graph: Graph, profile: Profile, seed: int = 0) -> dict[str, Array]:
+    """Make seeded random feeds for a graph, with the variance of real ones, to measure speed or exactness with."""
     rng = np.random.default_rng(seed)
     sides = {"B": profile.batch, **profile.axes(graph.model)}
     rule = graph.model.noise_rule
     constants, spread = {}, 1.0
     if rule is not None:
-        signal, sigma = scales(rule, min(261, len(rule.alphas_cumprod) - 1), "independent")
+        signal, sigma = scales(rule, min(261, len(rule.alphas_cumprod) - 1), "independent")  # DIFT's timestep
         constants = {"signal": signal, "sigma": sigma}
         spread = 1 / rule.scaling_factor  # the standard deviation of a latent before scaling
-    feeds: dict[str, NDArray[Any]] = {}
+    feeds: dict[str, Array] = {}
     for spec in graph.inputs:
         shape = tuple(sides[axis] if isinstance(axis, str) else axis for axis in spec.shape)
         if spec.dtype == "int64":

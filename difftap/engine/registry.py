@@ -1,4 +1,4 @@
-"""The backends by name. Adding one is one file in `difftap.engine.backends` and one line here."""
+"""The backends by name. To add one, write one file in `difftap.engine.backends` and one line here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REMOVED = {"torch-compile": "'difftap bench throughput --rivals dift-tuned' sti
 
 @cache
 def get_backend(name: str) -> Backend:
-    """Find the backend of a name, which need not be able to run here.
+    """Get a backend by name. It may be unable to run here: `Backend.missing` tells.
 
     Raises:
         InputError: there is no such backend.
@@ -39,10 +39,10 @@ def get_backend(name: str) -> Backend:
 
 
 def choose_device(backend: Backend, device: str) -> str:
-    """Choose the device to use: the best one for ``auto``, else the one asked for.
+    """Choose a device: the backend's best one for ``auto``, else the one asked for.
 
     Raises:
-        BackendError: the backend cannot run here, or not on that device.
+        BackendError: the backend cannot be used here, or has no such device here.
     """
     lacking = backend.missing()
     if lacking:
@@ -56,10 +56,10 @@ def choose_device(backend: Backend, device: str) -> str:
 
 
 def check_precision(backend: Backend, device: str, precision: str) -> None:
-    """Make sure that a backend computes in a precision on a device.
+    """Make sure that a backend can compute in a precision on a device.
 
     Raises:
-        BackendError: it does not.
+        BackendError: it cannot.
     """
     allowed = backend.precisions(device)
     if precision not in allowed:

@@ -1,7 +1,7 @@
-"""A backbone's networks as torch modules: what the torch backend runs and what the export step traces.
+"""A backbone's networks as torch modules, which the torch backend runs and the export step traces.
 
-Taps are read with forward hooks on the network's own modules; no forward pass is copied. Axis letters as in
-`difftap.engine.backend`.
+Taps are read with forward hooks on the network's own modules, so no code of a forward pass is copied from its package.
+Axis letters are those of `difftap.engine.backend`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["ComponentModule", "EncoderModule", "NoisyModule", "TappedModule", "b
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, no error
-    """Raised by the last tap's hook to end an eager pass: what follows feeds no tap."""
+    """Raised by the last tap's hook to end an eager pass: no tap depends on the rest of the network."""
 
 
 def noisy_latent(
@@ -27,28 +27,24 @@ def noisy_latent(
 
     Args:
         mean: of the posterior, ``(B, C, h, w)``.
-        std: ``(B, C, h, w)``.
+        std: of the posterior, ``(B, C, h, w)``.
         posterior_noise: standard normal, ``(B, E, C, h, w)``.
         noise: standard normal, ``(B, E, C, h, w)``.
-        signal: weight of the latent, ``(B,)`` (`difftap.engine.noise.scales`).
-        sigma: weight of the noise, ``(B,)``.
+        signal: factor of the latent, ``(B,)`` (`difftap.engine.noise.scales`).
+        sigma: factor of the noise, ``(B,)``.
     """
     latent = mean.unsqueeze(1) + std.unsqueeze(1) * posterior_noise  # (B, E, C, h, w)
     return signal.view(-1, 1, 1, 1, 1) * latent + sigma.view(-1, 1, 1, 1, 1) * noise
 
 
 class ComponentModule(nn.Module):
-    """A component's network, its parameters named ``<component>.<tensor>``.
-
-    Attributes:
-        network: the backbone's own module.
-        entrance: the part at which inputs are cast to half precision.
-    """
+    """A component's network, with parameters named ``<component>.<tensor>``."""
 
     def __init__(self, checkpoint: Checkpoint, component: str, network: nn.Module) -> None:
         super().__init__()
         self.checkpoint = checkpoint
         self.component = component
+        # Under the component's name, because the export step finds weights in the checkpoint's files by that name.
         self.add_module(component, network)
 
     @property
@@ -58,15 +54,15 @@ class ComponentModule(nn.Module):
 
     @property
     def entrance(self) -> nn.Module:
-        """The part at which inputs are cast to half precision."""
+        """The module at which inputs are cast to half precision."""
         return self.checkpoint.entrance(self.component, self.network)
 
 
 class EncoderModule(ComponentModule):
-    """Image to the posterior of its latent."""
+    """A network from an image to the posterior of its latent."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, 3, H, W)`` in [-1, 1] to mean and standard deviation, each ``(B, C, h, w)``."""
+        """Encode ``(B, 3, H, W)`` in [-1, 1] as mean and standard deviation, each ``(B, C, h, w)``."""
         return self.checkpoint.encode(self.network, image)
 
 
@@ -77,8 +73,8 @@ class TappedModule(ComponentModule):
         checkpoint: whose network.
         network: the tapped component, loaded.
         taps: ``(name, module path)`` of each tap, in the order of the outputs.
-        stop_early: end the pass once every tap is there (eager runs); a traced pass must run on, and loses its dead
-            tail when it is exported.
+        stop_early: end the pass once every tap has been read. For eager runs: a traced pass must run to its end, and
+            the export step then removes what no tap depends on.
     """
 
     def __init__(
@@ -89,11 +85,15 @@ class TappedModule(ComponentModule):
         self.stop_early = stop_early
 
     def forward(self, image: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, ...]:
-        """``(B, 3, H, W)``, and ``(B, T, D)`` where it takes a prompt, to ``(B, C, h, w)`` per tap."""
+        """Compute ``(B, C, h, w)`` per tap from images ``(B, 3, H, W)`` and a prompt ``(B, T, D)``, if it takes one."""
         return tuple(self.members(image, None, prompt))
 
     def members(self, given: Tensor, timestep: Tensor | None = None, prompt: Tensor | None = None) -> list[Tensor]:
-        """Run once: what `difftap.backbones.checkpoint.Checkpoint.run` takes, to the taps of every member."""
+        """Compute the taps of every ensemble member, from the arguments of `Checkpoint.run`.
+
+        Raises:
+            RecipeError: a tapped module is not run, or gives no map.
+        """
         caught: dict[str, object] = {}
         handles = []
         paths = list(dict.fromkeys(path for _, path in self.taps))  # two names may mean one module
@@ -127,7 +127,7 @@ class TappedModule(ComponentModule):
 
 
 class NoisyModule(TappedModule):
-    """A tapped network of a backbone with a noise rule: it returns the ensemble mean of its taps."""
+    """A tapped network of a backbone with a noise rule; it returns the ensemble mean of its taps."""
 
     def forward(  # type: ignore[override]
         self,
@@ -140,7 +140,7 @@ class NoisyModule(TappedModule):
         timestep: Tensor,
         prompt: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Compute ``(B, C, h, w)`` per tap from feeds as in `difftap.engine.graph.network_inputs`."""
+        """Compute ``(B, C, h, w)`` per tap from the inputs of `difftap.engine.graph.network_inputs`."""
         batch, members = noise.shape[:2]
         latent = noisy_latent(mean, std, posterior_noise, noise, signal, sigma)
         values = self.members(
@@ -154,10 +154,16 @@ class NoisyModule(TappedModule):
 def build(
     checkpoint: Checkpoint, component: str, tap_names: Sequence[str] = (), *, stop_early: bool = False
 ) -> ComponentModule:
-    """Load one network of a checkpoint as the module whose inputs and outputs the graph has.
+    """Load one network of a checkpoint as a module with the inputs and outputs of its graph.
+
+    Args:
+        checkpoint: the network's.
+        component: one of the checkpoint's components.
+        tap_names: the outputs; none for the encoder.
+        stop_early: as for `TappedModule`.
 
     Raises:
-        RecipeError: a tap does not exist in this network. (One that exists and gives no map is refused when it is run.)
+        RecipeError: the network has no such tap. (A tap that gives no map is refused when it is run.)
         ModelError: the checkpoint cannot be loaded.
     """
     taps = [checkpoint.tap(name) for name in tap_names]

@@ -1,12 +1,10 @@
-"""The small networks of learned prompts as torch modules: what tuning trains and what the export step traces.
+"""The small networks of learned prompts as torch modules, which tuning trains and the export step traces.
 
 Axis letters: B batch of pairs; N image tokens; C their channels; L length of the prompt's sequence; W width of its
 tokens; M conditional tokens; D width of the UNet's cross-attention.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +13,27 @@ __all__ = ["ConditionalHead", "HeadPart", "ImageTokens", "TextEncoder", "pool_ta
 
 
 def pool_table(tokens: int, pooled: int) -> Tensor:
-    """Which tokens an adaptive pool reads for each of its outputs, ``(pooled, K)``.
+    """List the tokens that each output of an adaptive max-pool reads, ``(pooled, K)``.
 
-    Bin i of M over N tokens is [floor(i N / M), ceil((i + 1) N / M)). Bins are of unequal length; short ones repeat
-    their last token, which leaves their maximum as it is.
+    Output i of M over N tokens reads [floor(i N / M), ceil((i + 1) N / M)), as torch's adaptive pooling does. These
+    bins differ in length; a short one repeats its last token, which does not change its maximum.
     """
+    # A table, because ONNX has no adaptive pooling for bins of unequal length, and it has gathers and maxima.
     bins = [list(range(i * tokens // pooled, -(-(i + 1) * tokens // pooled))) for i in range(pooled)]
     longest = max(map(len, bins))
     return torch.tensor([one + one[-1:] * (longest - len(one)) for one in bins])
 
 
 class ConditionalHead(nn.Module):
-    """SD4Match's conditional prompting module: two images' tokens to a sequence of prompt tokens.
+    """SD4Match's conditional prompting module: from two images' tokens to a sequence of prompt tokens.
 
-    Concatenated on channels -> linear over channels -> linear over tokens -> adaptive max-pool to M -> plus a position
-    embedding -> times tanh(alpha); then [start][shared tokens][M conditional tokens][end].
+    The tokens are concatenated on channels, then: linear over channels, linear over tokens, adaptive max-pool to M,
+    plus a position embedding, times tanh(alpha). The sequence is [start][shared tokens][M conditional tokens][end].
 
     Args:
         channels: C of the image tokens.
         tokens: N of the image tokens.
-        shared: ``(G, W)``, the first values of the tokens that do not depend on the pair.
+        shared: ``(G, W)``, initial values of the tokens that do not depend on the pair.
         conditional: M.
         start: ``(S, W)``, frozen, before the learned tokens.
         end: ``(E, W)``, frozen, after them.
@@ -59,7 +58,7 @@ class ConditionalHead(nn.Module):
         self.register_buffer("bins", pool_table(tokens, conditional), persistent=False)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Tokens ``(B, N, C)`` of both images to a sequence ``(B, L, W)``."""
+        """Compute the sequence ``(B, L, W)`` from the tokens ``(B, N, C)`` of both images."""
         both = self.channels(torch.cat([source, target], dim=2))  # (B, N, W)
         mixed = self.tokens(both.transpose(1, 2))  # (B, W, N)
         pooled = mixed[:, :, self.bins].amax(3).transpose(1, 2)  # (B, M, W)
@@ -70,7 +69,7 @@ class ConditionalHead(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A CLIP text encoder fed with vectors in place of words; no position is added to them.
+    """A CLIP text encoder that takes vectors instead of words; no position embedding is added to them.
 
     Args:
         text: a ``CLIPTextModel``.
@@ -81,9 +80,10 @@ class TextEncoder(nn.Module):
         self.text = text
 
     def forward(self, sequence: Tensor) -> Tensor:
-        """``(B, L, W)`` to the last hidden state ``(B, L, D)``."""
+        """Compute the last hidden state ``(B, L, D)`` from a sequence ``(B, L, W)``."""
 
-        def put(_module: nn.Module, _inputs: Any, _output: Tensor) -> Tensor:
+        # A hook replaces what the embedding layer gives, so that transformers' own forward pass can be used.
+        def put(_module: nn.Module, _inputs: object, _output: Tensor) -> Tensor:
             return sequence
 
         embeddings = next(part for name, part in self.text.named_modules() if name.split(".")[-1] == "embeddings")
@@ -99,7 +99,7 @@ class TextEncoder(nn.Module):
 
 
 class ImageTokens(nn.Module):
-    """A vision transformer's last patch tokens, its class token dropped.
+    """A vision transformer's patch tokens after its last layer, without the class token.
 
     Args:
         tokens: a ``Dinov2Model``.
@@ -110,19 +110,19 @@ class ImageTokens(nn.Module):
         self.tokens = tokens
 
     def forward(self, image: Tensor) -> Tensor:
-        """``(B, 3, S, S)``, normalised, to ``(B, N, C)``."""
+        """Compute tokens ``(B, N, C)`` from images ``(B, 3, S, S)``, normalised as DINOv2 expects."""
         values: Tensor = self.tokens(pixel_values=image, return_dict=False)[0]
         return values[:, 1:]
 
 
 class HeadPart(nn.Module):
-    """A conditional head under the name that its weights have in a prompt file."""
+    """A conditional head whose weights have the names that they have in a prompt file: ``head.*``."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """As `ConditionalHead`."""
+        """Run the `ConditionalHead`."""
         found: Tensor = self.head(source, target)
         return found
