@@ -8,9 +8,10 @@ dcor takes pair after pair and would take minutes for all; a sample is timed, an
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
-from timing import conditions, measure, table
+from timing import conditions, count, measure, table
 
 from difftap.errors import require
 from difftap.retrieval.distances import METRICS, pairwise
@@ -18,14 +19,14 @@ from difftap.retrieval.distances import METRICS, pairwise
 SCIPY = {"euclidean": "euclidean", "manhattan": "cityblock", "cosine": "cosine", "correlation": "correlation"}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("vectors", 500), ("width", 1280), ("pairs", 2000), ("repeats", 3), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=count, default=value)
     parser.add_argument("--metric", choices=list(METRICS), default="dcor")
     parser.add_argument("--device", default="cpu", help="of ours; the others know the CPU alone")
-    case = parser.parse_args()
+    case = parser.parse_args(arguments)
     drawn = np.random.default_rng(0).standard_normal((case.vectors, case.width)) + np.linspace(-1, 1, case.width)
     x = drawn.astype(np.float32)  # (N, D)
     double = x.astype(np.float64)

@@ -7,10 +7,10 @@ reads ``throughput/throughput.json`` and ``pck/results.json`` there and writes `
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,8 @@ def pck_table(results: Mapping[str, Any]) -> Table:
     return Table(columns, tuple(rows), "PCK", note)
 
 
-def main() -> None:
-    """Read both results, write the page."""
-    folder = Path(sys.argv[1])
-    measured = json.loads((folder / "throughput" / "throughput.json").read_text(encoding="utf-8"))
+def throughput_table(measured: Mapping[str, Any]) -> Table:
+    """Make a table of every way's images a second, the best in bold; one that failed has no figures."""
     columns = (
         TableColumn("way", left=True),
         TableColumn("images/s", form=".2f"),
@@ -57,35 +55,30 @@ def main() -> None:
     for row in measured["rows"]:
         timing = row["timing"] or dict.fromkeys(("median", "low", "high"))
         rows.append((row["label"], row["rate"], timing["median"], timing["low"], timing["high"], row["peak"]))
-    speed = Table(columns, tuple(rows), "Throughput").with_best([1])
+    return Table(columns, tuple(rows), "Throughput").with_best([1])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read both results, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(arguments).folder
+    measured = json.loads((folder / "throughput" / "throughput.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "pck" / "results.json").read_text(encoding="utf-8"))
+    speed, points = throughput_table(measured), pck_table(results)
     about = measured["conditions"]
     told = f"{about['cpu']}, {about['threads']} threads, difftap {about['difftap']}; rivals are DIFT's way in torch."
     failed = [f"{row['label']} could not be measured: {row['failed']}" for row in measured["rows"] if row["failed"]]
-    results = json.loads((folder / "pck" / "results.json").read_text(encoding="utf-8"))
-    points = pck_table(results)
-    head = f"{headline_of(results)}. {conditions_line(results)}"
     notes = [told, *failed]
-    write_atomic(
-        folder / "bench.md",
-        "\n".join(
-            [
-                "# difftap: speed and quality here",
-                "",
-                speed.markdown(),
-                *notes,
-                "",
-                points.markdown(),
-                head,
-                "",
-            ]
-        ),
-    )
+    title, head = "difftap: speed and quality here", f"{headline_of(results)}. {conditions_line(results)}"
+    page = [f"# {title}", "", speed.markdown(), *notes, "", points.markdown(), head, ""]
+    write_atomic(folder / "bench.md", "\n".join(page))
     body = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     write_atomic(
         folder / "bench.html",
-        '<!doctype html><meta charset="utf-8"><title>difftap: speed and quality here</title>'
+        f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
         "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}</style>"
-        f"<h1>difftap: speed and quality here</h1>{speed.html()}{body}{points.html()}<p>{html.escape(head)}</p>\n",
+        f"<h1>{title}</h1>{speed.html()}{body}{points.html()}<p>{html.escape(head)}</p>\n",
     )
     print(f"wrote {folder / 'bench.md'} and {folder / 'bench.html'}")
 

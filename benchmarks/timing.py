@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 
-from difftap.artifacts.table import Table, TableColumn
+import numpy as np
+
+from difftap.artifacts.table import Cell, Table, TableColumn
 from difftap.bench.workers import Timing, Worker, blas, hold_threads
 from difftap.machine import available_cores, cpu
 
 Way = Callable[[], object]
+
+
+def count(text: str) -> int:
+    """Read a whole number above 0 from the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number above 0")
+    return value
 
 
 def measure(ways: Mapping[str, Way], repeats: int, threads: int = 2, calls: int = 1) -> dict[str, Timing]:
@@ -49,19 +60,45 @@ def peak(place: str, threads: int = 2, **arguments: object) -> int:
         return int(worker.ask("peak", place=place, arguments=arguments)["peak"])
 
 
-def table(title: str, times: Mapping[str, Timing], ours: str, peaks: Mapping[str, int] | None = None) -> Table:
-    """Lay out medians, spread, how many times faster ``ours`` is, and peak memory."""
+def product_rate(threads: int, side: int = 1024) -> float:
+    """Measure the rate of a float64 matrix product ``(side, side) x (side, side)``, in operations a second.
+
+    A multiply-add is two operations. The best of several: what the processor can do when nothing disturbs it.
+    """
+    left, right = np.random.default_rng(0).standard_normal((2, side, side))
+    best = measure({"product": lambda: left @ right}, 5, threads).popitem()[1].low
+    return 2 * side**3 / best
+
+
+def table(
+    title: str,
+    times: Mapping[str, Timing],
+    ours: str,
+    peaks: Mapping[str, int] | None = None,
+    floor: tuple[str, float] | None = None,
+) -> Table:
+    """Lay out medians, spread, how many times faster ``ours`` is, and peak memory.
+
+    Args:
+        title: what was timed.
+        times: of every way, by name.
+        ours: the way that the others are compared with.
+        peaks: bytes of every way, where they were measured.
+        floor: a last row that was worked out and not timed: its name, and the seconds below which no way can come.
+    """
     columns = (
         TableColumn("way", left=True),
         *(TableColumn(head, "ms", ".1f") for head in ("median", "low", "high")),
-        TableColumn("difftap is x faster", form=".1f"),
+        TableColumn("difftap is x faster", form=".2f"),
         TableColumn("peak", "MB", ".0f"),
     )
     own = times[ours].median
-    rows = tuple(
+    rows: list[tuple[Cell, ...]] = [
         (name, one.median, one.low, one.high, one.median / own, (peaks or {}).get(name)) for name, one in times.items()
-    )
-    return Table(columns, rows, title)
+    ]
+    if floor is not None:
+        rows.append((floor[0], floor[1], None, None, floor[1] / own, None))
+    return Table(columns, tuple(rows), title)
 
 
 def conditions(threads: int, *packages: str) -> str:
