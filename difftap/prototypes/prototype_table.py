@@ -99,7 +99,7 @@ class PrototypeTable:
         """D, the number of channels of a prototype."""
         return int(self.vectors.shape[1])
 
-    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]] | slice) -> PrototypeTable:
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer] | slice) -> PrototypeTable:
         """Give the rows that a mask, a slice or row numbers choose, with the same provenance."""
         parts = {name: getattr(self, name)[rows] for name in ("vectors", "boxes", *_COLUMNS)}
         return dataclasses.replace(self, **parts)

@@ -1,4 +1,4 @@
-"""Retrieval: prototypes or patch features in an index, and what is nearest to an object, a point or an image."""
+"""Retrieval: keep prototypes or patch features in an index, and find what is nearest to an object, point or image."""
 
 from difftap.retrieval.kinds import INDEXED, IndexMetric, faiss_clash
 

@@ -1,4 +1,7 @@
-"""Building a FAISS index from a stream of vectors: spooled to disk once, then trained, filled and measured there."""
+"""Build a FAISS index from a stream of vectors: write them to a file once, then train, fill and measure from there.
+
+The file lets the kind of index be chosen by the number of vectors, and lets them exceed the memory.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import output_errors
+from difftap.artifacts.files import JsonObject, output_errors
 from difftap.errors import InputError, require
 from difftap.retrieval.faiss_folder import FolderIndex, check_new, held_folder, write_index
 from difftap.retrieval.index import IndexInfo, Rows, VectorBatch, VectorOrigin
 from difftap.retrieval.kinds import (
+    FaissIndex,
     IndexMetric,
     IndexPlan,
     choose_kind,
@@ -32,13 +35,17 @@ from difftap.retrieval.quality import NearestSoFar, prepared_blocks, recall, wit
 
 __all__ = ["BuiltIndex", "IndexOptions", "build_folder", "fill", "held_out", "plan_for", "spool"]
 
-NEIGHBOURS = 10
-_HELD_OUT = 256
+NEIGHBOURS = 10  # recall is measured at so many
+_HELD_OUT = 256  # query vectors to measure recall with
 
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """What a user may say of an index to be built; see `IndexPlan`. ``kind`` may be ``auto``: chosen by size."""
+    """What a user may choose of an index; see `IndexPlan`. With ``kind`` = ``auto``, the size decides.
+
+    Raises:
+        InputError: options exclude each other.
+    """
 
     kind: str = "auto"
     metric: str = "correlation"
@@ -50,10 +57,10 @@ class IndexOptions:
     gpu: bool = False
 
     def __post_init__(self) -> None:
-        plan_for(self, 1000, 8)  # what cannot be is said before anything slow starts
+        plan_for(self, 1000, 8)  # any size: it refuses impossible options before anything slow starts
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+    def to_dict(self) -> JsonObject:
+        """Give plain data."""
         return asdict(self)
 
 
@@ -70,7 +77,8 @@ def plan_for(options: IndexOptions, count: int, width: int) -> IndexPlan:
         if options.lists is not None or options.codes is not None or options.refine:
             raise InputError("--lists, --codes and --refine shape an index of a given kind; give --kind too")
         kind = choose_kind(count, width, space)
-        given["refine"] = kind == "ivf-pq" and not options.gpu  # a byte a number buys back what the codes lose
+        # One more byte per number restores the recall that the codes lose. FAISS has no such index on a GPU.
+        given["refine"] = kind == "ivf-pq" and not options.gpu
     return IndexPlan(kind, space, **given)
 
 
@@ -79,17 +87,17 @@ class BuiltIndex:
     """A FAISS index with all its vectors.
 
     Attributes:
-        index: FAISS' own.
+        index: the FAISS index, on the CPU.
         plan: how it was made.
-        effort: lists read or candidates kept in a search; None for a flat one.
-        recall: recall@10 against exact, of vectors that the training did not see, themselves left out; 1 by
-            construction for a flat index.
-        queries: how many these were.
-        sampled: vectors that the training saw.
-        seconds: by step: ``train``, ``add`` and ``measure`` (the exact answer and the search for the effort).
+        effort: lists read or candidates kept in a search; None for a flat index.
+        recall: recall@10 against exact search, of queries that the training did not see, without the query itself;
+            1 for a flat index, which is exact.
+        queries: number of these queries.
+        sampled: number of vectors that the training saw.
+        seconds: seconds of each step: ``train``, ``add`` and ``measure`` (exact search and choice of the effort).
     """
 
-    index: Any
+    index: FaissIndex
     plan: IndexPlan
     effort: int | None
     recall: float
@@ -97,8 +105,8 @@ class BuiltIndex:
     sampled: int
     seconds: dict[str, float]
 
-    def report(self) -> dict[str, Any]:
-        """Say what is stored with the index."""
+    def report(self) -> JsonObject:
+        """Give the parameters and measurements that are stored with the index."""
         faiss = load_faiss("an index")
         ivf = faiss.try_extract_index_ivf(self.index)
         parameters = {
@@ -124,12 +132,16 @@ class BuiltIndex:
         }
 
 
-def fill(vectors: NDArray[Any], plan: IndexPlan) -> BuiltIndex:
-    """Train an index, fill it in blocks, and search as far as the wanted recall takes.
+def fill(vectors: NDArray[np.floating], plan: IndexPlan) -> BuiltIndex:
+    """Train an index, fill it in blocks, and set the least search effort that reaches the wanted recall.
 
     Args:
-        vectors: ``(N, D)``, floating point, N at least 1; may be memory-mapped.
-        plan: how.
+        vectors: ``(N, D)``, N at least 1; may be memory-mapped.
+        plan: how to make it.
+
+    Raises:
+        InputError: too few vectors for the plan, or vectors that are not finite.
+        BackendError: FAISS refuses, or there is no GPU.
     """
     rng = np.random.default_rng(plan.seed)
     count, width = vectors.shape
@@ -143,7 +155,7 @@ def fill(vectors: NDArray[Any], plan: IndexPlan) -> BuiltIndex:
         chosen = np.sort(rng.choice(others, min(wanted, len(others)), replace=False))
         seen = len(chosen)
         part = np.empty((len(chosen), width), np.float32)
-        for start in range(0, len(chosen), 4096):  # a memory-mapped source is not read as a whole
+        for start in range(0, len(chosen), 4096):  # in blocks, because the source may exceed the memory
             rows = chosen[start : start + 4096]
             part[start : start + 4096] = plan.space.prepare(np.asarray(vectors[rows]))
         return part
@@ -152,9 +164,10 @@ def fill(vectors: NDArray[Any], plan: IndexPlan) -> BuiltIndex:
     index = make(plan, count, width, sample)
     train = time.perf_counter() - start
     queries = plan.space.prepare(np.asarray(vectors[held])) if len(held) else np.zeros((0, width), np.float32)
-    nearest = NearestSoFar(queries, plan.space, NEIGHBOURS + 1)
+    nearest = NearestSoFar(queries, plan.space, NEIGHBOURS + 1)  # one more: a query finds itself
     target = to_gpu(index) if plan.gpu else index
     add = measure = 0.0
+    # One reading of the vectors fills the index and gives the exact answers that recall is measured against.
     for first, block in prepared_blocks(vectors, plan.space):
         start = time.perf_counter()
         target.add(block)
@@ -178,12 +191,15 @@ def fill(vectors: NDArray[Any], plan: IndexPlan) -> BuiltIndex:
 
 
 def held_out(count: int, seed: int) -> NDArray[np.int64]:
-    """Numbers of the vectors that are kept from the training, to measure recall with: 256, or a quarter of few."""
+    """Draw the numbers of the vectors that training must not see and recall is measured with: 256, or a quarter."""
     return np.sort(np.random.default_rng(seed).choice(count, min(_HELD_OUT, count // 4), replace=False))
 
 
 def spool(batches: Iterable[VectorBatch], path: Path) -> tuple[NDArray[np.float32], Rows]:
-    """Write a stream's vectors to a file; returns them memory-mapped, and the rows.
+    """Write a stream's vectors to a file.
+
+    Returns:
+        the vectors float32 ``(N, D)``, memory-mapped, and their rows.
 
     Raises:
         InputError: there is no vector, or widths differ.
@@ -213,13 +229,20 @@ def build_folder(
 ) -> FolderIndex:
     """Build an index in a folder and open it.
 
+    Args:
+        folder: the index's folder.
+        origin: what decides the vectors.
+        batches: the vectors and their rows.
+        options: the user's choices.
+        overwrite: replace an index that is there, once the new one is whole.
+
     Raises:
-        OutputError: the folder cannot be written, or something stands there.
-        InputError: nothing to index, or options that do not fit it.
+        OutputError: the folder cannot be written, or holds something else.
+        InputError: there is nothing to index, or the options do not fit the vectors.
         MissingExtraError: FAISS or pyarrow is not installed.
     """
     load_faiss("building an index")
-    require("pyarrow", "index", "an index's rows")  # or the lack of it would show when all is done
+    require("pyarrow", "index", "an index's rows")  # now, since it is used only after the slow work
     check_new(folder, overwrite)
     fresh = not folder.exists()
     held = False
@@ -231,21 +254,21 @@ def build_folder(
                 vectors, rows = spool(batches, path)
                 count, width = vectors.shape
                 filled = fill(vectors, plan_for(options, count, width))
-                del vectors
+                del vectors  # closes the file: Windows cannot remove a file that is mapped
             finally:
                 with contextlib.suppress(OSError):
                     path.unlink()
             about = IndexInfo(origin, options.metric, filled.plan.kind, width, count, filled.report())
             write_index(folder, about, filled.index, rows)
     except BaseException:
-        if fresh and held:  # or it is another run's that came first
+        if fresh and held:  # not held: another run made the folder first
             _leave_nothing(folder)
         raise
     return FolderIndex.open(folder, gpu=options.gpu)
 
 
 def _leave_nothing(folder: Path) -> None:
-    """Take a folder away that no index came to be in."""
+    """Remove a folder in which no index was finished."""
     with contextlib.suppress(OSError):
         if not (folder / "index.json").exists():
             for path in folder.iterdir():

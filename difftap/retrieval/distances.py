@@ -1,4 +1,4 @@
-"""Distances between vectors, all pairs, in blocks of bounded memory, on the CPU or a GPU.
+"""Compute the distances of all pairs of vectors, in blocks of bounded memory, on the CPU or a GPU.
 
 =============  =============================================================  ==========
 metric         distance of x and y                                            range
@@ -10,23 +10,24 @@ correlation    1 - Pearson's correlation of x and y                           0 
 dcor           1 - distance correlation (Szekely et al. 2007) of x and y      0 to 1
 =============  =============================================================  ==========
 
-Channels are the samples of both correlations. Where a correlation has no value it counts as 0, so the distance is 1,
-also to the vector itself: a vector of zeros for ``cosine``, a constant one for ``correlation`` and ``dcor``.
+The channels are the samples of both correlations. A vector of zeros has no cosine, and a constant vector has no
+correlation; the value counts as 0 there, so the distance is 1, also to the vector itself.
 
-Distance correlation goes by matrix products. For a vector x of D channels, the samples, let A be the D x D matrix of
-``|x_k - x_l|`` less its row's and its column's mean, plus the mean of all (Szekely, Rizzo and Bakirov 2007, eq. 2.8).
-Then ``dCov^2(x, y) = <A, B> / D^2`` and ``dCor^2(x, y) = <A, B> / (|A| |B|)``, the cosine of two long vectors. A is
-symmetric, so its upper triangle will do, with all but the diagonal weighted by the square root of 2. The long vectors
-never exist as a whole: some hundreds of thousands of channel pairs at a time are written and multiplied, and the
-products add up.
+Distance correlation is computed by matrix products. For a vector x of D channels (the samples), let A be the D x D
+matrix of ``|x_k - x_l|``, minus its row's mean and its column's mean, plus the mean of all (Szekely, Rizzo and Bakirov
+2007, eq. 2.8). Then ``dCov^2(x, y) = <A, B> / D^2`` and ``dCor^2(x, y) = <A, B> / (|A| |B|)``, the cosine of two long
+vectors. A is symmetric, so its upper triangle is enough if the diagonal has the weight 1 and the rest the square root
+of 2. The long vectors never exist as a whole: some hundreds of thousands of channel pairs are computed and multiplied
+at a time, and the products are added.
 
 Axis letters: N, M vectors; D channels; K channel pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,19 +39,20 @@ __all__ = ["METRICS", "PreparedVectors", "blocks", "pairwise", "squared_correlat
 
 
 _DOUBTFUL = 1e-4
+"""Squares below this are computed again in float64: float32 leaves an error of about 1e-6, and the root of a smaller
+square would be off by more than 5e-5."""
 
-"""float32 leaves an error of some 1e-6 in a square: below this one, the root would be off by more than 5e-5."""
-
-_CACHED = 1 << 16  # numbers worked on at once, to stay in the processor's cache
+_CACHED = 1 << 16  # numbers worked on at once, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class PreparedVectors:
-    """Vectors made ready for the product: all that is needed to write a row of A.
+    """Vectors with what is needed to compute a row of A.
 
     Attributes:
         values: float64 ``(N, D)``.
-        means: float64 ``(N, D)``, of the absolute differences of each channel to all, less half the mean of all.
+        means: float64 ``(N, D)``, the mean absolute difference of each channel to all, minus half of their mean. A is
+            then ``|x_k - x_l| - means_k - means_l``.
     """
 
     values: NDArray[np.float64]
@@ -58,11 +60,12 @@ class PreparedVectors:
 
     @classmethod
     def of(cls, vectors: NDArray[np.float64]) -> PreparedVectors:
-        """Prepare ``(N, D)`` vectors of similar length; dCor knows no shift and no scale."""
+        """Prepare vectors ``(N, D)`` of similar length; shifting or scaling a vector does not change its dCor."""
+        # The sum of |x_k - x_l| over l, for all k, from one sort: O(D log D) instead of O(D^2).
         channels = vectors.shape[1]
         order = np.argsort(vectors, axis=1)
         ordered = np.take_along_axis(vectors, order, axis=1)
-        below = np.cumsum(ordered, axis=1)  # of the k-th smallest: the sum of those up to it
+        below = np.cumsum(ordered, axis=1)  # at the k-th smallest: the sum of all up to it
         rank = np.arange(1, channels + 1)
         sums = (2 * rank - channels) * ordered - 2 * below + below[:, -1:]
         means = np.empty_like(vectors)
@@ -72,15 +75,15 @@ class PreparedVectors:
 
 
 def squared_correlations(
-    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, xp: Any = np, where: str = "cpu"
+    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, xp: ModuleType = np, where: str = "cpu"
 ) -> NDArray[np.float64]:
-    """Squared distance correlations ``(N, M)``, 0 where a vector is constant; ``y`` is None for ``x`` itself.
+    """Compute squared distance correlations ``(N, M)``, 0 where a vector is constant.
 
     Args:
         x: the rows' vectors.
-        y: the columns' vectors.
-        block_bytes: for the long vectors' parts; at least one row of A is written at once.
-        xp: numpy, or torch.
+        y: the columns' vectors; None for ``x`` itself.
+        block_bytes: bytes for the parts of the long vectors; at least one row of A is computed at once.
+        xp: the array library, numpy or torch.
         where: torch's name of the device.
     """
     squares = _correlations(x, y, block_bytes, np.float32, xp, where)
@@ -90,7 +93,7 @@ def squared_correlations(
 
 
 def _correlations(
-    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, dtype: type, xp: Any, where: str
+    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, dtype: type, xp: ModuleType, where: str
 ) -> NDArray[np.float64]:
     products, ours, theirs = _products(x, y, block_bytes, dtype, xp, where)
     scale = np.sqrt(ours[:, None] * theirs)
@@ -99,7 +102,7 @@ def _correlations(
 
 
 def _products(
-    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, dtype: type, xp: Any, where: str
+    x: PreparedVectors, y: PreparedVectors | None, block_bytes: int, dtype: type, xp: ModuleType, where: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Compute ``<A, B>`` of every pair ``(N, M)``, and the squared lengths ``(N,)`` and ``(M,)``."""
     count, channels = x.values.shape
@@ -109,7 +112,8 @@ def _products(
     width = block_bytes // (np.dtype(dtype).itemsize * sum(side.count for side in sides))
     for start, stop in _strips(channels, max(channels, width)):
         written = [side.write(start, stop) for side in sides]
-        # One array times itself: BLAS then makes half of the product only.
+        # Without y, this is one array times itself, and BLAS computes half of the product only. Summed in float64:
+        # thousands of float32 products would lose digits.
         total += _host(written[0] @ written[-1].T)
         if y is not None:
             for length, part in zip(lengths, written, strict=True):
@@ -120,7 +124,7 @@ def _products(
 
 
 def _strips(channels: int, width: int) -> Iterator[tuple[int, int]]:
-    """Rows of the upper triangle, from and to, of at most ``width`` channel pairs together."""
+    """Yield ranges of rows of the upper triangle that hold at most ``width`` channel pairs together."""
     start = pairs = 0
     for row in range(channels):
         if pairs + channels - row > width:
@@ -131,19 +135,22 @@ def _strips(channels: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 class _Side:
-    """The rows' or the columns' vectors on their device, and room for a part of their long vectors."""
+    """The vectors of the rows or of the columns on their device, and memory for a part of their long vectors.
 
-    def __init__(self, centred: PreparedVectors, dtype: type, xp: Any, where: str) -> None:
+    Arrays are numpy's or torch's, as ``xp`` says; no type names both.
+    """
+
+    def __init__(self, prepared: PreparedVectors, dtype: type, xp: ModuleType, where: str) -> None:
         self._xp = xp
-        self.count = len(centred.values)
-        self._values, self._means = (self._place(one.astype(dtype), where) for one in (centred.values, centred.means))
+        self.count = len(prepared.values)
+        self._values, self._means = (self._place(one.astype(dtype), where) for one in (prepared.values, prepared.means))
         self._room: Any = None
 
-    def _place(self, array: NDArray[Any], where: str) -> Any:
+    def _place(self, array: NDArray[np.floating], where: str) -> Any:
         return array if self._xp is np else self._xp.from_numpy(array).to(where)
 
     def write(self, start: int, stop: int) -> Any:
-        """Rows ``start`` to ``stop`` of all vectors' upper triangles, ``(N, K)``."""
+        """Compute rows ``start`` to ``stop`` of the upper triangle of A for all vectors, ``(N, K)``."""
         channels = self._values.shape[1]
         room = self._take(sum(channels - row for row in range(start, stop)))
         step = max(1, _CACHED // channels) if self._xp is np else self.count
@@ -155,9 +162,9 @@ class _Side:
         return room
 
     def _take(self, width: int) -> Any:
-        """Room for ``(N, width)``; that of the last time where it fits."""
+        """Give memory for ``(N, width)`` numbers; use that of the last call if it is large enough."""
         if self._room is None or self._room.shape[1] < width:
-            self._room = None  # freed before the larger one is made
+            self._room = None  # freed first, so that both never exist at once
             shape, kind = (self.count, width), self._values.dtype
             if self._xp is np:
                 self._room = np.empty(shape, kind)
@@ -166,13 +173,13 @@ class _Side:
         return self._room[:, :width]
 
     def _fill(self, out: Any, some: slice, row: int) -> None:
-        """One row of some vectors' upper triangles."""
+        """Compute one row of the upper triangle of A for some vectors."""
         xp, values, means = self._xp, self._values[some], self._means[some]
         xp.subtract(values[:, row:], values[:, row : row + 1], out=out)
         xp.abs(out, out=out)
         out -= means[:, row:]
         out -= means[:, row : row + 1]
-        out[:, 0] *= 0.5**0.5  # the diagonal stands once in A, all else twice
+        out[:, 0] *= 0.5**0.5  # the diagonal is in A once, every other entry twice
 
 
 def _host(array: Any) -> NDArray[np.float64]:
@@ -184,27 +191,27 @@ METRICS = ("euclidean", "manhattan", "cosine", "correlation", "dcor")
 
 _DEFAULT_BYTES = 256 << 20
 
-_LARGEST = 4096  # vectors of a tile: a larger one makes no product faster
+_LARGEST = 4096  # vectors along a tile's side; larger tiles make the products no faster
 
-
-Tile = Callable[[NDArray[Any], NDArray[Any] | None], NDArray[np.float64]]
+Vectors = NDArray[np.floating] | NDArray[np.integer]
+"""Real numbers ``(N, D)``."""
 
 
 def pairwise(
-    x: NDArray[Any],
-    y: NDArray[Any] | None = None,
+    x: Vectors,
+    y: Vectors | None = None,
     *,
     metric: str,
     block_bytes: int = _DEFAULT_BYTES,
     device: str = "cpu",
 ) -> NDArray[np.float32]:
-    """Distances of every vector of ``x`` to every vector of ``y``.
+    """Compute the distance of every vector of ``x`` to every vector of ``y``.
 
     Args:
-        x: ``(N, D)``, floating point, finite; may be memory-mapped.
-        y: ``(M, D)``; None for ``x`` itself, whose table is then symmetric to the last bit.
+        x: ``(N, D)``, finite; may be memory-mapped.
+        y: ``(M, D)``; None for ``x`` itself: the result is then symmetric to the last bit.
         metric: one of `METRICS`.
-        block_bytes: memory to work in, beyond the inputs and the table itself.
+        block_bytes: bytes of working memory, besides the inputs and the result.
         device: ``cpu`` (numpy) or ``cuda`` (torch).
 
     Returns:
@@ -222,18 +229,18 @@ def pairwise(
 
 
 def blocks(
-    x: NDArray[Any],
-    y: NDArray[Any] | None = None,
+    x: Vectors,
+    y: Vectors | None = None,
     *,
     metric: str,
     block_bytes: int = _DEFAULT_BYTES,
     device: str = "cpu",
 ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
-    """Yield the table of `pairwise` tile by tile, so that a large one need never exist.
+    """Yield the table of `pairwise` in tiles, for tables that do not fit in memory; the arguments are the same.
 
     Yields:
-        Rows of ``x``, rows of ``y``, and their float32 distances; the tiles cover the table, each place once. Without
-        ``y``, a tile off the diagonal is followed by its mirror image.
+        Rows of ``x``, rows of ``y``, and their float32 distances. The tiles cover each place of the table once.
+        Without ``y``, a tile off the diagonal is followed by its transpose.
     """
     _check(x, y, metric, block_bytes)
     xp, where = _arrays(device)
@@ -241,9 +248,9 @@ def blocks(
 
 
 def _tiles(
-    x: NDArray[Any], y: NDArray[Any] | None, metric: str, block_bytes: int, xp: Any, where: str
+    x: Vectors, y: Vectors | None, metric: str, block_bytes: int, xp: ModuleType, where: str
 ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
-    """`blocks` with the array library chosen: numpy, or torch on a device."""
+    """Yield the tiles of `blocks`, computed with numpy or with torch on a device."""
     other = x if y is None else y
     side = _tile_side(x.shape[1], block_bytes, metric)
     across = list(_parts(len(other), side))
@@ -256,10 +263,10 @@ def _tiles(
             yield rows, columns, block
             if y is None and not same:
                 yield columns, rows, block.T
-            del right, block  # before the next ones are made
+            del right, block  # freed before the next ones are made, which halves the memory
 
 
-def _check(x: NDArray[Any], y: NDArray[Any] | None, metric: str, block_bytes: int) -> None:
+def _check(x: Vectors, y: Vectors | None, metric: str, block_bytes: int) -> None:
     if metric not in METRICS:
         raise InputError(f"metric is '{metric}'; allowed: {', '.join(METRICS)}")
     if block_bytes < 1:
@@ -272,8 +279,8 @@ def _check(x: NDArray[Any], y: NDArray[Any] | None, metric: str, block_bytes: in
             raise InputError(f"vectors hold {one.dtype}; allowed: real numbers")
 
 
-def _arrays(device: str) -> tuple[Any, str]:
-    """Find the array library of a device, and the device's name in it."""
+def _arrays(device: str) -> tuple[ModuleType, str]:
+    """Import the array library of a device; give it and its name of the device."""
     if device == "cpu":
         return np, device
     if device.partition(":")[0] != "cuda":
@@ -290,18 +297,21 @@ def _parts(count: int, side: int) -> Iterator[slice]:
 
 
 def _tile_side(dimensions: int, block_bytes: int, metric: str) -> int:
-    """Vectors of a square tile, such that what is needed to make it stays within the bytes (but at least 1)."""
-    # Both sides' vectors, as given and prepared (dcor sorts them too), in float64; the tile in float64 up to five
-    # times, and in float32. A third of the room is left to dcor's columns.
+    """Compute how many vectors a tile's side may have (at least 1), so that the work fits in the bytes."""
+    # In memory at once: the vectors of both sides in float64, as given and prepared (for dcor sorted too); the tile,
+    # up to five times in float64 and once in float32. A third of the bytes is left for dcor's long vectors. With side
+    # s, table * s^2 + vectors * s = room, whose positive root is returned.
     dcor = metric == "dcor"
     vectors, table = (10 if dcor else 4) * 8 * dimensions, 48
     room = block_bytes * (2 / 3 if dcor else 1)
     return int(np.clip((np.sqrt(vectors**2 + 4 * table * room) - vectors) / (2 * table), 1, _LARGEST))
 
 
-def _load(vectors: NDArray[Any], rows: slice, metric: str) -> NDArray[Any]:
-    """Prepare some vectors as a product needs them: centred and scaled to length 1 where the metric asks for it."""
-    part = np.asarray(vectors[rows])
+def _load(vectors: Vectors, rows: slice, metric: str) -> NDArray[Any]:
+    """Read some vectors and prepare them for a product: centred, and scaled to length 1, if the metric needs it."""
+    part: NDArray[Any] = np.asarray(vectors[rows])
+    # float64, because distances of similar vectors are small differences. Manhattan subtracts before it sums, so
+    # float32 is enough there and twice as fast.
     if metric != "manhattan" or part.dtype not in (np.float32, np.float64):
         part = part.astype(np.float64 if metric != "manhattan" else np.float32)
     if not np.isfinite(part).all():
@@ -310,22 +320,22 @@ def _load(vectors: NDArray[Any], rows: slice, metric: str) -> NDArray[Any]:
     if metric in ("correlation", "dcor"):
         spread = np.ptp(part, axis=1)
         part = part - part.mean(axis=1, keepdims=True)
-        part[spread == 0] = 0.0  # the mean of equal numbers need not be that number
+        part[spread == 0] = 0.0  # by rounding, the mean of equal numbers may differ from them
     return part if metric in ("euclidean", "manhattan") else _unit(part)
 
 
 def _unit(part: NDArray[Any]) -> NDArray[Any]:
-    """Each row at length 1; rows of zeros stay."""
+    """Scale each row to length 1; rows of zeros stay zero."""
     largest = np.abs(part).max(axis=1, keepdims=True)
-    part = np.divide(part, largest, out=np.zeros_like(part), where=largest > 0)  # or squares of tiny ones would vanish
+    part = np.divide(part, largest, out=np.zeros_like(part), where=largest > 0)  # else squares of tiny numbers become 0
     length = np.linalg.norm(part, axis=1, keepdims=True)
     return np.asarray(np.divide(part, length, out=part, where=length > 0))
 
 
 def _distances(
-    left: NDArray[Any], right: NDArray[Any] | None, metric: str, block_bytes: int, xp: Any, where: str
+    left: NDArray[Any], right: NDArray[Any] | None, metric: str, block_bytes: int, xp: ModuleType, where: str
 ) -> NDArray[np.float64]:
-    """One tile; ``right`` is None for the vectors of ``left`` among themselves."""
+    """Compute one tile; ``right`` is None for the distances of ``left`` among themselves."""
     if metric == "dcor":
         theirs = None if right is None else PreparedVectors.of(right)
         table = 1.0 - np.sqrt(squared_correlations(PreparedVectors.of(left), theirs, block_bytes // 3, xp, where))
@@ -336,33 +346,37 @@ def _distances(
     else:
         table = 1.0 - np.clip(_product(left, left if right is None else right, xp, where), -1.0, 1.0)
     if right is None:
-        table = (table + table.T) / 2.0  # a product of a matrix with itself need not be symmetric to the last bit
+        table = (table + table.T) / 2.0  # by rounding, a matrix times itself need not be symmetric to the last bit
+        # Exactly 0 on the diagonal, but 1 for vectors without a correlation, as the module's docstring says.
         alike = np.ones(len(left), bool) if metric in ("euclidean", "manhattan") else left.any(axis=1)
         np.fill_diagonal(table, np.where(alike, 0.0, 1.0))
     return table
 
 
-def _product(left: NDArray[np.float64], right: NDArray[np.float64], xp: Any, where: str) -> NDArray[np.float64]:
+def _product(left: NDArray[np.float64], right: NDArray[np.float64], xp: ModuleType, where: str) -> NDArray[np.float64]:
     if xp is np:
         return np.asarray(left @ right.T)
     ours, theirs = (xp.from_numpy(np.ascontiguousarray(one)).to(where) for one in (left, right))
     return np.asarray((ours @ theirs.T).cpu().numpy())
 
 
-def _euclidean(left: NDArray[np.float64], right: NDArray[np.float64], xp: Any, where: str) -> NDArray[np.float64]:
-    # |x - y|^2 from products loses digits where vectors are long and close: moved to a common middle, they are short.
+def _euclidean(
+    left: NDArray[np.float64], right: NDArray[np.float64], xp: ModuleType, where: str
+) -> NDArray[np.float64]:
+    # |x|^2 + |y|^2 - 2 x.y loses digits if the vectors are long and close together. Subtracting a common middle makes
+    # them short and changes no distance.
     middle = left.mean(axis=0)
     left, right = left - middle, right - middle
     squares = np.square(left).sum(axis=1)[:, None] + np.square(right).sum(axis=1)
     squared = squares - 2.0 * _product(left, right, xp, where)
-    # What is left of nearly equal vectors may be rounding alone; those are subtracted one by one.
+    # For nearly equal vectors the result may still be rounding alone; those pairs are subtracted directly.
     for i in range(len(left)):
         for js in np.array_split(close := np.flatnonzero(squared[i] < 1e-10 * squares[i]), len(close) // 1024 + 1):
             squared[i, js] = np.square(right[js] - left[i]).sum(axis=1)
     return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
 
 
-def _manhattan(left: NDArray[Any], right: NDArray[Any], xp: Any, where: str) -> NDArray[np.float64]:
+def _manhattan(left: NDArray[Any], right: NDArray[Any], xp: ModuleType, where: str) -> NDArray[np.float64]:
     if xp is not np:
         ours, theirs = (xp.from_numpy(np.ascontiguousarray(one)).to(where) for one in (left, right))
         return np.asarray(xp.cdist(ours, theirs, p=1).double().cpu().numpy())

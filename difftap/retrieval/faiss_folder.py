@@ -1,7 +1,7 @@
-"""A FAISS index in a folder: the index, its rows and a manifest that ties them together.
+"""A FAISS index in a folder: the file of the index, the file of its rows, and a manifest that names both.
 
-Every change writes new files beside the old ones and then the manifest, in one step; so whatever interrupts a change,
-a reader finds the old index or the new one. What an interrupted change left behind is removed by the next one.
+A change writes new files beside the old ones, and then replaces the manifest in one step. If the change is interrupted,
+a reader finds the old index. The next change removes the files that an interrupted one left.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,22 +19,23 @@ from difftap.artifacts.files import atomic_path, only_writer, output_errors
 from difftap.artifacts.manifest import FileRecord, Manifest
 from difftap.errors import ArtefactError, InputError, OutputError, first_line
 from difftap.retrieval.index import Index, IndexInfo, Rows, VectorBatch
-from difftap.retrieval.kinds import load_faiss, set_effort, to_gpu
+from difftap.retrieval.kinds import FaissIndex, load_faiss, set_effort, to_gpu
 
 __all__ = ["FolderIndex", "check_new", "held_folder", "write_index"]
 
 _MANIFEST = "index.json"
-_OURS = ("index-", "rows-", "vectors-", ".index", ".rows")  # how the names of our files begin, scratch files among them
+# Our files' names begin so; those with a dot are scratch files of atomic writes. Others are never removed.
+_OURS = ("index-", "rows-", "vectors-", ".index", ".rows")
 
 
 class FolderIndex(Index):
-    """A FAISS index, open; see `Index`."""
+    """An open FAISS index in a folder; see `Index`."""
 
-    def __init__(self, folder: Path, about: IndexInfo, index: Any, rows_file: Path, gpu: bool) -> None:
+    def __init__(self, folder: Path, about: IndexInfo, index: FaissIndex, rows_file: Path, gpu: bool) -> None:
         self.where, self.about = str(folder), about
         self._folder, self._index, self._rows_file = folder, index, rows_file
         self._gpu = gpu
-        self._found_by = to_gpu(index) if gpu else index
+        self._searched = to_gpu(index) if gpu else index  # the copy that answers; `_index` is the one that is saved
         self._rows: Rows | None = None
 
     @classmethod
@@ -44,7 +44,7 @@ class FolderIndex(Index):
 
         Raises:
             InputError: there is none.
-            ArtefactError: its files are not the ones it was saved with.
+            ArtefactError: its files are damaged or are not those that its manifest names.
             BackendError: there is no GPU, or it cannot hold the index.
             MissingExtraError: FAISS or pyarrow is not installed.
         """
@@ -66,8 +66,7 @@ class FolderIndex(Index):
 
     def find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See `Index.find`."""
-        raw, rows = self._found_by.search(queries, k)
-        return raw, rows
+        return self._searched.search(queries, k)
 
     def rows(self) -> Rows:
         """See `Index.rows`."""
@@ -82,11 +81,12 @@ class FolderIndex(Index):
         return self.rows().take(rows)
 
     def add(self, batches: Iterable[VectorBatch]) -> int:
-        """See `Index.add`: until all are there and saved, the folder holds the index as it was.
+        """See `Index.add`. Until all vectors are saved, the folder holds the old index.
 
-        After an error the open index is of no use; open it again.
+        After an error, do not use this object again; open the index anew. Some vectors may be in its memory.
         """
         with held_folder(self._folder):
+            # The folder was not locked between opening and adding, so another process may have added rows.
             current = IndexInfo.from_dict(Manifest.load(self._folder / _MANIFEST).made_from, self.where)
             if current.count != self.about.count:
                 raise InputError(f"index '{self.where}' was changed meanwhile; try again")
@@ -100,19 +100,20 @@ class FolderIndex(Index):
             if added:
                 self._rows_file = write_index(self._folder, about, self._index, rows)
             self.about, self._rows = about, rows
-            self._found_by = to_gpu(self._index) if self._gpu else self._index
+            self._searched = to_gpu(self._index) if self._gpu else self._index
         return added
 
     def close(self) -> None:
         """See `Index.close`."""
-        self._index = self._found_by = None
+        for name in ("_index", "_searched"):  # FAISS frees the memory with the last reference
+            vars(self).pop(name, None)
 
 
 def check_new(folder: Path, overwrite: bool) -> None:
-    """Make sure that an index can be made at a folder.
+    """Check that an index can be made in a folder.
 
     Raises:
-        OutputError: something stands there, or the folder around it does not exist.
+        OutputError: it holds an index and ``overwrite`` is not set, or other files; or its parent does not exist.
     """
     if not folder.absolute().parent.is_dir():
         raise OutputError(f"cannot write '{folder}': its folder does not exist; make it first")
@@ -134,10 +135,10 @@ def _strange(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Hold an index's folder for changes, and make it if it does not exist.
+    """Lock an index's folder for a change; make the folder if it does not exist.
 
     Raises:
-        OutputError: another process holds it, or it cannot be written.
+        OutputError: another process is changing it, or it cannot be written.
     """
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
@@ -147,7 +148,7 @@ def held_folder(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove our files that no manifest names."""
+    """Remove those of our files that the manifest does not name."""
     kept = {_MANIFEST, ".lock"}
     if (folder / _MANIFEST).exists():
         kept |= set(Manifest.load(folder / _MANIFEST).files)
@@ -157,15 +158,19 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def write_index(folder: Path, about: IndexInfo, index: Any, rows: Rows) -> Path:
-    """Write an index's files, then the manifest that makes them count; returns the rows' file.
+def write_index(folder: Path, about: IndexInfo, index: FaissIndex, rows: Rows) -> Path:
+    """Write an index's files, and last the manifest that names them. The caller has locked the folder (`held_folder`).
 
-    The caller holds the folder (`held_folder`).
+    Returns:
+        the file of the rows.
+
+    Raises:
+        OutputError: the folder cannot be written.
     """
     faiss = load_faiss("saving an index")
-    generation = secrets.token_hex(4)
+    generation = secrets.token_hex(4)  # new names, so that the old manifest's files stay until it is replaced
     vectors_file, rows_file = folder / f"index-{generation}.faiss", folder / f"rows-{generation}.parquet"
-    # FAISS' own files swallow an error when they are closed; a file of Python's does not.
+    # FAISS does not report errors that appear when it closes a file (a full disk); a Python file does.
     with atomic_path(vectors_file) as scratch, open(scratch, "wb") as handle:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write, 1 << 20))
     rows.save(rows_file)

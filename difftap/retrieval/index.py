@@ -1,18 +1,18 @@
-"""What every index is, wherever it lies, and how one is opened: a folder with a FAISS index, or a Milvus collection."""
+"""The interface of every index (a folder with a FAISS index, or a Milvus collection), its rows and its origin."""
 
 from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import atomic_path
+from difftap.artifacts.files import JsonObject, atomic_path
 from difftap.errors import ArtefactError, InputError, first_line, require
 from difftap.features.provider import precision_of, precisions_agree
 from difftap.recipe import Recipe
@@ -23,15 +23,18 @@ __all__ = ["Index", "IndexInfo", "Rows", "VectorBatch", "VectorOrigin", "is_milv
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Facts of N rows.
+    """What is known of the N vectors of an index.
 
     Attributes:
         classes: ``(N,)`` str; empty where unknown.
         images: ``(N,)`` str: the data set's key of the image, or its path.
         instances: ``(N,)`` str: the object's identity; empty for patches.
-        x: ``(N,)`` float32, pixels of the image; NaN where the row is no place (an object).
+        x: ``(N,)`` float32, pixels of the image; NaN for an object, which has no single place.
         y: ``(N,)`` float32, likewise.
         boxes: ``(N,)`` str: an object's box, ``x0 y0 x1 y1`` in pixels, ends excluded; empty where it is not known.
+
+    Raises:
+        InputError: the arrays differ in length.
     """
 
     classes: NDArray[np.str_]
@@ -59,24 +62,24 @@ class Rows:
     def objects(
         cls, classes: Sequence[str], images: Sequence[str], instances: Sequence[str], boxes: Sequence[str] = ()
     ) -> Rows:
-        """Rows that are objects, without a position."""
+        """Make rows of objects, which have no position."""
         x, y = np.full((2, len(classes)), np.nan, np.float32)
         names = [np.array(column, np.str_) for column in (classes, images, instances, boxes)]
         return cls(names[0], names[1], names[2], x, y, names[3])
 
-    def take(self, rows: NDArray[Any] | slice) -> Rows:
-        """Take some of the rows."""
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer] | slice) -> Rows:
+        """Give the rows that a mask, a slice or row numbers choose."""
         return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @classmethod
     def concat(cls, parts: Sequence[Rows]) -> Rows:
-        """Rows one after the other."""
+        """Join rows one after the other."""
         if not parts:
             return cls.objects([], [], [])
         return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
-    def record(self, row: int) -> dict[str, Any]:
-        """One row as plain data."""
+    def record(self, row: int) -> JsonObject:
+        """Give one row as plain data."""
         x, y = float(self.x[row]), float(self.y[row])
         return {
             "class": str(self.classes[row]) or None,
@@ -87,7 +90,7 @@ class Rows:
         }
 
     def save(self, path: Path) -> None:
-        """Write them as Parquet, whole or not at all.
+        """Write a Parquet file, whole or not at all.
 
         Raises:
             OutputError: it cannot be written.
@@ -105,7 +108,7 @@ class Rows:
 
     @classmethod
     def load(cls, path: Path) -> Rows:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote. Files written before boxes were kept have none.
 
         Raises:
             ArtefactError: the file is damaged.
@@ -120,27 +123,28 @@ class Rows:
             raise ArtefactError(f"'{path}' cannot be read ({first_line(error)}); build the index again") from error
 
 
-def _arrow() -> tuple[Any, Any]:
+def _arrow() -> tuple[ModuleType, ModuleType]:
     why = "an index's rows"
     return require("pyarrow", "index", why), require("pyarrow.parquet", "index", why)
 
 
 @dataclass(frozen=True)
 class VectorOrigin:
-    """What decides the vectors.
+    """What decides the vectors of an index; vectors can be compared only if these are equal.
 
     Attributes:
-        source: ``prototypes`` (an object's mean) or ``patches`` (a cell of the joined map).
-        feature_key: the recipe's, of the maps.
-        model_key: the checkpoint's.
-        taps: which maps, in order; a tap of several passes with its timestep.
-        timestep: of the pass; -1 for several.
-        rule: from masks to cells.
-        join: how the maps of patches are joined, as far as it changes them; empty for one map and for prototypes.
-        recipe: plain data, to make vectors of queries by; the matcher in it has no say.
-        precision: what engines computed in; all of floating point are one.
-        stored: how the feature store that maps were read from kept them, in words; empty for engines' own. It has no
-            say: queries cannot be made so.
+        source: ``prototypes`` (the mean over an object) or ``patches`` (a cell of the joined map).
+        feature_key: the recipe's key of the maps.
+        model_key: the checkpoint's key.
+        taps: the taps, in order, joined by ``+``; with their timesteps if there are several.
+        timestep: the timestep of the pass; -1 for several.
+        rule: how masks choose cells.
+        join: how the maps of patches are joined, as far as it changes the vectors; empty for one map and for
+            prototypes.
+        recipe: the recipe as plain data, to make the vectors of queries. It is not compared: the keys above are.
+        precision: the precision that engines computed in; all floating-point ones count as equal.
+        stored: how a feature store encoded the maps, in words; empty if they came from an engine. It is not compared,
+            because a query's image need not be in the store.
     """
 
     source: str
@@ -150,19 +154,19 @@ class VectorOrigin:
     timestep: int
     rule: str
     join: str
-    recipe: Mapping[str, Any]
+    recipe: JsonObject
     precision: str = "fp32"
     stored: str = ""
 
     def check(self, other: VectorOrigin, what: str) -> None:
-        """Make sure that other vectors are of the same kind.
+        """Check that other vectors can be compared with those of this origin.
 
         Args:
             other: their origin.
-            what: they, as the subject of a sentence.
+            what: what they are, as the subject of an error's sentence.
 
         Raises:
-            InputError: they are not; the message names what differs.
+            InputError: they cannot; the message names what differs.
         """
         mine, theirs = asdict(self), asdict(other)
         for name in (f.name for f in fields(self) if f.name not in ("recipe", "stored")):
@@ -173,25 +177,31 @@ class VectorOrigin:
                     f"index's {mine[name]!r}; vectors of two recipes or models cannot be compared"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; `from_dict` reads it back."""
+    def to_dict(self) -> JsonObject:
+        """Give plain data that `from_dict` reads."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> VectorOrigin:
-        """Read what `to_dict` gave.
+    def from_dict(cls, data: JsonObject) -> VectorOrigin:
+        """Read what `to_dict` gave. Fields with a default may be missing: older indexes lack them.
 
         Raises:
-            KeyError, TypeError: it is none.
+            KeyError, TypeError: the data are no origin.
         """
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data or f.default is MISSING})
 
     @classmethod
-    def of_table(cls, provenance: Mapping[str, Any], taps: str, timestep: int, path: Path) -> VectorOrigin:
+    def of_table(cls, provenance: JsonObject, taps: str, timestep: int, path: Path) -> VectorOrigin:
         """Read the origin of a table of prototypes.
 
+        Args:
+            provenance: the table's provenance.
+            taps: what its column ``tap`` says.
+            timestep: what its column ``timestep`` says.
+            path: its file, for the error.
+
         Raises:
-            InputError: its provenance is incomplete.
+            InputError: the provenance is incomplete.
         """
         try:
             return cls(
@@ -213,8 +223,8 @@ class VectorOrigin:
             ) from error
 
     @classmethod
-    def of_patches(cls, recipe: Recipe, conditions: Mapping[str, Any]) -> VectorOrigin:
-        """Say the origin of cells of a recipe's joined map, made under a pipeline's conditions."""
+    def of_patches(cls, recipe: Recipe, conditions: JsonObject) -> VectorOrigin:
+        """Give the origin of the cells of a recipe's joined map, made under a pipeline's conditions."""
         times = {branch.timestep for branch in recipe.branches}
         taps = [(tap, branch) for branch in recipe.branches for tap in branch.taps]
         label = "+".join(tap if len(times) == 1 else f"{tap}@{branch.timestep}" for tap, branch in taps)
@@ -235,15 +245,15 @@ class VectorOrigin:
         )
 
 
-def _kept_as(conditions: Mapping[str, Any]) -> str:
-    """How the store kept the maps, in words; empty without one."""
+def _kept_as(conditions: JsonObject) -> str:
+    """Describe how the store encoded the maps, in words; empty without a store."""
     encoding = conditions.get("store", {}).get("encoding", {})
     return ", ".join(f"{name} {value}" for name, value in sorted(encoding.items()) if value is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class VectorBatch:
-    """Some vectors, float32 ``(B, D)``, not prepared, and what is known of them."""
+    """Some vectors, float32 ``(B, D)``, and their rows; the vectors are not yet prepared for a metric."""
 
     vectors: NDArray[np.float32]
     rows: Rows
@@ -251,15 +261,15 @@ class VectorBatch:
 
 @dataclass(frozen=True)
 class IndexInfo:
-    """What an index says of itself.
+    """The description that is stored with an index.
 
     Attributes:
-        origin: of its vectors.
-        metric: of its space.
+        origin: what decides its vectors.
+        metric: the metric it ranks by.
         kind: flat, ivf, ivf-pq or hnsw.
-        width: D.
+        width: D, the width of a vector.
         count: number of rows.
-        report: how it was made and what was measured then: parameters, recall against exact, versions.
+        report: how it was made and what was measured then: parameters, recall against exact search, versions.
     """
 
     origin: VectorOrigin
@@ -267,23 +277,23 @@ class IndexInfo:
     kind: str
     width: int
     count: int
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: JsonObject = field(default_factory=dict)
 
     @property
     def space(self) -> IndexMetric:
-        """The metric's space."""
+        """The metric, with what it does to vectors and scores."""
         return IndexMetric(self.metric)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; `from_dict` reads it back."""
+    def to_dict(self) -> JsonObject:
+        """Give plain data that `from_dict` reads."""
         return {**asdict(self), "report": dict(self.report)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str) -> IndexInfo:
-        """Read what `to_dict` gave.
+    def from_dict(cls, data: JsonObject, where: str) -> IndexInfo:
+        """Read what `to_dict` gave; ``where`` names the index in the error.
 
         Raises:
-            ArtefactError: it is none.
+            ArtefactError: the data are no such description.
         """
         try:
             origin = VectorOrigin.from_dict(data["origin"])
@@ -294,11 +304,11 @@ class IndexInfo:
 
 
 class Index(ABC):
-    """An index that is open.
+    """An open index.
 
     Attributes:
         where: the folder or address, as the user gave it.
-        about: what it is; changes with `add`.
+        about: its description; `add` changes it.
     """
 
     where: str
@@ -306,31 +316,37 @@ class Index(ABC):
 
     @abstractmethod
     def find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Raw scores and rows ``(Q, k)`` of prepared queries ``(Q, D)``, nearest first; row -1 where there is none."""
+        """Find the nearest rows of prepared queries ``(Q, D)``.
+
+        Returns:
+            raw scores ``(Q, k)`` and row numbers ``(Q, k)``, nearest first; row -1 where there is none.
+        """
 
     @abstractmethod
     def rows(self) -> Rows:
-        """Read what is known of every row."""
+        """Read every row."""
 
     @abstractmethod
     def facts(self, rows: NDArray[np.int64]) -> Rows:
-        """Read what is known of some rows, in the order given."""
+        """Read some rows, in the order given."""
 
     @abstractmethod
     def add(self, batches: Iterable[VectorBatch]) -> int:
-        """Add vectors, all or none; returns how many."""
+        """Add vectors, all or none; return their number."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is open."""
+        """Free the memory and close connections."""
 
     def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Scores (`IndexInfo.space` says their direction) and rows ``(Q, k)``, nearest first.
+        """Find the nearest rows of queries ``(Q, D)``.
 
-        ``k`` beyond the number of rows is cut to it; a row of -1 and a score of NaN stand where fewer were found.
+        Returns:
+            scores ``(Q, k)`` (`IndexMetric.higher_is_nearer` tells their direction) and row numbers ``(Q, k)``,
+            nearest first; k is at most the number of rows. Where fewer are found, the row is -1 and the score NaN.
 
         Raises:
-            InputError: the vectors do not fit, or k is below 1.
+            InputError: the vectors have another width than the index's, or k is below 1.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.about.width:
             raise InputError(f"queries have the shape {vectors.shape}; allowed: (Q, {self.about.width}), the index's")
@@ -347,5 +363,5 @@ class Index(ABC):
 
 
 def is_milvus(where: str) -> bool:
-    """Whether an address is Milvus': ``http://host:port``, or a milvus-lite file that ends in ``.db``."""
+    """Tell whether an address is one of Milvus: ``http://host:port``, or a milvus-lite file that ends in ``.db``."""
     return where.startswith(("http://", "https://", "tcp://")) or where.endswith(".db")

@@ -1,7 +1,7 @@
-"""Kinds of FAISS index: which to take for how many vectors, how each is made, trained and tuned.
+"""The kinds of FAISS index: which one to take for how many vectors, and how each is made, trained and tuned.
 
 =======  ===========================================================  ==============================
-kind     what a search reads                                          memory a vector, bytes
+kind     what a search reads                                          bytes of memory per vector
 =======  ===========================================================  ==============================
 flat     every vector; exact                                          4 D
 ivf      the vectors of the nearest lists                             4 D
@@ -20,7 +20,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ from difftap.errors import BackendError, InputError, first_line, require
 __all__ = [
     "INDEXED",
     "KINDS",
+    "FaissIndex",
     "IndexMetric",
     "IndexPlan",
     "choose_kind",
@@ -47,20 +49,36 @@ __all__ = [
 
 
 INDEXED = ("correlation", "cosine", "euclidean", "manhattan")
+"""The metrics that an index can rank by."""
+
+
+class FaissIndex(Protocol):
+    """The part of ``faiss.Index`` that is used here; N vectors, D dimensions, Q queries, k hits."""
+
+    d: int
+    ntotal: int
+
+    def train(self, x: NDArray[np.float32]) -> None: ...  # noqa: D102
+    def add(self, x: NDArray[np.float32]) -> None: ...  # noqa: D102
+    def search(self, x: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return raw scores and row numbers, ``(Q, k)`` each; -1 where there are fewer rows."""
 
 
 @dataclass(frozen=True)
 class IndexMetric:
-    """A metric as an index knows it: what is done to a vector before it is stored or sought, and what a score means.
+    """How an index realises a metric: how vectors are prepared, and what a score means.
 
-    Inner products of what `prepare` returns are cosines (``cosine``: scaled to length 1) or Pearson's correlations
-    (``correlation``: centred, then scaled), so an index of inner products ranks exactly as
-    `difftap.retrieval.distances` does. A vector without direction becomes zeros: its similarity to everything is 0.
-    ``dcor`` has no such vectors of a size that could be stored (there are D (D + 1) / 2 of them) and is refused;
-    ``manhattan`` is known to flat indexes alone.
+    The inner product of two prepared vectors is their cosine (``cosine``: scaled to length 1) or Pearson's correlation
+    (``correlation``: centred, then scaled). So an index of inner products ranks exactly like
+    `difftap.retrieval.distances`. A vector without direction becomes zeros, and its similarity to everything is 0.
+    ``dcor`` is refused: its prepared vectors would have D (D + 1) / 2 numbers. ``manhattan`` works in flat indexes
+    only.
 
     Attributes:
         metric: one of `INDEXED`.
+
+    Raises:
+        InputError: another metric.
     """
 
     metric: str = "correlation"
@@ -81,7 +99,7 @@ class IndexMetric:
 
     @property
     def higher_is_nearer(self) -> bool:
-        """Direction of the score: a similarity rises with nearness, a distance falls."""
+        """Whether a higher score is nearer (a similarity) or a lower one (a distance)."""
         return self.product == "ip"
 
     @property
@@ -90,11 +108,11 @@ class IndexMetric:
         words = {"cosine": "cosine", "correlation": "Pearson's correlation"}.get(self.metric, f"{self.metric} distance")
         return f"{words}; {'higher' if self.higher_is_nearer else 'lower'} is nearer"
 
-    def prepare(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
-        """Vectors ``(N, D)`` as the index stores them, float32.
+    def prepare(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Prepare vectors ``(N, D)`` as the index stores and compares them.
 
         Raises:
-            InputError: they are not finite, or no such array.
+            InputError: they are not finite, or are no array ``(N, D)`` of floating-point numbers.
         """
         part = np.asarray(vectors)
         if part.ndim != 2 or not np.issubdtype(part.dtype, np.floating):
@@ -108,18 +126,20 @@ class IndexMetric:
         if self.metric == "correlation":
             flat = np.ptp(part, axis=1) == 0
             part = part - part.mean(axis=1, keepdims=True, dtype=np.float64).astype(part.dtype)
-            part[flat] = 0.0  # the mean of equal numbers need not be that number
+            part[flat] = 0.0  # by rounding, the mean of equal numbers may differ from them
+        # Divide by the largest number first, because the squares of tiny numbers would be 0.
         largest = np.abs(part).max(axis=1, keepdims=True, initial=0.0)
-        part = np.divide(part, largest, out=np.zeros_like(part), where=largest > 0)  # squares of tiny ones would vanish
+        part = np.divide(part, largest, out=np.zeros_like(part), where=largest > 0)
         length = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))[:, None].astype(part.dtype)
         part = np.divide(part, length, out=part, where=length > 0)
         return np.ascontiguousarray(part, np.float32)
 
     def score(self, raw: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Turn what the index returned into a score: a similarity of -1 to 1, or a distance."""
+        """Turn raw scores of the index into a similarity from -1 to 1, or a distance."""
         values = raw.astype(np.float64)
         if self.product == "ip":
-            return np.clip(values, -1.0, 1.0)
+            return np.clip(values, -1.0, 1.0)  # rounding may exceed 1
+        # FAISS gives squared lengths for l2, which rounding may make negative.
         return np.asarray(np.sqrt(np.maximum(values, 0.0)) if self.product == "l2" else values)
 
 
@@ -127,12 +147,13 @@ _FAISS = re.compile(r"faiss-(cpu|gpu(-.*)?)$")
 
 
 def faiss_clash(names: Iterable[str] | None = None) -> str | None:
-    """Say what is wrong with the FAISS distributions installed; None if nothing is.
+    """Describe a clash of installed FAISS distributions; None if there is none.
 
-    milvus-lite depends on faiss-cpu, so the extra ``milvus`` beside a GPU build overwrites that build's files.
+    milvus-lite depends on faiss-cpu, so installing the extra ``milvus`` beside a GPU build overwrites that build's
+    files.
 
     Args:
-        names: names of the distributions installed; those of this environment by default.
+        names: names of the installed distributions; by default those of this environment.
 
     >>> faiss_clash(["numpy", "faiss-cpu"]) is None
     True
@@ -155,20 +176,15 @@ def faiss_clash(names: Iterable[str] | None = None) -> str | None:
 KINDS = ("flat", "ivf", "ivf-pq", "hnsw")
 
 FLAT_BYTES = 256 << 20
-
-"""Up to this many bytes of vectors a flat index is chosen: a query then takes some hundredths of a second."""
+"""Up to so many bytes of vectors, a flat index is chosen: a query then takes a few hundredths of a second."""
 
 IVF_BYTES = 2 << 30
+"""Up to so many bytes of vectors, an index of whole vectors is chosen; above it, one of codes, to save memory."""
 
-"""Up to this many bytes an index of whole vectors is chosen, and beyond it one of codes."""
-
-_SAMPLE_PER_LIST = 64
-
-_SAMPLE_LEAST = 256 * 64  # for the 256 centroids of a code
-
-_LINKS = 32  # of a vector in the graph
-
-_FURTHEST = 1024
+_SAMPLE_PER_LIST = 64  # training vectors per centroid of a list
+_SAMPLE_LEAST = 256 * 64  # as many per centroid of a code, of which there are 256
+_LINKS = 32  # neighbours of a vector in the graph of hnsw
+_FURTHEST = 1024  # candidates that a search of a graph may keep at most
 
 
 @dataclass(frozen=True)
@@ -178,12 +194,15 @@ class IndexPlan:
     Attributes:
         kind: one of `KINDS`.
         space: the metric.
-        lists: of ivf and ivf-pq; about the square root of N by default.
+        lists: number of lists (ivf, ivf-pq); by default about the square root of N.
         codes: bytes of a vector's code (ivf-pq); a divisor of D, by default the largest up to D / 8.
-        refine: ivf-pq also keeps 8-bit vectors, and ranks the best candidates by them.
-        recall: recall@10 to reach where effort can: ivf, ivf-pq and hnsw search as far as this takes.
-        seed: of the training sample and the queries held out.
+        refine: keep 8-bit vectors too, and rank the best candidates by them (ivf-pq).
+        recall: the recall@10 to reach (ivf, ivf-pq, hnsw); the search effort is set so that it does, if it can.
+        seed: seed of the training sample and of the held-out queries.
         gpu: train and search on the GPU.
+
+    Raises:
+        InputError: values that are not allowed, or not together.
     """
 
     kind: str
@@ -211,28 +230,28 @@ class IndexPlan:
 
 
 def choose_kind(count: int, width: int, space: IndexMetric) -> str:
-    """Choose the kind for N vectors of D dimensions: exact while that is fast, codes where memory would fill."""
+    """Choose the kind for N vectors of D dimensions: exact if that is fast, codes if the vectors would fill memory."""
     size = 4 * count * width
     if size <= FLAT_BYTES or space.product == "l1":
         return "flat"
     return "ivf" if size <= IVF_BYTES else "ivf-pq"
 
 
-def load_faiss(why: str) -> Any:
-    """FAISS, whichever distribution is installed.
+def load_faiss(why: str) -> ModuleType:
+    """Import FAISS from the distribution that is installed; ``why`` is the subject of the error's sentence.
 
     Raises:
-        MissingExtraError: none is; the message holds the pip line.
+        MissingExtraError: none is installed; the message holds the pip line.
     """
     return require("faiss", "index", why)
 
 
-def _product(faiss: Any, space: IndexMetric) -> int:
+def _product(faiss: ModuleType, space: IndexMetric) -> int:
     return int({"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1}[space.product])
 
 
 def sample_size(plan: IndexPlan, count: int) -> int:
-    """How many vectors the training reads; 0 where nothing is trained."""
+    """Give the number of vectors that the training reads; 0 if nothing is trained."""
     if plan.kind in ("flat", "hnsw"):
         return 0
     least = _SAMPLE_LEAST if plan.kind == "ivf-pq" else 0
@@ -240,15 +259,15 @@ def sample_size(plan: IndexPlan, count: int) -> int:
 
 
 def list_count(plan: IndexPlan, count: int) -> int:
-    """Count the lists of an ivf or ivf-pq index: as asked for, or the power of 2 nearest to the square root of N."""
+    """Give the number of lists (ivf, ivf-pq): the plan's, or the power of 2 nearest to the square root of N."""
     return plan.lists or max(1, 2 ** round(math.log2(max(1.0, math.sqrt(count)))))
 
 
 def code_bytes(plan: IndexPlan, width: int) -> int:
-    """Bytes of a vector's code.
+    """Give the bytes of a vector's code: the plan's, or the largest divisor of the width up to an eighth of it.
 
     Raises:
-        InputError: what was asked for does not divide the width.
+        InputError: the plan's number does not divide the width.
     """
     if plan.codes is not None:
         if plan.codes < 1 or width % plan.codes:
@@ -257,27 +276,30 @@ def code_bytes(plan: IndexPlan, width: int) -> int:
     return max(d for d in range(1, max(1, width // 8) + 1) if width % d == 0)
 
 
-def make(plan: IndexPlan, count: int, width: int, sample: Callable[[int], NDArray[np.float32]]) -> Any:
-    """Make an empty FAISS index, trained.
+def make(plan: IndexPlan, count: int, width: int, sample: Callable[[int], NDArray[np.float32]]) -> FaissIndex:
+    """Make an empty FAISS index and train it.
 
     Args:
-        plan: how.
-        count: of the vectors that will be added.
+        plan: how to make it.
+        count: number of vectors that will be added.
         width: D.
-        sample: from a number to that many prepared vectors ``(n, D)`` to train on.
+        sample: gives as many prepared vectors ``(n, D)`` as asked, to train on.
 
     Raises:
-        InputError: too few vectors, or codes that do not fit.
+        InputError: there are too few vectors, or the codes do not divide the width.
         BackendError: FAISS refuses, or there is no GPU.
     """
     faiss = load_faiss("an index")
     product = _product(faiss, plan.space)
+    empty: FaissIndex
     if plan.kind == "flat":
-        return faiss.IndexFlat(width, product)
+        empty = faiss.IndexFlat(width, product)
+        return empty
     if plan.kind == "hnsw":
         graph = faiss.IndexHNSWFlat(width, _LINKS, product)
         graph.hnsw.efConstruction = 100
-        return graph
+        empty = graph
+        return empty
     lists, wanted = list_count(plan, count), sample_size(plan, count)
     vectors = sample(wanted)
     if len(vectors) < lists:
@@ -291,9 +313,10 @@ def make(plan: IndexPlan, count: int, width: int, sample: Callable[[int], NDArra
         index = faiss.IndexIVFPQ(quantizer, width, lists, code_bytes(plan, width), 8, product)
         index.pq.cp.min_points_per_centroid = 1
         index.pq.cp.seed = 1 + plan.seed
+    # The index, not Python, must free the quantizer, which would otherwise be freed at the end of this function.
     index.own_fields = True
     quantizer.this.disown()
-    index.cp.min_points_per_centroid = 1  # or FAISS prints warnings past us
+    index.cp.min_points_per_centroid = 1  # else FAISS prints warnings to stderr
     index.cp.seed = 1 + plan.seed
     if plan.refine:
         exact = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, product)
@@ -301,24 +324,26 @@ def make(plan: IndexPlan, count: int, width: int, sample: Callable[[int], NDArra
         whole.own_fields = whole.own_refine_index = True
         index.this.disown()
         exact.this.disown()
-        whole.k_factor = 8.0
+        whole.k_factor = 8.0  # candidates per hit that are ranked again
         index = whole
     try:
         if not plan.gpu:
             index.train(vectors)
-            return index
-        moved = to_gpu(index)
-        moved.train(vectors)
-        return faiss.index_gpu_to_cpu(moved)
+            empty = index
+        else:
+            moved = to_gpu(index)
+            moved.train(vectors)
+            empty = faiss.index_gpu_to_cpu(moved)
+        return empty
     except RuntimeError as error:
         raise BackendError(f"FAISS cannot train this index: {first_line(error)}") from error
 
 
-def to_gpu(index: Any) -> Any:
+def to_gpu(index: FaissIndex) -> FaissIndex:
     """Copy an index to the first GPU.
 
     Raises:
-        BackendError: this FAISS knows no GPU, sees none, or has no such index there.
+        BackendError: this FAISS has no GPU support, sees no GPU, or cannot hold this index there.
     """
     faiss = load_faiss("an index on a GPU")
     if not hasattr(faiss, "StandardGpuResources"):
@@ -326,9 +351,10 @@ def to_gpu(index: Any) -> Any:
     if faiss.get_num_gpus() < 1:
         raise BackendError("FAISS sees no GPU here; leave --gpu out")
     options = faiss.GpuClonerOptions()
-    options.useFloat16 = True  # lookup tables of long codes fit the GPU's shared memory only so
+    options.useFloat16 = True  # in float32, the lookup tables of long codes exceed the GPU's shared memory
     try:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+        copied: FaissIndex = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+        return copied
     except RuntimeError as error:
         raise BackendError(
             f"FAISS cannot hold this index on the GPU ({first_line(error)}); with ivf-pq, it allows --codes 1, 2, 3, "
@@ -336,8 +362,8 @@ def to_gpu(index: Any) -> Any:
         ) from error
 
 
-def efforts(index: Any) -> Iterator[int]:
-    """How far a search may go, from little to much: lists read, or candidates kept; nothing for a flat index."""
+def efforts(index: FaissIndex) -> Iterator[int]:
+    """Yield search efforts from small to large: lists to read, or candidates to keep; none for a flat index."""
     faiss = load_faiss("an index")
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
@@ -346,7 +372,7 @@ def efforts(index: Any) -> Iterator[int]:
 
 
 def steps(kind: str, lists: int | None) -> Iterator[int]:
-    """Efforts worth trying for a kind of index: doubling, up to all lists, or half of many."""
+    """Yield the efforts to try for a kind of index: doubling up to all lists, or to half of them if they are many."""
     if kind == "flat":
         return
     effort, most = (16, _FURTHEST) if lists is None else (1, lists if lists <= 256 else lists // 2)
@@ -356,8 +382,8 @@ def steps(kind: str, lists: int | None) -> Iterator[int]:
     yield most
 
 
-def set_effort(index: Any, effort: int | None) -> None:
-    """Let searches go as far as one of `efforts`; None leaves an index that has no such thing."""
+def set_effort(index: FaissIndex, effort: int | None) -> None:
+    """Set the search effort, one of `efforts`; None changes nothing, for a flat index."""
     if effort is None:
         return
     faiss = load_faiss("an index")
@@ -371,9 +397,17 @@ def set_effort(index: Any, effort: int | None) -> None:
 def tune(
     steps: Iterable[int], use: Callable[[int], None], measure: Callable[[], float], target: float
 ) -> tuple[int | None, float]:
-    """Find the least effort that reaches a recall, and the recall measured there; None if there are no steps.
+    """Find the least effort that reaches a recall, and leave it set.
 
-    Where no effort reaches it, the least that comes within 0.005 of the best.
+    Args:
+        steps: the efforts, from small to large.
+        use: sets an effort.
+        measure: measures the recall at the effort that is set.
+        target: the recall to reach.
+
+    Returns:
+        the effort and its recall. If no effort reaches the target, the least effort whose recall is within 0.005 of the
+        best. The effort is None if there are no steps.
     """
     found: list[tuple[int, float]] = []
     for effort in steps:

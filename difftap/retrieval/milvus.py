@@ -1,9 +1,9 @@
-"""The same index in Milvus: a milvus-lite file, or a server that many machines share.
+"""An index in Milvus: a milvus-lite file, or a server that many machines share.
 
-Two collections make one index. ``NAME`` has a single row that says what the index is and which collection holds its
-vectors; that row is replaced in one step, after all that it speaks of is there. So a build that was interrupted leaves
-the index as it was, and rows of an interrupted ``add``, whose numbers lie beyond the count, are never read and are
-removed by the next one.
+Two collections make one index. The collection ``NAME`` has a single row, which describes the index and names the
+collection of its vectors. That row is replaced in one step, after everything it describes is there. So an interrupted
+build leaves the old index. Rows of an interrupted ``add`` have numbers beyond the count; they are never read, and the
+next ``add`` removes them.
 """
 
 from __future__ import annotations
@@ -16,30 +16,38 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError, OutputError, first_line, require
 from difftap.retrieval.builder import NEIGHBOURS, IndexOptions, held_out, plan_for, spool
 from difftap.retrieval.index import Index, IndexInfo, Rows, VectorBatch, VectorOrigin
 from difftap.retrieval.kinds import IndexPlan, code_bytes, list_count, steps, tune
 from difftap.retrieval.quality import exact_neighbours, recall, without_self
 
+if TYPE_CHECKING:
+    from pymilvus import CollectionSchema, DataType, MilvusClient
+
 __all__ = ["MilvusIndex", "build_milvus"]
 
 _KINDS = {"flat": "FLAT", "ivf": "IVF_FLAT", "ivf-pq": "IVF_PQ", "hnsw": "HNSW"}
-_NOWHERE = -1e6  # of a row without a position: Milvus has no NaN
-_INSERT = 500  # rows of a message: 2.5 MB at 1280 dimensions, where a server takes 64
-_PAGE = 4096
-_MOST = 16384  # hits that Milvus gives at most
-_TEXT = 65535
+_NOWHERE = -1e6  # x and y of a row without a position: Milvus has no NaN
+_INSERT = 500  # rows of a message: 2.5 MB at 1280 dimensions; a server takes up to 64 MB
+_PAGE = 4096  # rows read or prepared at once
+_MOST = 16384  # Milvus gives at most so many hits
+_TEXT = 65535  # bytes of the longest text that Milvus can hold
 
 
 @contextlib.contextmanager
 def _complaints(where: str) -> Iterator[None]:
-    """Turn what Milvus raises into one clear line."""
+    """Turn an error of Milvus into one clear line.
+
+    Raises:
+        BackendError: replaces any MilvusException of the body.
+    """
     failure: type[Exception] = require("pymilvus.exceptions", "milvus", "an index in Milvus").MilvusException
     try:
         yield
@@ -48,16 +56,16 @@ def _complaints(where: str) -> Iterator[None]:
         raise BackendError(f"Milvus at '{where}' fails: {first_line(Exception(text))}") from error
 
 
-def _connect(where: str) -> Any:
+def _connect(where: str) -> MilvusClient:
     pymilvus = require("pymilvus", "milvus", "an index in Milvus")
     if where.endswith(".db") and "://" not in where:
         require("milvus_lite", "milvus", "an index in a milvus-lite file")
-        # Its server lacks calls that the client tries and does without; each would be logged with a traceback. What
-        # keeps it from starting is said below, in one line.
+        # The client tries calls that this small server lacks, and works without them; each would be logged with a
+        # traceback. If the server cannot start, the error below says why.
         for chatty in ("grpc._server", "milvus_lite"):
             logging.getLogger(chatty).setLevel(logging.CRITICAL)
-        if Path(where).is_file():  # its own is a folder
-            raise InputError(f"'{where}' is no milvus-lite index, but a file; give another name")
+        if Path(where).is_file():  # milvus-lite makes a folder
+            raise InputError(f"'{where}' is a file, not a milvus-lite index; give another name")
         if not Path(where).absolute().parent.is_dir():
             raise OutputError(f"cannot write '{where}': its folder does not exist; make it first")
     try:
@@ -70,9 +78,9 @@ def _connect(where: str) -> Any:
 
 
 class MilvusIndex(Index):
-    """An index in Milvus, open; see `Index`."""
+    """An open index in Milvus; see `Index`."""
 
-    def __init__(self, where: str, name: str, client: Any, about: IndexInfo, vectors: str) -> None:
+    def __init__(self, where: str, name: str, client: MilvusClient, about: IndexInfo, vectors: str) -> None:
         self.where, self.about = where, about
         self._name, self._client, self._vectors = name, client, vectors
         self._effort: int | None = about.report.get("effort")
@@ -83,7 +91,7 @@ class MilvusIndex(Index):
 
         Raises:
             InputError: there is none of that name.
-            ArtefactError: it is none of ours, or not whole.
+            ArtefactError: the collection is no index of difftap's, or its vectors are missing.
             BackendError: Milvus cannot be reached, or fails.
             MissingExtraError: pymilvus or milvus-lite is not installed.
         """
@@ -110,7 +118,7 @@ class MilvusIndex(Index):
         names = {"ivf": "nprobe", "ivf-pq": "nprobe", "hnsw": "ef"}
         params: dict[str, int] = {}
         if self._effort is not None:
-            # A graph's list of candidates must be as long as what is asked for.
+            # Milvus requires a graph's list of candidates to hold at least k.
             params = {names[self.about.kind]: max(self._effort, k) if self.about.kind == "hnsw" else self._effort}
         rows = np.full((len(queries), k), -1, np.int64)
         raw = np.zeros((len(queries), k), np.float32)
@@ -138,7 +146,7 @@ class MilvusIndex(Index):
 
     def _fetch(self, rows: NDArray[np.int64]) -> Rows:
         names = ["class", "image", "instance", "box", "x", "y"]
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, JsonObject] = {}
         wanted = np.unique(rows).tolist()
         for start in range(0, len(wanted), _PAGE):
             part = wanted[start : start + _PAGE]
@@ -155,15 +163,15 @@ class MilvusIndex(Index):
         return Rows(classes, images, instances, x, y, boxes)
 
     def add(self, batches: Iterable[VectorBatch]) -> int:
-        """See `Index.add`: until all are there, nobody reads them.
+        """See `Index.add`. Until all vectors are there, none of them is found.
 
-        Milvus holds no lock, so one process at a time may add. Where another did meanwhile, that is seen and refused,
-        except in the instant between the last look and the row that makes the new vectors count.
+        Milvus has no locks, so only one process at a time may add. Rows that another process added meanwhile are
+        detected and refused, except in the moment between the last check and the write of the index's description.
         """
         start = self.about.count
         self._unchanged()
         with _complaints(self.where):
-            self._client.delete(self._vectors, filter=f"id >= {start}")
+            self._client.delete(self._vectors, filter=f"id >= {start}")  # left by an add that was interrupted
         count = start
         for batch in batches:
             self._insert(count, self.about.space.prepare(batch.vectors), batch.rows)
@@ -173,10 +181,10 @@ class MilvusIndex(Index):
         return count - start
 
     def _unchanged(self, count: int | None = None) -> None:
-        """Make sure that nobody else changed the index, and that it holds so many rows, if it is said.
+        """Check that no other process changed the index, and that it holds ``count`` rows, if that is given.
 
         Raises:
-            InputError: somebody did.
+            InputError: another process changed it.
         """
         with _complaints(self.where):
             about, vectors = _read_about(self._client, self._name, self.where)
@@ -209,23 +217,23 @@ class MilvusIndex(Index):
                 self._client.insert(self._vectors, data)
 
     def _commit(self, about: IndexInfo) -> None:
-        """Make what was inserted count."""
+        """Replace the index's description; from then on, the inserted vectors are found."""
         text = json.dumps({"about": about.to_dict(), "vectors": self._vectors}, sort_keys=True)
         if len(text.encode()) > _TEXT:
-            raise InputError(f"what the index would say of itself takes {len(text)} bytes; Milvus allows {_TEXT}")
+            raise InputError(f"the description of the index takes {len(text)} bytes; Milvus allows {_TEXT}")
         with _complaints(self.where):
-            self._client.flush(self._vectors)
+            self._client.flush(self._vectors)  # first: the description must not count vectors that may be lost
             self._client.upsert(self._name, [{"id": 0, "vector": [0.0, 0.0], "about": text}])
             self._client.flush(self._name)
         self.about = about
 
     def close(self) -> None:
         """See `Index.close`."""
-        with contextlib.suppress(Exception):  # nothing is lost if a connection does not close well
+        with contextlib.suppress(Exception):  # everything is saved already, so a failure to close loses nothing
             self._client.close()
 
 
-def _read_about(client: Any, name: str, where: str) -> tuple[IndexInfo, str]:
+def _read_about(client: MilvusClient, name: str, where: str) -> tuple[IndexInfo, str]:
     try:
         client.load_collection(name)
         (row,) = client.query(name, ids=[0], output_fields=["about"])
@@ -235,12 +243,12 @@ def _read_about(client: Any, name: str, where: str) -> tuple[IndexInfo, str]:
         raise ArtefactError(f"collection '{name}' at '{where}' is no index of difftap's ({error!r})") from error
 
 
-def _field(schema: Any, name: str, kind: Any, **options: Any) -> None:
+def _field(schema: CollectionSchema, name: str, kind: DataType, **options: int) -> None:
     schema.add_field(name, kind, **options)
 
 
-def _make_collections(client: Any, name: str, vectors: str, plan: IndexPlan, count: int, width: int) -> None:
-    """Find the collection of the vectors, and that of the index's name, if it is not there."""
+def _make_collections(client: MilvusClient, name: str, vectors: str, plan: IndexPlan, count: int, width: int) -> None:
+    """Make the collection of the vectors; make the collection of the index's name too, if it does not exist."""
     types = require("pymilvus", "milvus", "an index in Milvus").DataType
     product = "IP" if plan.space.product == "ip" else "L2"
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -250,7 +258,7 @@ def _make_collections(client: Any, name: str, vectors: str, plan: IndexPlan, cou
         _field(schema, text, types.VARCHAR, max_length=4096)
     for place in ("x", "y"):
         _field(schema, place, types.FLOAT)
-    shape: dict[str, Any] = {}
+    shape: dict[str, int] = {}
     if plan.kind.startswith("ivf"):
         shape = {"nlist": list_count(plan, count)}
     if plan.kind == "ivf-pq":
@@ -259,12 +267,13 @@ def _make_collections(client: Any, name: str, vectors: str, plan: IndexPlan, cou
         shape = {"M": 32, "efConstruction": 100}
     index = client.prepare_index_params()
     index.add_index("vector", index_type=_KINDS[plan.kind], metric_type=product, params=shape)
+    # Strong: a search must see all rows that were inserted before it.
     client.create_collection(vectors, schema=schema, index_params=index, consistency_level="Strong")
     if client.has_collection(name):
         return
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     _field(schema, "id", types.INT64, is_primary=True)
-    _field(schema, "vector", types.FLOAT_VECTOR, dim=2)  # Milvus has no collection without one
+    _field(schema, "vector", types.FLOAT_VECTOR, dim=2)  # not used, but Milvus wants a vector in every collection
     _field(schema, "about", types.VARCHAR, max_length=_TEXT)
     index = client.prepare_index_params()
     index.add_index("vector", index_type="FLAT", metric_type="L2")
@@ -282,16 +291,24 @@ def build_milvus(
 ) -> MilvusIndex:
     """Build an index in Milvus and open it.
 
-    The vectors are spooled to a temporary file first, so that the kind can be chosen by their number.
+    The vectors are written to a temporary file first, so that the kind can be chosen by their number.
+
+    Args:
+        where: a server's address or a milvus-lite file.
+        origin: what decides the vectors.
+        batches: the vectors and their rows.
+        options: the user's choices.
+        overwrite: replace an index of that name, once the new one is whole.
+        name: the index's name.
 
     Raises:
-        OutputError: an index of that name is there.
-        InputError: nothing to index, or options that do not fit it or Milvus.
+        OutputError: an index of that name exists and ``overwrite`` is not set.
+        InputError: there is nothing to index, or the options do not fit the vectors or Milvus.
         BackendError: Milvus cannot be reached, or fails.
         MissingExtraError: pymilvus or milvus-lite is not installed.
     """
     if options.metric == "manhattan" or options.refine or options.gpu:
-        raise InputError("Milvus has no manhattan, and --refine and --gpu are FAISS' own; leave them out")
+        raise InputError("Milvus has no manhattan, and --refine and --gpu are for FAISS only; leave them out")
     client = _connect(where)
     try:
         with _complaints(where):
@@ -303,7 +320,7 @@ def build_milvus(
                         f"Milvus at '{where}' holds an index '{name}' already; add to it with 'difftap index add', "
                         "or --overwrite it"
                     )
-            for stale in client.list_collections():  # of builds that were interrupted
+            for stale in client.list_collections():  # left by builds that were interrupted
                 if stale.startswith(f"{name}_v_") and stale != old:
                     client.drop_collection(stale)
         with tempfile.TemporaryDirectory(prefix="difftap-") as scratch:
@@ -318,8 +335,8 @@ def build_milvus(
         raise
 
 
-def _old_vectors(client: Any, name: str, where: str) -> str | None:
-    """Find the vectors' collection of the index that is there; None where a build was interrupted before it had any."""
+def _old_vectors(client: MilvusClient, name: str, where: str) -> str | None:
+    """Find the collection of the existing index's vectors; None if its first build was interrupted."""
     client.load_collection(name)
     if not client.query(name, ids=[0], output_fields=["id"]):
         return None
@@ -329,7 +346,7 @@ def _old_vectors(client: Any, name: str, where: str) -> str | None:
 def _fill(
     where: str,
     name: str,
-    client: Any,
+    client: MilvusClient,
     origin: VectorOrigin,
     vectors: NDArray[np.float32],
     rows: Rows,
@@ -341,7 +358,7 @@ def _fill(
     with _complaints(where):
         _make_collections(client, name, collection, plan, count, width)
         client.load_collection(collection)
-    report: dict[str, Any] = {"parameters": {"seed": plan.seed, "recall": plan.recall}, "effort": None}
+    report: JsonObject = {"parameters": {"seed": plan.seed, "recall": plan.recall}, "effort": None}
     about = IndexInfo(origin, options.metric, plan.kind, width, count, report)
     index = MilvusIndex(where, name, client, about, collection)
     for start in range(0, count, _PAGE):
@@ -349,6 +366,7 @@ def _fill(
         index._insert(start, plan.space.prepare(vectors[part]), rows.take(part))
     with _complaints(where):
         client.flush(collection)
+    # Fewer queries than for FAISS: each effort that is tried costs a message to the server.
     held = held_out(count, plan.seed)[:64] if plan.kind != "flat" else np.zeros(0, np.int64)
     effort, share = None, 1.0
     if len(held):

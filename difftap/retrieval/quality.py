@@ -1,7 +1,8 @@
-"""How well a search finds objects of the query's class in other images: recall, mean average precision, kNN classes.
+"""Measure how well a search finds objects of the query's class in other images.
 
-A query's hits are the rows of the index in the order of their score, less those of its own image (leave one image
-out). A row is relevant if it is of the query's class. Axis letters: Q queries; K hits; N rows.
+The figures are recall, mean average precision and the accuracy of a kNN classifier. A query's hits are the rows of the
+index in the order of their score, without those of its own image (leave one image out). A row is relevant if it has the
+query's class. Axis letters: Q queries; K hits; N rows.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.table import plain
 from difftap.errors import InputError
 from difftap.retrieval.distances import pairwise
@@ -33,18 +34,18 @@ __all__ = [
 ]
 
 
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 64 << 20  # float32 bytes of a block
 
 
-def prepared_blocks(vectors: NDArray[Any], space: IndexMetric) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Where each block of vectors starts, and the block prepared; the vectors may be memory-mapped."""
+def prepared_blocks(vectors: NDArray[np.floating], space: IndexMetric) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield vectors in prepared blocks, with the number of the first one; they may be memory-mapped."""
     step = max(1, _BLOCK_BYTES // (4 * vectors.shape[1]))
     for start in range(0, len(vectors), step):
         yield start, space.prepare(np.asarray(vectors[start : start + step]))
 
 
 class NearestSoFar:
-    """The K nearest of all blocks seen so far, for Q prepared queries ``(Q, D)``."""
+    """Keep the K nearest vectors of all blocks seen so far, for Q prepared queries ``(Q, D)``."""
 
     def __init__(self, queries: NDArray[np.float32], space: IndexMetric, k: int) -> None:
         self._queries = queries
@@ -54,11 +55,12 @@ class NearestSoFar:
         self._rows = np.zeros((len(queries), 0), np.int64)
 
     def see(self, start: int, block: NDArray[np.float32]) -> None:
-        """Look at prepared vectors whose first is number ``start``."""
+        """Compare the queries with a block of prepared vectors; ``start`` is the number of its first."""
         if not len(self._queries):
             return
         found = self._distances_to(block)
         few = min(self._k, len(block))
+        # Only the block's own K nearest can be among the K nearest of all, so no more than 2 K are ever sorted.
         rows = (
             np.argpartition(found, few - 1, axis=1)[:, :few]
             if few < len(block)
@@ -66,29 +68,30 @@ class NearestSoFar:
         )
         distances = np.concatenate([self._distances, np.take_along_axis(found, rows, axis=1)], axis=1)
         numbers = np.concatenate([self._rows, rows + start], axis=1)
-        best = np.argsort(distances, axis=1, kind="stable")[:, : self._k]
+        best = np.argsort(distances, axis=1, kind="stable")[:, : self._k]  # stable: of equals, the first seen
         self._distances = np.take_along_axis(distances, best, axis=1)
         self._rows = np.take_along_axis(numbers, best, axis=1)
 
     def _distances_to(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``(Q, B)``, smaller is nearer; rankings alone count."""
+        """Compute numbers ``(Q, B)`` that rank the block for each query; smaller is nearer."""
         if self._space.product == "l1":
             return pairwise(self._queries, block, metric="manhattan")
         products = self._queries @ block.T
         if self._space.product == "ip":
             return np.asarray(-products)
+        # |x - y|^2 without |x|^2, which is the same for all vectors of a query's ranking.
         return np.asarray(np.einsum("nd,nd->n", block, block) - 2.0 * products)
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """``(Q, K)`` numbers of vectors, nearest first."""
+        """Numbers of the vectors ``(Q, K)``, nearest first."""
         return self._rows
 
 
 def exact_neighbours(
-    vectors: NDArray[Any], queries: NDArray[np.float32], space: IndexMetric, k: int
+    vectors: NDArray[np.floating], queries: NDArray[np.float32], space: IndexMetric, k: int
 ) -> NDArray[np.int64]:
-    """Numbers ``(Q, K)`` of the nearest vectors to prepared queries, nearest first; every vector is looked at."""
+    """Find the numbers ``(Q, K)`` of the nearest vectors to prepared queries, nearest first, by comparing them all."""
     nearest = NearestSoFar(queries, space, k)
     for start, block in prepared_blocks(vectors, space):
         nearest.see(start, block)
@@ -96,7 +99,16 @@ def exact_neighbours(
 
 
 def without_self(found: NDArray[np.int64], own: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """Keep the first K of each row of ``found`` ``(Q, K + 1)`` that are not the query's own ``(Q,)``; -1 at the end."""
+    """Remove each query's own number from its hits.
+
+    Args:
+        found: ``(Q, K + 1)``, nearest first.
+        own: ``(Q,)``, the queries' own numbers.
+        k: K.
+
+    Returns:
+        ``(Q, K)``, in the same order; -1 where there are fewer.
+    """
     others = found != own[:, None]
     order = np.argsort(~others, axis=1, kind="stable")[:, :k]
     kept = np.take_along_axis(found, order, axis=1)
@@ -104,7 +116,7 @@ def without_self(found: NDArray[np.int64], own: NDArray[np.int64], k: int) -> ND
 
 
 def recall(found: NDArray[np.int64], true: NDArray[np.int64]) -> float:
-    """Mean share of the exact neighbours ``(Q, K)`` that were found; -1 stands for none on either side."""
+    """Compute the share of the exact neighbours ``true`` ``(Q, K)`` that are in ``found`` ``(Q, K)``; -1 is no hit."""
     wanted = true >= 0
     hits = (true[:, :, None] == found[:, None, :]).any(axis=2) & wanted
     return float(hits.sum() / max(1, wanted.sum()))
@@ -112,14 +124,14 @@ def recall(found: NDArray[np.int64], true: NDArray[np.int64]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class QueryFigures:
-    """Figures of Q queries that have something to find.
+    """Figures of the Q queries that have a relevant row in another image.
 
     Attributes:
         classes: ``(Q,)`` str.
         found: ``(Q, len(ks))``, whether a relevant row is among the first k hits.
-        precision: ``(Q,)``, average precision over the hits looked at.
-        voted: ``(Q,)``, whether the nearest hits' vote gives the query's class.
-        skipped: queries without a relevant row in another image.
+        precision: ``(Q,)``, average precision over the hits judged.
+        voted: ``(Q,)``, whether the vote of the nearest hits gives the query's class.
+        skipped: number of queries without a relevant row in another image.
     """
 
     classes: NDArray[np.str_]
@@ -131,16 +143,16 @@ class QueryFigures:
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over queries, overall and by class.
+    """Means over queries, overall and by class. All figures are fractions, 0 to 1.
 
     Attributes:
-        queries: number with something to find.
-        skipped: number without.
-        recall: by k: share of queries with a relevant row among the first k hits.
+        queries: number of queries with a relevant row in another image.
+        skipped: number of queries without one.
+        recall: k -> share of queries with a relevant row among the first k hits.
         mean_average_precision: see `judge`.
         accuracy: share of queries whose class the vote gives.
-        class_means: the same three, as means of the classes' means.
-        by_class: the same three and the number of queries, by class.
+        class_means: the same three figures, averaged over classes.
+        by_class: the same three figures and the number of queries, for each class.
     """
 
     queries: int
@@ -148,12 +160,12 @@ class Quality:
     recall: dict[int, float]
     mean_average_precision: float
     accuracy: float
-    class_means: dict[str, Any]
-    by_class: dict[str, dict[str, Any]]
+    class_means: JsonObject
+    by_class: dict[str, JsonObject]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: NaN becomes None."""
-        cleaned: dict[str, Any] = plain(asdict(self))
+    def to_dict(self) -> JsonObject:
+        """Give plain data for JSON; NaN becomes None."""
+        cleaned: JsonObject = plain(asdict(self))
         return cleaned
 
 
@@ -168,18 +180,22 @@ def judge(
     neighbours: int = 5,
     depth: int,
 ) -> QueryFigures:
-    """Judge some queries' hits.
+    """Judge the hits of some queries.
 
     Args:
-        hits: ``(Q, K)`` rows, nearest first, -1 for none; those of the query's own image may be among them.
+        hits: ``(Q, K)`` rows of the index, nearest first, -1 for none; rows of the query's own image may be among them.
         query_classes: ``(Q,)``.
         query_images: ``(Q,)``.
-        row_classes: ``(N,)``, of the index.
-        row_images: ``(N,)``.
-        ks: of recall@k.
-        neighbours: hits that vote, a vote each; of the classes with most votes, the one with the nearest hit wins.
-        depth: hits looked at, own image left out. Average precision is the sum of the precisions at the relevant hits
-            among them, over the number of relevant rows or the depth, whichever is less.
+        row_classes: ``(N,)``, classes of the index's rows.
+        row_images: ``(N,)``, their images.
+        ks: the values k of recall@k.
+        neighbours: number of nearest hits that vote for a class, each with one vote. If several classes have the most
+            votes, the one with the nearest hit wins.
+        depth: number of hits to judge, without those of the own image. Average precision is the sum of the precisions
+            at the relevant hits among them, divided by the number of relevant rows or by the depth, if that is less.
+
+    Raises:
+        InputError: a number is below 1 or above the depth.
     """
     if min((*ks, neighbours, depth)) < 1 or max((*ks, neighbours)) > depth:
         raise InputError(f"k is {list(ks)}, neighbours {neighbours}, depth {depth}; allowed: 1 up to the depth")
@@ -212,7 +228,7 @@ def judge(
 
 
 def vote(classes: NDArray[np.str_]) -> str | None:
-    """Find the class that most of the hits have; of several, the one whose nearest hit comes first. None without hits.
+    """Find the class that most hits have; if several do, the one whose nearest hit comes first. None without hits.
 
     >>> vote(np.array(["cat", "dog", "dog", "cat", "cow"]))
     'cat'
@@ -224,7 +240,7 @@ def vote(classes: NDArray[np.str_]) -> str | None:
 
 
 def summarise(parts: Sequence[QueryFigures], ks: Sequence[int]) -> Quality:
-    """Means over all queries of some parts."""
+    """Average the figures of all queries of some parts."""
     classes = np.concatenate([part.classes for part in parts]) if parts else np.zeros(0, np.str_)
     found = np.concatenate([part.found for part in parts]) if parts else np.zeros((0, len(ks)), bool)
     precision = np.concatenate([part.precision for part in parts]) if parts else np.zeros(0)
@@ -244,7 +260,7 @@ def summarise(parts: Sequence[QueryFigures], ks: Sequence[int]) -> Quality:
 
 def _means(
     found: NDArray[np.bool_], precision: NDArray[np.float64], voted: NDArray[np.bool_], ks: Sequence[int]
-) -> dict[str, Any]:
+) -> JsonObject:
     return {
         "recall": {k: _mean(found[:, i].tolist()) for i, k in enumerate(ks)},
         "mean_average_precision": _mean(precision.tolist()),
@@ -253,4 +269,4 @@ def _means(
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+    return math.fsum(values) / len(values) if values else math.nan  # fsum: the same in any order of the values

@@ -1,16 +1,16 @@
-"""Queries: an image, with a mask or a point or as a whole, made into the vector that an index of its kind holds."""
+"""Queries: turn an image, or the part of it under a mask or at a point, into a vector like those of an index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.errors import InputError
 from difftap.features.provider import open_features, precision_of, precisions_agree
 from difftap.images import Image, load_image, read_mask
@@ -31,16 +31,16 @@ class Query:
     """Something to search for.
 
     Attributes:
-        image: the picture it is in; None for a table's row.
-        mask: bool ``(H, W)``, the part of the image that is meant.
-        about: what it is, as plain data.
-        key: the name of its image in the index, if it is there.
-        vector: float32 ``(D,)``, where it is known already.
+        image: the picture; None for a table's row.
+        mask: bool ``(H, W)``, the part of the image to search for; None for a table's row.
+        about: a description of the query, as plain data.
+        key: the name that its image has in an index, to leave out hits in the same image.
+        vector: float32 ``(D,)``, if it is known already; only a table's row has it.
     """
 
     image: Image | None
     mask: Mask | None
-    about: Mapping[str, Any]
+    about: JsonObject
     key: str
     vector: NDArray[np.float32] | None = None
 
@@ -50,17 +50,18 @@ def _name(image: Image) -> str:
 
 
 def image_query(image: Image) -> Query:
-    """Ask with the whole image."""
+    """Search for the whole image."""
     return Query(image, np.ones(image.pixels.shape[:2], bool), {"kind": "image", "image": image.path}, _name(image))
 
 
 def point_query(image: Image, x: float, y: float) -> Query:
-    """Ask with the cell at a point, in pixels of the image.
+    """Search for the cell at a point, in pixels of the image.
 
     Raises:
-        PointError: it lies outside.
+        PointError: the point lies outside the image.
     """
     check_inside([[x, y]], image.size, "the image")
+    # A mask of one pixel: the prototype of so small an object is the cell that holds it.
     mask = np.zeros(image.pixels.shape[:2], bool)
     height, width = image.pixels.shape[:2]
     mask[min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1)] = True
@@ -68,7 +69,7 @@ def point_query(image: Image, x: float, y: float) -> Query:
 
 
 def mask_query(image: Image, mask: Mask, path: Path) -> Query:
-    """Ask with the object under a mask.
+    """Search for the object under a mask.
 
     Raises:
         InputError: the mask is empty or of another size than the image.
@@ -84,10 +85,10 @@ def mask_query(image: Image, mask: Mask, path: Path) -> Query:
 
 
 def row_query(path: Path, number: int, origin: VectorOrigin) -> Query:
-    """Ask with a row of a table of prototypes, counted from 0.
+    """Search for a row of a table of prototypes, counted from 0.
 
     Raises:
-        InputError: the table is of another origin than the index, or has no such row.
+        InputError: the table has another origin than the index, or has no such row.
     """
     origin.check(table_origin(path), f"'{path}'")
     start = 0
@@ -108,20 +109,20 @@ def read_query(
     point: str | None = None,
     row: str | None = None,
 ) -> Callable[[VectorOrigin], Query]:
-    """Read what is searched for, and check it as far as that can be done before the index is open.
+    """Read a query, and check it as far as possible before the index is opened.
 
     Args:
-        image: its file.
-        mask: the object in it: a mask's file.
-        mask_value: the mask's value that means the object; None for any but 0.
-        point: the place in it, ``x,y`` in pixels.
-        row: ``TABLE:N``, a row of a table of prototypes, in place of an image.
+        image: the image's file.
+        mask: a mask's file; search for the object under it.
+        mask_value: the value in the mask that means the object; None for every value but 0.
+        point: search for the cell at this place, ``x,y`` in pixels.
+        row: search for a row of a table of prototypes, ``TABLE:N``, instead of an image.
 
     Returns:
-        what makes the query for an index of some origin.
+        a function that makes the query for an index of the given origin.
 
     Raises:
-        InputError: nothing is named, or it cannot be read.
+        InputError: nothing is given, or it cannot be read.
     """
     if row is not None:
         table, _, number = row.rpartition(":")
@@ -141,7 +142,7 @@ def read_query(
 
 
 Weights = Callable[[ModelReference], ModelReference]
-"""Says how an index's model is to be had: adds a revision or a seed to what the index knows of it."""
+"""Completes the reference to an index's model with the user's revision, seed or folder."""
 
 
 def open_pipeline(
@@ -151,18 +152,24 @@ def open_pipeline(
     features: str | None = None,
     weights: Weights = lambda known: known,
 ) -> Provider:
-    """Open the pipeline that makes vectors like an index's, from a feature store where one is named and has the image.
+    """Open a pipeline that makes vectors like those of an index.
+
+    Args:
+        origin: what decides the index's vectors.
+        runtime: where the pipeline runs.
+        features: a feature store; images that it holds are read from it.
+        weights: completes the reference to the model.
 
     Raises:
-        InputError: the model that is found, or the precision asked for, is not the one the index was made with.
+        InputError: the model or the precision is not the one that the index was made with.
         RecipeError: the store holds other features.
     """
     recipe = Recipe.from_dict(origin.recipe)
     recipe = replace(recipe, model=weights(recipe.model))
     if features is None:
-        _check_precision(runtime.precision, origin)  # before engines are made in vain
+        _check_precision(runtime.precision, origin)  # before opening, which may take minutes to make engines
     pipeline = open_features(recipe, features, runtime)
-    _check_precision(precision_of(pipeline.conditions), origin)  # of a store, no engine is open yet
+    _check_precision(precision_of(pipeline.conditions), origin)  # a store's precision is known only now
     found = str(pipeline.conditions["model"]["key"])
     if found != origin.model_key:
         name = pipeline.model.name
@@ -183,12 +190,15 @@ def _check_precision(precision: str, origin: VectorOrigin) -> None:
 
 
 def embed(query: Query, origin: VectorOrigin, pipeline: Provider) -> NDArray[np.float32]:
-    """Make the query's vector ``(D,)``: for prototypes as their builder makes them, for patches from the joined map."""
+    """Make the query's vector, float32 ``(D,)``.
+
+    For an index of prototypes, it is made as their builder makes them; for an index of patches, from the joined map.
+    """
     from difftap.prototypes import prototypes
 
     if query.vector is not None:
         return query.vector
-    assert query.image is not None and query.mask is not None  # noqa: S101 - only a row has none, and it has a vector
+    assert query.image is not None and query.mask is not None  # noqa: S101 - only a row lacks them; it has a vector
     (features,) = islice(pipeline.features([query.image]), 1)
     if origin.source == "patches":
         maps = [pipeline.join(features)]

@@ -1,15 +1,15 @@
-"""Indexes used: built, opened, searched and judged, wherever they lie."""
+"""Build, open, search and evaluate indexes, in a folder or in Milvus."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.errors import InputError
 from difftap.features.provider import open_features
@@ -20,7 +20,7 @@ from difftap.recipe import Recipe
 from difftap.retrieval.builder import IndexOptions, build_folder
 from difftap.retrieval.faiss_folder import FolderIndex, check_new
 from difftap.retrieval.index import Index, Rows, VectorBatch, VectorOrigin, is_milvus
-from difftap.retrieval.quality import Quality, judge, summarise, vote
+from difftap.retrieval.quality import Quality, QueryFigures, judge, summarise, vote
 from difftap.retrieval.queries import Query, Weights, embed, open_pipeline
 from difftap.retrieval.vectors import AlreadyIndexed, Patches, are_tables, list_images, open_tables, patch_batches
 
@@ -40,10 +40,10 @@ __all__ = [
 ]
 
 SCHEMA = 1
-"""Version of the JSON that searches and evaluations are written in; docs/index.md describes it."""
+"""Version of the JSON of searches and evaluations; docs/index.md describes it."""
 
 MOST_HITS = 10_000
-"""Hits that an evaluation looks at, unless told otherwise, where an index has more rows."""
+"""An evaluation judges at most so many hits per query, unless a depth is given."""
 
 
 def open_index(where: str, *, name: str = "difftap", gpu: bool = False) -> Index:
@@ -63,10 +63,10 @@ def open_index(where: str, *, name: str = "difftap", gpu: bool = False) -> Index
 
 
 def check_place(where: str, overwrite: bool) -> None:
-    """Make sure, before anything slow, that an index can be made there, as far as that can be told.
+    """Check that an index can be made in a folder, before any slow work. Milvus is checked later, by its builder.
 
     Raises:
-        OutputError: something else stands there.
+        OutputError: the folder holds something else.
     """
     if not is_milvus(where):
         check_new(Path(where), overwrite)
@@ -89,8 +89,8 @@ def build_index(
     return build_folder(Path(where), origin, batches, options, overwrite=overwrite)
 
 
-def describe(index: Index) -> dict[str, Any]:
-    """Say in an answer what is known of the index it comes from."""
+def describe(index: Index) -> JsonObject:
+    """Describe an index as plain data, for answers that come from it."""
     about = index.about
     return {
         "where": index.where,
@@ -110,7 +110,17 @@ def describe(index: Index) -> dict[str, Any]:
 
 
 def same_image(key: str, images: NDArray[np.str_]) -> NDArray[np.bool_]:
-    """Which of some images are the one of a key: equal, or one a path that ends in the other, its ending aside."""
+    """Tell which of some images are the same as that of a key.
+
+    They are the same if they are equal, or if one is a path that ends with the other; the file's ending does not count.
+
+    Args:
+        key: the name of an image; empty for none.
+        images: ``(N,)`` names of images.
+
+    Returns:
+        bool ``(N,)``.
+    """
     names: NDArray[np.bool_] = images == key
     if not key:
         return names
@@ -128,18 +138,21 @@ def _stem(key: str) -> str:
 
 def search_record(
     index: Index, vector: NDArray[np.float32], k: int, *, key: str = "", other_images: bool = False
-) -> dict[str, Any]:
-    """Find what is nearest to a vector ``(D,)``, as plain data: what a score means, the hits, the class they vote for.
+) -> JsonObject:
+    """Find the rows nearest to a vector.
 
     Args:
-        index: searched.
-        vector: not prepared.
-        k: hits.
-        key: the query's image.
+        index: the index.
+        vector: float32 ``(D,)``, not prepared.
+        k: number of hits.
+        key: the name of the query's image.
         other_images: leave out hits in the query's own image.
+
+    Returns:
+        plain data: the meaning of a score, the class that the hits vote for, and the hits.
     """
     wanted = k
-    while True:
+    while True:  # ask for more until k hits are left without those of the own image
         scores, rows = index.search(vector[None], wanted)
         found = rows[0] >= 0
         facts = index.facts(rows[0][found])
@@ -176,8 +189,8 @@ def _vectors(
     bar: ProgressBar,
     say: Callable[[str], None],
     known: AlreadyIndexed | None = None,
-) -> Iterator[tuple[Iterable[VectorBatch], dict[str, Any]]]:
-    """Open the vectors of some sources, less those that are known, made as an index's were, and their conditions."""
+) -> Iterator[tuple[Iterable[VectorBatch], JsonObject]]:
+    """Yield the vectors of some sources, made like those of an index and without those it has, and their conditions."""
     if are_tables(sources):
         theirs, batches = open_tables(sources)
         origin.check(theirs, ", ".join(f"'{source}'" for source in sources))
@@ -214,28 +227,28 @@ def index_sources(
     name: str = "difftap",
     bar: ProgressBar = no_bar,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+) -> tuple[JsonObject, list[tuple[str, str]]]:
     """Build an index of tables of prototypes, or of images' patch features.
 
     Args:
-        where: a folder, or a place of Milvus.
+        where: a folder, or an address of Milvus.
         sources: tables (.parquet), or images and folders of images.
-        options: of the index.
-        which: cells of images, and their classes.
-        recipe: makes images' features; tables bring their own.
-        runtime: where it runs.
-        features: a store that images' features are taken from where it has them.
-        overwrite: replace an index that stands there, once the new one is whole.
-        name: of the index, in Milvus.
+        options: the index's options.
+        which: the cells of images to index, and their classes.
+        recipe: makes the features of images; not used for tables.
+        runtime: where the recipe runs.
+        features: a feature store; images that it holds are read from it.
+        overwrite: replace an existing index, once the new one is whole.
+        name: the index's name in Milvus.
         bar: shows progress over images.
-        say: told of remarks.
+        say: called with remarks for the user.
 
     Returns:
-        what the index says of itself (`describe`), and path and reason of each image that failed.
+        the index's description (`describe`), and path and reason of each image that failed.
 
     Raises:
         InputError: the sources cannot be used.
-        OutputError: something else stands there.
+        OutputError: the folder holds something else, or an index and ``overwrite`` is not set.
     """
     check_place(where, overwrite)
     failures: list[tuple[str, str]] = []
@@ -265,24 +278,24 @@ def add_sources(
     bar: ProgressBar = no_bar,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[str, str]]:
-    """Add tables or images to an index: all or, if it is interrupted, none; what is in already is left out and counted.
+    """Add tables or images to an index; if it is interrupted, nothing is added. What the index has is left out.
 
     Args:
         where: the index.
-        sources: as `index_sources`, of the index's own kind.
-        which: cells of images, and their classes.
+        sources: as for `index_sources`, of the same kind as the index.
+        which: the cells of images to add, and their classes.
         runtime: where the index's recipe runs.
-        weights: how the index's model is to be had.
-        features: a store that images' features are taken from where it has them.
-        name: of the index, in Milvus.
+        weights: completes the reference to the index's model.
+        features: a feature store; images that it holds are read from it.
+        name: the index's name in Milvus.
         bar: shows progress over images.
-        say: told what was added, and what is worth a remark.
+        say: called with what was added, and with remarks for the user.
 
     Returns:
         path and reason of each image that failed.
 
     Raises:
-        InputError: the sources cannot be used, or are of another origin than the index.
+        InputError: the sources cannot be used, or have another origin than the index.
     """
     failures: list[tuple[str, str]] = []
     with open_index(where, name=name) as opened:
@@ -305,6 +318,7 @@ def add_sources(
     say(f"{added} vectors added to {where}: {count} in all")
     if known.left_out:
         say(f"  {known.left_out} {known.what} were in already and are left out")
+    # The lists were placed by a sample of the first vectors. Far more vectors make them long, and others may lie apart.
     if kind not in ("flat", "hnsw") and count > 2 * trained:
         say(f"  its lists were made for {trained}: build it again to keep its recall")
     return failures
@@ -321,22 +335,22 @@ def search_index(
     other_images: bool = False,
     name: str = "difftap",
     gpu: bool = False,
-) -> tuple[Query, dict[str, Any]]:
-    """Find what is nearest to a query, its vector made with the index's own recipe.
+) -> tuple[Query, JsonObject]:
+    """Find the rows nearest to a query, whose vector is made with the index's own recipe.
 
     Args:
         where: the index.
-        make: gives the query, as `difftap.retrieval.queries.read_query` does.
-        k: hits.
+        make: makes the query, as `difftap.retrieval.queries.read_query` gives it.
+        k: number of hits.
         runtime: where the index's recipe runs.
-        weights: how the index's model is to be had.
-        features: a store that the image's features are taken from where it has them.
+        weights: completes the reference to the index's model.
+        features: a feature store; if it holds the image, its features are read from it.
         other_images: leave out hits in the query's own image.
-        name: of the index, in Milvus.
-        gpu: let FAISS use the GPU.
+        name: the index's name in Milvus.
+        gpu: let FAISS search on the GPU.
 
     Returns:
-        the query, and the search as plain data: docs/index.md describes it.
+        the query, and the search as plain data, which docs/index.md describes.
 
     Raises:
         InputError: there is no such index, or the query cannot be made as its vectors were.
@@ -344,7 +358,7 @@ def search_index(
     with open_index(where, name=name, gpu=gpu) as opened:
         origin = opened.about.origin
         query = make(origin)
-        conditions: dict[str, Any] = {}
+        conditions: JsonObject = {}
         vector = query.vector
         if vector is None:
             with open_pipeline(origin, runtime, features=features, weights=weights) as pipeline:
@@ -369,8 +383,10 @@ def judge_sources(
     gpu: bool = False,
     bar: ProgressBar = no_bar,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[Quality, dict[str, Any], list[tuple[str, str]]]:
-    """Search for every vector of some sources, and judge the hits by class; arguments as `add_sources`, `evaluate`.
+) -> tuple[Quality, JsonObject, list[tuple[str, str]]]:
+    """Search for every vector of some sources, and judge the hits by class.
+
+    The arguments are those of `add_sources` and `evaluate`.
 
     Returns:
         the figures; the same as plain data, with conditions and settings; path and reason of each image that failed.
@@ -415,18 +431,18 @@ def evaluate(
     depth: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[Quality, int]:
-    """Search for every vector of some batches, leaving out its own image, and judge the hits by class.
+    """Search for every vector of some batches, leave out hits in its own image, and judge the others by class.
 
     Args:
-        index: searched.
+        index: the index.
         batches: queries with their classes and images.
-        ks: of recall@k.
-        neighbours: hits that vote for a class.
-        depth: hits looked at; all rows by default, at most `MOST_HITS`.
-        progress: told how many queries are done.
+        ks: the values k of recall@k.
+        neighbours: number of hits that vote for a class.
+        depth: number of hits to judge; by default all rows, at most `MOST_HITS`.
+        progress: called with the number of queries done since the last call.
 
     Returns:
-        the figures, and the depth.
+        the figures, and the depth that was used.
 
     Raises:
         InputError: no row of the index has a class, or there is no query.
@@ -436,12 +452,12 @@ def evaluate(
         raise InputError(f"the rows of index '{index.where}' have no class; build it with --labels folder, or a table")
     looked = min(depth or min(len(rows), MOST_HITS), len(rows))
     ks = sorted({min(k, looked) for k in ks})
-    # Own images are left out afterwards, so as many more hits are asked for as the fullest image has rows.
+    # Hits in the own image are left out afterwards. So ask for as many more as any image has rows.
     _, per_image = np.unique(rows.images, return_counts=True)
     reach = min(len(rows), looked + int(per_image.max()))
     parts = []
     for batch in batches:
-        for start in range(0, len(batch.rows), 256):
+        for start in range(0, len(batch.rows), 256):  # bounds the memory of hits, 256 x reach
             some = slice(start, start + 256)
             _, hits = index.search(batch.vectors[some], reach)
             queries = batch.rows.take(some)
@@ -452,7 +468,9 @@ def evaluate(
     return summarise(parts, ks), looked
 
 
-def _judged(hits: NDArray[np.int64], queries: Rows, rows: Rows, ks: Sequence[int], neighbours: int, depth: int) -> Any:
+def _judged(
+    hits: NDArray[np.int64], queries: Rows, rows: Rows, ks: Sequence[int], neighbours: int, depth: int
+) -> QueryFigures:
     return judge(
         hits, queries.classes, queries.images, rows.classes, rows.images, ks=ks, neighbours=neighbours, depth=depth
     )

@@ -1,4 +1,4 @@
-"""What is indexed: tables of prototypes, or cells of images' feature maps; both as streams of bounded memory.
+"""Read what is indexed, tables of prototypes or cells of images' feature maps, as streams of bounded memory.
 
 Axis letters: B vectors of a batch; D width; C channels; h w cells.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,14 +29,14 @@ __all__ = [
     "table_origin",
 ]
 
-_ROWS = 4096
+_ROWS = 4096  # prototypes of a batch
 
 
 def table_origin(path: Path) -> VectorOrigin:
-    """Where a table's prototypes come from.
+    """Read the origin of a table's prototypes.
 
     Raises:
-        InputError: it is none, it is empty, or its prototypes are of several taps or timesteps.
+        InputError: the file is no table of prototypes, is empty, or holds several taps or timesteps.
     """
     from difftap.prototypes import load_provenance
 
@@ -51,10 +50,10 @@ def table_origin(path: Path) -> VectorOrigin:
 
 
 def open_tables(paths: Sequence[Path]) -> tuple[VectorOrigin, Iterator[VectorBatch]]:
-    """Read the origin that some tables share, and all their prototypes.
+    """Give the origin that some tables share, and a stream of all their prototypes.
 
     Raises:
-        InputError: one is no table, or they are of different origin.
+        InputError: one is no table, or their origins differ.
     """
     origin = table_origin(paths[0])
     for path in paths[1:]:
@@ -63,7 +62,7 @@ def open_tables(paths: Sequence[Path]) -> tuple[VectorOrigin, Iterator[VectorBat
 
 
 def table_batches(path: Path, rows: int = _ROWS) -> Iterator[VectorBatch]:
-    """Yield a table's prototypes, some thousands at a time.
+    """Yield a table's prototypes, ``rows`` at a time.
 
     Raises:
         InputError: the file is damaged.
@@ -78,7 +77,7 @@ def table_batches(path: Path, rows: int = _ROWS) -> Iterator[VectorBatch]:
                 vectors = part.column("vector")
                 flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
                 facts = [part.column(name).to_pylist() for name in names]
-                if boxed:  # zeros where it is not known
+                if boxed:  # a box of zeros is not known
                     facts.append(
                         [" ".join(map(str, one)) if any(one) else "" for one in part.column("box").to_pylist()]
                     )
@@ -91,10 +90,10 @@ def table_batches(path: Path, rows: int = _ROWS) -> Iterator[VectorBatch]:
 
 
 def are_tables(sources: Iterable[Path]) -> bool:
-    """Whether sources are tables of prototypes, told by their ending, and not images or folders.
+    """Tell by their ending whether sources are tables of prototypes; otherwise they are images or folders.
 
     Raises:
-        InputError: some are and some are not.
+        InputError: some are tables and some are not.
     """
     kinds = {source.suffix.lower() == ".parquet" for source in sources}
     if len(kinds) > 1:
@@ -105,7 +104,7 @@ def are_tables(sources: Iterable[Path]) -> bool:
 
 
 def list_images(paths: Iterable[Path]) -> list[Path]:
-    """Image files, those in folders (and folders in them) included, in the order of their names.
+    """List image files. A folder stands for all images in it at any depth, in the order of their names.
 
     Raises:
         InputError: a path does not exist, or there is no image.
@@ -124,11 +123,11 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
 
 
 class AlreadyIndexed:
-    """What an index holds: an object of an image, or an image's patches, is not added twice.
+    """Leave out what an index holds already, so that no object and no image is added twice.
 
     Attributes:
-        left_out: how many were.
-        what: ``objects`` or ``images``.
+        left_out: number of objects or images left out.
+        what: which of the two: ``objects`` or ``images``.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -138,7 +137,7 @@ class AlreadyIndexed:
         self._objects = set(zip(rows.images.tolist(), rows.instances.tolist(), strict=True))
 
     def objects(self, batches: Iterable[VectorBatch]) -> Iterator[VectorBatch]:
-        """Yield the objects of tables that are not in; those that come twice come once."""
+        """Yield the objects of tables that are not in the index; an object that comes twice is yielded once."""
         for batch in batches:
             keep = np.ones(len(batch.rows), bool)
             for i, one in enumerate(zip(batch.rows.images.tolist(), batch.rows.instances.tolist(), strict=True)):
@@ -149,7 +148,7 @@ class AlreadyIndexed:
                 yield VectorBatch(batch.vectors[keep], batch.rows.take(keep))
 
     def images(self, paths: Sequence[Path]) -> list[Path]:
-        """Yield the images of which no patch is in."""
+        """List the images of which the index holds no patch."""
         self.what = "images"
         new = [path for path in paths if str(path.resolve()) not in self._images]
         self.left_out = len(paths) - len(new)
@@ -158,12 +157,16 @@ class AlreadyIndexed:
 
 @dataclass(frozen=True)
 class Patches:
-    """Which cells of an image's map are indexed.
+    """Which cells of an image's map are indexed, and with which class.
 
     Attributes:
-        per_image: at most this many, drawn from all by a seed and the image's content; None for all.
+        per_image: at most this many cells, drawn at random; None for all. The draw depends on the seed and the image's
+            content only.
         labels: ``folder``: an image's class is its folder's name; ``none``: there is no class.
-        seed: of the drawing.
+        seed: the seed of the draw.
+
+    Raises:
+        InputError: a value is not allowed.
     """
 
     per_image: int | None = None
@@ -184,14 +187,17 @@ def patch_batches(
     progress: Callable[[int], None] = lambda count: None,
     failures: list[tuple[str, str]] | None = None,
 ) -> Iterator[VectorBatch]:
-    """Cells of the joined maps of images, an image at a time, with their places in it.
+    """Yield the cells of the joined map of each image, with their places in the image.
 
     Args:
         pipeline: makes the maps.
         paths: the images.
-        which: cells, and their class.
-        progress: told how many images are done.
-        failures: gets the path and the reason of each image that cannot be used; without it, the first one is raised.
+        which: the cells to take, and their class.
+        progress: called with the number of images done since the last call.
+        failures: collects path and reason of each image that cannot be used; if it is None, such an image is an error.
+
+    Raises:
+        ImageError, NonFiniteError: an image cannot be used, and ``failures`` is None.
     """
     for start in range(0, len(paths), pipeline.batch):
         images: list[Image] = []
@@ -215,7 +221,7 @@ def _fail(failures: list[tuple[str, str]] | None, path: str, error: Exception) -
 def _maps(
     pipeline: Provider, images: Sequence[Image], failures: list[tuple[str, str]] | None
 ) -> Iterator[tuple[Image, FeatureMap]]:
-    """Yield images with their joined maps; those whose maps are not finite are failures."""
+    """Yield images with their joined maps. An image whose map is not finite is a failure."""
     for some, maps in finite_or_alone(lambda batch: list(pipeline.extract(batch)), images):
         if isinstance(maps, NonFiniteError):
             _fail(failures, some[0].path, maps)
@@ -224,17 +230,17 @@ def _maps(
 
 
 def _cells(image: Image, features: FeatureMap, which: Patches, label: str) -> VectorBatch:
-    """Take the cells of one map that lie on the image, or some of them."""
+    """Take the cells of one map that lie on the image (not in its padding), or a random part of them."""
     width, height = features.grid
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
-    places: Any = features.to_pixels(np.stack([columns.ravel(), rows.ravel()], axis=1))  # (h w, 2)
+    places = features.to_pixels(np.stack([columns.ravel(), rows.ravel()], axis=1))  # (h w, 2)
     chosen = np.flatnonzero(features.geometry.contains(places))
     if which.per_image is not None and which.per_image < len(chosen):
         rng = np.random.default_rng([which.seed, int(image.digest[:16], 16)])
         chosen = np.sort(rng.choice(chosen, which.per_image, replace=False))
     vectors = features.data.reshape(features.channels, -1)[:, chosen].T
     count = len(chosen)
-    # The whole path, so that an image is known again from wherever it is named.
+    # The full path: the same image must be recognised when it is named from another folder.
     where = str(Path(image.path).resolve())
     classes, images, instances = (np.array([one] * count, np.str_) for one in (label, where, ""))
     return VectorBatch(

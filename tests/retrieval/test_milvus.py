@@ -133,7 +133,7 @@ def test_what_is_refused(place, tmp_path):
     with pytest.raises(OutputError, match="its folder does not exist"):
         build_milvus(str(tmp_path / "no" / "x.db"), origin(), batches(vectors, rows), IndexOptions())
     (tmp_path / "file.db").write_text("mine")
-    with pytest.raises(InputError, match="is no milvus-lite index"):
+    with pytest.raises(InputError, match="not a milvus-lite index"):
         build_milvus(str(tmp_path / "file.db"), origin(), batches(vectors, rows), IndexOptions())
     with pytest.raises(InputError, match="--gpu is for an index in a folder"):
         open_index(place, gpu=True)
