@@ -1,4 +1,4 @@
-"""bf16x3 for OpenVINO on CPUs with bf16 matrix units: every float32 product out of three bf16 products.
+"""bf16x3 for OpenVINO, on CPUs with bf16 matrix units: each float32 product is computed as three bf16 products.
 
 A float32 is nearly the sum of two bf16 numbers, ``x = hi(x) + lo(x)``, and so
 
@@ -6,15 +6,15 @@ A float32 is nearly the sum of two bf16 numbers, ``x = hi(x) + lo(x)``, and so
 
 whose last term is below float32's own rounding error in a sum of many (Henry, Tang & Heinecke, "Leveraging the
 bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019; XLA calls it ``BF16_BF16_F32_X3``).
-The three products are one: inputs ``[hi, lo, hi]`` side by side along the axis that is summed over, weights
-``[hi, hi, lo]``, accumulated in float32. Matrix units multiply bf16 six times as fast as vector units multiply float32,
-so three such products take less time than one.
+The three products are done as one: inputs ``[hi, lo, hi]`` and weights ``[hi, hi, lo]`` are concatenated along the axis
+that is summed over, and the sum is in float32. Matrix units multiply bf16 six times as fast as vector units multiply
+float32, so three such products take less time than one float32 product.
 
-OpenVINO knows no such mode, so the network is rewritten, with static shapes, and compiled in bf16; everything but the
-products is marked to stay float32. A mark does not outlive a node that OpenVINO's own passes replace; `split_products`
-therefore does beforehand what those passes would do, and `difftap.engine.bf16x3.check_kept` looks at what came of it.
-Inside attention, which OpenVINO fuses, the softmax's weights alone are rounded to bf16: their errors, of 2^-9 at most,
-average out over the keys.
+OpenVINO has no such mode. So the network is rewritten, with static shapes, and compiled in bf16, with everything but
+the products marked to stay float32. A mark is lost when one of OpenVINO's own passes replaces the node. Therefore
+`split_products` first does what those passes would do, and `check_kept` checks the result. Inside attention, which
+OpenVINO fuses, only the softmax's weights are rounded to bf16: their errors, of 2^-9 at most, average out over the
+keys.
 """
 
 from __future__ import annotations
@@ -23,44 +23,47 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from difftap.artifacts.files import output_errors
 from difftap.errors import BackendError, first_line
+
+if TYPE_CHECKING:
+    from openvino import CompiledModel, Core, Model, Node, Output
 
 __all__ = ["ROUNDED", "check_kept", "keep_float32", "split_products"]
 
 
 ROUNDED = "bf16x3 high"
-
-"""How the names begin of the nodes that are meant to give bf16."""
+"""Prefix of the names of the nodes that are meant to round to bf16."""
 
 _LARGE = 4096
+"""Constants with at least this many numbers are weights: they are not written to the temporary file."""
 
-"""Numbers in a constant from which on it is a weight, and never written to a file on the way."""
 
-
-def keep_float32(core: Any, model: Any, products: set[str]) -> Any:
-    """Mark all nodes of a model but its products, so that they keep their types.
-
-    Python cannot set the mark, but OpenVINO's files have it; so the model goes through one, its weights left out.
+def keep_float32(core: Core, model: Model, products: set[str]) -> Model:
+    """Mark all nodes of a model except its products, so that OpenVINO keeps their types.
 
     Args:
-        core: ``openvino.Core``.
-        model: ``openvino.Model``; it is taken apart.
+        core: reads the marked model.
+        model: is changed, and must not be used afterwards.
         products: names of the nodes that are not marked.
 
     Raises:
-        BackendError: OpenVINO does not read what it wrote.
+        BackendError: OpenVINO does not read its own file back correctly.
         OutputError: the temporary file cannot be written.
     """
     import openvino
     import openvino.opset13
 
+    # OpenVINO's Python API cannot set the mark, but its file format has it. So the model goes through a file. Its
+    # weights, gigabytes, are replaced by inputs meanwhile.
     inputs = len(model.get_parameters())
-    weights: dict[str, Any] = {}
+    weights: dict[str, Node] = {}
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and np.prod(node.get_output_shape(0), dtype=np.int64) >= _LARGE:
             name = f"weight {len(weights)}"
@@ -81,7 +84,8 @@ def keep_float32(core: Any, model: Any, products: set[str]) -> Any:
     return made
 
 
-def _through_file(core: Any, model: Any, products: set[str]) -> Any:
+def _through_file(core: Core, model: Model, products: set[str]) -> Model:
+    """Write a model to a file, add the marks to it, and read it again."""
     import openvino
 
     with output_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="difftap-") as folder:
@@ -100,17 +104,17 @@ def _through_file(core: Any, model: Any, products: set[str]) -> Any:
         return core.read_model(path, config={"ENABLE_MMAP": False})  # the file is gone when this returns
 
 
-def check_kept(compiled: Any, name: str) -> None:
-    """Make sure that no node gives bf16 but those that were meant to.
+def check_kept(compiled: CompiledModel, name: str) -> None:
+    """Make sure that no node outputs bf16 except those that are meant to.
 
-    What a product takes is not looked at: it is meant to be bf16.
+    The inputs of products are not checked: they are meant to be bf16.
 
     Args:
-        compiled: ``openvino.CompiledModel`` of what `difftap.engine.bf16x3.split_products` gave.
-        name: what the network is called.
+        compiled: the compiled result of `split_products`.
+        name: the network's name, for the message.
 
     Raises:
-        BackendError: it does not; another version may.
+        BackendError: this version of OpenVINO rounds another node to bf16.
     """
     for node in compiled.get_runtime_model().get_ordered_ops():
         about = node.get_rt_info()
@@ -123,20 +127,22 @@ def check_kept(compiled: Any, name: str) -> None:
             )
 
 
-def split_products(core: Any, model: Any) -> Any:
+def split_products(core: Core, model: Model) -> Model:
     """Rewrite a network so that, compiled in bf16, it computes nearly what it computes in float32.
 
     Args:
-        core: ``openvino.Core``.
-        model: ``openvino.Model`` with static shapes; it is taken apart.
+        core: reads the rewritten model.
+        model: has static shapes; is changed, and must not be used afterwards.
 
     Returns:
-        The rewritten model.
+        the rewritten model.
 
     Raises:
-        BackendError: it holds attention of a kind that this rewriting does not know.
+        BackendError: it holds attention of a kind that cannot be rewritten.
+        OutputError: a temporary file cannot be written.
     """
     try:
+        # Reshapes are joined again at the end: taking the factors out of attention brings further ones together.
         for rewrite in (_join_reshapes, _use_gathers, _drop_ones, _split_attention, _join_reshapes):
             rewrite(model)
         _fence_silu(model)
@@ -149,14 +155,15 @@ def split_products(core: Any, model: Any) -> Any:
     return keep_float32(core, model, products)
 
 
-def _ops() -> Any:
+def _ops() -> ModuleType:
     import openvino.opset13
 
-    return openvino.opset13
+    ops: ModuleType = openvino.opset13
+    return ops
 
 
-def _floats(model: Any, *kinds: str) -> Iterable[Any]:
-    """List the nodes of some kinds that give float32."""
+def _floats(model: Model, *kinds: str) -> Iterable[Node]:
+    """List the nodes of some kinds that output float32."""
     import openvino
 
     for node in model.get_ordered_ops():
@@ -164,26 +171,32 @@ def _floats(model: Any, *kinds: str) -> Iterable[Any]:
             yield node
 
 
-def _indices(values: Sequence[int] | Any) -> Any:
+def _indices(values: ArrayLike) -> Node:
     return _ops().constant(np.array(values, np.int64))
 
 
-def _constant(value: Any) -> Any:
-    """Read what a value is, if it is a constant; else None."""
+def _constant(value: Output) -> NDArray[np.generic] | None:
+    """Give a value's numbers if it is a constant; else None."""
     node = value.get_node()
     return node.data if node.get_type_name() == "Constant" else None
 
 
-def _fixed(value: Any) -> bool:
-    """Whether a value follows from a constant by changes of type and layout alone: a weight."""
+def _fixed(value: Output) -> bool:
+    """Tell whether a value is a weight: a constant, with only changes of type and layout after it."""
     node = value.get_node()
     while node.get_type_name() in ("Convert", "Reshape", "Transpose"):
         node = node.input_value(0).get_node()
     return bool(node.get_type_name() == "Constant")
 
 
-def _split(value: Any, axis: int, parts: str) -> Any:
-    """Lay the ``h``igh and ``l``ow parts of a value side by side, in the order asked for."""
+def _split(value: Output, axis: int, parts: str) -> Node:
+    """Concatenate the high and low parts of a value along an axis.
+
+    Args:
+        value: float32.
+        axis: the axis that a product sums over.
+        parts: the order of the parts: a text of ``h`` and ``l``.
+    """
     import openvino
 
     ops = _ops()
@@ -194,25 +207,27 @@ def _split(value: Any, axis: int, parts: str) -> Any:
     return ops.concat([high if part == "h" else low for part in parts], axis)
 
 
-def _fence(value: Any) -> Any:
-    """Make an operation that changes nothing: fused to the end of a product, it makes the product's output float32.
+def _fence(value: Output) -> Node:
+    """Add an operation that changes no finite number: OpenVINO fuses it to a product, whose output then is float32.
 
-    It keeps what is not finite so (NaN becomes minus infinity).
+    Values that are not finite stay so (NaN becomes minus infinity), so that they are still found in the outputs.
     """
     return _ops().clamp(value, -np.inf, np.inf)
 
 
-def _until_done(step: Callable[[Any], bool], model: Any) -> None:
+def _until_done(step: Callable[[Model], bool], model: Model) -> None:
+    """Repeat a step until it changes nothing."""
     while step(model):
         pass
 
 
-def _join_reshapes(model: Any) -> None:
-    """One reshape, of a constant shape, for chains of them and for transpositions that move no data."""
+def _join_reshapes(model: Model) -> None:
+    """Replace chains of reshapes, and transpositions that move no data, by one reshape to a constant shape."""
     _until_done(_join_some, model)
 
 
-def _join_some(model: Any) -> bool:
+def _join_some(model: Model) -> bool:
+    """Join a reshape with the one before it, wherever that can be done; tell whether anything was changed."""
     changed = False
     for node in _floats(model, "Reshape", "Unsqueeze", "Squeeze", "Transpose"):
         source, shape = node.input_value(0), list(node.get_output_shape(0))
@@ -223,7 +238,7 @@ def _join_some(model: Any) -> bool:
             if order is None or order.size != len(sizes):
                 continue
             moved = [int(axis) for axis in order if sizes[int(axis)] != 1]
-            if moved != sorted(moved):
+            if moved != sorted(moved):  # axes longer than 1 change places, so numbers move
                 continue
         follows = source.get_node().get_type_name() == "Reshape"
         plain = node.get_type_name() == "Reshape" and _constant(node.input_value(1)) is not None
@@ -238,8 +253,11 @@ def _join_some(model: Any) -> bool:
     return changed
 
 
-def _use_gathers(model: Any) -> None:
-    """Turn copying nodes, which OpenVINO would replace by others, into gathers, which it leaves alone."""
+def _use_gathers(model: Model) -> None:
+    """Replace nodes that copy (nearest resize, broadcast, slice) by gathers.
+
+    OpenVINO would replace those nodes by others, without the mark. It leaves gathers as they are.
+    """
     ops = _ops()
     for node in _floats(model, "Interpolate", "Broadcast", "Slice"):
         value = node.input_value(0)
@@ -247,21 +265,22 @@ def _use_gathers(model: Any) -> None:
         axes = [axis for axis, (old, new) in enumerate(zip(have, want, strict=False)) if old != new]
         if len(have) != len(want) or not axes:
             continue
-        taken: dict[int, Any] = dict.fromkeys(axes)
+        taken: dict[int, NDArray[np.int64] | None] = dict.fromkeys(axes)
         for axis in axes:
             if node.get_type_name() == "Slice":
                 taken[axis] = _sliced(node, have[axis], want[axis]) if len(axes) == 1 else None
             elif node.get_type_name() == "Broadcast" or _nearest(node, have[axis], want[axis]):
                 taken[axis] = np.arange(want[axis]) * have[axis] // want[axis]
-        if any(rows is None for rows in taken.values()):
-            continue  # `check_kept` tells if it matters
-        for axis, rows in taken.items():
+        known = {axis: rows for axis, rows in taken.items() if rows is not None}
+        if len(known) < len(taken):
+            continue  # left as it is: `check_kept` finds out whether that loses precision
+        for axis, rows in known.items():
             value = ops.gather(value, _indices(rows), _indices(axis)).output(0)
         node.output(0).replace(value)
 
 
-def _sliced(node: Any, have: int, want: int) -> Any:
-    """Which rows a slice along one axis takes, step by step; None if that cannot be told."""
+def _sliced(node: Node, have: int, want: int) -> NDArray[np.int64] | None:
+    """List the rows that a slice along one axis takes; None if its step is not 1 or it is not constant."""
     start, step = _constant(node.input_value(1)), _constant(node.input_value(3))
     if start is None or step is None or start.size != 1 or step.size != 1 or int(step.reshape(-1)[0]) != 1:
         return None
@@ -269,8 +288,8 @@ def _sliced(node: Any, have: int, want: int) -> Any:
     return np.arange(want) + (max(first + have, 0) if first < 0 else first)
 
 
-def _nearest(node: Any, have: int, want: int) -> bool:
-    """Whether an interpolation repeats each cell a whole number of times."""
+def _nearest(node: Node, have: int, want: int) -> bool:
+    """Tell whether an interpolation repeats each cell a whole number of times."""
     about = node.get_attributes()
     return (
         want % have == 0
@@ -279,8 +298,8 @@ def _nearest(node: Any, have: int, want: int) -> bool:
     )
 
 
-def _drop_ones(model: Any) -> None:
-    """Multiplications by one, which keep a bias from being seen as one."""
+def _drop_ones(model: Model) -> None:
+    """Remove multiplications by one: between a product and its bias, they would hide the bias."""
     for node in _floats(model, "Multiply"):
         for number in (0, 1):
             factor = _constant(node.input_value(number))
@@ -290,11 +309,11 @@ def _drop_ones(model: Any) -> None:
                 break
 
 
-def _split_attention(model: Any) -> None:
-    """Attention's two products, which OpenVINO computes in bf16 together with the softmax between them.
+def _split_attention(model: Model) -> None:
+    """Split attention's two products, which OpenVINO fuses with the softmax between them and computes in bf16.
 
-    Queries and keys are split as weights are; of the values both parts are summed, so only the softmax's weights are
-    rounded. Factors on queries and keys move behind their product, or OpenVINO would put them where they are rounded.
+    Queries and keys are split in three parts, as weights are. The values are split in two and the results added, so
+    only the softmax's weights are rounded.
     """
     ops = _ops()
     for softmax in list(_floats(model, "Softmax")):
@@ -304,6 +323,8 @@ def _split_attention(model: Any) -> None:
             raise BackendError(
                 f"bf16x3 does not know the attention around '{softmax.get_friendly_name()}'; use --precision fp32"
             )
+        # Factors of queries and keys are applied after their product: OpenVINO would move them to where their result
+        # is rounded.
         scale = np.float32(1)
         for number in (0, 1):
             scale *= _take_factor(product.input_value(number))
@@ -319,8 +340,8 @@ def _split_attention(model: Any) -> None:
         users[0].output(0).replace(ops.add(parts.output(0), parts.output(1)).output(0))
 
 
-def _plain_attention(softmax: Any, product: Any, users: Sequence[Any]) -> bool:
-    """Whether this is softmax(Q K^T) V, with no mask, over the last axis."""
+def _plain_attention(softmax: Node, product: Node, users: Sequence[Node]) -> bool:
+    """Tell whether this is softmax(Q K^T) V over the last axis, without a mask."""
     if [node.get_type_name() for node in (product, *users)] != ["MatMul", "MatMul"]:
         return False
     first, second = product.get_attributes(), users[0].get_attributes()
@@ -335,8 +356,11 @@ def _plain_attention(softmax: Any, product: Any, users: Sequence[Any]) -> bool:
     )
 
 
-def _take_factor(value: Any) -> np.float32:
-    """Take the scalar off that a value alone was multiplied by before its layout was changed; 1 if there is none."""
+def _take_factor(value: Output) -> np.float32:
+    """Remove the scalar factor of a value, looking through changes of layout; give the factor, 1 if there is none.
+
+    A factor stays if other nodes read the multiplied value too.
+    """
     while value.get_node().get_type_name() in ("Transpose", "Reshape") and len(value.get_target_inputs()) == 1:
         value = value.get_node().input_value(0)
     node = value.get_node()
@@ -349,16 +373,20 @@ def _take_factor(value: Any) -> np.float32:
     return np.float32(factor.reshape(-1)[0])
 
 
-def _fence_silu(model: Any) -> None:
-    """SiLU (x sigmoid(x)) after a bias: OpenVINO makes one node of it, which may end a product."""
+def _fence_silu(model: Model) -> None:
+    """Put a fence after each SiLU (x sigmoid(x)) that follows a bias.
+
+    OpenVINO may fuse a SiLU to the product before it, whose output would then be bf16.
+    """
     for sigmoid in list(_floats(model, "Sigmoid")):
         if sigmoid.input_value(0).get_node().get_type_name() != "Add":
             continue
         for target in list(sigmoid.output(0).get_target_inputs()):
             node = target.get_node()
             if node.get_type_name() == "Multiply":
-                users = list(node.output(0).get_target_inputs())
+                users = list(node.output(0).get_target_inputs())  # before the fence becomes one of them
                 fence = _fence(node.output(0))
+                # A tap may be this very tensor: the output's name moves to the fence.
                 names = node.output(0).get_names()
                 node.output(0).set_names(set())
                 fence.output(0).set_names(names)
@@ -366,8 +394,8 @@ def _fence_silu(model: Any) -> None:
                     user.replace_source_output(fence.output(0))
 
 
-def _split_weighted(model: Any) -> set[str]:
-    """Convolutions and products with weights; the names of what takes their place."""
+def _split_weighted(model: Model) -> set[str]:
+    """Split convolutions and matrix products with weights; give the names of the nodes that replace them."""
     ops = _ops()
     names = set()
     for node in list(_floats(model, "Convolution", "MatMul")):
@@ -382,7 +410,7 @@ def _split_weighted(model: Any) -> set[str]:
             last = len(value.get_shape()) - 1
             if about["transpose_a"]:
                 value = ops.transpose(value, _indices([*range(last - 1), last, last - 1])).output(0)
-            summed = len(weight.get_shape()) - (1 if about["transpose_b"] else 2)
+            summed = len(weight.get_shape()) - (1 if about["transpose_b"] else 2)  # the weight's axis of the sum
             made = ops.matmul(_split(value, last, "hlh"), _split(weight, summed, "hhl"), False, about["transpose_b"])
         made.set_friendly_name(f"{node.get_friendly_name()}.bf16x3")
         names.add(made.get_friendly_name())
@@ -391,8 +419,16 @@ def _split_weighted(model: Any) -> set[str]:
     return names
 
 
-def _with_bias(node: Any, made: Any) -> tuple[Any, Any]:
-    """Find the last node of a product and its bias, if any, and the same behind what takes its place."""
+def _with_bias(node: Node, made: Node) -> tuple[Node, Node]:
+    """Take along a product's bias, if it has one.
+
+    Args:
+        node: the old product.
+        made: the new product.
+
+    Returns:
+        the node to replace (the old product, or the addition of its bias), and the new node in its place.
+    """
     users = [target.get_node() for target in node.output(0).get_target_inputs()]
     if len(users) == 1 and users[0].get_type_name() == "Add":
         same = list(users[0].get_output_shape(0)) == list(node.get_output_shape(0))
@@ -402,8 +438,8 @@ def _with_bias(node: Any, made: Any) -> tuple[Any, Any]:
     return node, made
 
 
-def _by_channel(node: Any, value: Any) -> bool:
-    """Whether a value has one number for each of a product's output channels."""
+def _by_channel(node: Node, value: Output) -> bool:
+    """Tell whether a value has one number for each output channel of a product."""
     have, want = list(value.get_shape()), list(node.get_output_shape(0))
     axis = 1 if node.get_type_name() == "Convolution" else len(want) - 1
     have = [1] * (len(want) - len(have)) + have

@@ -1,7 +1,7 @@
-"""OpenVINO: Intel's CPUs and GPUs, and any other x86-64 or ARM CPU; float32, half precisions, and int8 by nncf.
+"""OpenVINO: Intel's CPUs and GPUs, and any other x86-64 or ARM CPU; float32, half precisions, and int8 through nncf.
 
-Shapes are static: a network is compiled for one image on a CPU, which takes a batch image by image, and for each batch
-size it meets on a GPU.
+Shapes are static. On a CPU a network is compiled for one image, and runs a batch image by image; on a GPU it is
+compiled for each batch size that occurs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,11 +19,14 @@ from difftap.engine.backend import Array, Backend, Calibration, Engine, Graph, P
 from difftap.engine.bf16x3 import check_kept, split_products
 from difftap.errors import BackendError, OutputError, first_line, require
 
+if TYPE_CHECKING:
+    from openvino import Core, InferRequest, Model
+
 __all__ = ["OpenVinoBackend"]
 
 
-def read_network(core: Any, path: Path | None) -> Any:
-    """Read a graph, or a model of OpenVINO's own.
+def read_network(core: Core, path: Path | None) -> Model:
+    """Read an ONNX file, or a file in OpenVINO's own format.
 
     Raises:
         BackendError: it cannot be read.
@@ -34,22 +37,22 @@ def read_network(core: Any, path: Path | None) -> Any:
         raise BackendError(f"openvino cannot open '{path}': {reason(error)}") from error
 
 
-def fix_shapes(model: Any, graph: Graph, profile: Profile, batch: int) -> None:
-    """Give a network the shapes of a profile, for so many images."""
+def fix_shapes(model: Model, graph: Graph, profile: Profile, batch: int) -> None:
+    """Set a network's input shapes to those of a profile, for ``batch`` images."""
     letters = {"B": batch, **profile.axes(graph.model)}
     used = {value.get_any_name() for value in model.inputs}
     model.reshape({s.name: [letters.get(str(a), a) for a in s.shape] for s in graph.inputs if s.name in used})
 
 
-def quantise(model: Any, feeds: Sequence[Mapping[str, Array]], graph: Graph) -> tuple[Any, dict[str, Any]]:
-    """Quantise an OpenVINO model with static shapes; what nncf leaves alone stays float.
+def quantise(model: Model, feeds: Sequence[Mapping[str, Array]], graph: Graph) -> tuple[Model, dict[str, str]]:
+    """Quantise an OpenVINO model with static shapes to int8; layers that nncf does not quantise stay float.
 
-    A tapped network is treated as a transformer (SmoothQuant, Xiao et al. 2023, moves outliers of activations into
-    weights), with asymmetric activations, since SiLU and GELU are not symmetric. Between the VAE's convolutions
-    symmetric ones do.
+    A tapped network is quantised as a transformer: SmoothQuant (Xiao et al. 2023) moves outliers of activations into
+    weights, and activations are asymmetric, because SiLU and GELU are. For the VAE's convolutions symmetric activations
+    are enough.
 
     Returns:
-        The quantised model, and what the engine's manifest should say of it.
+        the quantised model, and entries for the engine's manifest.
 
     Raises:
         MissingExtraError: nncf is not installed.
@@ -59,7 +62,7 @@ def quantise(model: Any, feeds: Sequence[Mapping[str, Array]], graph: Graph) -> 
     nncf.set_log_level(logging.ERROR)
     tapped = bool(graph.taps)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        with contextlib.redirect_stdout(sys.stderr):  # nncf prints progress bars, and stdout is for data
             quantised = nncf.quantize(
                 model,
                 nncf.Dataset(list(feeds)),
@@ -73,7 +76,7 @@ def quantise(model: Any, feeds: Sequence[Mapping[str, Array]], graph: Graph) -> 
 
 
 def reason(error: BaseException) -> str:
-    """Pick the line of OpenVINO's error that says what is wrong; the first ones say where in its source."""
+    """Pick the line of OpenVINO's error that says what is wrong; its first lines name places in OpenVINO's source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "While validating"))]
     return first_line(RuntimeError(telling[0])) if telling else first_line(error)
@@ -81,7 +84,7 @@ def reason(error: BaseException) -> str:
 
 _DEVICES = {"cpu": "CPU", "intel-gpu": "GPU"}
 
-# Always said: left to itself, OpenVINO computes in bf16 on CPUs that have it, and in f16 on GPUs.
+# The hint is always given: without it OpenVINO computes in bf16 on CPUs that have it, and in f16 on GPUs.
 _HINTS = {"fp32": "f32", "bf16x3": "bf16", "bf16": "bf16", "fp16": "f16"}
 
 _CAPABILITIES = {"BF16": "bf16", "FP16": "fp16", "INT8": "int8"}
@@ -90,20 +93,22 @@ _MODEL = "model.xml"
 
 
 class OpenVinoEngine(Engine):
-    """One network, compiled for as many batch sizes as were asked for."""
+    """One network, compiled once for each batch size that was run."""
 
-    def __init__(self, graph: Graph, profile: Profile, device: str, core: Any, model: Any, config: dict[str, Any]):
+    def __init__(
+        self, graph: Graph, profile: Profile, device: str, core: Core, model: Model, config: dict[str, str | int]
+    ):
         super().__init__(graph, profile, device)
         self._core = core
-        self._model: Any = model
+        self._model: Model | None = model
         self._config = config
         self._step = 1 if device == "cpu" else profile.batch
-        self._requests: dict[int, Any] = {}
-        self._request(self._step)
+        self._requests: dict[int, InferRequest] = {}
+        self._request(model, self._step)  # compiling fails here, and not at the first image
 
-    def _request(self, batch: int) -> Any:
+    def _request(self, model: Model, batch: int) -> InferRequest:
         if batch not in self._requests:
-            model = self._model.clone()
+            model = model.clone()  # fixing shapes changes it
             fix_shapes(model, self.graph, self.profile, batch)
             if self.profile.precision == "bf16x3":
                 model = split_products(self._core, model)
@@ -114,16 +119,17 @@ class OpenVinoEngine(Engine):
         return self._requests[batch]
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        if self._model is None:
+        model = self._model
+        if model is None:
             raise BackendError(f"the engine of {self.graph.name} is closed; open it again")
         # The exporter drops inputs that no tap depends on (a prompt, for a tap before the first attention).
-        used = {name: feeds[name] for name in (value.get_any_name() for value in self._model.inputs)}
+        used = {name: feeds[name] for name in (value.get_any_name() for value in model.inputs)}
         count = len(feeds[self.inputs[0].name])
         parts: dict[str, list[Array]] = {spec.name: [] for spec in self.outputs}
         try:
             for start in range(0, count, self._step):
                 part = {k: np.ascontiguousarray(v[start : start + self._step]) for k, v in used.items()}
-                result = self._request(min(self._step, count - start)).infer(part, share_inputs=True)
+                result = self._request(model, min(self._step, count - start)).infer(part, share_inputs=True)
                 for name, values in parts.items():
                     values.append(np.array(result[name], np.float32, order="C"))
         except RuntimeError as error:
@@ -173,11 +179,11 @@ class OpenVinoBackend(Backend):
 
     def build(
         self, graph: Graph, profile: Profile, device: str, folder: Path, calibration: Calibration | None = None
-    ) -> Mapping[str, Any]:
-        """Quantise weights and activations to int8 on the calibration's feeds; what nncf leaves alone stays float."""
+    ) -> Mapping[str, object]:
+        """Quantise weights and activations to int8 on the calibration's feeds; see `quantise`."""
         import openvino
 
-        require("nncf", "openvino", "quantising to int8")  # before anything slow
+        require("nncf", "openvino", "quantising to int8")  # fail before anything slow starts
         if calibration is None:
             raise BackendError(f"quantising {graph.name} to int8 needs images to calibrate on; got none")
         model = read_network(openvino.Core(), graph.path)
@@ -199,9 +205,9 @@ class OpenVinoBackend(Backend):
         core = openvino.Core()
         model = read_network(core, built / _MODEL if built else graph.path)
         hint = _HINTS.get(profile.precision)
-        if hint is None:  # what int8 leaves over: whatever half type is cheap here
+        if hint is None:  # int8: layers that stayed float compute in bf16 where that is fast
             hint = "bf16" if "BF16" in self._capabilities(device) else "f32"
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         if device == "cpu" and threads:
             config["INFERENCE_NUM_THREADS"] = threads
         try:

@@ -1,11 +1,11 @@
-"""ONNX Runtime: CPU, and CUDA where onnxruntime-gpu finds a device. The default backend."""
+"""ONNX Runtime, the default backend: CPU, and CUDA if onnxruntime-gpu is installed and finds a device."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,15 +13,18 @@ from difftap.engine.backend import Array, Backend, DeviceArray, Engine, Graph, P
 from difftap.errors import BackendError, first_line
 from difftap.machine import cuda_driver
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
+
 _LOG = logging.getLogger("difftap")
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _QUIET = 3  # onnxruntime's log level for errors
 
 
 class OrtArray(DeviceArray):
-    """An OrtValue, on whatever device it lies."""
+    """An OrtValue, on the host or on a GPU."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: OrtValue) -> None:
         self.value = value
         self.shape = tuple(value.shape())
         self.dtype = np.dtype(np.float32)
@@ -31,23 +34,23 @@ class OrtArray(DeviceArray):
 
 
 class OrtEngine(Engine):
-    """One ONNX Runtime session, fed and read through I/O binding: what lies on its device stays there."""
+    """One ONNX Runtime session. I/O binding lets values stay in the device's memory between engines."""
 
     chains = True
 
-    def __init__(self, graph: Graph, profile: Profile, device: str, session: Any) -> None:
+    def __init__(self, graph: Graph, profile: Profile, device: str, session: InferenceSession) -> None:
         super().__init__(graph, profile, device)
-        self._session: Any = session
+        self._session: InferenceSession | None = session
 
-    def _bound_run(self, feeds: Mapping[str, Value], device: str) -> list[Any]:
-        """Run once; gives the outputs as OrtValues on ``device``."""
+    def _bound_run(self, feeds: Mapping[str, Value], device: str) -> list[OrtValue]:
+        """Run once, and give the outputs on ``device``, in the order of `outputs`."""
         if self._session is None:
             raise BackendError(f"the engine of {self.graph.name} is closed; open it again")
         # The exporter drops inputs that no tap depends on (a prompt, for a tap before the first attention).
         used = {value.name for value in self._session.get_inputs()}
         try:
             binding = self._session.io_binding()
-            held = []  # a binding knows where an array lies, and does not keep it there
+            held = []  # a binding stores only the address of an array, so the arrays are kept alive here
             for name in used:
                 value = feeds[name]
                 if isinstance(value, OrtArray):
@@ -122,9 +125,10 @@ class OrtBackend(Backend):
         for letter, length in profile.axes(graph.model).items():
             options.add_free_dimension_override_by_name(letter, length)
         wanted = _PROVIDERS[device]
-        providers: list[Any] = [_PROVIDERS["cpu"]]
+        providers: list[str | tuple[str, dict[str, str]]] = [_PROVIDERS["cpu"]]
         if device == "cuda":
-            # TF32 would be fp32 in name only, and an algorithm chosen by timing would differ from run to run.
+            # TF32 would be fp32 only by name. An algorithm chosen by timing could differ from run to run, and with it
+            # the features' last digits.
             providers.insert(0, (wanted, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}))
         try:
             session = onnxruntime.InferenceSession(str(graph.path), options, providers=providers)
@@ -132,7 +136,7 @@ class OrtBackend(Backend):
             raise BackendError(f"onnxruntime cannot open '{graph.path}': {first_line(error)}") from error
         if wanted not in session.get_providers():
             device = "cpu"
-            # onnxruntime falls back without a word when a CUDA library is missing or of another version.
+            # onnxruntime falls back silently if a CUDA library is missing or of another version.
             _LOG.warning(
                 "onnxruntime could not use %s and fell back to %s; check that the CUDA and cuDNN libraries that this "
                 "onnxruntime-gpu was built for are installed",

@@ -1,7 +1,7 @@
-"""TensorRT, for data-centre GPUs and all others: engines are built on the GPU that runs them, or for its like.
+"""TensorRT, for all NVIDIA GPUs: engines are built on the GPU that runs them, or for others of its kind.
 
-Devices: ``cuda`` builds for this model of GPU alone and is the fastest; ``cuda-same`` for all of its compute
-capability; ``cuda-ampere`` for all of 8.0 and newer.
+Devices: ``cuda`` builds for this model of GPU only, and is the fastest; ``cuda-same`` builds for all GPUs of its
+compute capability; ``cuda-ampere`` builds for compute capability 8.0 and newer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from difftap.artifacts.files import write_atomic
 from difftap.engine.backend import Profile
@@ -17,6 +17,9 @@ from difftap.engine.trt.bindings import TrtBackend, slug
 from difftap.engine.trt.gpu import capability_text, find_gpu
 from difftap.engine.trt.plans import BuildSettings
 from difftap.errors import DifftapError
+
+if TYPE_CHECKING:
+    from tensorrt import IBuilderConfig
 
 _LOG = logging.getLogger("difftap")
 _LEVELS = {"cuda": "NONE", "cuda-same": "SAME_COMPUTE_CAPABILITY", "cuda-ampere": "AMPERE_PLUS"}
@@ -49,7 +52,7 @@ class TensorRTBackend(TrtBackend):
         gpu = find_gpu()
         return tuple(_LEVELS) if gpu and gpu.capability >= (8, 0) else ("cuda", "cuda-same")
 
-    def identity(self, profile: Profile, device: str) -> Mapping[str, Any]:
+    def identity(self, profile: Profile, device: str) -> Mapping[str, object]:
         gpu = find_gpu()
         if gpu is None:
             return {"gpu": None}
@@ -62,18 +65,19 @@ class TensorRTBackend(TrtBackend):
 
     def settings(self, device: str, strip: bool, cache: Path) -> BuildSettings:
         trt, gpu = self.bindings(), find_gpu()
-        # Kernels timed once serve every resolution and tap of the model.
+        # A kernel is timed once and the result serves all resolutions and taps of the model. The file is named by
+        # version and GPU, because timings of others do not apply.
         known = cache / f".{self.name}-{self.version()}.{slug(gpu.label if gpu else 'none')}.timings"
 
-        def configure(config: Any) -> None:
+        def configure(config: IBuilderConfig) -> None:
             config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, _LEVELS[device])
             content = known.read_bytes() if known.is_file() else b""
             timings = config.create_timing_cache(content)
-            if content and not config.set_timing_cache(timings, False):  # another driver's, or damaged
+            if content and not config.set_timing_cache(timings, False):  # of another driver, or damaged
                 timings = config.create_timing_cache(b"")
             config.set_timing_cache(timings, False)
 
-        def finish(config: Any) -> None:
+        def finish(config: IBuilderConfig) -> None:
             try:
                 write_atomic(known, bytes(config.get_timing_cache().serialize()))
             except DifftapError as error:

@@ -1,16 +1,16 @@
 """TensorRT for RTX: engines are built ahead of time, on any machine, for GeForce and RTX GPUs.
 
-The plan holds what suits every GPU it is for; when it is opened, kernels are compiled for the GPU at hand, and kept in
-a runtime cache beside the plan. Devices: ``cuda`` is compute capability 8.0 and newer; ``cuda-turing`` is 7.5, which
-takes a plan of its own and has no fp32 matrix products.
+A plan fits all GPUs that it was built for. When it is opened, kernels are compiled for the GPU of the machine, and are
+kept in a runtime cache beside the plan. Devices: ``cuda`` is compute capability 8.0 and newer; ``cuda-turing`` is 7.5,
+which needs its own plan and has no fp32 matrix products.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from difftap.artifacts.files import write_atomic
 from difftap.engine.backend import Profile
@@ -18,6 +18,9 @@ from difftap.engine.trt.bindings import TrtBackend, slug
 from difftap.engine.trt.gpu import capability_text, find_gpu
 from difftap.engine.trt.plans import BuildSettings
 from difftap.errors import BackendError, DifftapError
+
+if TYPE_CHECKING:
+    from tensorrt_rtx import IBuilderConfig, ICudaEngine, IExecutionContext
 
 _LOG = logging.getLogger("difftap")
 _TARGETS = {"cuda": ("8.0", "8.6", "8.9", "12.0", "12.1"), "cuda-turing": ("7.5",)}
@@ -37,7 +40,7 @@ class TensorRTRTXBackend(TrtBackend):
     def precisions(self, device: str) -> tuple[str, ...]:
         return ("fp32", "fp16", "bf16") if device == "cuda" else ("fp16",)
 
-    def identity(self, profile: Profile, device: str) -> Mapping[str, Any]:
+    def identity(self, profile: Profile, device: str) -> Mapping[str, object]:
         return {"compute_capabilities": list(_TARGETS[device])}
 
     def cannot_run(self, device: str) -> str | None:
@@ -60,7 +63,7 @@ class TensorRTRTXBackend(TrtBackend):
     def settings(self, device: str, strip: bool, cache: Path) -> BuildSettings:
         trt = self.bindings()
 
-        def configure(config: Any) -> None:
+        def configure(config: IBuilderConfig) -> None:
             wanted = [f"SM{capability.replace('.', '')}" for capability in _TARGETS[device]]
             config.num_compute_capabilities = len(wanted)
             for index, name in enumerate(wanted):
@@ -70,17 +73,18 @@ class TensorRTRTXBackend(TrtBackend):
 
         return BuildSettings(strip, configure)
 
-    def context(self, engine: Any, built: Path) -> tuple[Any, Any]:
+    def context(self, engine: ICudaEngine, built: Path) -> tuple[IExecutionContext | None, Callable[[], None]]:
         trt, gpu = self.bindings(), find_gpu()
         config = engine.create_runtime_config()
-        # Shapes come from few batch sizes: worth a compilation each, before the first run rather than beside it.
+        # Only few batch sizes occur, so kernels are compiled for each of them, and before the first run: by default
+        # it would start with slower kernels while better ones are compiled in the background.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         kernels = config.create_runtime_cache()
         path = built.with_name(f".{built.name}.{slug(gpu.label if gpu else 'none')}.kernels")
         before = path.read_bytes() if path.is_file() else b""
         if before and not kernels.deserialize(before):
-            _LOG.debug("'%s' is of another driver or version; compiling again", path)
+            _LOG.debug("'%s' was made by another driver or version; compiling again", path)
         config.set_runtime_cache(kernels)
 
         def keep() -> None:

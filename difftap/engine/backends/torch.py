@@ -1,20 +1,25 @@
-"""Eager PyTorch on the checkpoint itself: at fp32 the reference that the other backends are held against.
+"""Eager PyTorch on the checkpoint itself: at fp32 it is the reference that other backends are compared with.
 
-In half precision the networks compute in fp16 or bf16; the noisy latent is formed, and the ensemble's mean taken, as in
-the graphs. Attention's logits and softmax stay in fp32: diffusers leaves them to torch's fused attention, which
-accumulates so, and whose plain fallback casts up. (Stable Diffusion 2.1 overflows fp16 there and nowhere else.)
+In half precision the networks compute in fp16 or bf16; the noisy latent is formed before, in float32. Attention's
+logits and softmax stay in float32 too: diffusers uses torch's fused attention, which accumulates in float32, and whose
+plain fallback casts up. (Stable Diffusion 2.1 overflows fp16 there and nowhere else.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from difftap.engine.backend import Array, Backend, Engine, Graph, Profile
 from difftap.errors import BackendError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from difftap.engine.torch_model import ComponentModule
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -22,9 +27,11 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class TorchEngine(Engine):
     """One torch module in one precision."""
 
-    def __init__(self, graph: Graph, profile: Profile, module: Any, device: str, threads: int | None) -> None:
+    def __init__(
+        self, graph: Graph, profile: Profile, module: ComponentModule, device: str, threads: int | None
+    ) -> None:
         super().__init__(graph, profile, device)
-        self._module: Any = module
+        self._module: ComponentModule | None = module
         self._threads = threads
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -34,13 +41,14 @@ class TorchEngine(Engine):
             raise BackendError(f"the engine of {self.graph.name} is closed; open it again")
         before = torch.get_num_threads()
         try:
-            # The count is the process's, so it is set for our own call alone.
+            # The number of threads belongs to the whole process, so it is set only during our own call.
             if self._threads:
                 torch.set_num_threads(self._threads)
+            # TF32 has a mantissa of 10 bits: it would be fp32 only by name.
             with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
                 tensors = [torch.from_numpy(np.ascontiguousarray(feeds[s.name])).to(self.device) for s in self.inputs]
-                values = self._call(tensors)
-                # float32, in the order of the axes whatever the memory format was
+                values = self._module(*tensors)
+                # contiguous: some layers leave channels last in memory
                 arrays = [value.float().contiguous().cpu().numpy() for value in values]
         except RuntimeError as error:
             raise BackendError(f"torch failed on {self.graph.name}: {first_line(error)}") from error
@@ -48,25 +56,24 @@ class TorchEngine(Engine):
             torch.set_num_threads(before)
         return {s.name: np.ascontiguousarray(v) for s, v in zip(self.outputs, arrays, strict=True)}
 
-    def _call(self, tensors: list[Any]) -> Any:
-        return self._module(*tensors)
-
     def close(self) -> None:
         self._module = None
 
 
-def to_precision(module: Any, precision: str) -> Any:
-    """Put a module's network into a precision, its inputs cast where they enter it."""
+def to_precision(module: ComponentModule, precision: str) -> ComponentModule:
+    """Convert a module's network to a precision, and cast its inputs where they enter it."""
     import torch
 
     if precision == "fp32":
         return module
     dtype = getattr(torch, _DTYPES[precision])
 
-    def cast(value: Any) -> Any:
+    def cast(value: object) -> object:
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(
+        _module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
     module.entrance.register_forward_pre_hook(enter, with_kwargs=True)
@@ -88,7 +95,7 @@ class TorchBackend(Backend):
         return None
 
     def precisions(self, device: str) -> tuple[str, ...]:
-        return tuple(_DTYPES) if device == "cuda" else ("fp32", "bf16")  # few processors compute in fp16
+        return tuple(_DTYPES) if device == "cuda" else ("fp32", "bf16")  # few CPUs compute in fp16
 
     def devices(self) -> tuple[str, ...]:
         import torch
@@ -113,11 +120,11 @@ class TorchBackend(Backend):
         return TorchEngine(graph, profile, on_device(graph, module, device), device, threads)
 
 
-def on_device(graph: Graph, module: Any, device: str) -> Any:
-    """Move a module; a GPU's memory may not hold it.
+def on_device(graph: Graph, module: ComponentModule, device: str) -> ComponentModule:
+    """Move a module to a device.
 
     Raises:
-        BackendError: it does not.
+        BackendError: the device's memory cannot hold it.
     """
     try:
         return module.to(device)

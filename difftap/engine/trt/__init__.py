@@ -1,5 +1,5 @@
-"""What the two TensorRTs share: building a plan from a graph, and running one on the GPU.
+"""What TensorRT and TensorRT for RTX share: building a plan from a graph, and running a plan on the GPU.
 
-``tensorrt`` (data centre) and ``tensorrt_rtx`` are one API under two module names; what differs is in the two files in
-`difftap.engine.backends`.
+The modules ``tensorrt`` and ``tensorrt_rtx`` have the same API. Their differences are in the two files of
+`difftap.engine.backends`. Types are named after ``tensorrt``'s.
 """

@@ -1,4 +1,4 @@
-"""The backend that both TensorRTs are, but for what each has alone."""
+"""The base class of the backends ``tensorrt`` and ``tensorrt-rtx``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar
 
 from difftap.artifacts.files import output_errors
 from difftap.engine.backend import Backend, Calibration, Engine, Graph, Profile
@@ -17,32 +18,35 @@ from difftap.engine.trt.gpu import find_gpu
 from difftap.engine.trt.plans import BuildSettings, TrtLog, build_plan, make_log
 from difftap.errors import BackendError, first_line
 
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine, IExecutionContext
+
 __all__ = ["TrtBackend", "slug"]
 
 _LOG = logging.getLogger("difftap")
 WHOLE, STRIPPED = "plan", "stripped.plan"
-"""Names of a plan with its weights inside, and of one whose weights stay in the graph's own weight file."""
+"""File names of a plan with its weights inside, and of a plan whose weights stay in the graph's own weight file."""
 
 
 def slug(text: str) -> str:
-    """Write a text as part of a file name."""
+    """Turn a text into a part of a file name: all but letters, digits and dots become hyphens."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
 class TrtBackend(Backend):
-    """A TensorRT.
+    """TensorRT, or TensorRT for RTX.
 
     Attributes:
-        module: the Python module.
+        module: name of the Python module.
         extra: the difftap extra that installs it.
-        cuda_graphs: whether small batches are captured as CUDA graphs by us.
+        cuda_graphs: whether difftap captures small batches as CUDA graphs; one of the libraries does so itself.
     """
 
     module: ClassVar[str]
     extra: ClassVar[str]
     cuda_graphs: ClassVar[bool] = False
 
-    def bindings(self) -> Any:
+    def bindings(self) -> ModuleType:
         """Import the Python module."""
         return importlib.import_module(self.module)
 
@@ -66,22 +70,30 @@ class TrtBackend(Backend):
         return True
 
     def graph_precision(self, profile: Profile, device: str) -> str:
-        # Casts around the softmax would keep attention from being fused into one kernel, which sums in float32.
+        # Casts around the softmax would keep TensorRT from fusing attention into one kernel. That kernel sums in
+        # float32 anyway.
         return f"{profile.precision}-half" if profile.precision in ("fp16", "bf16") else "fp32"
 
     def settings(self, device: str, strip: bool, cache: Path) -> BuildSettings:
-        """How to build for a device; ``cache`` is a folder for what serves later builds."""
+        """Say how to build for a device.
+
+        Args:
+            device: one of `devices`.
+            strip: leave the weights out of the plan.
+            cache: a folder for files that make later builds faster.
+        """
         return BuildSettings(strip)
 
     def build(
         self, graph: Graph, profile: Profile, device: str, folder: Path, calibration: Calibration | None = None
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, object]:
         began = time.perf_counter()
-        # Building a plan without weights runs a kernel or two, so it takes a GPU. Elsewhere they go in.
+        # Stripped plans share one copy of the weights, which are gigabytes. But building one runs a few kernels and so
+        # needs a GPU; without a GPU the weights go into the plan.
         strip = find_gpu() is not None
         size = self._write(graph, profile, device, folder, strip)
         if strip:
-            try:
+            try:  # not every plan takes its weights back
                 self._deserialise(graph, folder, make_log(self.bindings()))
             except BackendError as error:
                 _LOG.warning("%s; building it with its weights inside", error)
@@ -105,8 +117,12 @@ class TrtBackend(Backend):
             path.write_bytes(plan)
         return plan.nbytes
 
-    def _deserialise(self, graph: Graph, folder: Path, log: TrtLog) -> Any:
-        """Open the engine of a built folder, its weights in place."""
+    def _deserialise(self, graph: Graph, folder: Path, log: TrtLog) -> ICudaEngine:
+        """Open the engine in a built folder, and put its weights back if the plan is stripped.
+
+        Raises:
+            BackendError: the plan cannot be opened, or its weights cannot be put back.
+        """
         stripped = (folder / STRIPPED).is_file()
         path = folder / (STRIPPED if stripped else WHOLE)
         runtime = log.trt.Runtime(log.logger)
@@ -137,9 +153,14 @@ class TrtBackend(Backend):
         return TrtEngine(graph, profile, device, engine, context, self.memory(), log, self.cuda_graphs, closing)
 
     def memory(self) -> GpuMemory:
-        """Where the engine's buffers are."""
+        """Make the memory for an engine's buffers."""
         return GpuMemory()
 
-    def context(self, engine: Any, built: Path) -> tuple[Any, Any]:
-        """Make an execution context, and say what to do when it is closed."""
+    def context(self, engine: ICudaEngine, built: Path) -> tuple[IExecutionContext | None, Callable[[], None]]:
+        """Make an execution context, and a function to call when the engine is closed.
+
+        Args:
+            engine: the opened engine.
+            built: its folder; files kept for later openings go beside it.
+        """
         return engine.create_execution_context(), lambda: None

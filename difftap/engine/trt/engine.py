@@ -1,33 +1,37 @@
-"""A TensorRT plan at work: device buffers through torch, one stream, weights put back, CUDA graphs.
+"""Running a TensorRT plan: buffers on the GPU through torch, one stream, stripped weights, CUDA graphs.
 
-Every input and output has one buffer on the GPU per batch size in use, at a fixed address: what a captured CUDA graph
-needs. A feed that is already on the GPU is copied there without passing through the host.
+Every input and output has one buffer on the GPU for the batch size in use, at a fixed address, as a captured CUDA graph
+needs it. A feed that is on the GPU already is copied there without passing through the host.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from difftap.engine.backend import Array, DeviceArray, Engine, Graph, Profile
+from difftap.engine.backend import Array, DeviceArray, Engine, Graph, Profile, Value
 from difftap.engine.trt.plans import TrtLog, shape_of
 from difftap.errors import BackendError, first_line
+
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine, IExecutionContext
+    from torch import Tensor
 
 __all__ = ["GpuMemory", "TorchArray", "TrtEngine", "refit"]
 
 _LOG = logging.getLogger("difftap")
 GRAPH_BATCH = 4
-"""Largest batch that runs as a captured CUDA graph: beyond it, launching kernels takes no share that counts."""
+"""Largest batch that runs as a captured CUDA graph; with larger ones, launching kernels takes a negligible share."""
 
 
-def refit(log: TrtLog, engine: Any, onnx: str) -> None:
-    """Put the weights of an ONNX file back into an engine whose plan was built without them.
+def refit(log: TrtLog, engine: ICudaEngine, onnx: str) -> None:
+    """Put the weights of an ONNX file into an engine whose plan was built without them.
 
     Raises:
-        BackendError: they do not fit.
+        BackendError: the weights do not fit the engine.
     """
     trt = log.trt
     refitter = trt.Refitter(engine, log.logger)
@@ -50,18 +54,19 @@ class GpuMemory:
         """The stream's handle."""
         return int(self._stream.cuda_stream)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Make a new tensor on the GPU."""
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device="cuda")
 
-    def fill(self, target: Any, source: Any) -> None:
+    def fill(self, target: Tensor, source: Tensor) -> None:
         """Copy a tensor of the host or the GPU into a buffer, on the stream."""
-        self._stream.wait_stream(self._torch.cuda.current_stream())  # whoever made the source may not be done with it
+        # The work that computes the source may still be queued on the current stream.
+        self._stream.wait_stream(self._torch.cuda.current_stream())
         with self._torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
-    def capture(self, launch: Any) -> Any:
-        """Record what ``launch`` puts on the stream; gives a function that does it again."""
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Record the work that ``launch`` puts on the stream; give a function that repeats it."""
         recorded = self._torch.cuda.CUDAGraph()
         with self._torch.cuda.graph(recorded, stream=self._stream):
             launch()
@@ -73,20 +78,20 @@ class GpuMemory:
         return replay
 
     def publish(self) -> None:
-        """Let whoever works on the current stream next see what this stream has done."""
+        """Make the current stream wait for this one, so that work queued there next sees the results."""
         self._torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class TorchArray(DeviceArray):
-    """A torch tensor on the GPU; it holds its value until its engine runs again."""
+    """A torch tensor on the GPU. Its value is overwritten when its engine runs again."""
 
-    def __init__(self, tensor: Any) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.shape = tuple(tensor.shape)
         self.dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
 
     def numpy(self) -> Array:
-        # A copy, where the tensor is the host's too: buffers are written again by the next run.
+        # A copy even of a tensor on the host (in tests), because the next run overwrites the buffer.
         return np.array(self.tensor.cpu().numpy(), order="C")
 
 
@@ -96,13 +101,13 @@ class TrtEngine(Engine):
     Args:
         graph: what it runs.
         profile: the shapes it takes.
-        device: what it was built for.
+        device: the device that it was built for.
         engine: TensorRT's engine.
         context: its execution context.
-        memory: where buffers are.
-        log: what TensorRT says.
-        cuda_graphs: replay small batches as captured CUDA graphs (where the library does not do so itself).
-        closing: called once when the engine is closed, while its context is still there.
+        memory: makes and fills the buffers.
+        log: collects TensorRT's errors.
+        cuda_graphs: replay small batches as captured CUDA graphs (if the library does not do so itself).
+        closing: called once when the engine is closed, while its context still exists.
     """
 
     chains = True
@@ -112,8 +117,8 @@ class TrtEngine(Engine):
         graph: Graph,
         profile: Profile,
         device: str,
-        engine: Any,
-        context: Any,
+        engine: ICudaEngine,
+        context: IExecutionContext,
         memory: GpuMemory,
         log: TrtLog,
         cuda_graphs: bool = False,
@@ -126,13 +131,13 @@ class TrtEngine(Engine):
         self._fed = [spec for spec in self.inputs if spec.name in present]
         self._cuda_graphs, self._closing = cuda_graphs, closing
         self._batch = 0
-        self._buffers: dict[str, Any] = {}
-        self._replay: Any = None
+        self._buffers: dict[str, Tensor] = {}
+        self._replay: Callable[[], None] | None = None
 
-    def _run(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
+    def _run(self, feeds: Mapping[str, Value]) -> dict[str, Array]:
         return {name: value.numpy() for name, value in self._run_on_device(feeds).items()}
 
-    def _run_on_device(self, feeds: Mapping[str, Any]) -> dict[str, TorchArray]:
+    def _run_on_device(self, feeds: Mapping[str, Value]) -> dict[str, TorchArray]:
         import torch
 
         tensors = {
@@ -141,8 +146,8 @@ class TrtEngine(Engine):
         }
         return {name: TorchArray(value) for name, value in self._launch(tensors).items()}
 
-    def _launch(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Put one run on the stream, with torch tensors of the host or the GPU; gives the GPU's output buffers.
+    def _launch(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Queue one run on the stream, with tensors on the host or the GPU; give the output buffers on the GPU.
 
         Raises:
             BackendError: the runtime failed.
@@ -158,9 +163,9 @@ class TrtEngine(Engine):
             if self._replay is not None:
                 self._replay()
             else:
-                self._execute()
+                self._execute()  # uncaptured once, because TensorRT finishes setting up new shapes in it
                 self._capture()
-        except RuntimeError as error:  # torch's, for memory above all
+        except RuntimeError as error:  # torch's, mostly because the GPU's memory is full
             if isinstance(error, BackendError):
                 raise
             raise BackendError(f"{self._log.trt.__name__} failed on {self.graph.name}: {first_line(error)}") from error
@@ -168,7 +173,7 @@ class TrtEngine(Engine):
         return {spec.name: self._buffers[spec.name] for spec in self.outputs}
 
     def _prepare(self, batch: int) -> None:
-        """Buffers and shapes for a batch size; a graph captured for another one goes."""
+        """Make buffers and set shapes for a batch size; drop a CUDA graph captured for another one."""
         self._replay, self._batch, self._buffers = None, 0, {}
         for spec in self._fed:
             shape = shape_of(spec, self.graph, self.profile, batch)
@@ -186,7 +191,7 @@ class TrtEngine(Engine):
             raise self._log.failure(f"failed on {self.graph.name}")
 
     def _capture(self) -> None:
-        """Record the run just made, for the next ones of this batch size; do without where that cannot be done."""
+        """Capture a run as a CUDA graph for the next runs of this batch size; if that fails, never try again."""
         if not self._cuda_graphs or self._batch > GRAPH_BATCH:
             return
         try:

@@ -1,7 +1,8 @@
 """The NVIDIA GPU of this machine, as torch sees it.
 
-Torch is the engines' way to device memory, streams and CUDA graphs: every machine that runs a diffusion network on a
-GPU has it, and its tensors go from one engine to the next without a copy. A GPU that torch cannot use counts as none.
+TensorRT's engines use torch for device memory, streams and CUDA graphs: machines that run diffusion networks on a GPU
+have torch, and its tensors pass from one engine to the next without a copy. So a GPU that torch cannot use counts as
+none.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ class Gpu:
 
     @property
     def label(self) -> str:
-        """For messages and manifests: ``NVIDIA L4 (8.9)``."""
+        """Name and capability, for messages and manifests: ``NVIDIA L4 (8.9)``."""
         return f"{self.name} ({capability_text(self.capability)})"
 
 
 def capability_text(capability: tuple[int, int]) -> str:
-    """Write a compute capability as NVIDIA writes it."""
+    """Write a compute capability as NVIDIA does: ``8.9``."""
     return f"{capability[0]}.{capability[1]}"
 
 
 @cache
 def find_gpu() -> Gpu | None:
-    """Find the first GPU; None if there is none, or torch is missing or was built without CUDA."""
-    if not cuda_driver():  # then importing torch, which takes seconds, is vain
+    """Find the first GPU; None if there is none, or if torch is missing or was built without CUDA."""
+    if not cuda_driver():  # without the driver there is nothing to find, and importing torch takes seconds
         return None
     try:
         import torch

@@ -1,8 +1,8 @@
-"""From a graph to a TensorRT plan: one resolution, a range of batch sizes, strongly typed.
+"""Building a TensorRT plan from a graph: one resolution, a range of batch sizes, strongly typed.
 
-Precisions are in the graph, not in the builder: newer TensorRTs know no precision flags. Height, width, members and
-tokens are fixed, so that kernels are chosen for the very shapes; the batch alone is free, from one image to the
-profile's batch, and kernels are chosen for the largest.
+The graph says in which types to compute, not the builder: newer versions of TensorRT have no precision flags. Height,
+width, members and tokens are fixed, so that TensorRT can choose kernels for exactly these shapes. Only the batch is
+free, from one image to the profile's batch; kernels are chosen for the largest.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from difftap.engine.backend import Graph, Profile, TensorSpec
 from difftap.errors import BackendError
+
+if TYPE_CHECKING:
+    from tensorrt import Builder, IBuilderConfig, IHostMemory, ILogger, INetworkDefinition
 
 __all__ = ["BuildSettings", "TrtLog", "build_plan", "make_log"]
 
@@ -23,33 +27,36 @@ _LOG = logging.getLogger("difftap")
 
 @dataclass
 class TrtLog:
-    """What a TensorRT object has to say: errors are kept for our own message, the rest goes to the debug log.
+    """TensorRT's messages: errors are collected for difftap's own error text, and all go to the debug log.
 
     Attributes:
         trt: the TensorRT module.
-        logger: what TensorRT's objects are given.
-        errors: messages of errors, in order.
+        logger: the logger to pass to TensorRT's objects.
+        errors: the error messages so far, in order.
     """
 
-    trt: Any
-    logger: Any = None
+    trt: ModuleType
+    logger: ILogger | None = None
     errors: list[str] = field(default_factory=list)
 
     def failure(self, what: str) -> BackendError:
-        """Build the error to raise when something gave nothing: the first message names the cause."""
+        """Make the error to raise when a call of TensorRT returned nothing.
+
+        Of TensorRT's messages the first one names the cause; later ones are its consequences.
+        """
         cause = self.errors[0].strip().splitlines()[0][:300] if self.errors else "no reason given"
         return BackendError(f"{self.trt.__name__} {what}: {cause}")
 
 
-def make_log(trt: Any) -> TrtLog:
-    """Make a log of its own for one build or one engine."""
+def make_log(trt: ModuleType) -> TrtLog:
+    """Make a log for one build or one engine."""
     log = TrtLog(trt)
 
-    class Collector(trt.ILogger):  # type: ignore[misc]
+    class Collector(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: object, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 log.errors.append(message)
             _LOG.debug("%s: %s", trt.__name__, message.strip().partition("\n")[0][:300])
@@ -63,37 +70,37 @@ class BuildSettings:
     """How a plan is built, beyond the graph and its shapes.
 
     Attributes:
-        strip: leave the weights out of the plan; they are put back from the graph's own weight file when it is opened.
-        configure: sets on the builder's configuration what only one of the two libraries has.
-        finish: takes from it, after a build, what is worth keeping.
+        strip: leave the weights out of the plan; they are read from the graph's own weight file when it is opened.
+        configure: changes the builder's configuration before a build; for settings of one library only.
+        finish: reads the configuration after a build, to keep what makes later builds faster.
     """
 
     strip: bool = False
-    configure: Callable[[Any], None] = lambda config: None
-    finish: Callable[[Any], None] = lambda config: None
+    configure: Callable[[IBuilderConfig], None] = lambda config: None
+    finish: Callable[[IBuilderConfig], None] = lambda config: None
 
 
 def shape_of(spec: TensorSpec, graph: Graph, profile: Profile, batch: int) -> tuple[int, ...]:
-    """Give an input's shape with every letter filled in."""
+    """Give an input's shape, with a number for every axis letter."""
     sides = {"B": batch, **profile.axes(graph.model)}
     return tuple(sides[axis] if isinstance(axis, str) else axis for axis in spec.shape)
 
 
-def build_plan(trt: Any, graph: Graph, profile: Profile, path: Path, settings: BuildSettings) -> Any:
+def build_plan(trt: ModuleType, graph: Graph, profile: Profile, path: Path, settings: BuildSettings) -> IHostMemory:
     """Build a plan from a graph's ONNX file.
 
     Args:
         trt: the TensorRT module.
-        graph: what is built; names inputs and their axes.
+        graph: what is built; gives the inputs' names and axes.
         profile: the shapes.
-        path: the ONNX file in the profile's precision.
-        settings: the rest.
+        path: the ONNX file, in the profile's precision.
+        settings: everything else.
 
     Returns:
-        The plan, as TensorRT's own buffer of bytes.
+        the plan, in TensorRT's own buffer.
 
     Raises:
-        BackendError: the graph cannot be read or built; the message holds TensorRT's first complaint.
+        BackendError: the graph cannot be read or built; the message holds TensorRT's first error.
     """
     log = make_log(trt)
     builder = trt.Builder(log.logger)
@@ -113,24 +120,27 @@ def build_plan(trt: Any, graph: Graph, profile: Profile, path: Path, settings: B
     return plan
 
 
-def _set_flags(trt: Any, config: Any, profile: Profile, settings: BuildSettings) -> None:
+def _set_flags(trt: ModuleType, config: IBuilderConfig, profile: Profile, settings: BuildSettings) -> None:
     if profile.precision == "fp32":
-        # TF32 would be fp32 in name only. Beside half-precision layers it is as exact as they are, and faster.
+        # TF32 would be fp32 only by name. Under a half precision it stays on: it is as exact as the other layers.
         config.clear_flag(trt.BuilderFlag.TF32)
     if settings.strip:
-        # "Identical": the weights put back are those built with, so nothing has to be kept changeable for others.
+        # REFIT_IDENTICAL promises that the weights put back are the same ones, so TensorRT may optimise with their
+        # values; plain REFIT would have to allow for any other weights.
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
 
 
-def _set_shapes(builder: Any, config: Any, network: Any, graph: Graph, profile: Profile) -> None:
+def _set_shapes(
+    builder: Builder, config: IBuilderConfig, network: INetworkDefinition, graph: Graph, profile: Profile
+) -> None:
     specs = {spec.name: spec for spec in graph.inputs}
     free: Sequence[int] = (1, profile.batch, profile.batch)  # smallest, chosen for, largest
     shapes = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         low, best, high = (shape_of(specs[tensor.name], graph, profile, batch) for batch in free)
-        tensor.shape = high if profile.batch == 1 else (-1, *high[1:])
+        tensor.shape = high if profile.batch == 1 else (-1, *high[1:])  # -1: the free axis
         if profile.batch > 1:
             shapes.set_shape(tensor.name, low, best, high)
     if profile.batch > 1:
