@@ -1,4 +1,4 @@
-"""torch -> ONNX: the VAE encoder and the UNet cut after its deepest tap, with a parity report."""
+"""Exporting torch networks to ONNX: a backbone's encoder, and its tapped network cut after the deepest tap."""
 
 from difftap.backbones.find import open_model
 from difftap.export.graphs import ensure_graph, export_graph

@@ -1,7 +1,8 @@
-"""Exporting what conditional prompts need, so that matching with them needs no torch.
+"""Exporting the networks of conditional prompts, so that matching with such prompts needs no torch.
 
-Three small graphs, through the same export as the large ones: the conditional head (beside the prompt file, which
-holds its weights), the model's text encoder and a DINOv2 network (in the cache, pointing into their own weights).
+There are three small graphs, exported in the same way as the large ones: the conditional head (beside the prompt file,
+which holds its weights), the model's text encoder, and a DINOv2 network (both in the cache, referring to their own
+weight files).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _write(
     scratch.write_bytes(proto.SerializeToString(deterministic=True))
     with get_backend("ort").open(replace(graph, path=scratch), Profile((8, 8), batch=2), "cpu", None) as engine:
         got = engine.run(feeds)[output.name]
-    parity = TensorParity.of(np.moveaxis(got, -1, 1), np.moveaxis(wanted, -1, 1))
+    parity = TensorParity.of(np.moveaxis(got, -1, 1), np.moveaxis(wanted, -1, 1))  # cosines are over axis 1
     if parity.relative > MAX_RELATIVE:
         raise BackendError(
             f"the exported {graph.component} differs from torch by a relative error of {parity.relative:.2e}; "
@@ -85,16 +86,17 @@ def _write(
 
 
 def weights_of(folder: Path, cache: Cache) -> tuple[tuple[Path, ...], str]:
-    """List a transformers folder's safetensors files, and hash them together with its configuration.
+    """List the safetensors files of a transformers folder, and hash them together with its configuration.
 
     Raises:
-        ModelError: there are none, or there is no configuration.
+        ModelError: it has no such files, or no configuration.
     """
     files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
         raise ModelError(f"'{folder}' holds no safetensors weights (pickled ones are refused); get the network again")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # Entries about the program that wrote the file change no number.
         plain = {key: value for key, value in config.items() if not key.startswith("_") and "version" not in key}
         parts = [cache.memo.digest(path) for path in files]
     except (OSError, ValueError, AttributeError) as error:
@@ -103,7 +105,7 @@ def weights_of(folder: Path, cache: Cache) -> tuple[tuple[Path, ...], str]:
 
 
 def _plain_names(located: Mapping[str, TensorLocation], *prefixes: str) -> dict[str, TensorLocation]:
-    """Give tensors the names that their module has for them."""
+    """Remove prefixes from tensors' names, so that they are the names within the exported module."""
     found = {}
     for name, place in located.items():
         for prefix in prefixes:
@@ -162,10 +164,10 @@ def _loaded(kind: type[PreTrainedModel], folder: Path) -> torch.nn.Module:
 
 
 def dino_folder(name: str) -> Path:
-    """Find the folder of a DINOv2 network: given as such, or by a hub id.
+    """Find the folder of a DINOv2 network: a local folder, or the download of a hub id.
 
     Raises:
-        ModelError: it is neither, or cannot be had.
+        ModelError: there is no such folder, or it cannot be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -181,10 +183,13 @@ def dino_folder(name: str) -> Path:
 
 
 def dino_facts(name: str, cache: Cache) -> tuple[str, int, int]:
-    """Read a DINOv2 network's hash, its input's side in pixels for 16 x 16 patches, and its tokens' channels.
+    """Read the properties of a DINOv2 network that image tokens depend on.
+
+    Returns:
+        hash of its weights and configuration; side of its input in pixels, for 16 x 16 patches; channels of its tokens.
 
     Raises:
-        ModelError: it is none, or cannot be had.
+        ModelError: it cannot be found or downloaded, or is a network of another kind.
     """
     folder = dino_folder(name)
     _, digest = weights_of(folder, cache)
@@ -198,10 +203,10 @@ def dino_facts(name: str, cache: Cache) -> tuple[str, int, int]:
 
 
 def image_network(folder: Path) -> torch.nn.Module:
-    """Load a DINOv2 network as a frozen module from images to tokens.
+    """Load a DINOv2 network as a frozen module from images ``(B, 3, S, S)`` to tokens ``(B, N, C)``.
 
     Raises:
-        ModelError: it is of another kind, or cannot be loaded.
+        ModelError: it cannot be loaded.
     """
     require("torch", "export", "image tokens")
     transformers = require("transformers", "export", "image tokens")
@@ -217,7 +222,7 @@ def dino_graph(
 
     Raises:
         MissingExtraError: it has to be exported, and torch or transformers is not installed.
-        ModelError: it has to be exported, and is not there or is another one.
+        ModelError: it has to be exported, and the network is missing or has other weights.
     """
     graph = Graph(
         model,
@@ -256,7 +261,7 @@ def head_graph(
     length: int,
     width: int,
 ) -> Graph:
-    """Find a branch's conditional head, which lies beside the prompt file.
+    """Find the exported conditional head of a branch, beside the prompt file.
 
     Raises:
         ArtefactError: it is missing, stale, or not whole.
@@ -285,7 +290,11 @@ def _head(model: Checkpoint, branch: int, count: int, channels: int, length: int
 def export_heads(
     model: Checkpoint, cache: Cache, prompt_file: Path, sha256: str, heads: Sequence[ConditionalHead]
 ) -> list[Graph]:
-    """Export every branch's conditional head beside the prompt file that holds its weights."""
+    """Export every branch's conditional head, beside the prompt file that holds its weights.
+
+    Raises:
+        BackendError: a head differs from torch by more than `MAX_RELATIVE`.
+    """
     from difftap.artifacts.tensors import locate_tensors
     from difftap.engine.torch_prompts import HeadPart
 
@@ -305,7 +314,7 @@ def export_heads(
 
 
 def numpy_tokens(network: torch.nn.Module, device: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Make a token network a function of one image ``(3, S, S)``, giving ``(N, C)``."""
+    """Wrap a token network as a function on arrays: from one image ``(3, S, S)`` to its tokens ``(N, C)``."""
     import torch
 
     network.to(device)

@@ -1,4 +1,4 @@
-"""Exporting a graph: trace, write, hold against torch, and only then make it trusted."""
+"""Exporting a graph: trace it, write it, compare it with torch; only then it is trusted."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["MAX_RELATIVE", "ensure_graph", "export_graph"]
 
 _LOG = logging.getLogger("difftap")
 MAX_RELATIVE = 1e-4
-"""Largest relative error of an fp32 graph against torch; an export beyond it is refused."""
+"""Largest relative error of an fp32 graph against torch; an export with a larger one is refused."""
 
 
 def parity_profile(graph: Graph) -> Profile:
-    """Choose the shapes of the parity check: small, not square, several images and members.
+    """Choose the shapes for the parity check: small, not square, with several images and members.
 
-    So a mixed-up axis shows.
+    All lengths differ where they can, so that exchanged axes show as an error.
     """
     step = graph.model.size_step
     high = step * max(2, 128 // step)
@@ -44,12 +44,16 @@ def check_parity(graph: Graph) -> dict[str, TensorParity]:
 
 
 def _write(cache: Cache, graph: Graph, scratch: Path, *, placed: bool = False) -> Making:
-    """Trace one network into a scratch file beside its weights' folder, and compare it with torch.
+    """Trace one network to a scratch file beside the folder of its weights, and compare it with torch.
 
     Args:
-        placed: whether the weights lie there already; else they are put there.
+        cache: puts the weights there.
+        graph: what is exported.
+        scratch: the file to write.
+        placed: whether the weights are there already.
 
     Raises:
+        MissingExtraError: a package for exporting is not installed.
         BackendError: it differs from torch by more than `MAX_RELATIVE`.
     """
     model, component, home = graph.model, graph.component, scratch.parent
@@ -76,7 +80,7 @@ def _write(cache: Cache, graph: Graph, scratch: Path, *, placed: bool = False) -
 
 
 def _named(model: Checkpoint, component: str, taps: tuple[str, ...], folder: Path) -> tuple[Graph, Path]:
-    """Name a graph and its file in a folder."""
+    """Give a graph and the path of its file in a folder."""
     graph = Graph(model, component, taps)
     path = folder / f"{file_stem(graph.name)}.onnx"
     return replace(graph, path=path), path
@@ -85,17 +89,17 @@ def _named(model: Checkpoint, component: str, taps: tuple[str, ...], folder: Pat
 def export_graph(
     cache: Cache, model: Checkpoint, component: str, taps: tuple[str, ...] = (), folder: Path | None = None
 ) -> tuple[Graph, dict[str, TensorParity]]:
-    """Export one network of a model, whatever is there already.
+    """Export one network of a model, even if it has been exported before.
 
     Args:
         cache: where graphs are kept.
         model: the checkpoint.
-        component: ``vae`` or ``unet``.
-        taps: the UNet graph's outputs.
-        folder: write here instead, beside weights that already lie here (to ship graphs with a checkpoint).
+        component: one of the checkpoint's: ``vae`` or ``unet``.
+        taps: the outputs; none for the encoder.
+        folder: write to this folder instead, which holds the weights already (to ship graphs with a checkpoint).
 
     Returns:
-        The trusted graph, and each output's parity with torch.
+        the trusted graph, and each output's parity with torch.
 
     Raises:
         BackendError: the graph differs from torch by more than `MAX_RELATIVE`; no graph is left behind.
@@ -107,12 +111,12 @@ def export_graph(
 
 
 def ensure_graph(cache: Cache, model: Checkpoint, component: str, taps: tuple[str, ...] = ()) -> Graph:
-    """Give a trusted graph: the one that is there, else a new export.
+    """Give a trusted graph: the checkpoint's own, or the one in the cache, or else a new export.
 
     A graph in the cache that is stale, cut short or tampered with is exported again, with a warning.
 
     Raises:
-        ArtefactError: the graph that was shipped beside the checkpoint cannot be trusted; it is not ours to overwrite.
+        ArtefactError: the checkpoint's own graph cannot be trusted; it is not overwritten.
         BackendError: as for `export_graph`.
     """
     shipped = shipped_graph(cache, model, component, taps)

@@ -1,4 +1,4 @@
-"""Fidelity: how far a backend's outputs are from the torch reference's."""
+"""Fidelity: how far a backend's outputs are from those of the float32 reference."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.engine.backend import Graph, Profile
+from difftap.engine.backend import Array, Graph, Profile
 from difftap.engine.noise import example_feeds
 from difftap.engine.registry import get_backend
 
@@ -20,14 +19,14 @@ __all__ = ["TensorParity", "measure"]
 
 @dataclass(frozen=True)
 class TensorParity:
-    """One output against its reference.
+    """The differences between an output and its reference.
 
     Attributes:
         max_abs: largest absolute difference.
-        relative: L2 norm of the difference over L2 norm of the reference.
-        relative_max: largest absolute difference over the reference's largest absolute value.
+        relative: L2 norm of the difference divided by L2 norm of the reference.
+        relative_max: largest absolute difference divided by the reference's largest absolute value.
         cosine_mean: mean over cells of the cosine between the two feature vectors.
-        cosine_min: the smallest of those.
+        cosine_min: smallest of these cosines.
     """
 
     max_abs: float
@@ -42,7 +41,7 @@ class TensorParity:
         a, b = value.astype(np.float64), reference.astype(np.float64)
         gap = np.abs(a - b)
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)  # (B, h, w)
-        cosine = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
+        cosine = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)  # of a zero vector 0, not NaN
         return cls(
             float(gap.max()),
             _share(float(np.linalg.norm(gap)), float(np.linalg.norm(b))),
@@ -60,12 +59,12 @@ class TensorParity:
         )
 
     def to_dict(self) -> dict[str, float]:
-        """Plain data for a manifest."""
+        """Give plain data for a manifest."""
         return asdict(self)
 
 
 def _share(error: float, whole: float) -> float:
-    """Error over whole; infinite for an error where there should be nothing."""
+    """Divide an error by the whole; infinite if the whole is 0 and the error is not."""
     if whole == 0:
         return math.inf if error else 0.0
     return error / whole
@@ -79,17 +78,22 @@ def measure(
     threads: int | None,
     built: Path | None = None,
     *,
-    feeds: Mapping[str, NDArray[Any]] | None = None,
+    feeds: Mapping[str, Array] | None = None,
     against: tuple[str, Graph] | None = None,
 ) -> dict[str, TensorParity]:
-    """Run a graph on a backend and on the float32 reference (CPU), on the same feeds: the parity of every output.
-
-    One after the other, so that only one of them is in memory.
+    """Measure the parity of every output of a graph: run it on a backend and on the float32 reference.
 
     Args:
-        feeds: what to run on; None for `difftap.engine.noise.example_feeds`.
+        graph: what is measured.
+        profile: shapes and precision of the measured engine; the reference has the same shapes in fp32.
+        backend: name of the measured backend.
+        device: one of the backend's; the reference runs on the CPU.
+        threads: CPU threads of both; None for their own choice.
+        built: folder of the engine's files, if it has any.
+        feeds: inputs of both; None for `difftap.engine.noise.example_feeds`.
         against: the reference's backend and graph; None for torch.
     """
+    # One after the other, so that only one of the networks is in memory.
     feeds = example_feeds(graph, profile) if feeds is None else feeds
     name, exact = against or ("torch", graph)
     with get_backend(name).open(exact, replace(profile, precision="fp32"), "cpu", threads) as reference:

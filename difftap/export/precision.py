@@ -1,16 +1,16 @@
-"""The half-precision variant of an exported graph, for runtimes that compute in the types that the graph says.
+"""The half-precision variant of an exported graph, for runtimes that compute in the types that the graph names.
 
-Inputs and outputs stay float32, so an engine looks the same from outside. Inside, convolutions, matrix products and
-what lies between them are in the half type; what half precision is bad at stays in float32, between casts:
+Inputs and outputs stay float32, so an engine is used in the same way. Inside, convolutions, matrix products and what
+lies between them are in the half type. Where half precision loses too much, float32 stays, between casts:
 
-- normalisations, whose sums of squares leave fp16's range (65504) long before their results do;
-- softmax, which sums thousands of small numbers;
+- normalisations, because their sums of squares leave fp16's range (65504) long before their results do;
+- softmax, because it sums thousands of small numbers;
 - the noisy latent, the timestep's sines, and the mean over the ensemble;
 - with ``attention="float"``, the attention logits too. The exported graph multiplies queries and keys by the fourth
-  root of 1/d each before their product, so logits in half precision overflow only where their true values do, while
+  root of 1/d each before their product. So logits in half precision overflow only if their true values do, whereas
   Stable Diffusion 2.1 overflows in implementations that scale after the product.
 
-A graph whose values overflow nevertheless gives outputs that are not finite, and `Engine.run` refuses those.
+If values overflow nevertheless, the outputs are not finite, and `Engine.run` refuses them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,29 @@ __all__ = ["ATTENTIONS", "HALVES", "narrow", "to_half"]
 
 HALVES = ("fp16", "bf16")
 ATTENTIONS = ("half", "softmax", "float")
-"""What of attention stays in float32: nothing (fused kernels sum in float32 anyway), softmax, or the logits too."""
+"""The part of attention that stays in float32: none (fused kernels sum in float32 anyway), softmax, or logits too."""
 
 _ALWAYS_HALF = {"Conv", "ConvTranspose", "MatMul", "Gemm", "MultiHeadAttention"}
 _ALWAYS_FLOAT = {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "ReduceMean", "Sin", "Cos", "Exp"}
-# What comes out of these is of the size of what half precision computes on; so it is narrowed at once.
+# The outputs of these are in half precision's range again, so they are cast to it at once.
 _NARROWED = {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax"}
 
 
 def narrow(values: NDArray[np.float32], kind: str) -> NDArray[np.generic]:
-    """Round float32 to nearest even in a half type; bf16 comes as its bits in uint16, which numpy has no type for."""
+    """Round float32 to a half type, to nearest even.
+
+    Args:
+        values: of any shape.
+        kind: ``fp16`` or ``bf16``.
+
+    Returns:
+        float16; or uint16 with the bits of bf16, for which numpy has no type.
+    """
     if kind == "fp16":
         with np.errstate(over="ignore"):  # an infinity is found when the engine runs
             return values.astype(np.float16)
+    # bf16 is the upper half of float32's bits. Adding 0x7FFF, and 1 more if the result would be odd, rounds to nearest
+    # even. NaN is set apart, since its bits could round to infinity.
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     quiet = ((bits >> 16) | 0x40).astype(np.uint16)
@@ -51,7 +61,17 @@ def narrow(values: NDArray[np.float32], kind: str) -> NDArray[np.generic]:
 
 @dataclass
 class _Halver:
-    """One pass over the nodes, in their order; holds which tensors are half by now and which casts exist."""
+    """One pass over the nodes, in their order. It tracks which tensors are in half precision and which casts exist.
+
+    Attributes:
+        kind: ONNX's code of the half type.
+        floats: names of all float32 tensors of the graph.
+        attention: one of `ATTENTIONS`.
+        logits: names of the attention logits, and of scaled queries and keys.
+        half: names of the tensors that are in half precision so far.
+        nodes: the new nodes so far.
+        casts: names of existing casts, by the tensor's name and whether they give the half type.
+    """
 
     kind: int
     floats: set[str]
@@ -62,17 +82,18 @@ class _Halver:
     casts: dict[tuple[str, bool], str] = field(default_factory=dict)
 
     def wants_half(self, node: onnx.NodeProto) -> bool:
+        """Decide whether a node computes in half precision."""
         if node.op_type in _ALWAYS_FLOAT or (node.op_type == "Softmax" and self.attention != "half"):
             return False
         if self.attention == "float" and node.output[0] in self.logits:
             return False
         if node.op_type in _ALWAYS_HALF:
             return True
-        # Sums, products and changes of layout go along with what they are given; what only ever met inputs is float.
+        # Other operators (sums, products, changes of layout) follow their inputs: half if one of these is half.
         return any(name in self.half for name in node.input)
 
     def read(self, name: str, as_half: bool) -> str:
-        """Find the name under which a float tensor can be read in the wanted type; adds a cast the first time."""
+        """Give the name under which a float tensor can be read in the wanted type; add a cast the first time."""
         import onnx
 
         if name not in self.floats or (name in self.half) == as_half:
@@ -85,11 +106,16 @@ class _Halver:
         return self.casts[key]
 
     def add(self, node: onnx.NodeProto, outputs: set[str]) -> None:
-        """Append a node in the type it wants; ``outputs`` are the graph's, which stay float32 under their names."""
+        """Append a node, in the type that it computes in.
+
+        Args:
+            node: is changed.
+            outputs: names of the graph's outputs, which stay float32.
+        """
         import onnx
 
         as_half = self.wants_half(node)
-        # A resize takes its scales in float32 whatever its map is in.
+        # The scales of a resize are float32 even if its map is not.
         data = 1 if node.op_type == "Resize" else len(node.input)
         given = [self.read(name, as_half) if i < data else name for i, name in enumerate(node.input)]
         del node.input[:]
@@ -112,7 +138,7 @@ class _Halver:
                 self.nodes.append(
                     onnx.helper.make_node("Cast", [narrower], [name], to=onnx.TensorProto.FLOAT, name=f"{name}.out")
                 )
-                # Whoever else reads it reads it before it was widened.
+                # Other nodes read the value before this cast, which would only have to be undone.
                 self.casts[name, True] = narrower
             else:
                 self.half.add(name)
@@ -122,16 +148,17 @@ def to_half(proto: onnx.ModelProto, kind: str, attention: str = "softmax") -> tu
     """Make the variant of a float32 graph that computes in a half type.
 
     Args:
-        proto: as `difftap.export.trace.trace` makes it; left alone.
+        proto: a graph made by `difftap.export.trace.trace`; it is not changed.
         kind: ``fp16`` or ``bf16``.
-        attention: what of attention stays in float32, one of `ATTENTIONS`.
+        attention: the part of attention that stays in float32, one of `ATTENTIONS`.
 
     Returns:
-        The new graph, and its external initializers that have to be narrowed: new name -> name in ``proto``. The new
-        ones have the half type, the old shape, and still the old location; the caller writes their data and moves them.
+        the new graph, and a mapping from the names of its half-precision weights to their names in ``proto``. These
+        weights have the half type and the old shape, but still the old location: the caller writes their data and
+        changes the location.
 
     Raises:
-        InputError: ``kind`` or ``attention`` is none of the allowed ones.
+        InputError: ``kind`` or ``attention`` is not allowed.
     """
     import onnx
 
@@ -145,7 +172,7 @@ def to_half(proto: onnx.ModelProto, kind: str, attention: str = "softmax") -> tu
     widened = _drop_weight_casts(new)
     halver = _Halver(code, _float_names(proto), attention, _logits(proto))
     if kind == "bf16":
-        # The first version whose convolutions take bf16; for the operators used here it changes nothing else.
+        # Opset 22 is the first whose convolutions take bf16. For the operators used here it changes nothing else.
         next(entry for entry in new.opset_import if entry.domain == "").version = 22
     outputs = {value.name for value in new.graph.output}
     nodes = list(new.graph.node)
@@ -157,7 +184,7 @@ def to_half(proto: onnx.ModelProto, kind: str, attention: str = "softmax") -> tu
 
 
 def _drop_weight_casts(graph: onnx.ModelProto) -> dict[str, str]:
-    """Take out the casts of a half-precision checkpoint's weights: the wide name, as nodes read it -> initializer."""
+    """Remove the casts of a half-precision checkpoint's weights; map each cast's output to its weight's name."""
     weights = {tensor.name for tensor in graph.graph.initializer}
     widened = {
         n.output[0]: n.input[0] for n in graph.graph.node if n.op_type == "Cast" and n.input and n.input[0] in weights
@@ -169,14 +196,18 @@ def _drop_weight_casts(graph: onnx.ModelProto) -> dict[str, str]:
 
 
 def _float_names(proto: onnx.ModelProto) -> set[str]:
-    """Every float32 tensor's name."""
+    """List the names of all float32 tensors.
+
+    Raises:
+        BackendError: a node reads a tensor that no earlier node gives.
+    """
     import onnx
 
     wide = onnx.TensorProto.FLOAT
     known = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     known |= {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
     for node in proto.graph.node:
-        # Of the operators that difftap exports, these alone give another type than that of their first input.
+        # Of the operators that difftap exports, only these give another type than that of their first input.
         if node.op_type == "Shape":
             kind = onnx.TensorProto.INT64
         elif node.op_type == "Cast":
@@ -192,7 +223,7 @@ def _float_names(proto: onnx.ModelProto) -> set[str]:
 
 
 def _logits(proto: onnx.ModelProto) -> set[str]:
-    """Find what every softmax reads, and the scaling of queries and keys before their product."""
+    """List the names of every softmax's input, and of the scaled queries and keys whose product it is."""
     made_by = {name: node for node in proto.graph.node for name in node.output}
     found: set[str] = set()
     for node in proto.graph.node:
@@ -205,7 +236,7 @@ def _logits(proto: onnx.ModelProto) -> set[str]:
 
 
 def _narrow_initializers(new: onnx.ModelProto, widened: dict[str, str], kind: str, code: int) -> dict[str, str]:
-    """Replace each cast of a constant by a narrower constant; see `to_half` for what is returned."""
+    """Replace each cast of a constant to the half type by a constant of that type; return as `to_half`."""
     import onnx
     from onnx import numpy_helper
 
@@ -228,7 +259,7 @@ def _narrow_initializers(new: onnx.ModelProto, widened: dict[str, str], kind: st
             added.append(tensor)
             continue
         nodes.append(node)
-    # What stays wide of a half-precision checkpoint (the normalisations' weights) needs its cast again.
+    # A half-precision checkpoint's weights that are used in float32 (the normalisations') need their casts again.
     used = {name for node in nodes for name in node.input}
     casts = [
         onnx.helper.make_node("Cast", [narrower], [wide], to=onnx.TensorProto.FLOAT, name=f"{wide}.cast")

@@ -1,8 +1,8 @@
 """Tracing a network to ONNX, with its weights left where they are.
 
-The graph holds no copy of the weights: its initializers point into the checkpoint's own safetensors file (ONNX external
-data is a file, an offset and a length, and safetensors keeps raw tensors). So graphs of one model share one file on
-disk, whatever its size, and half-precision checkpoints are cast up inside the graph.
+The graph holds no copy of the weights: its initializers point into the checkpoint's own safetensors file. (ONNX
+external data is a file, an offset and a length, and safetensors files hold raw tensors.) So all graphs of a model share
+one file on disk. A half-precision checkpoint's weights are cast to float32 inside the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from difftap.artifacts.tensors import TensorLocation
 from difftap.engine.backend import Graph
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["trace"]
 
 OPSET = 20
+"""Version of ONNX's operators. Another one gives other graphs: then increase `graphfiles.GRAPH_VERSION` too."""
 
 
-def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Make example inputs and which of their axes are free, in the order of ``graph.inputs``."""
+def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, torch.export.Dim], ...]]:
+    """Make example inputs, and say which of their axes are free, in the order of ``graph.inputs``."""
     import torch
 
     dim = torch.export.Dim
@@ -39,13 +40,15 @@ def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, An
     rule = graph.model.noise_rule
     cells = step if rule is None else step // rule.latent_stride  # latent cells per coarsest cell
     high, wide = dim("high", min=1, max=4096), dim("wide", min=1, max=4096)
-    free: dict[str, Any] = {
+    free: dict[str, torch.export.Dim] = {
         "B": dim("images", min=1, max=4096),
         "E": dim("members", min=1, max=1024),
         "T": dim("tokens", min=1, max=4096),
     }
-    # Sides are multiples of what every block halves evenly: diffusers branches on that, and a trace takes one branch.
+    # Sides are declared as multiples of the size step: diffusers tests whether a side can be halved evenly, and a trace
+    # follows only one branch of the test.
     free |= {"H": step * high, "W": step * wide, "h": cells * high, "w": cells * wide}
+    # All different, and none is 1: the exporter would take equal lengths for one axis, and fix an axis of length 1.
     sides = {"B": 2, "E": 3, "T": 5, "H": 2 * step, "h": 2 * cells, "W": 3 * step, "w": 3 * cells}
     examples, axes = [], []
     for spec in graph.inputs:
@@ -57,7 +60,7 @@ def _example(graph: Graph) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, An
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and notices off the user's terminal."""
+    """Keep the exporter's progress lines and warnings away from the user's terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -73,7 +76,8 @@ def _free_axes(graph: Graph, model: onnx_ir.Model) -> None:
     """Name the free axes of inputs and outputs by their letters, so that a backend can fix them by name.
 
     Raises:
-        ModelError: the network's own code has fixed an axis (``len(tensor)`` does); the graph would serve one size.
+        ModelError: the network's own code has fixed an axis (``len(tensor)`` does so), so the graph would only work at
+            one size.
     """
     import onnx_ir
 
@@ -98,13 +102,13 @@ def trace(
     """Trace a module to ONNX with free batch, ensemble, height, width and tokens.
 
     Args:
-        graph: what is traced: gives the names and axes of inputs and outputs.
+        graph: gives the names and axes of inputs and outputs.
         module: from `difftap.engine.torch_model.build`; its parameters are named ``<component>.<tensor>``.
-        weights: tensor name -> location, for tensors of the checkpoint.
-        folder: the folder the graph will lie in; locations are written relative to it.
+        weights: locations of the checkpoint's tensors, by name.
+        folder: the folder that the graph will be written to; locations are relative to it.
 
     Returns:
-        The model. What feeds no tap is not in it.
+        the model, without the parts that no output depends on.
 
     Raises:
         RecipeError: a tapped module gives no map.
@@ -142,7 +146,7 @@ def trace(
 
 
 def _root_cause(error: BaseException, graph: Graph) -> DifftapError:
-    """Our own error from inside the traced network, or one line on what went wrong there."""
+    """Find difftap's own error among an error's causes, or make one of the first cause's message."""
     while error.__cause__ is not None and not isinstance(error, DifftapError):
         error = error.__cause__
     if isinstance(error, DifftapError):
@@ -153,11 +157,14 @@ def _root_cause(error: BaseException, graph: Graph) -> DifftapError:
 def _parameters_to_inputs(
     model: onnx_ir.Model, weights: Mapping[str, TensorLocation], component: str
 ) -> dict[str, str]:
-    """Turn the checkpoint's tensors into graph inputs for the time of optimisation; gives initializer -> tensor name.
+    """Turn the checkpoint's tensors into graph inputs while the graph is optimised.
 
-    The optimizer folds whatever it can see into new constants (a transposed weight, say), which would copy the weights
-    into the graph; an input is nothing that it can fold. A tensor that diffusers renames or reshapes on loading (the
-    attention of old VAE files) is not in the file as the network wants it, so it stays in the graph.
+    The optimizer folds constants into new constants (a transposed weight, for instance), which would copy the weights
+    into the graph; it cannot fold inputs. A tensor that diffusers renames or reshapes on loading (in the attention of
+    old VAE files) is not in the file in the form that the network needs, so it stays in the graph.
+
+    Returns:
+        the tensor's name in the checkpoint, for each initializer that was turned into an input.
     """
     parameters = {}
     for name in list(model.graph.initializers):
@@ -174,7 +181,7 @@ def _parameters_to_inputs(
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Drop what only the exporter cares for: stack traces (they hold paths of this machine) and inferred shapes."""
+    """Remove what only the exporter needs: inferred shapes, and stack traces, which hold paths of this machine."""
     for node in proto.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -190,7 +197,11 @@ def _strip(proto: onnx.ModelProto) -> None:
 def _attach_weights(
     proto: onnx.ModelProto, parameters: Mapping[str, str], weights: Mapping[str, TensorLocation], folder: Path
 ) -> None:
-    """Make each parameter an initializer that points into its safetensors file, cast to fp32 where it is narrower."""
+    """Make each parameter an initializer that points into its safetensors file, with a cast to float32 if needed.
+
+    Raises:
+        ModelError: a tensor has a dtype that cannot be cast.
+    """
     import onnx
 
     kinds = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16}

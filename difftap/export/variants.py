@@ -1,9 +1,9 @@
 """Variants of exported graphs (half precision, fused attention), kept in the cache beside the plain float32 ones.
 
-A variant's weights are a copy in the half type, one file a component and type, shared by all variants whatever their
-taps. A cast in the graph would save that file, but then every runtime would read twice the bytes and fold gigabytes at
-each opening, and builders that strip and refit weights would find no weights of the type that they compute in. A
-checkpoint that is in the half type already is pointed into as it is.
+A variant's weights are a copy in the half type: one file per component and type, shared by all variants whatever their
+taps. Casts in the graph would save that file. But then every runtime would read twice the bytes and fold gigabytes at
+each opening, and builders that strip and refit weights would find no weights of the type that they compute in. If the
+checkpoint itself has the half type, the graph points into its own files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,22 +32,22 @@ __all__ = ["HALF_VERSION", "ensure_variant"]
 
 _LOG = logging.getLogger("difftap")
 HALF_VERSION = 1
-"""Raised whenever the same graph would give another variant."""
+"""Increase it whenever another variant would be made from the same graph: old ones are then renewed."""
 _KINDS = {"fp16": "F16", "bf16": "BF16"}
 
 
 def ensure_variant(cache: Cache, graph: Graph, precision: str, attention: str = "softmax") -> Graph:
-    """Give a variant of a trusted float32 graph: the one in the cache, else a new one.
+    """Give a variant of a trusted float32 graph: the one in the cache, or else a new one.
 
     Args:
-        cache: where variants are kept; the graph itself may lie elsewhere, beside its checkpoint.
+        cache: where variants are kept; the graph itself may lie beside its checkpoint.
         graph: the float32 graph, with its file.
-        precision: ``fp16`` or ``bf16``; ``fp32`` with fused attention.
-        attention: what of attention stays in float32, as for `difftap.export.precision.to_half`; or ``fused`` for one
-            operator of onnxruntime's in its place (`difftap.export.fuse`).
+        precision: ``fp16``, ``bf16``, or ``fp32`` (with fused attention only).
+        attention: the part of attention that stays in float32, as for `difftap.export.precision.to_half`; or ``fused``
+            to replace attention by one operator of onnxruntime's (`difftap.export.fuse`).
 
     Raises:
-        InputError: the precision is none of these.
+        InputError: there is no such precision.
         MissingExtraError: onnx is not installed.
         OutputError: the cache cannot be written.
     """
@@ -61,14 +60,14 @@ def ensure_variant(cache: Cache, graph: Graph, precision: str, attention: str = 
 
 
 def _write(cache: Cache, graph: Graph, precision: str, attention: str, scratch: Path) -> Making:
-    """Write the variant of a graph to a scratch file in the model's folder, its weights beside it."""
+    """Write a variant of a graph to a scratch file in the model's folder, with its weights beside it."""
     onnx = require("onnx", "export", f"making the {precision} variant of a graph")
     if graph.path is None:
         raise ArtefactError(f"{graph.name} has no file to make a variant of")
     folder = scratch.parent
     files = place_weights(cache, graph.model, graph.component, folder)
     proto, wanted = onnx.load(graph.path, load_external_data=False), dict[str, str]()
-    report: dict[str, Any] = {}
+    report: dict[str, int] = {}
     if attention == "fused":
         proto, count, of = fuse_attention(proto)
         report = {"fused_attentions": count, "attentions": of}
@@ -76,6 +75,7 @@ def _write(cache: Cache, graph: Graph, precision: str, attention: str, scratch: 
     if precision != "fp32":
         proto, wanted = to_half(proto, precision, "half" if attention == "fused" else attention)
     places = locate_tensors(files)
+    # A graph names its weights as the network does, which is not always as the file does. The place is unique.
     by_offset = {(_relative(place.path, folder), place.offset): name for name, place in places.items()}
     if precision == "fp32" or all(place.dtype == _KINDS[precision] for place in places.values()):
         halves, used = places, files
@@ -103,7 +103,7 @@ def _relative(path: Path, folder: Path) -> str:
 def _ensure_weights(
     cache: Cache, graph: Graph, files: tuple[Path, ...], places: Mapping[str, TensorLocation], precision: str
 ) -> Path:
-    """Give the file of one component's weights in the half type, written once and shared by all its variants."""
+    """Give the file with one component's weights in the half type; write it the first time."""
     path = files[0].parent / f"{graph.component}.{precision}.safetensors"
     manifest = path.parent.parent / f"{graph.component}.{precision}.weights.json"
     made_from = {
@@ -121,8 +121,11 @@ def _ensure_weights(
 
 
 def _write_half(path: Path, places: Mapping[str, TensorLocation], precision: str) -> None:
-    """Write a safetensors file tensor by tensor, so that no more than one is in memory."""
-    header: dict[str, Any] = {}
+    """Write a safetensors file tensor by tensor, so that only one of them is in memory.
+
+    `difftap.artifacts.tensors` describes the format.
+    """
+    header: dict[str, object] = {}
     end = 0
     floats = {name: place for name, place in places.items() if place.dtype in ("F32", "F16", "BF16")}
     for name, place in floats.items():
@@ -130,7 +133,7 @@ def _write_half(path: Path, places: Mapping[str, TensorLocation], precision: str
         header[name] = {"dtype": _KINDS[precision], "shape": list(place.shape), "data_offsets": [end, end + length]}
         end += length
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of 8 bytes, as the format wants
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for place in floats.values():
@@ -143,5 +146,5 @@ def _read(place: TensorLocation) -> NDArray[np.float32]:
         handle.seek(place.offset)
         raw = handle.read(place.length)
     if place.dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)  # the upper half of float32's bits
     return np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[place.dtype]).astype(np.float32, copy=False)
