@@ -19,7 +19,7 @@ from difftap.errors import OutputError
 __all__ = ["JsonObject", "atomic_path", "no_folder", "only_writer", "output_errors", "remove", "sweep", "write_atomic"]
 
 JsonObject = dict[str, Any]
-"""A JSON object as it was read from a file: nobody has looked at its values yet. What is written is ``object``."""
+"""A JSON object whose values nobody has checked: as read from a file. Functions that only write take ``object``."""
 
 
 @contextlib.contextmanager

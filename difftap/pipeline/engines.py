@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from difftap.artifacts.files import output_errors
+from difftap.artifacts.files import JsonObject, output_errors
 from difftap.artifacts.manifest import Manifest
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Size
@@ -141,7 +140,7 @@ def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artefact, 
     for component, taps, profile in engines.plan():
         start = time.perf_counter()
         graph = at.graph(component, taps, profile)
-        report: dict[str, Any] = {}
+        report: JsonObject = {}
         engine_is_file = engines.built(graph, profile) is not None
         if not engine_is_file:  # what has files was measured when it was built
             # The fidelity of one member is that of many, in less memory.

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.cache import Cache, default_cache_folder
-from difftap.artifacts.files import output_errors
+from difftap.artifacts.files import JsonObject, output_errors
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Size
 from difftap.engine import (
@@ -225,7 +224,7 @@ class Environment:
         check_fits(recipe, model)
         return cls(cache, model, backend, device, runtime.threads or available_cores(), runtime.precision)
 
-    def conditions(self, recipe: Recipe) -> dict[str, Any]:
+    def conditions(self, recipe: Recipe) -> JsonObject:
         """Give the conditions that go with every number: recipe, model, backend, precision, versions, machine."""
         return {
             "difftap": __version__,
@@ -287,7 +286,7 @@ class Environment:
             _LOG.info("%s %s against %s: %s", graph.name, output, name, one.summary)
         return parity
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Where the checkpoint lies, so that an engine can be measured again; no part of its identity."""
         return {"model": {"name": self.model.name, "folder": str(self.model.folder.resolve())}}
 
@@ -341,7 +340,7 @@ class RecipeEngines:
         with contextlib.ExitStack() as stack:
             calibration = self._calibration(stack)
 
-            def check(folder: Path) -> Mapping[str, Any]:
+            def check(folder: Path) -> Mapping[str, object]:
                 hindrance = at.backend.cannot_run(at.device)
                 if hindrance:
                     return {**at.record(), "not_run": hindrance}
@@ -380,6 +379,6 @@ def _save(path: Path, arrays: Mapping[str, Array]) -> None:
         np.savez(out, allow_pickle=False, **arrays)
 
 
-def report_of(parity: Mapping[str, TensorParity] | None) -> dict[str, Any]:
+def report_of(parity: Mapping[str, TensorParity] | None) -> dict[str, object]:
     """Parities as a manifest keeps them."""
     return {} if parity is None else {"parity": {name: one.to_dict() for name, one in parity.items()}}

@@ -13,13 +13,11 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache as memoise
 from importlib import metadata
-from typing import Any
 
-from difftap.artifacts.files import write_atomic
+from difftap.artifacts.files import JsonObject, write_atomic
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import (
     BACKENDS,
@@ -80,9 +78,9 @@ class Choice:
 
     backend: str
     device: str
-    about: Mapping[str, Any]
+    about: JsonObject
     trials: tuple[Trial, ...]
-    stamp: Mapping[str, Any]
+    stamp: JsonObject
 
     @property
     def why(self) -> str:
@@ -153,7 +151,7 @@ def forget_choices(cache: Cache) -> None:
     (cache.folder / _FILE).unlink(missing_ok=True)
 
 
-def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) -> dict[str, Any]:
+def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) -> JsonObject:
     return {
         "model": model.name,
         "model_key": model_key(cache, model),
@@ -171,7 +169,7 @@ def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) ->
 
 
 @memoise
-def _stamp() -> Mapping[str, Any]:
+def _stamp() -> JsonObject:
     """Say what a choice depends on, read without importing a runtime: most take seconds."""
     versions = {}
     for name in _RUNTIMES:
@@ -185,8 +183,8 @@ def _measure(
     runtime: Runtime,
     model: Checkpoint,
     cache: Cache,
-    about: Mapping[str, Any],
-    stamp: Mapping[str, Any],
+    about: JsonObject,
+    stamp: JsonObject,
 ) -> Choice:
     """Try every backend that can run this."""
     trials: list[Trial] = []

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Self
 
+from difftap.artifacts.files import JsonObject
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import (
     BranchEngine,
@@ -56,7 +57,7 @@ class Provider(ABC):
     extracted: int = 0
 
     def __init__(
-        self, recipe: Recipe, model: Checkpoint, conditions: dict[str, Any], batch: int, prompts: PromptBook
+        self, recipe: Recipe, model: Checkpoint, conditions: JsonObject, batch: int, prompts: PromptBook
     ) -> None:
         self.recipe = recipe
         self.model = model
@@ -172,7 +173,7 @@ class Pipeline(Provider):
         featurizer: Featurizer,
         branches: Sequence[BranchEngine],
         engines: list[Engine],
-        conditions: dict[str, Any],
+        conditions: JsonObject,
         batch: int,
         book: PromptBook,
     ) -> None:
@@ -198,7 +199,7 @@ class Pipeline(Provider):
         recipe, runtime = pinned(recipe), runtime or Runtime()
         environment = open_environment(recipe, runtime)
         engines = RecipeEngines(environment, recipe, runtime.batch, runtime.calibrate)
-        opened: dict[tuple[Any, ...], Engine] = {}
+        opened: dict[Hashable, Engine] = {}
         try:
 
             def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:

@@ -1,4 +1,4 @@
-"""Prompts: what conditions the UNet for an image, and its embedding."""
+"""Prompts: the text or learned prompt that conditions a branch for an image, and its embedding."""
 
 from difftap.prompts.book import PromptBook
 from difftap.prompts.choose import (

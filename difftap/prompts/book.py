@@ -1,4 +1,4 @@
-"""All of a pipeline's prompts: which one an image gets, and its embedding, each made once.
+"""All prompts of a pipeline: which prompt each image gets, and the prompts' embeddings, each made once.
 
 Axis letters: T prompt tokens; D width of the UNet's cross-attention; N image tokens; C their channels.
 """
@@ -6,7 +6,6 @@ Axis letters: T prompt tokens; D width of the UNet's cross-attention; N image to
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +22,18 @@ from difftap.recipe import Recipe
 __all__ = ["ConditionalPrompts", "PromptBook"]
 
 TOKENS_KEPT = 1 << 30
-"""Bytes of image tokens that are remembered."""
+"""Bytes of image tokens to keep in memory."""
 EMBEDDINGS_KEPT = 256 << 20
-"""Bytes of embeddings that are remembered, of texts and of pairs: those of some hundred prompts."""
+"""Bytes of embeddings, of texts and of pairs, to keep in memory: those of a few hundred prompts."""
 
 
 class ConditionalPrompts:
-    """Conditional prompts: what makes image tokens, and the networks that make a prompt of them.
+    """Prompts made from two images: the function that makes image tokens, and the networks that use them.
 
     Args:
-        tokens: from an image to its tokens ``(N, C)``.
-        heads: one a branch, from both images' tokens to a sequence.
-        text: from a sequence to what the UNet reads; None where the UNet reads the sequence itself.
+        tokens: makes an image's tokens ``(N, C)``.
+        heads: one per branch; make a sequence from both images' tokens.
+        text: makes the UNet's input from a sequence; None if the UNet takes the sequence itself.
     """
 
     def __init__(
@@ -44,11 +43,11 @@ class ConditionalPrompts:
         self._heads = tuple(heads)
         self._text = text
         self._known: MemoryCache[str, NDArray[np.float32]] = MemoryCache(TOKENS_KEPT, lambda one: one.nbytes)
-        self._names: dict[Hashable, str] = {}
+        self._names: dict[Hashable, str] = {}  # the image's digest by each of its names: equal images share tokens
         self.made = 0
 
     def knows(self, name: Hashable) -> bool:
-        """Whether an image's tokens are remembered under a name."""
+        """Tell whether the tokens of the image of a name are kept, and mark them as used."""
         digest = self._names.get(name, "")
         if digest not in self._known:
             return False
@@ -56,7 +55,7 @@ class ConditionalPrompts:
         return True
 
     def know(self, name: Hashable, image: Image) -> None:
-        """Make an image's tokens, unless they are remembered."""
+        """Make an image's tokens, unless they are kept already."""
         self._names[name] = image.digest
         if image.digest in self._known:
             self._known.touch(image.digest)
@@ -65,10 +64,10 @@ class ConditionalPrompts:
         self.made += 1
 
     def embedding(self, branch: int, pair: tuple[Hashable, Hashable]) -> NDArray[np.float32]:
-        """Make the prompt ``(T, D)`` of a pair whose images are known.
+        """Make the prompt ``(T, D)`` of a branch for a pair of images.
 
         Raises:
-            InputError: one of them is not.
+            InputError: an image's tokens are not kept; call `know` first.
         """
         source, target = (self._names.get(name, "") for name in pair)
         if source not in self._known or target not in self._known:
@@ -80,14 +79,14 @@ class ConditionalPrompts:
 
 
 class PromptBook:
-    """What conditions a recipe's branches.
+    """The prompts of a recipe's branches.
 
     Args:
         model: the checkpoint.
-        recipe: its texts, or its learned prompts.
+        recipe: has texts or learned prompts.
         cache: where text embeddings are kept.
         learned: the recipe's learned prompts, checked against model and recipe.
-        conditional: what makes prompts of pairs, where the learned ones depend on them.
+        conditional: makes prompts of pairs, if the learned ones depend on pairs.
     """
 
     def __init__(
@@ -116,13 +115,12 @@ class PromptBook:
         return {"all": "nothing", "class": "category"}.get(mode, mode)
 
     def check_one_map_an_image(self) -> None:
-        """Refuse prompts under which an image has several maps, which no store of features can hold.
-
-        A text with a category in it stays empty where none is named, and so gives one map.
+        """Refuse prompts under which an image has several maps: a store of features holds one map per image.
 
         Raises:
-            InputError: learned prompts that depend on category, image or pair.
+            InputError: the learned prompts depend on category, image or pair.
         """
+        # Texts pass: one with a category in it stays empty where no category is named, and so gives one map.
         if self._learned is not None and self.depends_on != "nothing":
             raise InputError(
                 f"a store holds one map an image, and the prompts in '{self._learned.path}' depend on its "
@@ -130,31 +128,31 @@ class PromptBook:
             )
 
     @property
-    def conditions(self) -> dict[str, Any]:
-        """What must go with every number made under these prompts, beside the recipe."""
+    def conditions(self) -> dict[str, dict[str, str]]:
+        """The conditions of every number made under these prompts, besides the recipe: which learned prompts."""
         if self._learned is None or self._recipe.learned is None:
             return {}
         mode = self._learned.mode(self._recipe.learned)
         return {"prompts": {"kind": self._learned.kind, "mode": mode, "sha256": self._learned.sha256}}
 
     def choose(self, subject: Subject) -> tuple[Prompt, ...]:
-        """Choose what conditions every branch for an image of the subject; see `difftap.prompts.choose_prompts`."""
+        """Choose the prompt of every branch for an image of the subject; see `difftap.prompts.choose_prompts`."""
         return choose_prompts(self._recipe, subject, self._learned)
 
     def knows(self, name: Hashable) -> bool:
-        """Whether an image needs not be made known (again) by this name."""
+        """Tell whether `know` need not be called for a name: its image is known, or no prompt depends on images."""
         return self._conditional is None or self._conditional.knows(name)
 
     def know(self, name: Hashable, image: Image) -> None:
-        """Make an image known by a name that `Subject` uses; nothing where no prompt depends on images."""
+        """Make an image known by the name that `Subject` uses for it; do nothing if no prompt depends on images."""
         if self._conditional is not None:
             self._conditional.know(name, image)
 
     def embedding(self, prompt: Prompt) -> NDArray[np.float32]:
-        """Give what the branch's cross-attention reads, float32 ``(T, D)``.
+        """Give a prompt's embedding, which the branch's cross-attention takes: float32 ``(T, D)``.
 
         Raises:
-            ModelError: the model holds nothing that encodes prompts.
+            ModelError: the model has nothing that encodes prompts.
             MissingExtraError: the model's text encoder needs packages that are not installed.
             InputError: a conditional prompt's images are not known.
         """
@@ -169,7 +167,7 @@ class PromptBook:
         return self._embeddings[prompt]
 
     def any(self) -> list[NDArray[np.float32]]:
-        """One embedding a branch, of the shape that all of them have; engines are opened with it."""
+        """Give an embedding per branch, to open engines with: all embeddings of a branch have the same shape."""
         if self._learned is not None:
             return [embeddings[0] for embeddings in self._learned.embeddings]
         return [self.embedding(prompt) for prompt in self.choose(Subject())]

@@ -1,7 +1,7 @@
-"""What conditions a branch for an image: the one place where that is decided.
+"""Choosing the prompt that conditions a branch for an image: the one place where this is decided.
 
-A prompt may depend on what is looked for in an image (`Subject`). Whoever makes features asks `choose_prompt` for each
-branch and image, keeps features under (image, branch, `Prompt`), and makes each of those once.
+A prompt may depend on what is looked for in an image (`Subject`). Code that makes features asks `choose_prompts` for
+each image, and makes the features of each (image, branch, `Prompt`) once.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ __all__ = [
 ]
 
 SLOT = "{category}"
-"""Stands in a branch's prompt for the class of the object."""
+"""Placeholder in a branch's prompt for the class of the object."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """All that a prompt may depend on beside its branch.
+    """All that a prompt may depend on, besides its branch.
 
     Attributes:
-        category: class of the object that is looked for; None if nobody has said.
-        image: the image's own name, under which its tokens are known (`difftap.prompts.PromptBook.know`).
-        pair: names of the source and the target image that it is matched in.
+        category: class of the object that is looked for; None if it was not named.
+        image: the image's name, under which its tokens are known (`difftap.prompts.PromptBook.know`).
+        pair: names of the source and the target image that are matched.
     """
 
     category: str | None = None
@@ -54,13 +54,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What conditions one branch. Equal ones give equal features, so it is a key that features can be kept under.
+    """The prompt of one branch. Equal prompts give equal features, so it can be the key of kept features.
 
     Attributes:
-        text: as the text encoder gets it.
-        branch: of a learned prompt, the branch it was learned for.
-        row: of a learned prompt, which one of the file's.
-        pair: of a conditional prompt, the names of the images whose tokens make it.
+        text: the text encoder's input; empty for a learned prompt.
+        branch: of a learned prompt: the branch that it was learned for.
+        row: of a learned prompt: its row among the file's embeddings.
+        pair: of a conditional prompt: the names of the images that it is made from.
     """
 
     text: str = ""
@@ -70,10 +70,10 @@ class Prompt:
 
 
 def choose_prompt(branch: Branch, subject: Subject) -> Prompt:
-    """Choose what conditions a branch for an image of the subject.
+    """Choose the text of a branch's prompt for an image of the subject.
 
-    A prompt that asks for a category nobody has named is left out as a whole: "a photo of a" would be no sentence. Of a
-    category that is a path the last part counts, and what stands in parentheses (PF-WILLOW's ``car(S)``) does not.
+    A prompt that needs a category is empty if none is named: "a photo of a" would be no sentence. Of a category that is
+    a path only the last part is used, without parts in parentheses (PF-WILLOW has ``car(S)``).
 
     >>> choose_prompt(Branch(("up1",), 261, "a photo of a {category}"), Subject("car(S)")).text
     'a photo of a car'
@@ -87,10 +87,15 @@ def choose_prompt(branch: Branch, subject: Subject) -> Prompt:
 
 
 def choose_prompts(recipe: Recipe, subject: Subject, learned: LearnedPrompts | None = None) -> tuple[Prompt, ...]:
-    """`choose_prompt` of every branch; ``learned`` prompts take the place of the branches' texts.
+    """Choose the prompts of all branches for an image of the subject.
+
+    Args:
+        recipe: has texts, or names learned prompts, which replace the texts.
+        subject: what is looked for in the image.
+        learned: the recipe's learned prompts, if they are loaded already.
 
     Raises:
-        InputError: the learned prompts depend on what the subject does not name.
+        InputError: the learned prompts depend on something that the subject does not name.
     """
     if recipe.learned is not None:
         learned = learned or remembered(recipe.learned.path)
@@ -109,7 +114,7 @@ def choose_prompts(recipe: Recipe, subject: Subject, learned: LearnedPrompts | N
 
 
 def made_of_images(recipe: Recipe) -> bool:
-    """Whether a recipe's prompts are made of the images that are matched, so that its maps serve no other pair.
+    """Tell whether a recipe's prompts are made from the matched images: its maps then cannot be used for other pairs.
 
     Raises:
         InputError, ModelError: the learned prompts are missing or damaged, or have no such mode.
@@ -118,22 +123,22 @@ def made_of_images(recipe: Recipe) -> bool:
 
 
 def embed(model: Checkpoint, prompt: Prompt, cache: Cache) -> NDArray[np.float32]:
-    """Compute the embedding ``(T, D)`` that a branch's cross-attention reads.
+    """Compute the embedding ``(T, D)`` of a text prompt.
 
     Raises:
-        ModelError: the model holds nothing that encodes prompts.
+        ModelError: the model has nothing that encodes prompts.
         MissingExtraError: the model's text encoder needs packages that are not installed.
     """
     return encode_prompt(model, prompt.text, cache)
 
 
 def wants_category(branches: Sequence[Branch]) -> bool:
-    """Whether a category has a say in what conditions one of the branches."""
+    """Tell whether the prompt of a branch depends on a category."""
     return any(SLOT in branch.prompt for branch in branches)
 
 
 def fill(recipe: Recipe, subject: Subject) -> Recipe:
-    """Fill in the recipe's prompts for one subject, so that its key names what was really asked."""
+    """Fill in the texts of a recipe's prompts for one subject, so that its key stands for what was really computed."""
     if recipe.learned is not None:
         return recipe
     branches = [

@@ -1,10 +1,11 @@
-"""From a prompt's text to the embedding ``(T, D)`` that a UNet's cross-attention reads.
+"""Encoding the text of a prompt as the embedding ``(T, D)`` that a UNet's cross-attention takes.
 
-Three kinds of model: the embedded one has a table of words; Stable Diffusion has a CLIP text encoder (torch and
-transformers, run once per prompt and remembered in the cache); a model built with random weights has no text encoder
-at all, so its prompts are seeded noise of a CLIP embedding's size. SDXL has two text encoders: the embedding is theirs
-side by side, and one row more, which holds the second one's pooled embedding filled up with zeros. Axis letters: T
-tokens (for SDXL one more than its sentence has), D width.
+The embedded model has a table of words. Stable Diffusion has a CLIP text encoder, which needs torch and transformers
+and runs once per prompt: the cache keeps the result. A model built with random weights has no text encoder, so its
+prompts are seeded noise of the size of a CLIP embedding. SDXL has two text encoders: their embeddings are concatenated,
+and one more row holds the second encoder's pooled embedding, padded with zeros.
+
+Axis letters: T tokens (for SDXL one more than the sentence has), D width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,11 @@ from difftap.artifacts.cache import Cache, Making
 from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint
 from difftap.errors import ModelError, OutputError, first_line, require
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.modeling_outputs import BaseModelOutput
+
 __all__ = ["encode_prompt"]
 
 _LOG = logging.getLogger("difftap")
@@ -30,10 +36,10 @@ _RANDOM_TOKENS = 77  # CLIP's sequence length
 
 
 def encode_prompt(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.float32]:
-    """Turn a prompt into its embedding, float32 ``(T, D)``; ``(0, 0)`` for a network that takes none.
+    """Encode a prompt as its embedding, float32 ``(T, D)``; ``(0, 0)`` for a network that takes none.
 
     Raises:
-        ModelError: the model holds nothing that encodes prompts.
+        ModelError: the model has nothing that encodes prompts.
         MissingExtraError: the model's text encoder needs packages that are not installed.
     """
     width = model.prompt_width
@@ -54,14 +60,14 @@ def encode_prompt(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.fl
 
 
 def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
-    """Look up [start], the words that the table knows, then padding: a sentence of fixed length."""
+    """Look up a sentence of fixed length in the table: [start], the words that it knows, then padding."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         table = load_file(folder / "model.safetensors")["embedding"]
-        words = {word: row for row, word in enumerate(config["words"], start=2)}
+        words = {word: row for row, word in enumerate(config["words"], start=2)}  # row 0 is [start], row 1 padding
         length = int(config["length"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
@@ -80,7 +86,7 @@ def _from_table(folder: Path, prompt: str) -> NDArray[np.float32]:
 
 
 def _random(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
-    """Draw seeded noise with a layer norm's unit variance, for models built with random weights."""
+    """Draw seeded noise for models built with random weights; its variance is 1, as after CLIP's last layer norm."""
     try:
         seed = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))[RANDOM_MARK]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,7 +101,7 @@ def _random(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
 
 
 def _add_pooled(embedding: NDArray[np.float32], pooled: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Append SDXL's pooled embedding as one more row; nothing for other models, whose pooled width is 0."""
+    """Append SDXL's pooled embedding as one more row; other models have a pooled width of 0, and get none."""
     if not len(pooled):
         return embedding
     row = np.zeros((1, embedding.shape[1]), np.float32)
@@ -104,7 +110,7 @@ def _add_pooled(embedding: NDArray[np.float32], pooled: NDArray[np.float32]) -> 
 
 
 def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.float32]:
-    """Give CLIP's embedding, from the cache if this text encoder has seen this prompt."""
+    """Give CLIP's embedding of a prompt, from the cache if this text encoder has encoded it before."""
     files = []
     for encoder in ("text_encoder", "text_encoder_2") if model.pooled_width else ("text_encoder",):
         weights = sorted((model.folder / encoder).glob("*.safetensors"))
@@ -128,7 +134,7 @@ def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.floa
 
     try:
         path = cache.get_or_make("prompt", cache.folder / "prompts" / f"{key}.npy", identity, make)
-    except OutputError as error:  # only a memory: a cache that cannot be written costs time, not the result
+    except OutputError as error:  # the prompt can be encoded without the cache, only not as fast the next time
         _LOG.warning("the prompt's embedding could not be kept: %s", error)
         return encoded[0] if encoded else _clip(model, prompt)
     known: NDArray[np.float32] = encoded[0] if encoded else np.load(path, allow_pickle=False)
@@ -136,9 +142,13 @@ def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.floa
 
 
 def _clip(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
-    """Run the checkpoint's text encoders on the padded sentence, as diffusers' pipelines use them.
+    """Run the checkpoint's text encoders on the padded sentence, as diffusers' pipelines do.
 
-    Stable Diffusion reads CLIP's last hidden state; SDXL the last but one of each of its two encoders.
+    Stable Diffusion uses CLIP's last hidden state; SDXL uses the one before the last, of both encoders.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+        ModelError: a text encoder cannot be loaded.
     """
     torch = require("torch", "export", f"encoding a prompt for model '{model.name}'")
     transformers = require("transformers", "export", f"encoding a prompt for model '{model.name}'")
@@ -151,14 +161,26 @@ def _clip(model: Checkpoint, prompt: str) -> NDArray[np.float32]:
         return _add_pooled(_plain(hidden), _plain(second.text_embeds))
 
 
-def _plain(value: Any) -> NDArray[np.float32]:
-    """Take the one sentence's part of a torch tensor."""
+def _plain(value: Tensor) -> NDArray[np.float32]:
+    """Take the only sentence of a batch, as a numpy array."""
     plain: NDArray[np.float32] = value[0].float().numpy()
     return plain
 
 
-def _encode(model: Checkpoint, prompt: str, suffix: str, kind: Any) -> Any:
-    """Tokenise a prompt and run one text encoder: transformers' output with all hidden states."""
+def _encode(
+    model: Checkpoint, prompt: str, suffix: str, kind: type[CLIPTextModel | CLIPTextModelWithProjection]
+) -> BaseModelOutput:
+    """Tokenise a prompt and run one text encoder; give transformers' output with all hidden states.
+
+    Args:
+        model: the checkpoint.
+        prompt: the text.
+        suffix: of the encoder's and the tokenizer's folders: empty, or ``_2`` for SDXL's second ones.
+        kind: the encoder's class.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import CLIPTokenizer

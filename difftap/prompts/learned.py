@@ -1,12 +1,12 @@
 """Files of learned prompts: safetensors with their provenance, read and written without torch.
 
-A folder that ``difftap tune`` writes holds ``prompt.safetensors``; for conditional prompts also one exported head a
-branch (``cpm.0.onnx`` and its manifest), whose weights lie in that file. Tensors are named by branch:
+A folder that ``difftap tune`` writes holds ``prompt.safetensors``; for conditional prompts also one exported head per
+branch (``cpm.0.onnx`` and its manifest), whose weights are in that file. Tensors are named by branch:
 
 ===================  ===============  ==========================================================================
 name                 shape            what
 ===================  ===============  ==========================================================================
-``0.embedding``      ``(K, T, D)``    what the UNet reads: one (single), or one a class (class, and cpm's means)
+``0.embedding``      ``(K, T, D)``    input of the UNet: one (single), or one per class (class; means for cpm)
 ``0.tokens``         ``(K, n, W)``    the learned vectors before the text encoder (single, class)
 ``0.head.*``         as the network   the conditional head's weights (cpm)
 ===================  ===============  ==========================================================================
@@ -21,12 +21,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import write_atomic
+from difftap.artifacts.files import JsonObject, write_atomic
 from difftap.artifacts.manifest import file_digest
 from difftap.artifacts.run import differences
 from difftap.errors import InputError, ModelError
@@ -50,11 +49,12 @@ SCHEMA = 1
 _KEY = "difftap"
 
 
-def fits_of(recipe: Recipe) -> dict[str, Any]:
-    """Take the part of a recipe that a learned prompt is made for: ensemble, seed, joining and matcher are free.
+def fits_of(recipe: Recipe) -> dict[str, object]:
+    """Give the part of a recipe that a learned prompt is tied to.
 
-    So is how the noise of several members goes together, since a prompt is learned on one; a clean latent is not.
+    Ensemble, seed, joining and matcher may differ when it is used.
     """
+    # A prompt is learned on one member, so independent and antithetic noise are the same to it; no noise is not.
     return {
         "branches": [{"taps": list(branch.taps), "timestep": branch.timestep} for branch in recipe.branches],
         "size": list(recipe.size),
@@ -71,12 +71,12 @@ class LearnedPrompts:
         path: the safetensors file.
         sha256: its hash.
         about: its provenance: kind, model, recipe, data, settings, steps, scores.
-        embeddings: one a branch, ``(K, T, D)`` float32.
+        embeddings: one array per branch, ``(K, T, D)`` float32.
     """
 
     path: Path
     sha256: str
-    about: Mapping[str, Any]
+    about: JsonObject
     embeddings: tuple[NDArray[np.float32], ...] = field(repr=False)
 
     @property
@@ -86,17 +86,20 @@ class LearnedPrompts:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes there are prompts for; none for ``single``."""
+        """The classes that it has prompts for; none for ``single``."""
         return tuple(self.about["classes"])
 
     @property
     def image_tokens(self) -> TokenSource | None:
-        """Where conditional prompts' image tokens come from."""
+        """Where image tokens come from, for conditional prompts; None for others."""
         data = self.about.get("image_tokens")
         return None if data is None else TokenSource.from_dict(data)
 
     def mode(self, asked: Learned) -> str:
-        """Say what the prompt depends on: ``all`` (nothing), ``class``, ``pair`` or ``image``.
+        """Say what a prompt is made for: ``all`` (every image), ``class``, ``pair`` or ``image``.
+
+        Args:
+            asked: the recipe's choice; an empty mode asks for the kind's default.
 
         Raises:
             InputError: the kind has no such mode.
@@ -111,17 +114,17 @@ class LearnedPrompts:
         return asked.mode or own
 
     def check(self, asked: Learned, recipe: Recipe, model: str, key: str) -> None:
-        """Refuse a prompt that was learned for something else.
+        """Refuse prompts that were learned for another model or recipe.
 
         Args:
-            asked: what the recipe says of it.
-            recipe: the recipe that would use it.
+            asked: the recipe's entry for learned prompts.
+            recipe: the recipe that would use them.
             model: the model's name, for the message.
             key: the model's key.
 
         Raises:
-            InputError: it is another file than the recipe was made with, of another kind, or was learned for another
-                model or recipe.
+            InputError: they were learned for another model or recipe, are of another kind, or are not those that the
+                recipe names by hash.
         """
         self.check_content(asked)
         if asked.kind and asked.kind != self.kind:
@@ -132,7 +135,7 @@ class LearnedPrompts:
                 f"{self.about['model']['key']}), not for '{model}' (key {key}); learn one with 'difftap tune'"
             )
         wanted, made = fits_of(recipe), self.about["fits"]
-        # What was learned for more than this recipe asks is no fault: only the fields that it asks count.
+        # Only the fields that this version compares: the file may have been written by a version that knows more.
         for name, theirs, ours in differences({name: made.get(name) for name in wanted}, wanted):
             raise InputError(
                 f"'{self.path}' was learned for {name} = {json.dumps(theirs)}, and this recipe has "
@@ -140,10 +143,10 @@ class LearnedPrompts:
             )
 
     def check_content(self, asked: Learned) -> None:
-        """Refuse prompts that took the place of those that a recipe was made with.
+        """Refuse prompts that are not those that the recipe names by hash.
 
         Raises:
-            InputError: the recipe names another file's hash.
+            InputError: the recipe names the hash of another file.
         """
         if asked.sha256 and asked.sha256 != self.sha256:
             raise InputError(
@@ -152,10 +155,10 @@ class LearnedPrompts:
             )
 
     def row(self, category: str | None) -> int:
-        """Which row of `embeddings` a class has.
+        """Give the row of `embeddings` for a class; 0 for ``single``.
 
         Raises:
-            InputError: there is no prompt for it.
+            InputError: there is no prompt for the class.
         """
         if self.kind == "single":
             return 0
@@ -166,7 +169,7 @@ class LearnedPrompts:
 
 
 def find_learned(path: str | Path) -> Path:
-    """Find the prompt file of a folder, or the file itself.
+    """Find a prompt file: by its own path, or by that of its folder.
 
     Raises:
         InputError: there is none.
@@ -189,7 +192,7 @@ def load_learned(path: str | Path) -> LearnedPrompts:
 
     Raises:
         InputError: there is none.
-        ModelError: it is damaged, or no prompt file.
+        ModelError: it is damaged, or is no prompt file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -209,7 +212,7 @@ def load_learned(path: str | Path) -> LearnedPrompts:
         if not all(np.isfinite(one).all() for one in embeddings):
             raise ValueError("its embeddings are not finite")
         for name in ("model", "data", "settings", "scores", "steps"):
-            about[name]
+            about[name]  # a KeyError here says which entry is missing
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ModelError(f"'{file}' is no whole file of learned prompts ({what}); learn them again") from error
@@ -220,21 +223,21 @@ _remembered: dict[tuple[Path, int, int], LearnedPrompts] = {}
 
 
 def remembered(path: str | Path) -> LearnedPrompts:
-    """As `load_learned`, reading an unchanged file once."""
+    """Load a prompt file as `load_learned` does, but read an unchanged file only once."""
     file = find_learned(path)
     stamp = file.stat()
     key = (file.resolve(), stamp.st_size, stamp.st_mtime_ns)
     if key not in _remembered:
-        _remembered.clear()
+        _remembered.clear()  # only the last file is kept: a process works with one
         _remembered[key] = load_learned(file)
     return _remembered[key]
 
 
 def pinned(recipe: Recipe) -> Recipe:
-    """Name the recipe's learned prompts by what their file holds now, and by the mode they are used in.
+    """Write hash and mode of the recipe's learned prompts into the recipe, so that its key stands for them.
 
     Raises:
-        InputError: there is no such file, it has no such mode, or it is another one than the recipe was pinned to.
+        InputError: there is no such file, it has no such mode, or its hash is not the one in the recipe.
         ModelError: it is damaged.
     """
     if recipe.learned is None:
@@ -247,14 +250,14 @@ def pinned(recipe: Recipe) -> Recipe:
 
 
 def save_learned(
-    folder: Path, about: Mapping[str, Any], branches: Sequence[Mapping[str, NDArray[np.float32]]]
+    folder: Path, about: Mapping[str, object], branches: Sequence[Mapping[str, NDArray[np.float32]]]
 ) -> LearnedPrompts:
     """Write a prompt file; the same content gives the same bytes.
 
     Args:
         folder: an existing folder.
         about: the provenance.
-        branches: each branch's tensors: ``embedding`` and what belongs to its kind.
+        branches: each branch's tensors by name: ``embedding`` and those of its kind.
 
     Raises:
         OutputError: it cannot be written.
@@ -266,7 +269,7 @@ def save_learned(
         for k, branch in enumerate(branches)
         for name, value in sorted(branch.items())
     }
-    # One entry: the order of several is not fixed in the file.
+    # All in one metadata entry: safetensors writes several in no fixed order, and the bytes would differ.
     text = json.dumps({"schema": SCHEMA, **about}, sort_keys=True)
     write_atomic(folder / PROMPT_FILE, save(tensors, metadata={_KEY: text}))
     return load_learned(folder)

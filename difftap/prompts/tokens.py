@@ -1,25 +1,27 @@
-"""Image tokens: what conditional prompts know of an image.
+"""Image tokens: the description of an image that conditional prompts are made from.
 
-``own``: the model's own features at one tap, one noise sample, empty prompt, averaged to a grid of at most 16 x 16 and
-normalised per token. ``dinov2``: the patch tokens of a DINOv2 network. Axis letters: N tokens; C channels; h w cells.
+``own`` tokens are the model's own features at one tap, with one noise sample and an empty prompt, averaged to a grid of
+at most 16 x 16 and normalised per token. ``dinov2`` tokens are the patch tokens of a DINOv2 network.
+
+Axis letters: N tokens; C channels; h w cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PIL
 
+from difftap.artifacts.files import JsonObject
 from difftap.coords import Size
 from difftap.images import Image
 
 __all__ = ["MAX_SIDE", "TokenSource", "dino_input", "own_grid", "own_tokens"]
 
 MAX_SIDE = 16
+"""Most own tokens on a side of the grid."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained
 
 
@@ -31,12 +33,12 @@ class TokenSource:
         kind: ``own`` or ``dinov2``.
         count: N.
         channels: C.
-        tap: of ``own`` tokens.
-        timestep: of ``own`` tokens.
+        tap: name of the tap, for ``own`` tokens.
+        timestep: for ``own`` tokens.
         grid: ``(w, h)`` of ``own`` tokens.
-        network: folder or hub id of a DINOv2 network.
-        weights: its hash.
-        side: of its input, in pixels.
+        network: folder or hub id of the DINOv2 network.
+        weights: hash of its weights and configuration.
+        side: side of its square input, in pixels.
     """
 
     kind: str
@@ -49,25 +51,26 @@ class TokenSource:
     weights: str = ""
     side: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+    def to_dict(self) -> JsonObject:
+        """Give plain data, ready for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TokenSource:
-        """From plain data."""
+    def from_dict(cls, data: JsonObject) -> TokenSource:
+        """Build from plain data."""
         return cls(**{**data, "grid": tuple(data["grid"])})
 
 
 def own_grid(size: Size, stride: int) -> Size:
-    """``(w, h)`` of own tokens for an input size and a tap's stride, both in pixels."""
+    """Compute the grid ``(w, h)`` of own tokens from the input's size and the tap's stride, both in pixels."""
     return min(MAX_SIDE, size[0] // stride), min(MAX_SIDE, size[1] // stride)
 
 
 def own_tokens(data: NDArray[np.float32], grid: Size) -> NDArray[np.float32]:
-    """Turn a map ``(C, h, w)`` into tokens ``(N, C)``, rows first, each with mean 0 and variance 1.
+    """Turn a map ``(C, h, w)`` into tokens ``(N, C)``, row by row, each with mean 0 and variance 1.
 
-    The average is adaptive: bin i of n over a side of length s covers [floor(i s / n), ceil((i + 1) s / n)).
+    Cells are averaged adaptively, as in torch: bin i of n over a side of s cells is [floor(i s / n),
+    ceil((i + 1) s / n)).
     """
     pooled = _averaged(_averaged(data.astype(np.float64), grid[1], 1), grid[0], 2)
     tokens = pooled.reshape(len(data), -1).T
@@ -77,13 +80,14 @@ def own_tokens(data: NDArray[np.float32], grid: Size) -> NDArray[np.float32]:
 
 
 def _averaged(data: NDArray[np.float64], count: int, axis: int) -> NDArray[np.float64]:
+    """Average along an axis to ``count`` bins."""
     length = data.shape[axis]
     bins = [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]
     return np.stack([data.take(range(*one), axis).mean(axis) for one in bins], axis)
 
 
 def dino_input(image: Image, side: int) -> NDArray[np.float32]:
-    """Stretch an image to a square and normalise it as DINOv2 wants it, ``(3, side, side)``."""
+    """Stretch an image to a square and normalise it as DINOv2 expects, ``(3, side, side)``."""
     resized = PIL.fromarray(image.pixels).resize((side, side), PIL.Resampling.BICUBIC)
     values = (np.asarray(resized, np.float32) / 255.0 - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)
