@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image as PIL
 
 from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.engine import Cache
-from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
+from tests.harness import MINI_TAPS, write_mini, write_picture
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the repository; no part of it
-MINI_TAPS = ("up1", "down1.attn0")
 
 
 HEAVY_FIXTURES = {"mini", "mini_cache", "tiny", "exported"}
@@ -42,7 +39,7 @@ def _own_cache(tmp_path, monkeypatch):
 def mini(tmp_path_factory) -> Path:
     """A checkpoint folder of a UNet with three blocks and random weights."""
     pytest.importorskip("diffusers")
-    return write_tiny(tmp_path_factory.mktemp("mini"), unet=MINI_UNET, vae=MINI_VAE)
+    return write_mini(tmp_path_factory.mktemp("mini"))
 
 
 @pytest.fixture(scope="session")
@@ -63,18 +60,12 @@ def pocket() -> Checkpoint:
     return Checkpoint.load(pocket_folder(), "pocket")
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> np.ndarray:
-    """A smooth random picture, uint8 ``(H, W, 3)``."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return np.asarray(PIL.fromarray(coarse).resize(size, PIL.Resampling.BICUBIC))
-
-
 @pytest.fixture
 def photos(tmp_path) -> tuple[Path, Path]:
     """Two small picture files, 40 x 30 and 50 x 36."""
     paths = tmp_path / "a.png", tmp_path / "b.png"
-    PIL.fromarray(picture(1)).save(paths[0])
-    PIL.fromarray(picture(2, (50, 36))).save(paths[1])
+    write_picture(paths[0], seed=1)
+    write_picture(paths[1], (50, 36), seed=2)
     return paths
 
 

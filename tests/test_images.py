@@ -23,7 +23,7 @@ from difftap.images import (
     read_size,
     to_input,
 )
-from tests.conftest import picture
+from tests.harness import picture, write_picture
 
 
 def test_missing_folder_empty_and_foreign_files_say_so(tmp_path):
@@ -95,7 +95,7 @@ def test_damaged_bytes_give_a_picture_or_an_image_error_and_no_warning(tmp_path,
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
-    PIL.fromarray(picture(0)).save(path)
+    write_picture(path, seed=0)
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30)
     assert load_image(path).size == (40, 30)
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30 - 1)
@@ -304,7 +304,7 @@ def test_to_input_against_the_slow_way(size, fit):
 @pytest.mark.parametrize("fault", [struct.error("unpack"), RuntimeError("decoder"), IndexError(), MemoryError()])
 def test_whatever_a_decoder_raises_is_one_clear_line(tmp_path, monkeypatch, fault):
     path = tmp_path / "a.png"
-    PIL.fromarray(picture(0)).save(path)
+    write_picture(path, seed=0)
 
     def fail(*_):
         raise fault

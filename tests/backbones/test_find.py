@@ -16,7 +16,7 @@ from difftap.engine.graphfiles import shipped_graph
 from difftap.errors import MissingExtraError, ModelError
 from difftap.export import open_model
 from difftap.recipe import ModelReference
-from tests.tiny import MINI_UNET, MINI_VAE, TINY_SCHEDULE, write_tiny
+from tests.harness import MINI_SCHEDULE, MINI_UNET, MINI_VAE, write_mini
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def tiny_presets(monkeypatch):
     config = {
         "unet": {"_class_name": "UNet2DConditionModel", **MINI_UNET},
         "vae": {"_class_name": "AutoencoderKL", **MINI_VAE},
-        "scheduler": TINY_SCHEDULE,
+        "scheduler": MINI_SCHEDULE,
     }  # fmt: skip
     monkeypatch.setattr(checkpoints, "_preset", lambda name: config)
 
@@ -158,7 +158,7 @@ def test_the_published_configurations_are_what_diffusers_reads():
 
 def test_another_unets_weights_in_a_base_model(cache, mini, tmp_path):
     """As CleanDIFT publishes its own: one safetensors file with diffusers' names."""
-    other = write_tiny(tmp_path / "other", 7, unet=MINI_UNET, vae=MINI_VAE)
+    other = write_mini(tmp_path / "other", 7)
     file = tmp_path / "clean_unet.safetensors"
     shutil.copy(other / "unet" / "diffusion_pytorch_model.safetensors", file)
     model = open_model(ModelReference(f"{mini}+{file}"), cache)

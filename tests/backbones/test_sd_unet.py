@@ -6,8 +6,29 @@ import pytest
 
 from difftap.backbones.sd_unet import SDUNet, depth
 from difftap.errors import RecipeError
-from tests.tiny import MINI_UNET, TINY_UNET, TINY_VAE
+from tests.harness import MINI_UNET
 
+TINY_UNET = {  # four blocks, as Stable Diffusion has
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 24, 32, 32),
+    "layers_per_block": 1,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+TINY_VAE = {
+    "block_out_channels": (8, 8, 16, 16),
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.5,
+}
 STRIDE = 8  # image pixels per latent cell of TINY_VAE
 CONFIGS = {
     "tiny": TINY_UNET,

@@ -1,20 +1,16 @@
-"""Small pairs, predictions and a pipeline that needs no network, for the benchmark's tests."""
+"""Small pairs, predictions and prompt files, for the benchmark's tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as PIL
 
 from difftap.bench.predictions import Prediction, Predictions
-from difftap.coords import Geometry
 from difftap.datasets.keypoints import Sample
-from difftap.engine.featurizer import Features
-from difftap.featuremap import FeatureMap
-from difftap.prompts import Subject, choose_prompts
-from difftap.prompts.learned import fits_of, remembered, save_learned
-from difftap.recipe import Branch, Matcher, Recipe
+from difftap.prompts.learned import fits_of, save_learned
+from difftap.recipe import Branch, Recipe
+from tests.harness import write_picture
 
 
 def prediction(
@@ -94,20 +90,12 @@ def random_pairs(seed, count, *, classes=("cat", "dog"), spread=12.0):
     return pairs
 
 
-def picture_file(path: Path, seed: int, size=(40, 30)) -> Path:
-    """A smooth random picture."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.fromarray(coarse).resize(size, PIL.Resampling.BICUBIC).save(path)
-    return path
-
-
 def samples(folder: Path, count=6, classes=("cat", "dog"), seed=0) -> list[Sample]:
     """Pairs of pictures with random whole-pixel keypoints; each class has three pictures."""
     rng = np.random.default_rng(seed)
     images = {
         (c, k): (
-            picture_file(folder / c / f"{k}.png", 10 * i + k + seed, (40 + 7 * k, 30 + 5 * i)),
+            write_picture(folder / c / f"{k}.png", (40 + 7 * k, 30 + 5 * i), 10 * i + k + seed),
             (40 + 7 * k, 30 + 5 * i),
         )
         for i, c in enumerate(classes)
@@ -143,12 +131,6 @@ def samples(folder: Path, count=6, classes=("cat", "dog"), seed=0) -> list[Sampl
     return made
 
 
-def image_map(image, prompt, channels, grid) -> np.ndarray:
-    """A random map that depends on the image's pixels and the prompt alone, ``(C, h, w)``."""
-    seed = [int(image.digest[:8], 16), sum(map(ord, prompt)), channels]
-    return np.random.default_rng(seed).standard_normal((channels, grid, grid)).astype(np.float32)
-
-
 def prompt_file(folder: Path, kind: str, recipe: Recipe, value: float = 0.0, **about) -> Path:
     """A file of learned prompts for a recipe; what it says besides may be changed."""
     classes = [] if kind == "single" else ["cat", "dog"]
@@ -156,76 +138,10 @@ def prompt_file(folder: Path, kind: str, recipe: Recipe, value: float = 0.0, **a
         "kind": kind,
         "classes": classes,
         "fits": fits_of(recipe),
-        "model": {"name": recipe.model.name, "key": "0"},
+        "model": {"name": recipe.model.name, "key": "0" * 16},
         **dict.fromkeys(("data", "settings", "scores", "steps")),
     }
     embedding = np.full((max(1, len(classes)), 3, 2), value, np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_learned(folder, {**said, **about}, [{"embedding": embedding} for _ in recipe.branches])
     return folder
-
-
-class FakeBook:
-    """Stands for `difftap.prompts.PromptBook`: knows every image."""
-
-    def knows(self, name):
-        return True
-
-    def know(self, name, image):
-        pass
-
-
-class FakePipeline:
-    """Stands for `difftap.pipeline.pipeline.Pipeline`: maps come from a generator keyed by the image and the prompt."""
-
-    opened: list = []  # noqa: RUF012 - a log shared by all on purpose
-
-    batch, served, extracted = 1, 0, 0
-
-    def __init__(self, recipe: Recipe, shapes=((12, 6),)):
-        self.recipe = recipe
-        self.shapes = shapes
-        self.images = 0
-        self.asked = []
-        self.conditions = {
-            "difftap": "0",
-            "model": {"name": recipe.model.name, "key": "0"},
-            "backend": {"name": "fake", "precision": "fp32"},
-        }
-        self.prompts = FakeBook()
-        if recipe.learned is not None:
-            learned = remembered(recipe.learned.path)
-            said = {"kind": learned.kind, "mode": learned.mode(recipe.learned), "sha256": learned.sha256}
-            self.conditions["prompts"] = said
-        FakePipeline.opened.append(self)
-
-    def features(self, images, prompts=None):
-        prompts = choose_prompts(self.recipe, Subject()) if prompts is None else prompts
-        for image in images:
-            self.images += 1
-            geometry = Geometry.stretch(image.size, self.recipe.size)
-            maps = []
-            for branch, prompt, (channels, grid) in zip(self.recipe.branches, prompts, self.shapes, strict=True):
-                if prompt is not None:
-                    text = prompt.text
-                    if prompt.row is not None or prompt.pair is not None:
-                        text = f"{prompt.row} {prompt.pair} {self.conditions['prompts']['sha256']}"
-                    self.asked.append((image.digest, branch.taps[0], text))
-                    maps.append({branch.taps[0]: FeatureMap(image_map(image, text, channels, grid), geometry)})
-            yield Features(image.digest, tuple(maps))
-
-    def close(self):
-        self.shapes = ()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-def fake_recipe(prompts=("",), matcher="dense", **more) -> Recipe:
-    """A recipe of one branch a prompt."""
-    branches = tuple(Branch((f"up{k + 1}",), 261, prompt) for k, prompt in enumerate(prompts))
-    settings = {"model": "fake", "size": (96, 96), "ensemble": 1, "matcher": Matcher(matcher), **more}
-    return Recipe(branches, **settings)

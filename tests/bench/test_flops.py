@@ -11,7 +11,7 @@ from difftap.engine import Graph, Profile
 from difftap.engine.graphfiles import cached_graph
 from difftap.errors import ArtefactError, MissingExtraError
 from difftap.recipe import ModelReference
-from tests.conftest import MINI_TAPS
+from tests.harness import MINI_TAPS
 
 onnx = pytest.importorskip("onnx")
 

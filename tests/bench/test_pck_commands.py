@@ -14,7 +14,8 @@ from difftap.commands.bench.pck import pck
 from difftap.commands.bench.table import table
 from difftap.errors import InputError
 from tests import harness
-from tests.bench.pck_cases import FakePipeline, predictions, random_pairs
+from tests.bench.pck_cases import predictions, random_pairs
+from tests.harness import FakePipeline, write_picture
 
 
 @pytest.fixture
@@ -25,8 +26,7 @@ def willow(tmp_path):
     names = []
     for k in range(3):
         name = f"PF-dataset/car(G)/{k}.png"
-        coarse = np.random.default_rng(k).integers(0, 256, (4, 5, 3), np.uint8)
-        PIL.fromarray(coarse).resize((60 + 5 * k, 50), PIL.Resampling.BICUBIC).save(root / name)
+        write_picture(root / name, (60 + 5 * k, 50), seed=k)
         names.append(name)
     points = [np.random.default_rng(10 + k).uniform(5, 45, (10, 2)) for k in range(3)]
     head = ",".join(["imageA", "imageB", *(f"{a}{s}{i}" for s in "AB" for a in "XY" for i in range(1, 11))])
@@ -136,8 +136,7 @@ def test_headline_and_the_mean_of_the_table(tmp_path, willow, monkeypatch):
 
 def test_a_synthetic_set_does_not_eat_its_own_output(tmp_path):
     for k in range(2):
-        coarse = np.random.default_rng(k).integers(0, 256, (4, 5, 3), np.uint8)
-        PIL.fromarray(coarse).resize((40, 30), PIL.Resampling.BICUBIC).save(tmp_path / f"{k}.png")
+        write_picture(tmp_path / f"{k}.png", seed=k)
     PIL.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:4000])  # its header is whole
     for _ in range(2):  # a damaged image fails its pairs, and ends nothing

@@ -11,8 +11,8 @@ from difftap.bench.session import Pairs
 from difftap.commands.bench.reproduce import reproduce as command
 from difftap.errors import InputError, MissingExtraError
 from difftap.recipe import load_recipe
-from tests.bench.pck_cases import FakePipeline, prompt_file, samples
-from tests.harness import invoke
+from tests.bench.pck_cases import prompt_file, samples
+from tests.harness import FakePipeline, invoke
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def pairs(tmp_path):
 
 
 def opener(recipe):
-    return FakePipeline(recipe, ((12, 6), (8, 12))[: len(recipe.branches)])
+    return FakePipeline(recipe, ((12, 6, 6), (8, 12, 12))[: len(recipe.branches)])
 
 
 def test_rows():

@@ -14,7 +14,7 @@ from difftap.errors import BackendError, MissingExtraError
 from difftap.images import to_input
 from difftap.pipeline.conditioning import embed_prompts
 from difftap.recipe import Branch
-from tests.conftest import picture
+from tests.harness import picture
 
 pytest.importorskip("diffusers")
 SIZE = (24, 16)

@@ -20,7 +20,8 @@ from difftap.features.keeper import ImageMaps, MapKeeper, View, load_view
 from difftap.images import load_image
 from difftap.matching.rule import MatchRule, PreparedImage
 from difftap.recipe import Learned, Matcher
-from tests.bench.pck_cases import FakePipeline, fake_recipe, image_map, prompt_file, samples
+from tests.bench.pck_cases import prompt_file, samples
+from tests.harness import FakePipeline, fake_recipe
 from tests.matching.test_rule import loop_sd4match
 
 DATASET = {"name": "spair", "split": "test"}
@@ -42,6 +43,12 @@ def results(file):
     return dump_results(score(load_predictions(file), get_protocols()))
 
 
+def the_map(image, recipe):
+    """The one map that a recipe of one branch gives of an image."""
+    (features,) = FakePipeline(recipe).features([image])
+    return features.branches[0]["up1"]
+
+
 def images_of(pairs):
     return len({(p.source, False) for p in pairs} | {(p.target, p.mirrored) for p in pairs})
 
@@ -53,7 +60,7 @@ def test_every_image_once(tmp_path):
     assert (
         done.images
         == images_of(pairs)
-        == sum(p.images for p in FakePipeline.opened)
+        == sum(p.seen.total() for p in FakePipeline.opened)
         == done.passes
         == count_passes(pairs, fake_recipe())
     )
@@ -101,7 +108,7 @@ def test_a_branch_without_category_is_extracted_once_for_all_classes(tmp_path, b
     recipe = fake_recipe(("a {category}", "plain"))
 
     def opener(asked):
-        return FakePipeline(asked, ((12, 6), (8, 12)))
+        return FakePipeline(asked, ((12, 6, 6), (8, 12, 12)))
 
     more = {"features": tmp_path / "kept"} if kept else {}
     done = run(pairs, tmp_path / "p.jsonl", recipe, opener, batch=batch, memory=memory, **more)
@@ -275,7 +282,7 @@ def test_fused_recipes_run_and_match_the_joined_ones(tmp_path):
     recipe = fake_recipe(("", ""))
 
     def opener(filled):
-        return FakePipeline(filled, ((12, 6), (8, 12)))
+        return FakePipeline(filled, ((12, 6, 6), (8, 12, 12)))
 
     for combine in ("concat", "score-sum", "score-product"):
         run(pairs, tmp_path / f"{combine}.jsonl", recipe, opener, MatchRule.of(recipe, combine))
@@ -424,7 +431,7 @@ def test_features_are_kept_with_their_provenance(tmp_path):
     recipe = fake_recipe(("a {category}", ""))
 
     def opener(filled):
-        return FakePipeline(filled, ((12, 6), (8, 12)))
+        return FakePipeline(filled, ((12, 6, 6), (8, 12, 12)))
 
     def extracted():
         return sum(len(pipeline.asked) for pipeline in FakePipeline.opened)
@@ -437,7 +444,7 @@ def test_features_are_kept_with_their_provenance(tmp_path):
     asked = {(note["branch"]["taps"][0], note["branch"]["prompt"]) for note in notes.values()}
     assert asked == {("up1", "a cat"), ("up1", "a dog"), ("up2", "")}
     for note in notes.values():
-        assert note["model"] == {"name": "fake", "key": "0"}
+        assert note["model"] == {"name": "fake", "key": "0" * 16}
         assert note["difftap"] == "0"
         assert note["backend"]["name"] == "fake"
     # Another joining and matcher, the same features: nothing is extracted again.
@@ -474,7 +481,7 @@ def test_pck_per_pair_against_difts_loop_on_the_same_maps(tmp_path):
         maps = []
         for path, flip in ((pair.source, False), (pair.target, pair.mirrored)):
             image = load_view(View(path, flip))
-            maps.append((image_map(image, "", 12, 6), image.size))
+            maps.append((the_map(image, fake_recipe()).data, image.size))
         (source, (sw, sh)), (target, (tw, th)) = maps
         up_source, up_target = enlarged(source, sw, sh), enlarged(target, tw, th)
         x1, y1, x2, y2 = pair.target_box
@@ -506,7 +513,7 @@ def test_pck_per_pair_against_sd4matchs_loop_on_the_same_maps(tmp_path, matcher)
         maps = []
         for path, flip in ((pair.source, False), (pair.target, pair.mirrored)):
             image = load_view(View(path, flip))
-            maps.append(FeatureMap(image_map(image, "", 12, 6), Geometry.stretch(image.size, (768, 768))))
+            maps.append(the_map(image, recipe))
         to_square = 768 / np.array(pair.target_size)
         places = loop_sd4match(*maps, pair.source_points, matcher, 768) * to_square
         truth = np.clip(pair.target_points * to_square, 1e-4, 767 - 1e-4)

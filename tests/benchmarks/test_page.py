@@ -10,8 +10,7 @@ from difftap.bench.contenders import Contender
 from difftap.bench.throughput import Throughput, ThroughputCase, ThroughputRow, to_json
 from difftap.bench.workers import Timing
 from difftap.recipe import load_recipe
-from tests.bench.pck_cases import FakePipeline
-from tests.harness import ROOT, invoke
+from tests.harness import ROOT, FakePipeline, invoke
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from PIL import Image as PIL
 import difftap.cli
 import difftap.images
 from difftap.backbones.checkpoint import pocket_folder
-from tests.conftest import picture
+from tests.harness import picture, write_picture
 
 QUICK = ("--size", "64", "--ensemble", "1")
 COMMAND = Path(sys.executable).with_name("difftap")
@@ -185,9 +185,9 @@ BAD_IMAGES = ["none.png", "text.png", "zero.png", "cut.jpg", ".", "a" * 300, "hu
 def test_bad_images(refused, photos, tmp_path, monkeypatch, name, place):
     (tmp_path / "text.png").write_text("no picture\nat all")
     (tmp_path / "zero.png").write_bytes(b"")
-    PIL.fromarray(picture(1, (90, 90))).save(tmp_path / "cut.jpg")
+    write_picture(tmp_path / "cut.jpg", (90, 90), seed=1)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
-    PIL.fromarray(picture(1, (90, 91))).save(tmp_path / "huge.png")
+    write_picture(tmp_path / "huge.png", (90, 91), seed=1)
     monkeypatch.setattr(difftap.images, "MAX_PIXELS", 90 * 90)
     pair = list(photos)
     pair[place] = tmp_path / name

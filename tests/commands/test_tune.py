@@ -5,11 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image as PIL
 
 from tests.commands.test_cli import call, refused  # noqa: F401 - fixtures
-from tests.conftest import picture
-from tests.harness import run_child
+from tests.harness import run_child, write_picture
 from tests.test_torch_free import MAIN, blocked
 
 pytest.importorskip("diffusers")
@@ -24,7 +22,7 @@ def photos(tmp_path_factory):
     for k in range(9):
         folder = root / ("cat" if k < 5 else "dog")
         folder.mkdir(exist_ok=True)
-        PIL.fromarray(picture(k, (48, 40))).save(folder / f"{k}.png")
+        write_picture(folder / f"{k}.png", (48, 40), seed=k)
     return root
 
 

@@ -8,15 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image as PIL
 
-from tests.conftest import picture
-
-
-def write_picture(path: Path, size=(40, 30), seed=0, **saving) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.fromarray(picture(seed, size)).save(path, **saving)
-    return path
+from tests.harness import write_picture
 
 
 def write_csv(path: Path, header, rows) -> Path:

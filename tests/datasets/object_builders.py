@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PIL
 
-from tests.datasets.builders import write_picture
+from tests.harness import write_picture
 
 PALETTE = [value for k in range(256) for value in (k, (k * 7) % 256, (k * 31) % 256)]
 

@@ -8,8 +8,8 @@ from difftap.datasets import keypoints as datasets
 from difftap.datasets.check import SCHEMA, check
 from difftap.datasets.layout import DatasetError
 from difftap.errors import InputError
-from tests.datasets.builders import write_csv, write_picture, write_spair
-from tests.harness import invoke, run_child
+from tests.datasets.builders import write_csv, write_spair
+from tests.harness import invoke, run_child, write_picture
 
 
 def run(*arguments):

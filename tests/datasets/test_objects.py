@@ -13,9 +13,8 @@ from difftap.datasets.objects import read_listing
 from difftap.errors import InputError
 from difftap.images import read_labels
 from difftap.prototypes import ObjectFilter
-from tests.datasets.builders import write_picture
 from tests.datasets.object_builders import block, write_coco, write_davis, write_folder, write_labels, write_voc
-from tests.harness import invoke
+from tests.harness import invoke, write_picture
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 WRITERS = {"coco": write_coco, "davis": write_davis, "folder": write_folder, "voc": write_voc}

@@ -8,7 +8,8 @@ from difftap.datasets.keypoints import load
 from difftap.datasets.layout import DatasetError
 from difftap.errors import InputError
 from difftap.images import load_image
-from tests.datasets.builders import write_csv, write_mat, write_picture
+from tests.datasets.builders import write_csv, write_mat
+from tests.harness import write_picture
 
 NAN = float("nan")
 WITH_POINTS = ["source_image", "target_image", "class", "XA", "YA", "XB", "YB"]

@@ -4,7 +4,8 @@ import pytest
 from difftap.datasets.keypoints import load
 from difftap.datasets.layout import DatasetError
 from difftap.errors import MissingExtraError
-from tests.datasets.builders import write_csv, write_mat, write_picture
+from tests.datasets.builders import write_csv, write_mat
+from tests.harness import write_picture
 
 HEADER = ["imageA", "imageB", *(f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in range(1, 11))]
 POINTS_A = np.arange(20.0).reshape(2, 10)  # x of the ten keypoints, then y

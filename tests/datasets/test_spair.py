@@ -6,7 +6,8 @@ import pytest
 from difftap.datasets.keypoints import load
 from difftap.datasets.layout import DatasetError
 from difftap.errors import InputError
-from tests.datasets.builders import write_picture, write_spair
+from tests.datasets.builders import write_spair
+from tests.harness import write_picture
 
 
 def test_a_pair_is_read_as_annotated(tmp_path):

@@ -9,7 +9,7 @@ from difftap.datasets.layout import DatasetError
 from difftap.datasets.synthetic import Distortion, WarpedTarget
 from difftap.errors import InputError
 from difftap.images import load_image
-from tests.datasets.builders import write_picture
+from tests.harness import write_picture
 
 PLAIN = Distortion(occlusion=0.0, photometric=0.0)
 

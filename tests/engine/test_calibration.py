@@ -14,7 +14,7 @@ from difftap.errors import ImageError, InputError
 from difftap.images import Image, to_input
 from difftap.pipeline.environment import calibration_images
 from difftap.recipe import Branch, Recipe
-from tests.conftest import picture
+from tests.harness import picture
 
 RECIPE = Recipe(size=(64, 32), ensemble=4, branches=(Branch(("up1",), 261), Branch(("up2",), 50), Branch(("up1",), 7)))
 

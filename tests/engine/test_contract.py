@@ -11,8 +11,7 @@ from difftap.engine.backend import PRECISIONS, Calibration
 from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import example_feeds
 from difftap.errors import BackendError, InputError, NonFiniteError
-from tests.conftest import MINI_TAPS
-from tests.parity import compare
+from tests.harness import MINI_TAPS, compare
 
 # Largest relative error and least mean cosine against float32 torch: a rounding is 2^-11 in fp16, 2^-8 in bf16.
 TOLERANCES = {

@@ -18,8 +18,7 @@ from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import encode_prompt
 from difftap.recipe import Branch, Recipe
-from tests.conftest import MINI_TAPS, picture
-from tests.tiny import TINY_SCHEDULE
+from tests.harness import MINI_SCHEDULE, MINI_TAPS, picture
 
 IMAGES = [Image(picture(i, (30 + 7 * i, 21))) for i in range(5)]
 SIZE = (24, 16)
@@ -99,7 +98,7 @@ def reference(recipe, image, folder, prompts):
 
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
-    scheduler = DDIMScheduler(**{k: v for k, v in TINY_SCHEDULE.items() if not k.startswith("_")})
+    scheduler = DDIMScheduler(**{k: v for k, v in MINI_SCHEDULE.items() if not k.startswith("_")})
     resized = PIL.fromarray(image.pixels).resize(recipe.size, PIL.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(resized).astype(np.float32) / 255 * 2 - 1).permute(2, 0, 1)[None]
     results = []

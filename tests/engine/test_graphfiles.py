@@ -11,7 +11,7 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.graphfiles import cached_graph, file_stem, model_folder, model_key, place_weights
 from difftap.errors import ArtefactError
 from difftap.export import ensure_graph
-from tests.conftest import MINI_TAPS
+from tests.harness import MINI_TAPS
 
 
 @pytest.fixture

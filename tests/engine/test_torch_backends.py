@@ -12,7 +12,7 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine import Graph, Profile, get_backend
 from difftap.engine.noise import example_feeds
 from difftap.export.parity import TensorParity
-from tests.conftest import MINI_TAPS
+from tests.harness import MINI_TAPS
 
 PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=3)
 

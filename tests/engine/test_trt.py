@@ -23,8 +23,8 @@ from difftap.errors import BackendError, NonFiniteError
 from difftap.pipeline.engines import list_artefacts, verify_artefact
 from difftap.pipeline.environment import Environment, RecipeEngines
 from difftap.recipe import load_recipe
-from tests.conftest import MINI_TAPS
 from tests.engine.fake_trt import Fake, Flag, HostMemory
+from tests.harness import MINI_TAPS
 
 PROFILE = Profile(size=(24, 16), ensemble=2, tokens=5, batch=6)
 H100, L4, TURING = Gpu("NVIDIA H100", (9, 0)), Gpu("NVIDIA L4", (8, 9)), Gpu("Tesla T4", (7, 5))

@@ -16,9 +16,7 @@ from difftap.engine.noise import example_feeds
 from difftap.errors import BackendError, ModelError
 from difftap.export import export_graph
 from difftap.export.parity import TensorParity
-from tests.conftest import MINI_TAPS
-from tests.parity import compare
-from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
+from tests.harness import MINI_TAPS, compare, write_mini
 
 onnx = pytest.importorskip("onnx")
 
@@ -36,7 +34,7 @@ def up1(mini, mini_cache) -> Graph:
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory) -> Graph:
     """A graph cut after one attention layer, of a half-precision checkpoint whose weights lie in several files."""
-    folder = write_tiny(tmp_path_factory.mktemp("half"), 1, half=True, unet=MINI_UNET, vae=MINI_VAE, shard="80KB")
+    folder = write_mini(tmp_path_factory.mktemp("half"), 1, half=True, shard="80KB")
     model = Checkpoint.load(folder)
     assert len(model.weight_files("unet")) > 1
     graph, parity = export_graph(Cache(tmp_path_factory.mktemp("half-cache")), model, "unet", ("down1.attn0",))

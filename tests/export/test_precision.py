@@ -22,7 +22,7 @@ from difftap.errors import InputError, NonFiniteError, OutputError
 from difftap.export.parity import TensorParity
 from difftap.export.precision import ATTENTIONS, HALVES, narrow, to_half
 from difftap.export.variants import ensure_variant
-from tests.conftest import MINI_TAPS
+from tests.harness import MINI_TAPS
 
 onnx = pytest.importorskip("onnx")
 PROFILE = Profile((32, 16), ensemble=2, tokens=3, batch=2)

@@ -13,7 +13,7 @@ from difftap.backbones.checkpoint import Checkpoint, pocket_folder
 from difftap.engine import Cache
 from difftap.errors import MissingExtraError, ModelError
 from difftap.prompts import encode_prompt
-from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
+from tests.harness import MINI_UNET, write_mini
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def write_clip(folder, width, suffix="", projection=None):
 def clip(tmp_path_factory):
     """A checkpoint with a text encoder."""
     pytest.importorskip("transformers")
-    folder = write_tiny(tmp_path_factory.mktemp("clip"), unet={**MINI_UNET, "cross_attention_dim": 8}, vae=MINI_VAE)
+    folder = write_mini(tmp_path_factory.mktemp("clip"), unet={**MINI_UNET, "cross_attention_dim": 8})
     write_clip(folder, width=8)
     return folder
 

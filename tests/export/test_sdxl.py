@@ -14,13 +14,26 @@ from difftap.export import export_graph
 from difftap.prompts import encode_prompt
 from difftap.recipe import Branch
 from tests.export.test_prompts import write_clip
-from tests.parity import compare
-from tests.tiny import MINI_VAE, MINI_XL_UNET, write_tiny
+from tests.harness import MINI_UNET, compare, write_mini
+
+MINI_XL_UNET = {
+    **MINI_UNET,
+    "cross_attention_dim": 14,
+    "attention_head_dim": (2, 4, 4),
+    "transformer_layers_per_block": (1, 1, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 6,
+}
+"""SDXL's kind: no attention in the first block, and a pooled text embedding (6 wide) with six sizes as conditions."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("xl"), unet=MINI_XL_UNET, vae=MINI_VAE)
+    return write_mini(tmp_path_factory.mktemp("xl"), unet=MINI_XL_UNET)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,7 @@ def test_prompts_are_those_of_diffusers_pipeline(tmp_path):
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    folder = write_tiny(tmp_path / "xl", unet=MINI_XL_UNET, vae=MINI_VAE)
+    folder = write_mini(tmp_path / "xl", unet=MINI_XL_UNET)
     write_clip(folder, width=8)
     write_clip(folder, width=6, suffix="_2", projection=6)
     got = encode_prompt(Checkpoint.load(folder), "a cat", Cache(tmp_path / "cache"))

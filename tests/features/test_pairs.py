@@ -3,50 +3,22 @@
 import json
 import random
 import shutil
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from PIL import Image as PIL
 
-from difftap.coords import Geometry
-from difftap.engine import Features
 from difftap.errors import BackendError, NonFiniteError, OutputError, PairsError
-from difftap.featuremap import FeatureMap
 from difftap.features.pairs import Pair, PairMatching, load_pairs, run_pairs
 from difftap.images import load_image
-from difftap.recipe import Branch, Recipe
-from tests.conftest import picture
+from tests.harness import FakePipeline, fake_recipe, write_picture
 
 IMAGES = 5
 
 
-class FakePipeline:
-    """Pixels as features; counts what it is asked for."""
-
-    recipe = Recipe((Branch(("up1",), 1),), size=(48, 40), ensemble=1)
-    prompts = SimpleNamespace(knows=lambda name: True)
-
-    def __init__(self, seed=0, batch=1):
-        self.batch = batch
-        self.conditions = {"difftap": "test", "seed": seed}
-        self.seen = Counter()
-        self.batches = []
-
-    def features(self, images, prompts=None):
-        images = list(images)
-        self.batches.append(len(images))
-        for image in images:
-            self.seen[image.path] += 1
-            if image.path.endswith("broken-engine.png"):
-                raise NonFiniteError("the engine\nfailed")
-            if image.path.endswith("dead-machine.png"):
-                raise BackendError("out of memory")
-            data = np.asarray(PIL.fromarray(image.pixels).resize((6, 5)), np.float32).transpose(2, 0, 1)
-            features = FeatureMap(np.ascontiguousarray(data), Geometry.stretch(image.size, (48, 40)))
-            yield Features(image.digest, ({"up1": features},))
+FAULTS = {
+    "broken-engine.png": NonFiniteError("the engine\nfailed"),
+    "dead-machine.png": BackendError("out of memory"),
+}
 
 
 GRID = PairMatching(grid=2)
@@ -55,7 +27,7 @@ GRID = PairMatching(grid=2)
 @pytest.fixture
 def folder(tmp_path):
     for i in range(IMAGES):
-        PIL.fromarray(picture(i, (30 + i, 20 + 2 * i))).save(tmp_path / f"{i}.png")
+        write_picture(tmp_path / f"{i}.png", (30 + i, 20 + 2 * i), seed=i)
     return tmp_path
 
 
@@ -64,7 +36,7 @@ def every_pair(folder):
 
 
 def run(folder, pairs, name="out.jsonl", pipeline=None, matching=GRID, batch=1, **options):
-    return run_pairs(pipeline or FakePipeline(batch=batch), pairs, folder / name, matching, **options)
+    return run_pairs(pipeline or FakePipeline(batch=batch, faults=FAULTS), pairs, folder / name, matching, **options)
 
 
 def lines(path):
@@ -169,7 +141,7 @@ def test_resumed_from_any_byte_the_output_is_the_same(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        {"pipeline": FakePipeline(seed=1)},
+        {"seed": 1},
         {"matching": PairMatching(grid=3)},
         {"pairs": [("0.png", "1.png")]},
         {"pairs": [("0.png", "1.png"), ("1.png", "3.png")]},
@@ -184,6 +156,8 @@ def test_a_run_with_other_conditions_is_refused(folder, change):
     before = (folder / "out.jsonl").read_bytes()
     change = dict(change)
     pairs = listed(change.pop("pairs", names))
+    if "seed" in change:
+        change["pipeline"] = FakePipeline(fake_recipe(seed=change.pop("seed")))
     with pytest.raises(OutputError, match="other conditions"):
         run(folder, pairs, **change)
     assert (folder / "out.jsonl").read_bytes() == before

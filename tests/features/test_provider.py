@@ -20,7 +20,7 @@ from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts.learned import fits_of, save_learned
 from difftap.recipe import Branch, Learned, Recipe
-from tests.conftest import MINI_TAPS, picture
+from tests.harness import MINI_TAPS, picture
 
 pytest.importorskip("zarr")
 IMAGES = [Image(picture(number, (30 + 7 * number, 21))) for number in range(4)]

@@ -7,12 +7,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image as PIL
 
 from difftap.errors import ImageError, InputError
 from difftap.features.sources import open_source
 from difftap.images import load_image
-from tests.conftest import picture
+from tests.harness import write_picture
 
 NAMES = ["a/1.png", "a/2.png", "b/3.PNG", "4.png"]
 
@@ -22,11 +21,11 @@ def folder(tmp_path):
     root = tmp_path / "photos"
     for number, name in enumerate(NAMES):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        PIL.fromarray(picture(number)).save(root / name)
+        write_picture(root / name, seed=number)
     (root / "notes.md").write_text("no picture")
     (root / ".hidden.png").write_bytes(b"x")
     (root / "a" / ".thumbs").mkdir()
-    PIL.fromarray(picture(9)).save(root / "a" / ".thumbs" / "9.png")
+    write_picture(root / "a" / ".thumbs" / "9.png", seed=9)
     return root
 
 

@@ -18,7 +18,7 @@ from difftap.images import Image
 from difftap.pipeline import fastest as auto
 from difftap.pipeline.environment import prepare_graph
 from difftap.pipeline.fastest import AUTO, choose, forget_choices, resolve, stored_choices
-from tests.conftest import picture
+from tests.harness import picture
 
 SMALL = dataclasses.replace(load_recipe("pocket"), size=(64, 64))
 

@@ -16,8 +16,7 @@ from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.prompts import Prompt, Subject, choose_prompt, choose_prompts, fill, wants_category
 from difftap.recipe import Branch, ModelReference, Recipe, load_recipe
-from tests.conftest import MINI_TAPS, picture
-from tests.harness import invoke
+from tests.harness import MINI_TAPS, invoke, picture
 
 ASKED = Branch(("up1",), 261, "a photo of a {category}")
 

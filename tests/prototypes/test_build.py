@@ -25,9 +25,8 @@ from difftap.prototypes import (
 )
 from difftap.prototypes import build as build_function
 from difftap.recipe import Branch, load_recipe
-from tests.conftest import picture
 from tests.datasets.object_builders import write_folder, write_voc
-from tests.harness import invoke
+from tests.harness import invoke, picture
 
 pytest.importorskip("pyarrow")
 RECIPE = replace(load_recipe("pocket-semantics"), size=(128, 128))

@@ -10,8 +10,7 @@ from difftap.errors import DifftapError
 from difftap.prototypes import PrototypeTable
 from difftap.retrieval.queries import row_query
 from difftap.retrieval.sheet import draw_sheet
-from tests.conftest import picture
-from tests.harness import invoke
+from tests.harness import invoke, picture
 from tests.retrieval.cases import origin, write_table
 
 pytest.importorskip("faiss")

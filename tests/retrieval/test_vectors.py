@@ -2,12 +2,8 @@
 
 import numpy as np
 import pytest
-from PIL import Image as PIL
 
-from difftap.coords import Geometry
-from difftap.engine import Features
 from difftap.errors import ImageError, InputError, NonFiniteError, PointError
-from difftap.featuremap import FeatureMap
 from difftap.images import Image, load_image
 from difftap.prototypes import PrototypeTable, prototypes
 from difftap.recipe import Branch, Recipe
@@ -15,34 +11,16 @@ from difftap.retrieval.index import Rows, VectorOrigin
 from difftap.retrieval.kinds import faiss_clash
 from difftap.retrieval.queries import embed, image_query, mask_query, point_query, row_query
 from difftap.retrieval.vectors import Patches, list_images, open_tables, patch_batches, table_batches
-from tests.conftest import picture
+from tests.harness import FakePipeline, fake_recipe, picture, write_picture
 from tests.retrieval.cases import RECIPE, origin, write_table
 
 pytest.importorskip("pyarrow")
 MADE = {"model": {"key": "m"}, "backend": {"name": "ort", "precision": "fp32"}}
 
 
-class Pipe:
-    """Stands for a pipeline: maps whose channels are the mean colour of each cell."""
-
-    batch = 2
-    bad = ()
-
-    def features(self, images):
-        for image in images:
-            if image.path in self.bad:
-                raise NonFiniteError("the output holds NaN")
-            height, width = image.pixels.shape[:2]
-            small = np.asarray(PIL.fromarray(image.pixels).resize((4, 3), PIL.Resampling.BOX), np.float32)
-            geometry = Geometry.stretch((width, height), (64, 48))
-            yield Features(image.digest, ({"up1": FeatureMap(small.transpose(2, 0, 1).copy(), geometry)},))
-
-    def join(self, features):
-        one = features.branches[0]["up1"]
-        return FeatureMap(one.data / 255, one.geometry)
-
-    def extract(self, images):
-        return map(self.join, self.features(images))
+def open_pipe(**more):
+    """A pipeline of maps of 4 x 3 cells."""
+    return FakePipeline(fake_recipe(size=(64, 48)), ((3, 3, 4),), batch=2, **more)
 
 
 def test_tables_are_streamed(tmp_path):
@@ -83,7 +61,7 @@ def test_tables_that_cannot_be_used(tmp_path):
 
 
 def test_all_cells_with_their_places(photos):
-    pipe = Pipe()
+    pipe = open_pipe()
     parts = list(patch_batches(pipe, list(photos), Patches()))
     assert [len(part.rows) for part in parts] == [12, 12]
     for part, path in zip(parts, photos, strict=True):
@@ -98,11 +76,11 @@ def test_all_cells_with_their_places(photos):
 
 def test_some_cells_are_drawn_by_content(photos, tmp_path):
     which = Patches(5, "folder", seed=3)
-    first, second = (list(patch_batches(Pipe(), list(photos), which)) for _ in range(2))
+    first, second = (list(patch_batches(open_pipe(), list(photos), which)) for _ in range(2))
     assert [len(part.rows) for part in first] == [5, 5]
     assert [part.rows.x.tolist() for part in first] == [part.rows.x.tolist() for part in second]
     assert set(first[0].rows.classes) == {tmp_path.name}
-    other = list(patch_batches(Pipe(), list(photos), Patches(5, seed=4)))
+    other = list(patch_batches(open_pipe(), list(photos), Patches(5, seed=4)))
     assert [part.rows.x.tolist() for part in first] != [part.rows.x.tolist() for part in other]
     assert len({(x, y) for x, y in zip(first[0].rows.x, first[0].rows.y, strict=True)}) == 5
 
@@ -110,8 +88,7 @@ def test_some_cells_are_drawn_by_content(photos, tmp_path):
 def test_images_that_fail(photos, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    pipe = Pipe()
-    pipe.bad = (str(photos[1]),)
+    pipe = open_pipe(faults={photos[1].name: NonFiniteError("the output holds NaN")})
     failures, done = [], []
     parts = list(patch_batches(pipe, [broken, *photos], Patches(), done.append, failures))
     assert [part.rows.images[0] for part in parts] == [str(photos[0].resolve())]
@@ -123,7 +100,7 @@ def test_images_that_fail(photos, tmp_path):
 
 def test_listing_images(tmp_path, photos):
     (tmp_path / "deep").mkdir()
-    PIL.fromarray(picture(3)).save(tmp_path / "deep" / "c.JPG", "JPEG")
+    write_picture(tmp_path / "deep" / "c.JPG", seed=3)
     (tmp_path / "notes.txt").write_text("no image")
     assert [path.name for path in list_images([tmp_path])] == ["a.png", "b.png", "c.JPG"]
     assert list_images([photos[1], photos[1]]) == [photos[1]]
@@ -139,7 +116,7 @@ def test_a_mask_is_averaged_as_a_prototype_is(photos, source):
     image = load_image(photos[0])
     mask = np.zeros(image.pixels.shape[:2], bool)
     mask[5:20, 8:30] = True
-    pipe = Pipe()
+    pipe = open_pipe()
     (features,) = pipe.features([image])
     one = features.branches[0]["up1"] if source == "prototypes" else pipe.join(features)
     wanted = prototypes([one], mask[None])[0][0]
@@ -149,12 +126,12 @@ def test_a_mask_is_averaged_as_a_prototype_is(photos, source):
 
 def test_a_point_is_its_cell_and_an_image_the_mean_of_all(photos):
     image = load_image(photos[0])  # 40 x 30 over 4 x 3 cells: ten pixels a cell
-    (features,) = Pipe().features([image])
+    (features,) = open_pipe().features([image])
     one = features.branches[0]["up1"]
     for x, y in ((0.0, 0.0), (14.4, 9.0), (39.5, 29.5)):
         cell = one.data[:, min(int(round(y) // 10), 2), min(int(round(x) // 10), 3)]
-        np.testing.assert_allclose(embed(point_query(image, x, y), origin(), Pipe()), cell)
-    np.testing.assert_allclose(embed(image_query(image), origin(), Pipe()), one.data.mean(axis=(1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(embed(point_query(image, x, y), origin(), open_pipe()), cell)
+    np.testing.assert_allclose(embed(image_query(image), origin(), open_pipe()), one.data.mean(axis=(1, 2)), rtol=1e-6)
     with pytest.raises(PointError, match="lies outside the image"):
         point_query(image, 40.0, 3.0)
 
@@ -210,7 +187,7 @@ def test_precisions_that_differ_by_more_than_rounding_are_refused():
 
 def test_an_image_given_as_an_array():
     image = Image(picture(5))
-    assert embed(image_query(image), origin(), Pipe()).shape == (3,)
+    assert embed(image_query(image), origin(), open_pipe()).shape == (3,)
 
 
 def test_two_faiss_together():

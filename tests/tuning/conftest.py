@@ -12,7 +12,7 @@ from difftap.recipe import Branch, Matcher, Recipe
 from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 from tests.bench.pck_cases import samples
-from tests.tiny import MINI_UNET, MINI_VAE, write_tiny
+from tests.harness import MINI_UNET, write_mini
 
 SIZE = (32, 32)
 
@@ -21,7 +21,7 @@ SIZE = (32, 32)
 def clip(tmp_path_factory):
     """A checkpoint folder with a tiny CLIP text encoder of 12 places."""
     transformers = pytest.importorskip("transformers")
-    folder = write_tiny(tmp_path_factory.mktemp("clip"), unet={**MINI_UNET, "cross_attention_dim": 8}, vae=MINI_VAE)
+    folder = write_mini(tmp_path_factory.mktemp("clip"), unet={**MINI_UNET, "cross_attention_dim": 8})
     words = ["a", "a</w>", "b", "b</w>", "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: k for k, word in enumerate(words)}
     (folder / "tokenizer").mkdir()

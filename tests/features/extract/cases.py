@@ -12,7 +12,7 @@ import zarr  # noqa: F401 - so that the children need not
 
 from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import Encoding, FeatureStore
-from tests.features.extract.fakeengine import FakePipeline, made_source
+from tests.harness import FakePipeline, numbered_pictures
 
 ENGINE = 0.0005
 SHARD = 4
@@ -21,8 +21,8 @@ SHARD = 4
 class Noting(FakePipeline):
     """Notes, in a file, each image whose features are made."""
 
-    def __init__(self, log, **options):
-        super().__init__(ENGINE, (4, 3, 3), **options)
+    def __init__(self, log):
+        super().__init__(shapes=((4, 3, 3),), seconds=ENGINE)
         inner, handle = self.stages.tap, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
         def tap(encoded):
@@ -39,7 +39,7 @@ def child(folder, count):
     settings = ExtractSettings(Encoding("int8"), every=0.02, shard=SHARD)
     pipeline = Noting(folder / "made")
     extract_to_store(
-        pipeline, made_source(count), folder / "s.zarr", settings,
+        pipeline, numbered_pictures(count), folder / "s.zarr", settings,
         progress=lambda n: os.write(reported, f"{n}\n".encode()),
     )  # fmt: skip
     os._exit(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from difftap.features.extract import ExtractSettings
 from difftap.features.extract.cluster import Cluster, extract_on_cluster
 from difftap.pipeline.environment import Runtime
-from tests.features.extract.fakeengine import FakePipeline, made_source
+from tests.harness import FakePipeline, numbered_pictures
 
 COUNT = 240
 
@@ -63,10 +63,10 @@ def main(folder):
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    pipeline = FakePipeline(recipe=None)
+    pipeline = FakePipeline()
     run = extract_on_cluster(
-        pipeline.recipe, Runtime(), made_source(COUNT), folder / "s.zarr", ExtractSettings(shard=8, every=0.2),
-        Cluster(workers=2, stall=60), opener=functools.partial(FakePipeline, 0.02), progress=progress,
+        pipeline.recipe, Runtime(), numbered_pictures(COUNT), folder / "s.zarr", ExtractSettings(shard=8, every=0.2),
+        Cluster(workers=2, stall=60), opener=functools.partial(FakePipeline, seconds=0.02), progress=progress,
     )  # fmt: skip
     print(json.dumps({"written": run.written, "failed": run.failed, "killed": len(killed), "safe": done[0]}))
 

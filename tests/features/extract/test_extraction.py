@@ -10,7 +10,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image as PIL
 
 import difftap
 from difftap.cli import cli
@@ -27,9 +26,7 @@ from difftap.machine import resident_memory
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
-from tests.conftest import MINI_TAPS, picture
-from tests.features.extract.fakeengine import FakePipeline, made_source
-from tests.harness import run_child
+from tests.harness import MINI_TAPS, FakePipeline, numbered_pictures, picture, run_child, write_picture
 
 
 @pytest.fixture
@@ -37,7 +34,7 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(7):
-        PIL.fromarray(picture(number, (30 + 5 * number, 24))).save(folder / f"{number}.png")
+        write_picture(folder / f"{number}.png", (30 + 5 * number, 24), seed=number)
     return folder
 
 
@@ -108,7 +105,7 @@ def test_failures_are_recorded_told_and_tried_again_only_when_asked(photos, tmp_
         run = extract_to_store(FakePipeline(), open_source(photos), path)
         assert (run.written, run.failed, run.skipped) == (7 - earlier, 1, earlier)
         assert "not a picture" in run.reasons[0]
-    PIL.fromarray(picture(9)).save(photos / "3b.png")
+    write_picture(photos / "3b.png", seed=9)
     assert extract_to_store(FakePipeline(), open_source(photos), path).failed == 1
     run = extract_to_store(FakePipeline(), open_source(photos), path, ExtractSettings(retry=True))
     assert (run.written, run.failed) == (1, 0)
@@ -151,12 +148,15 @@ def test_a_full_disk_leaves_what_was_safe(tmp_path, monkeypatch, after):
     monkeypatch.setattr(places, "put", fill)
     with pytest.raises(OutputError, match=r"cannot write '.*s.zarr': the disk is full"):
         extract_to_store(
-            FakePipeline(), made_source(40), tmp_path / "s.zarr", ExtractSettings(shard=4), progress=safe.append
+            FakePipeline(), numbered_pictures(40), tmp_path / "s.zarr", ExtractSettings(shard=4), progress=safe.append
         )
     monkeypatch.setattr(places, "put", put)
     if (tmp_path / "s.zarr" / "zarr.json").exists():
         assert len(FeatureStore.open(tmp_path / "s.zarr")) >= sum(safe)
-    assert extract_to_store(FakePipeline(), made_source(40), tmp_path / "s.zarr", ExtractSettings(shard=4)).failed == 0
+    assert (
+        extract_to_store(FakePipeline(), numbered_pictures(40), tmp_path / "s.zarr", ExtractSettings(shard=4)).failed
+        == 0
+    )
     store = FeatureStore.open(tmp_path / "s.zarr")
     assert len(store) == 40
     assert list(verify(store)) == []
@@ -204,7 +204,7 @@ def test_engines_go_on_while_a_shard_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline.stages, "tap", tap)
     monkeypatch.setattr(StoreWriter, "commit", slow)
-    extract_to_store(pipeline, made_source(32), tmp_path / "s.zarr", ExtractSettings(shard=8))
+    extract_to_store(pipeline, numbered_pictures(32), tmp_path / "s.zarr", ExtractSettings(shard=8))
     assert len(FeatureStore.open(tmp_path / "s.zarr")) == 32
 
 
@@ -217,13 +217,13 @@ def test_nothing_is_kept_of_an_image_that_is_safe(tmp_path):
             gc.collect()
             held.append(tracemalloc.get_traced_memory()[0])
 
-    source = made_source(1200)
+    source = numbered_pictures(1200)
     gc.collect()
     gc.freeze()  # what other tests left is not walked through again at every commit
     tracemalloc.start()
     try:
         extract_to_store(
-            FakePipeline(shape=(4, 3, 3)), source, tmp_path / "s.zarr", ExtractSettings(shard=16), progress=note
+            FakePipeline(shapes=((4, 3, 3),)), source, tmp_path / "s.zarr", ExtractSettings(shard=16), progress=note
         )
     finally:
         tracemalloc.stop()
@@ -240,14 +240,16 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
             held.append(resident_memory())
 
     settings = ExtractSettings(shard=shard_rows(16 * 8 * 8 * 2))
-    extract_to_store(FakePipeline(0.0002), made_source(3000), tmp_path / "store.zarr", settings, progress=note)
+    extract_to_store(
+        FakePipeline(seconds=0.0002), numbered_pictures(3000), tmp_path / "store.zarr", settings, progress=note
+    )
     assert held[-1] - held[len(held) // 10] < 12 << 20
     assert len(FeatureStore.open(tmp_path / "store.zarr")) == 3000
 
 
 @pytest.mark.parametrize("shape", [(16, 8, 8), (256, 32, 32)])  # encoded by the writing thread, and by one of its own
 def test_a_map_that_cannot_be_stored_is_its_images_failure(tmp_path, monkeypatch, shape):
-    pipeline, source = FakePipeline(shape=shape), made_source(9)
+    pipeline, source = FakePipeline(shapes=(shape,)), numbered_pictures(9)
     run = pipeline.engines[1]._run
 
     def large(feeds):
@@ -282,7 +284,7 @@ def test_options_that_would_do_nothing_are_refused(photos, tmp_path, options, wo
 
 def test_too_many_components_leave_no_store(tmp_path):
     with pytest.raises(InputError, match=r"pca is 9999; tap 'up1' has .* channels; allowed: 1 to"):
-        extract_to_store(FakePipeline(), made_source(3), tmp_path / "s.zarr", ExtractSettings(Encoding(pca=9999)))
+        extract_to_store(FakePipeline(), numbered_pictures(3), tmp_path / "s.zarr", ExtractSettings(Encoding(pca=9999)))
     assert not (tmp_path / "s.zarr").exists()
 
 
@@ -290,7 +292,12 @@ def test_too_many_components_leave_no_store(tmp_path):
 def test_no_thread_is_left_when_writing_fails(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(StoreWriter, "put", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        extract_to_store(FakePipeline(0.001, shape), made_source(40), tmp_path / "s.zarr", ExtractSettings(shard=4))
+        extract_to_store(
+            FakePipeline(shapes=(shape,), seconds=0.001),
+            numbered_pictures(40),
+            tmp_path / "s.zarr",
+            ExtractSettings(shard=4),
+        )
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith(("encode", "unet", "vae", "decode"))]
 
@@ -313,7 +320,9 @@ def test_batches_of_images_arrays_and_paths(photos):
 
 def test_batches_in_a_torch_loader():
     torch = pytest.importorskip("torch")
-    loader = torch.utils.data.DataLoader(Extractor(FakePipeline(), made_source(5), size=2).torch(), batch_size=None)
+    loader = torch.utils.data.DataLoader(
+        Extractor(FakePipeline(), numbered_pictures(5), size=2).torch(), batch_size=None
+    )
     seen = [(batch["keys"], tuple(batch["0/up1"].shape)) for batch in loader]
     assert [shape for _, shape in seen] == [(2, 16, 8, 8), (2, 16, 8, 8), (1, 16, 8, 8)]
     assert list(seen[0][0]) == ["0000000", "0000001"]
@@ -322,7 +331,7 @@ def test_batches_in_a_torch_loader():
 def test_leaving_the_loop_early_ends_the_threads():
     before = threading.active_count()
     for _ in range(3):
-        for _batch in Extractor(FakePipeline(), made_source(1000), size=2):
+        for _batch in Extractor(FakePipeline(), numbered_pictures(1000), size=2):
             break
     assert threading.active_count() <= before
 
@@ -376,4 +385,4 @@ def test_bytes_of_an_image_by_hand(pocket):
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_holds_an_image_at_least(size):
     with pytest.raises(InputError, match=f"size is {size}; allowed: 1 or more"):
-        Extractor(FakePipeline(), made_source(1), size=size)
+        Extractor(FakePipeline(), numbered_pictures(1), size=size)

@@ -8,7 +8,7 @@ from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store.care import verify
 from tests.features.extract.cases import SHARD
-from tests.features.extract.fakeengine import FakePipeline, made_source
+from tests.harness import FakePipeline, numbered_pictures
 
 COUNT, KILLS = 300, 36
 
@@ -28,11 +28,11 @@ def test_many_random_kills(tmp_path):
         assert one["moved"] == []
         assert one["repeated"] == 0
         assert one["safe"] <= one["in"]  # what was reported is in; a little more may be
-    assert told["keys"] == [item.key for item in made_source(COUNT)]
+    assert told["keys"] == [item.key for item in numbered_pictures(COUNT)]
     assert list(verify(FeatureStore.open(tmp_path / "s.zarr"))) == []
     extract_to_store(
-        FakePipeline(0, (4, 3, 3)),
-        made_source(COUNT),
+        FakePipeline(shapes=((4, 3, 3),)),
+        numbered_pictures(COUNT),
         tmp_path / "whole.zarr",
         ExtractSettings(Encoding("int8"), shard=SHARD),
     )

@@ -9,8 +9,8 @@ import pytest
 from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import FeatureStore
 from difftap.features.store.care import verify
-from tests.features.extract.fakeengine import FakePipeline, made_source
 from tests.features.extract.ray_case import COUNT
+from tests.harness import FakePipeline, numbered_pictures
 
 
 @pytest.mark.slow  # Ray takes some 20 s to start, be killed and recover
@@ -26,8 +26,8 @@ def test_a_worker_killed_during_the_run(tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert told == {"written": COUNT, "failed": 0, "killed": 1, "safe": COUNT}
     store = FeatureStore.open(tmp_path / "s.zarr")
-    assert sorted(store.keys()) == [item.key for item in made_source(COUNT)]
+    assert sorted(store.keys()) == [item.key for item in numbered_pictures(COUNT)]
     assert list(verify(store)) == []
-    extract_to_store(FakePipeline(), made_source(COUNT), tmp_path / "whole.zarr", ExtractSettings(shard=8))
+    extract_to_store(FakePipeline(), numbered_pictures(COUNT), tmp_path / "whole.zarr", ExtractSettings(shard=8))
     whole = FeatureStore.open(tmp_path / "whole.zarr")
     assert {row.key: row.sha256 for row in store.rows} == {row.key: row.sha256 for row in whole.rows}

@@ -1,11 +1,9 @@
 """What a Ray worker does with its shard, without Ray."""
 
-import functools
 import pickle
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image as PIL
 
 from difftap.features.extract import ExtractSettings
 from difftap.features.extract.cluster import _Task, _Worker
@@ -14,8 +12,7 @@ from difftap.features.sources import open_source
 from difftap.features.store import Encoding, FeatureStore, open_writer
 from difftap.features.store.care import verify
 from difftap.features.store.encoding import shapes_of
-from tests.conftest import picture
-from tests.features.extract.fakeengine import FakePipeline
+from tests.harness import FakePipeline, write_picture
 
 
 class Died(BaseException):
@@ -40,7 +37,7 @@ def driver(tmp_path, monkeypatch):
     """In a folder of its own, with photos that lie there, and a store that has room for a shard of six."""
     (tmp_path / "photos").mkdir()
     for number in range(5):
-        PIL.fromarray(picture(number)).save(tmp_path / "photos" / f"{number}.png")
+        write_picture(tmp_path / "photos" / f"{number}.png", seed=number)
     (tmp_path / "photos" / "bad.png").write_text("no picture")
     monkeypatch.chdir(tmp_path)
     source, pipeline = open_source("photos"), FakePipeline()
@@ -53,9 +50,7 @@ def driver(tmp_path, monkeypatch):
 
 
 def work(folder, source, beats, every=30.0):
-    worker = _Worker(
-        functools.partial(FakePipeline, 0.0), str(folder / "s.zarr"), ExtractSettings(every=every), str(folder), beats
-    )
+    worker = _Worker(FakePipeline, str(folder / "s.zarr"), ExtractSettings(every=every), str(folder), beats)
     [done] = worker({"task": [pickle.dumps(_Task(0, tuple(source)))]})["done"]
     return pickle.loads(done)
 
