@@ -1,4 +1,4 @@
-"""A recipe's prompts made ready: the prompt file checked, and what conditional prompts need opened."""
+"""Opening a recipe's prompts: check the prompt file, and open the networks that conditional prompts need."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from difftap.recipe import Branch, Recipe
 __all__ = ["LATENTS_KEPT", "EngineOpener", "checked", "embed_prompts", "open_book", "small_engine"]
 
 LATENTS_KEPT = 1 << 30
-"""Bytes of latents and noise that are remembered where an image is seen under several prompts."""
+"""Bytes of latents and noise to keep in memory, where an image is run under several prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class EngineOpener:
     """What opens engines for a pipeline.
 
     Attributes:
-        unet: opens the tapped network cut after taps, for a profile, on the pipeline's backend.
+        unet: opens the tapped network, cut after the given taps, for a profile, on the pipeline's backend.
         small: opens a small graph (a head, a text encoder, a token network) on ONNX Runtime.
-        encoder: the encoder's engine; None where the backbone has none.
-        latents: what passes start from, shared with the pipeline.
+        encoder: the encoder's engine; None if the backbone has none.
+        latents: keeps images' posteriors and noise; shared with the pipeline.
     """
 
     unet: Callable[[tuple[str, ...], Profile], Engine]
@@ -53,7 +53,7 @@ class EngineOpener:
 
 
 def checked(recipe: Recipe, model: Checkpoint, cache: Cache) -> LearnedPrompts | None:
-    """Load the recipe's learned prompts and make sure that they fit; None if it has none.
+    """Load the recipe's learned prompts and make sure that they fit the model and the recipe; None if it has none.
 
     Raises:
         InputError: they are missing, or were learned for another model or recipe.
@@ -63,12 +63,12 @@ def checked(recipe: Recipe, model: Checkpoint, cache: Cache) -> LearnedPrompts |
         return None
     learned = load_learned(recipe.learned.path)
     learned.check(recipe.learned, recipe, model.name, model_key(cache, model))
-    learned.mode(recipe.learned)
+    learned.mode(recipe.learned)  # raises if the kind has no such mode
     return learned
 
 
 def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: EngineOpener) -> PromptBook:
-    """Open a recipe's prompts.
+    """Open a recipe's prompts, and the networks that they need.
 
     Raises:
         InputError, ModelError: as `checked`.
@@ -113,7 +113,7 @@ def _text(model: Checkpoint, cache: Cache, learned: LearnedPrompts, opening: Eng
 def _tokens(
     model: Checkpoint, recipe: Recipe, cache: Cache, source: TokenSource, opening: EngineOpener
 ) -> Callable[[Image], NDArray[np.float32]]:
-    """From an image to its tokens ``(N, C)``."""
+    """Make the function from an image to its tokens ``(N, C)``."""
     if source.kind == "dinov2":
         from difftap.export.conditional import dino_graph
 
@@ -124,7 +124,7 @@ def _tokens(
     empty = encode_prompt(model, "", cache)
     branch = Branch((source.tap,), source.timestep)
     unet = opening.unet(branch.taps, Profile(recipe.size, 1, len(empty)))
-    # Of pairs of opposite sign, the first member is that of independent draws.
+    # Tokens come from one member. The first member of antithetic noise is the same as that of independent noise.
     noise = "none" if recipe.noise == "none" else "independent"
     plain = dataclasses.replace(recipe, branches=(branch,), ensemble=1, learned=None, combine="concat", noise=noise)
     own = Featurizer(model, plain, opening.encoder, [BranchEngine(branch, unet, empty)], latents=opening.latents)
@@ -137,12 +137,12 @@ def _tokens(
 
 
 def small_engine(graph: Graph, device: str, threads: int | None) -> Engine:
-    """Open a small graph on ONNX Runtime, where conditional prompts' networks always run; on the CPU if need be."""
+    """Open a small graph on ONNX Runtime, whatever the recipe's backend; on another device if it lacks this one."""
     backend = get_backend("ort")
     at = device if device in backend.devices() else choose_device(backend, "auto")
-    return backend.open(graph, Profile((8, 8)), at, threads)
+    return backend.open(graph, Profile((8, 8)), at, threads)  # no axis of theirs depends on the profile's size
 
 
 def embed_prompts(recipe: Recipe, model: Checkpoint, cache: Cache) -> list[NDArray[np.float32]]:
-    """Every branch's prompt for images of no named category, ``(T, D)`` each; one of them where it depends on more."""
+    """Give an embedding ``(T, D)`` per branch for images of no named category; any, if prompts depend on images."""
     return PromptBook(model, recipe, cache, checked(recipe, model, cache)).any()

@@ -1,7 +1,7 @@
-"""Engines: a recipe's graphs made ready on backends, run, held against the float32 reference, and recorded.
+"""The commands ``difftap engines``: build a recipe's engines on backends, list, verify and remove them.
 
-For ONNX Runtime and OpenVINO in float32 the engine's file is the graph itself with its shapes fixed when it is opened;
-what is quantised or compiled ahead of time has a folder of its own beside the same manifest.
+For ONNX Runtime and for OpenVINO in float32, an engine is the graph itself, whose shapes are fixed when it is opened.
+An engine that is quantised or compiled ahead of time has its own folder of files. Both have a manifest.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ from difftap.recipe import Recipe
 __all__ = ["Artefact", "BuildJob", "build_engines", "clean", "list_artefacts", "plan_builds", "verify_artefact"]
 
 _SLACK = 1.05
-"""Measured again, an engine's error may be this much larger than when it was built, for another count of threads."""
+"""Factor by which an engine's error may grow when it is measured again: another number of threads changes rounding."""
 _FLOOR = 1e-5
-"""Relative errors below this are rounding, and are not compared."""
+"""Relative errors below this are rounding, and are never refused."""
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A graph or an engine in the cache: its manifest's path and content."""
+    """A graph or an engine in the cache: the path and the content of its manifest."""
 
     path: Path
     manifest: Manifest
 
     @property
     def size(self) -> int:
-        """Bytes of the files it uses; weights may be shared with other engines."""
+        """Bytes of all files that it uses; weights may be shared with other engines."""
         return sum(record.size for record in self.manifest.files.values())
 
     @property
     def stem(self) -> str:
-        """The name of the folder that an engine's own files lie in."""
+        """The name of the folder of an engine's own files."""
         return built_folder(self.path).name
 
     @property
     def not_run(self) -> str | None:
-        """Why an engine was built but not run where it was built; None if it was."""
+        """The reason why an engine could not be run where it was built; None if it was run."""
         return self.manifest.report.get("not_run")
 
     @property
     def parity(self) -> dict[str, TensorParity]:
-        """What was measured against the float32 reference, by output; empty where nothing was."""
+        """The measured differences from the float32 reference, by output; empty if none were measured."""
         return {name: TensorParity(**one) for name, one in self.manifest.report.get("parity", {}).items()}
 
 
@@ -78,7 +78,7 @@ class BuildJob:
 
     @property
     def label(self) -> str:
-        """For tables and messages: ``512x512 openvino int8``."""
+        """The job as a text for tables and messages: ``512x512 openvino int8``."""
         width, height = self.recipe.size
         return f"{width}x{height} {self.runtime.backend} {self.runtime.precision}"
 
@@ -129,7 +129,10 @@ def plan_builds(
 
 
 def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artefact, float]]:
-    """Make a recipe's engines on one backend: yields each one's record, and the seconds that it took.
+    """Build a recipe's engines on one backend.
+
+    Yields:
+        each engine, and the seconds that it took.
 
     Raises:
         DifftapError: as `difftap.pipeline.pipeline.Pipeline.open` does.
@@ -142,18 +145,19 @@ def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artefact, 
         graph = at.graph(component, taps, profile)
         report: JsonObject = {}
         engine_is_file = engines.built(graph, profile) is not None
-        if not engine_is_file:  # what has files was measured when it was built
-            # The fidelity of one member is that of many, in less memory.
+        if not engine_is_file:  # an engine with files was measured when they were built
+            # One member and one image: the error is that of many, and takes less memory to measure.
             parity = at.fidelity(graph, replace(profile, ensemble=1, batch=1), None)
             report = {**at.record(), **report_of(parity)}
         path, manifest = save_engine_manifest(at.cache, graph, at.backend, profile, at.device, report)
         if engine_is_file:
-            forget_choices(at.cache)  # what was left out for want of this engine is measured next time
+            # Backend ``auto`` may have left this backend out because this engine was not built: let it choose again.
+            forget_choices(at.cache)
         yield Artefact(path, manifest), time.perf_counter() - start
 
 
 def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:
-    """Every graph and engine in the cache, in the order of their names; a damaged manifest gives its error."""
+    """List every graph and engine in the cache, sorted by name; a damaged manifest gives its error instead."""
     records: list[Artefact | ArtefactError] = []
     for path in sorted(cache.folder.glob("*/*.json")):
         try:
@@ -164,23 +168,23 @@ def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:
 
 
 def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bool = False) -> str | None:
-    """Read an artefact's files again in full and compare them with its manifest, then measure an engine again.
+    """Read an artefact's files in full and compare them with its manifest; measure an engine again.
 
     Args:
         artefact: what to verify.
-        cache: where it lies; None for the default cache.
-        quick: look at files and versions alone.
+        cache: its cache; None for the default one.
+        quick: compare only files and versions.
 
     Returns:
-        What could not be looked at here and why, or was for the first time, in a few words; None if everything was.
+        a remark, if something could not be measured here or was measured for the first time; None otherwise.
 
     Raises:
         ArtefactError: a file is missing or changed; an engine was made with another version of its runtime or for other
-            weights; or it is farther from the reference than when it was built.
+            weights; or its error is larger than when it was built.
         InputError: there is no such backend.
     """
     artefact.manifest.check(artefact.path.parent, {})
-    if artefact.manifest.kind != "engine":  # what does not run has nothing to be measured
+    if artefact.manifest.kind != "engine":  # graphs and weights were compared with torch when they were made
         return None
     made_from = artefact.manifest.made_from
     backend = get_backend(str(made_from.get("backend")))
@@ -199,7 +203,14 @@ def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bo
 
 
 def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
-    """Compare an engine's error with what its manifest says; gives why that cannot be done, or None."""
+    """Compare an engine's error with the one in its manifest.
+
+    Returns:
+        a remark, as `verify_artefact`.
+
+    Raises:
+        ArtefactError: the error is larger than when the engine was built.
+    """
     made_from, report = artefact.manifest.made_from, artefact.manifest.report
     if "model" not in report:
         return "not measured: it was built by an older difftap"
@@ -223,7 +234,7 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
     built = built_folder(artefact.path)
     files = built if built.is_dir() else None
     parity = at.fidelity(graph, profile if files else replace(profile, ensemble=1, batch=1), files)
-    if artefact.not_run and parity:  # built where it could not run: what is measured here is what it is held to
+    if artefact.not_run and parity:  # it could not be run where it was built, so this first error is recorded
         kept = {name: value for name, value in report.items() if name != "not_run"}
         replace(artefact.manifest, report={**kept, **report_of(parity)}).save(artefact.path)
         worst = max(one.relative for one in parity.values())
@@ -239,20 +250,20 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
 
 
 def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:
-    """Remove every model's graphs, engines and linked weights from the cache, and what ``auto`` chose.
+    """Remove all models' graphs, engines and linked weights from the cache, and the choices of backend ``auto``.
 
     Args:
         cache: what to clean.
-        checkpoints: remove checkpoints that were built into the cache with random weights too.
+        checkpoints: also remove the checkpoints that were built in the cache with random weights.
 
     Returns:
-        Bytes freed, and bytes of such checkpoints that stay.
+        bytes freed, and bytes of the checkpoints that stay.
 
     Raises:
         OutputError: something cannot be removed.
     """
     built = cache.folder / "checkpoints"
-    # Only folders that bear a model's key are ours to remove.
+    # Only folders named by a model's key: a cache folder that the user chose may hold other files.
     folders = [p for p in cache.folder.glob("*") if len(p.name) == 16 and set(p.name) <= set("0123456789abcdef")]
     before = _size(cache.folder)
     with output_errors(cache.folder):
@@ -264,6 +275,6 @@ def clean(cache: Cache, checkpoints: bool = False) -> tuple[int, int]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes on disk below a folder; what has several names there counts once."""
+    """Count the bytes on disk below a folder; a file with several hard links counts once."""
     files = {(s.st_dev, s.st_ino): s.st_size for s in (p.stat() for p in folder.rglob("*") if p.is_file())}
     return sum(files.values())

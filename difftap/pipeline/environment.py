@@ -1,8 +1,8 @@
-"""The one way to open: where a recipe runs (cache, checkpoint, backend, device), and its engines made there.
+"""Opening what a recipe runs on: cache, checkpoint, backend and device; and making its engines there.
 
-Pipelines, ``difftap engines build`` and every command that needs a checkpoint or an engine come through here, so an
-engine is the same whoever asked for it first: its graph exported, its files built on calibrated feeds, and held against
-the float32 reference.
+Pipelines, ``difftap engines build`` and all commands that need a checkpoint or an engine use this file. So an engine is
+made in the same way whoever asks for it first: its graph is exported, its files are built with calibration images, and
+its error against the float32 reference is measured.
 """
 
 from __future__ import annotations
@@ -60,21 +60,22 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("difftap")
-_PROBE = "probe.npz"
+_PROBE = "probe.npz"  # in the engine's folder: the feeds that its error was measured on
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how engines run; at fp32, nothing here changes the features beyond rounding.
+    """Where and how engines run. At fp32, none of this changes the features beyond rounding.
 
     Attributes:
-        backend: name of a backend, or ``auto`` for the one that is fastest here (`difftap.pipeline.fastest`).
-        device: ``auto``, or one of the backend's, such as ``cpu`` or ``cuda``.
+        backend: name of a backend, or ``auto`` for the fastest one here (`difftap.pipeline.fastest`).
+        device: one of the backend's, such as ``cpu`` or ``cuda``; or ``auto`` for its best one.
         threads: CPU threads; None for all that the process may use.
-        batch: images per engine run on a GPU; a CPU takes one at a time.
+        batch: images per engine run on a GPU; a CPU runs one at a time.
         cache: the cache folder; None for the default one.
-        precision: what engines compute in; all but fp32 change the features a little, by what their manifests say.
-        calibrate: pictures, and folders of them, for precisions that are calibrated; none for the bundled ones.
+        precision: the types that engines compute in; any but fp32 changes the features by the error that the engine's
+            manifest records.
+        calibrate: pictures, and folders of pictures, for precisions that need calibration; empty for the bundled ones.
     """
 
     backend: str = "ort"
@@ -87,7 +88,7 @@ class Runtime:
 
 
 def open_cache(folder: Path | None = None) -> Cache:
-    """Open a cache folder, or the default one; nothing is made before something is written to it."""
+    """Open a cache folder, or the default one. The folder is created by the first write."""
     return Cache(folder or default_cache_folder())
 
 
@@ -95,12 +96,12 @@ def open_checkpoint(reference: ModelReference, cache: Cache, size: Size | None =
     """Find, build or download a checkpoint.
 
     Args:
-        reference: which.
-        cache: where what is built or put together is kept.
-        size: the input that is wanted, ``(W, H)`` in pixels: refused before anything is built, if it cannot fit.
+        reference: which checkpoint.
+        cache: where checkpoints are kept that are built here.
+        size: the wanted input, ``(W, H)`` in pixels. A size that does not fit is refused before anything is built.
 
     Raises:
-        ModelError: there is no such model, or it cannot be had.
+        ModelError: there is no such model, or it cannot be downloaded.
         RecipeError: the size does not fit it.
     """
     from difftap.backbones.find import open_model
@@ -119,7 +120,10 @@ def check_fits(recipe: Recipe, model: Checkpoint) -> None:
 
 
 def calibration_images(paths: tuple[Path, ...]) -> list[Image]:
-    """Load the pictures that are named, of a folder all below it by their paths; the bundled ones for none.
+    """Load the pictures to calibrate on.
+
+    Args:
+        paths: pictures and folders; of a folder, all pictures below it, sorted by path. Empty for the bundled ones.
 
     Raises:
         ImageError: a file is no picture that can be read.
@@ -145,9 +149,13 @@ def prepare_graph(
     profile: Profile,
     device: str,
 ) -> Graph:
-    """Give the graph a backend opens for a profile: exported and trusted, in the types that the backend wants.
+    """Give the graph that a backend opens for a profile, in the variant that it needs; export it if it is missing.
 
-    For a backend that runs the checkpoint itself it is just named.
+    For a backend that runs the checkpoint itself, the graph has no file.
+
+    Raises:
+        MissingExtraError: it has to be made, and a package for exporting is not installed.
+        ArtefactError, BackendError: as for `difftap.export.graphs.ensure_graph`.
     """
     if not backend.needs_graph:
         return Graph(model, component, taps)
@@ -164,14 +172,14 @@ def prepare_graph(
 
 
 def run_members(backend: Backend, device: str, model: Checkpoint, recipe: Recipe) -> int:
-    """How many ensemble members one run of a backend takes."""
+    """Choose how many ensemble members one run of a backend takes."""
     if backend.fused_attention(device):
         return recipe.ensemble
     return members_per_run(model, recipe.size, recipe.ensemble)
 
 
 def fidelity_feeds(built: Path | None, graph: Graph, profile: Profile) -> Mapping[str, Array]:
-    """Give what an engine is held against its reference on: real feeds kept when it was built, else seeded ones."""
+    """Give the feeds to measure an engine's error on: the real ones kept when it was built, or else seeded ones."""
     probe = built / _PROBE if built else None
     if probe is None or not probe.is_file():
         return example_feeds(graph, profile)
@@ -181,15 +189,15 @@ def fidelity_feeds(built: Path | None, graph: Graph, profile: Profile) -> Mappin
 
 @dataclass(frozen=True)
 class Environment:
-    """Where networks run: everything of a runtime decided, and the checkpoint found.
+    """Where networks run: a `Runtime` with all choices made, and the checkpoint.
 
     Attributes:
-        cache: where artifacts are kept.
+        cache: where artefacts are kept.
         model: the checkpoint.
-        backend: the runtime.
+        backend: the chosen backend.
         device: one of its devices.
         threads: CPU threads.
-        precision: what engines compute in.
+        precision: the types that engines compute in.
     """
 
     cache: Cache
@@ -201,12 +209,12 @@ class Environment:
 
     @classmethod
     def open(cls, recipe: Recipe, runtime: Runtime, *, to_run: bool = True) -> Environment:
-        """Decide where a recipe runs, and find its checkpoint.
+        """Choose where a recipe runs, and find its checkpoint.
 
         Args:
             recipe: names the checkpoint, and must fit it.
-            runtime: with a named backend; `difftap.pipeline.fastest.open_environment` takes ``auto`` too.
-            to_run: refuse a precision that the backend has not, and a backend that can build here but not run.
+            runtime: must name a backend; `difftap.pipeline.fastest.open_environment` also takes ``auto``.
+            to_run: refuse a precision that the backend lacks, and a backend that can build here but not run.
 
         Raises:
             InputError: the model, a tap, the size or the backend does not exist or does not fit.
@@ -225,7 +233,7 @@ class Environment:
         return cls(cache, model, backend, device, runtime.threads or available_cores(), runtime.precision)
 
     def conditions(self, recipe: Recipe) -> JsonObject:
-        """Give the conditions that go with every number: recipe, model, backend, precision, versions, machine."""
+        """Give the conditions that are stored with every result: recipe, model, backend, versions, machine."""
         return {
             "difftap": __version__,
             "recipe": recipe.to_dict(),
@@ -243,22 +251,31 @@ class Environment:
         }
 
     def graph(self, component: str, taps: tuple[str, ...], profile: Profile) -> Graph:
-        """Give the graph of an engine, exported if it is not there."""
+        """Give the graph of an engine; export it if it is missing."""
         return prepare_graph(self.cache, self.backend, self.model, component, taps, profile, self.device)
 
     def open_engine(self, graph: Graph, profile: Profile, built: Path | None) -> Engine:
-        """Open an engine; ``built`` is the folder of its files, if it has any."""
+        """Open an engine.
+
+        Args:
+            graph: with its file.
+            profile: shapes and precision.
+            built: folder of the engine's files, if it has any.
+        """
         engine = self.backend.open(graph, profile, self.device, self.threads, built)
         _LOG.debug("opened %s on %s (%s) for %s", graph.name, self.backend.name, self.device, profile.label)
         return engine
 
     def fidelity(self, graph: Graph, profile: Profile, built: Path | None) -> dict[str, TensorParity] | None:
-        """Run an engine and the float32 reference on the same feeds: the parity of every output.
+        """Measure an engine's error: run it and the float32 reference on the same feeds.
 
-        The reference is torch where it is installed, else onnxruntime. None for the reference itself, which just runs.
+        The reference is torch if it is installed, or else onnxruntime.
+
+        Returns:
+            the parity of every output; None if the engine is the reference itself, which is only run.
 
         Raises:
-            NonFiniteError: the engine's outputs are not all finite.
+            NonFiniteError: the engine's outputs are not finite.
         """
         feeds = fidelity_feeds(built, graph, profile)
         name = "ort" if get_backend("torch").missing() else "torch"
@@ -287,19 +304,19 @@ class Environment:
         return parity
 
     def record(self) -> dict[str, object]:
-        """Where the checkpoint lies, so that an engine can be measured again; no part of its identity."""
+        """Name the checkpoint's folder for an engine's report, so that its error can be measured again."""
         return {"model": {"name": self.model.name, "folder": str(self.model.folder.resolve())}}
 
 
 @dataclass(frozen=True)
 class RecipeEngines:
-    """The engines of a recipe in an environment: which there are, and their files built.
+    """The engines of a recipe in an environment: lists, builds and opens them.
 
     Attributes:
         environment: where they run.
-        recipe: what is wanted of the checkpoint.
+        recipe: what they compute.
         batch: most images in one run.
-        calibrate: pictures and folders of pictures for precisions that are calibrated; none for the bundled ones.
+        calibrate: pictures, and folders of pictures, for precisions that need calibration; empty for the bundled ones.
     """
 
     environment: Environment
@@ -308,7 +325,7 @@ class RecipeEngines:
     calibrate: tuple[Path, ...] = ()
 
     def prompts(self) -> list[NDArray[np.float32]]:
-        """Give each branch's prompt, ``(T, D)`` float32; one of them where it depends on what is in an image."""
+        """Give each branch's prompt, ``(T, D)`` float32; any one, if prompts depend on images."""
         return embed_prompts(self.recipe, self.environment.model, self.environment.cache)
 
     def encoder_profile(self) -> Profile:
@@ -316,7 +333,7 @@ class RecipeEngines:
         return Profile(self.recipe.size, batch=self.batch, precision=self.environment.precision)
 
     def tapped_profile(self, tokens: int) -> Profile:
-        """Give the profile of a tapped network's engine, for prompts of so many tokens."""
+        """Give the profile of a tapped network's engine, for prompts of ``tokens`` tokens."""
         at = self.environment
         members = run_members(at.backend, at.device, at.model, self.recipe)
         return Profile(self.recipe.size, members, tokens, self.batch, at.precision)
@@ -330,10 +347,10 @@ class RecipeEngines:
             (self.environment.model.tapped, branch.taps, self.tapped_profile(len(prompt)))
             for branch, prompt in zip(self.recipe.branches, self.prompts(), strict=True)
         ]
-        return list(dict.fromkeys([*encoder, *tapped]))
+        return list(dict.fromkeys([*encoder, *tapped]))  # branches with the same taps share an engine
 
     def built(self, graph: Graph, profile: Profile) -> Path | None:
-        """Give the folder of an engine's files, built and measured if it is not there; None for one without files."""
+        """Give the folder of an engine's files; build and measure it if it is missing. None if it has no files."""
         at = self.environment
         if not at.backend.builds(profile, at.device):
             return None
@@ -345,6 +362,7 @@ class RecipeEngines:
                 if hindrance:
                     return {**at.record(), "not_run": hindrance}
                 if profile.precision in CALIBRATED:
+                    # Kept with the engine: the pictures may be gone when its error is measured again.
                     with output_errors(folder):
                         _save(folder / _PROBE, calibration.probe(graph, profile))
                 return {**at.record(), **report_of(at.fidelity(graph, profile, folder))}
@@ -352,14 +370,14 @@ class RecipeEngines:
             return ensure_built(at.cache, graph, at.backend, profile, at.device, calibration, check)
 
     def open_engine(self, component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
-        """Open an engine, making first what it lacks: its graph, its files."""
+        """Open an engine; first make its graph and its files, if they are missing."""
         graph = self.environment.graph(component, taps, profile)
         return self.environment.open_engine(graph, profile, self.built(graph, profile))
 
     def _calibration(self, stack: contextlib.ExitStack) -> RecipeCalibration:
-        """Calibrate on the images; the encoder's engine is opened when first needed, and closed with the stack."""
+        """Make the calibration; the encoder's engine is opened when it is first needed, and closed with the stack."""
 
-        @cache
+        @cache  # asked for at every image
         def encoder() -> Engine:
             profile = self.encoder_profile()
             return stack.enter_context(self.open_engine(str(self.environment.model.encoder), (), profile))
@@ -380,5 +398,5 @@ def _save(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 def report_of(parity: Mapping[str, TensorParity] | None) -> dict[str, object]:
-    """Parities as a manifest keeps them."""
+    """Give parities as a manifest's report holds them."""
     return {} if parity is None else {"parity": {name: one.to_dict() for name, one in parity.items()}}

@@ -1,9 +1,9 @@
-"""``--backend auto``: the backend that is fastest here, found by measuring once and remembered.
+"""``--backend auto``: measure once which backend is fastest here, and remember it.
 
-What is measured is the recipe's own engines: the VAE and every branch's UNet at the recipe's resolution, each warmed up
-and run a few times, one backend after the other. The choice is kept in the cache for the same engines on the same
-machine, and measured again when the processor, the GPU, a runtime's version or difftap changes. All backends at fp32
-give the same features within rounding; another precision is measured only if it is asked for.
+The recipe's own engines are measured (the VAE and every branch's UNet, at the recipe's resolution): each is warmed up
+and run a few times, one backend after the other. The cache keeps the choice for the same engines on the same machine;
+it is measured again when the processor, the GPU, a runtime's version or difftap changes. All backends are measured in
+one precision, fp32 unless another is asked for: at fp32 they give the same features within rounding.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _LOG = logging.getLogger("difftap")
 _FILE = "choices.json"
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 """Distributions whose change makes a choice stale."""
-_RUNS = 3
-_ENOUGH = 1.0  # seconds of one engine's runs after which no further one is made
+_RUNS = 3  # most timed runs of an engine, after one to warm up
+_ENOUGH = 1.0  # seconds of timed runs after which no further run is started
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One backend's part in a choice.
+    """The result of one backend.
 
     Attributes:
         backend: its name.
-        device: where it ran; empty if it was left out.
-        seconds: an image, the VAE and all members in all branches; None if it was not measured.
+        device: the device that it ran on; empty if it was left out.
+        seconds: time per image, for the VAE and all members of all branches; None if it was not measured.
         reason: why it was not measured.
     """
 
@@ -66,14 +66,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend, and why.
+    """The chosen backend, and why it was chosen.
 
     Attributes:
-        backend: the fastest.
-        device: where.
-        about: what it is for: model, size, ensemble, taps, precision, device asked for, threads, batch.
-        trials: all backends.
-        stamp: what it depends on: processor, GPU, versions.
+        backend: name of the fastest backend.
+        device: its device.
+        about: what was measured: model, size, ensemble, taps, precision, device asked for, threads, batch.
+        trials: the results of all backends.
+        stamp: what the choice depends on besides: processor, GPU, versions.
     """
 
     backend: str
@@ -84,7 +84,7 @@ class Choice:
 
     @property
     def why(self) -> str:
-        """One line."""
+        """The reason for the choice, on one line."""
         timed = sorted((t for t in self.trials if t.seconds is not None), key=lambda t: t.seconds or 0.0)
         if not timed:
             return f"{self.backend} on {self.device}: no other backend can be measured here"
@@ -93,7 +93,7 @@ class Choice:
 
 
 def resolve(recipe: Recipe, runtime: Runtime) -> Runtime:
-    """Replace ``auto`` by what is fastest here; leave any other runtime as it is.
+    """Replace the backend ``auto`` by the fastest one here; leave any other runtime as it is.
 
     Raises:
         DifftapError: as `choose`.
@@ -105,7 +105,7 @@ def resolve(recipe: Recipe, runtime: Runtime) -> Runtime:
 
 
 def open_environment(recipe: Recipe, runtime: Runtime, *, to_run: bool = True) -> Environment:
-    """Decide where a recipe runs, on the fastest backend where ``auto`` is asked for; as `Environment.open`."""
+    """Choose where a recipe runs, like `Environment.open`, but also for the backend ``auto``."""
     return Environment.open(recipe, resolve(recipe, runtime), to_run=to_run)
 
 
@@ -115,10 +115,12 @@ def choose(
     *,
     afresh: bool = False,
 ) -> Choice:
-    """Find the remembered choice, or a new one by measurement.
+    """Give the remembered choice if it still holds; else measure.
 
     Args:
-        afresh: measure whatever is remembered.
+        recipe: what is to be run.
+        runtime: device, threads, batch, precision and cache.
+        afresh: measure even if a choice is remembered.
 
     Raises:
         InputError: the model or the recipe does not fit.
@@ -141,17 +143,18 @@ def choose(
 
 
 def stored_choices(cache: Cache) -> list[tuple[Choice, bool]]:
-    """List what is remembered, and whether each still holds on this machine with what is installed."""
+    """List the remembered choices, and tell of each whether it still holds on this machine."""
     stamp = _stamp()
     return [(choice, choice.stamp == stamp) for choice in _load(cache).values()]
 
 
 def forget_choices(cache: Cache) -> None:
-    """Remove what is remembered."""
+    """Remove all remembered choices."""
     (cache.folder / _FILE).unlink(missing_ok=True)
 
 
 def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) -> JsonObject:
+    """Give what decides the speed: choices are remembered under its hash."""
     return {
         "model": model.name,
         "model_key": model_key(cache, model),
@@ -170,7 +173,8 @@ def _about(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache) ->
 
 @memoise
 def _stamp() -> JsonObject:
-    """Say what a choice depends on, read without importing a runtime: most take seconds."""
+    """Give what a remembered choice depends on: processor, GPU and versions."""
+    # Read from the installed packages' metadata, because importing the runtimes would take seconds.
     versions = {}
     for name in _RUNTIMES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -186,13 +190,19 @@ def _measure(
     about: JsonObject,
     stamp: JsonObject,
 ) -> Choice:
-    """Try every backend that can run this."""
+    """Measure every backend that can run this recipe here.
+
+    Raises:
+        BackendError: none can, or none could be measured.
+    """
     trials: list[Trial] = []
     able: list[tuple[Backend, str]] = []
     for backend in sorted(map(get_backend, BACKENDS), key=lambda one: not one.needs_graph):
         name = backend.name
         if not backend.needs_graph and able and gpu() is None:
-            trials.append(Trial(name, reason=_no_graph(able[0][0], "cpu")))  # without importing torch to ask it
+            # Backends that need graphs come first, so this is torch, which would only be asked for its devices:
+            # importing it for that takes seconds.
+            trials.append(Trial(name, reason=_no_graph(able[0][0], "cpu")))
             continue
         try:
             device = choose_device(backend, runtime.device)
@@ -233,7 +243,7 @@ def _measure(
 
 
 def _left_out(backend: Backend, device: str, able: list[tuple[Backend, str]]) -> str | None:
-    """Why a backend that could run is not worth the time of measuring it; None if it is."""
+    """Give the reason why a backend that could run is not worth measuring; None if it is worth it."""
     if device == "cpu" and any(other != "cpu" for _, other in able):
         return "has the CPU alone, where another backend has a GPU"
     graphs = [one for one, where in able if one.needs_graph and where == device]
@@ -247,7 +257,7 @@ def _no_graph(other: Backend, device: str) -> str:
 
 
 def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, backend: Backend, device: str) -> Trial:
-    """Measure the seconds an image takes; engines that must first be built are left out, since that takes minutes."""
+    """Measure the seconds per image on one backend. Engines that must first be built are not measured."""
     threads = runtime.threads or available_cores()
     at = Environment(cache, model, backend, device, threads, runtime.precision)
     total = 0.0
@@ -256,6 +266,7 @@ def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, back
         built = None
         if backend.builds(profile, device):
             command = f"difftap engines build --backend {backend.name} --precision {profile.precision}"
+            # Building takes minutes, which nobody expects of a choice: the reason says how to do it.
             try:
                 built = known_engine(cache, graph, backend, profile, device)
             except ArtefactError as error:
@@ -273,12 +284,12 @@ def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, back
                 engine.run(feeds)
                 seconds.append(time.perf_counter() - start)
             runs = 1 if component == model.encoder else recipe.ensemble // profile.ensemble
-            total += runs * min(seconds) / profile.batch
+            total += runs * min(seconds) / profile.batch  # the fastest run is least disturbed by other programs
     return Trial(backend.name, device, total)
 
 
 def _load(cache: Cache) -> dict[str, Choice]:
-    """Load what is remembered by key; a file that cannot be read is no memory."""
+    """Load the remembered choices by their keys; none if the file is missing or cannot be read."""
     try:
         data = json.loads((cache.folder / _FILE).read_text(encoding="utf-8"))
         return {
@@ -291,9 +302,9 @@ def _load(cache: Cache) -> dict[str, Choice]:
 
 def _save(cache: Cache, key: str, choice: Choice) -> None:
     try:
-        with cache.lock(cache.folder / _FILE):
+        with cache.lock(cache.folder / _FILE):  # another process may be adding a choice of its own
             known = {**_load(cache), key: choice}
             text = json.dumps({name: asdict(one) for name, one in known.items()}, indent=1) + "\n"
             write_atomic(cache.folder / _FILE, text)
-    except OutputError as error:  # only a memory: without it the next run measures again
+    except OutputError as error:  # without the file, the next run just measures again
         _LOG.warning("the choice cannot be remembered: %s", error)

@@ -1,7 +1,7 @@
-"""A recipe made ready: model, graphs, engines and prompts opened together, images in, feature maps and matches out.
+"""The pipeline of a recipe: it opens the model, graphs, engines and prompts, and turns images into feature maps.
 
-This is the one place where the rooms meet: it exports what is missing, opens the engines and joins the branches. The
-command line and the benchmarks go through it.
+Here everything below comes together: what is missing is exported, the engines are opened, the branches are joined. The
+command line and the benchmarks use it.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _LOG = logging.getLogger("difftap")
 
 
 class Provider(ABC):
-    """What gives feature maps of images: computed by engines (`Pipeline`), or read from a store where they are in one.
+    """Gives feature maps of images: computed by engines (`Pipeline`), or read from a store if it holds them.
 
     Attributes:
-        recipe: what decides the numbers; learned prompts in it are pinned to the file that was read.
+        recipe: decides the numbers; if it has learned prompts, it names the file that was read by its hash.
         model: the checkpoint.
-        conditions: what must go with every number made here: recipe, model, backend, device, threads, versions.
-        batch: images that are worth taking together: 1 on a CPU.
+        conditions: recipe, model, backend, device, threads, versions; they are stored with every result.
+        batch: number of images that is best taken at once; 1 on a CPU.
         prompts: which prompts an image gets, and their embeddings.
-        served: images whose features a store held; 0 where there is no store.
-        extracted: images that a store lacked, and that were computed; 0 where there is no store.
+        served: number of images whose features a store held; 0 without a store.
+        extracted: number of images that a store lacked, so that they were computed; 0 without a store.
     """
 
     served: int = 0
@@ -70,25 +70,25 @@ class Provider(ABC):
         """Stream every branch's and tap's map of each image, in order.
 
         Args:
-            images: any number, taken one batch at a time.
-            prompts: what conditions each branch for these images (`difftap.prompts.choose_prompts`); a branch whose
-                prompt is None is not run, and is left out of what is yielded. By default the recipe's own, for images
-                of no named category; those that are made of the image are made for each.
+            images: any number; they are taken one batch at a time.
+            prompts: the prompt of each branch for these images (`difftap.prompts.choose_prompts`). A branch whose
+                prompt is None is not run, and is missing in the result. By default the recipe's own prompts, for images
+                of no named category; prompts made from an image are made for each image.
         """
 
     @property
     @abstractmethod
     def stages(self) -> Featurizer:
-        """The stages of computing `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
+        """The stages of `features`, for code that runs them in parallel: ``lay``, ``encode``, ``tap``."""
 
     @abstractmethod
     def close(self) -> None:
         """Release the engines."""
 
     def join(self, features: Features) -> FeatureMap:
-        """Join the one map that the recipe's matcher reads: branches and taps joined by the recipe's shares.
+        """Join the maps of all branches and taps into one, by the recipe's shares.
 
-        Its cosines are those of ``concat`` and ``score-sum`` alike.
+        Cosines of the joined map are those of both ``concat`` and ``score-sum``.
 
         Raises:
             RecipeError: the recipe asks for ``score-product``, which no single map can give.
@@ -105,7 +105,10 @@ class Provider(ABC):
         return combine(maps, shares, self.recipe.upsample)
 
     def maps(self, images: Iterable[Image], category: str | None = None) -> Iterator[tuple[FeatureMap, ...]]:
-        """Stream each image's maps, branch by branch and tap by tap, for `difftap.matching.MatchRule`; as `extract`."""
+        """Stream each image's maps, branch by branch and tap by tap, in order: the input of `MatchRule.fuse`.
+
+        Arguments and errors are those of `extract`.
+        """
         return map(_flat, self._each(images, category))
 
     def extract(self, images: Iterable[Image], category: str | None = None) -> Iterator[FeatureMap]:
@@ -113,11 +116,11 @@ class Provider(ABC):
 
         Args:
             images: any number.
-            category: what the prompts depend on: it fills ``{category}`` in texts, which stay empty where it is None,
-                or chooses among prompts learned for classes.
+            category: class of the object. It fills ``{category}`` in texts (they stay empty if it is None), or chooses
+                among prompts learned for classes.
 
         Raises:
-            InputError: learned prompts depend on a category and it is None, or on pairs (see `pair`).
+            InputError: learned prompts depend on a category and it is None; or they depend on pairs (see `pair`).
         """
         return map(self.join, self._each(images, category))
 
@@ -126,19 +129,19 @@ class Provider(ABC):
         return self.features(images, self.prompts.choose(Subject(category)) if named else None)
 
     def _alone(self, image: Image) -> Features:
-        """Compute an image's features under a prompt made of itself."""
+        """Compute an image's features with a prompt made from the image itself."""
         self.prompts.know(image.digest, image)
         return next(self.features([image], self.prompts.choose(Subject(image=image.digest))))
 
     def pair(
         self, source: Image, target: Image, category: str | None = None
     ) -> tuple[tuple[FeatureMap, ...], tuple[FeatureMap, ...]]:
-        """Both images' maps for matching them with one another, as `maps`; the prompts may depend on the pair.
+        """Give the maps of two images for matching them with each other, as `maps`; prompts may depend on the pair.
 
         Args:
-            source: the one whose points are looked for in the target.
-            target: the other one.
-            category: what both show, where a prompt depends on it.
+            source: the image whose points are matched.
+            target: the other image.
+            category: class of the object that both show, if a prompt depends on it.
         """
         if self.prompts.depends_on != "pair":
             first, second = self.maps([source, target], category)
@@ -157,7 +160,7 @@ class Provider(ABC):
 
 
 class Pipeline(Provider):
-    """Everything a recipe needs, open: the provider that computes.
+    """The provider that computes: everything that a recipe needs, opened.
 
     Use it as a context manager, or call `close`.
 
@@ -194,7 +197,7 @@ class Pipeline(Provider):
         Raises:
             InputError: the model, a tap, the size or the backend does not exist or does not fit.
             MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
-            BackendError, ArtefactError: an engine cannot be opened, or a file it needs is not to be trusted.
+            BackendError, ArtefactError: an engine cannot be opened, or a file that it needs cannot be trusted.
         """
         recipe, runtime = pinned(recipe), runtime or Runtime()
         environment = open_environment(recipe, runtime)
@@ -204,19 +207,19 @@ class Pipeline(Provider):
 
             def engine(component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
                 key = (component, taps, profile)
-                if key not in opened:
+                if key not in opened:  # branches that differ only in timestep or prompt share an engine
                     opened[key] = engines.open_engine(component, taps, profile)
                 return opened[key]
 
             model, precision = environment.model, environment.precision
             encoder = engine(model.encoder, (), engines.encoder_profile()) if model.encoder else None
-            if encoder is not None:  # a runtime may have fallen back, and then the rest follows it
+            if encoder is not None:  # if the runtime fell back to another device, the other engines use that one too
                 environment = dataclasses.replace(environment, device=encoder.device)
                 engines = dataclasses.replace(engines, environment=environment)
             latents = Latents(recipe, encoder, LATENTS_KEPT) if encoder and recipe.learned is not None else None
 
             def unet(taps: tuple[str, ...], profile: Profile) -> Engine:
-                # What prompts are made of is in no branch, so that there is nothing to calibrate it on.
+                # These taps belong to no branch of the recipe, so there are no feeds to calibrate an engine on.
                 exact = "fp32" if precision in CALIBRATED else precision
                 return engine(model.tapped, taps, dataclasses.replace(profile, precision=exact))
 
@@ -236,7 +239,7 @@ class Pipeline(Provider):
             batch = 1 if environment.device == "cpu" else runtime.batch
             featurizer = Featurizer(model, recipe, encoder, branches, batch, latents)
             conditions = environment.conditions(recipe) | book.conditions
-        except BaseException:
+        except BaseException:  # Ctrl-C too: engines may hold gigabytes of a GPU's memory
             for one in opened.values():
                 one.close()
             raise
@@ -244,7 +247,7 @@ class Pipeline(Provider):
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """The engines that are open, the encoder's first."""
+        """The open engines, the encoder's first."""
         return tuple(self._engines)
 
     def features(self, images: Iterable[Image], prompts: Sequence[Prompt | None] | None = None) -> Iterator[Features]:
@@ -271,7 +274,11 @@ class Pipeline(Provider):
 
     @property
     def stages(self) -> Featurizer:
-        """The stages of `features`, for who runs them at once: ``lay``, ``encode``, ``tap``."""
+        """The stages of `features`, for code that runs them in parallel: ``lay``, ``encode``, ``tap``.
+
+        Raises:
+            InputError: an image has several maps under these prompts.
+        """
         self.prompts.check_one_map_an_image()
         self._tell_of_missing_category()
         return self._featurizer
