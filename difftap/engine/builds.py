@@ -22,6 +22,7 @@ _LOG = logging.getLogger("difftap")
 
 def engine_identity(cache: Cache, graph: Graph, backend: Backend, profile: Profile, device: str) -> dict[str, object]:
     """Give what an engine must have been made from to be used for a profile on this machine."""
+    # The number of threads is not among it: a thread count is chosen when an engine is opened.
     return {
         **graph_identity(cache, graph),
         "backend": backend.name,
@@ -32,7 +33,7 @@ def engine_identity(cache: Cache, graph: Graph, backend: Backend, profile: Profi
         "ensemble": profile.ensemble,
         "tokens": profile.tokens,
         "batch": profile.batch,
-        "machine": platform.machine(),
+        "machine": platform.machine(),  # the cache folder may have been carried here from another machine
         **backend.identity(profile, device),
     }
 

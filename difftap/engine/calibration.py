@@ -98,7 +98,7 @@ class RecipeCalibration(Calibration):
 
     def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, Array]]:
         """Yield the feeds of one image at a time; for the tapped network, the branches with these taps take turns."""
-        for i, image in enumerate(self.images[:-1] or self.images):
+        for i, image in enumerate(self.images[:-1] or self.images):  # a single image serves for both
             yield self._feeds(graph, profile, image, i)
 
     def probe(self, graph: Graph, profile: Profile) -> Mapping[str, Array]:

@@ -332,7 +332,7 @@ class Featurizer:
             )
             means = branch.engine.compute(feeds)
             total = {name: total[name] + mean for name, mean in means.items()} if total else means
-        runs = members // together
+        runs = members // together  # groups of equal size, so the mean of their means is the mean over all members
         return total if runs == 1 else {name: value / np.float32(runs) for name, value in total.items()}
 
 

@@ -74,7 +74,7 @@ class Graph:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Name, dtype and shape of each input."""
-        if self.takes:
+        if self.takes:  # a network of learned prompts
             return self.takes
         return (self.model.image,) if self.component == self.model.encoder else network_inputs(self.model)
 
@@ -91,6 +91,8 @@ class Graph:
             latent = ("B", rule.latent_channels, "h", "w")
             return tuple(TensorSpec(name, "float32", latent) for name in ("mean", "std"))
         taps = [self.model.tap(name) for name in self.taps]
+        # Maps of different taps differ in size, so each has axis letters of its own; and where channels are unknown
+        # until the network runs, a letter for these too.
         return tuple(
             TensorSpec(tap.name, "float32", ("B", tap.channels or f"C{i}", f"h{i}", f"w{i}"))
             for i, tap in enumerate(taps)

@@ -35,6 +35,7 @@ GRAPH_VERSION = 1
 
 def file_stem(name: str) -> str:
     """Turn a graph's name into a file name; a long one (many taps, deep module paths) is cut and ends in a hash."""
+    # File systems allow 255 bytes, and profile, endings and the suffix of a scratch file are still to be added.
     return name if len(name) <= 80 else f"{name[:60]}~{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 

@@ -56,7 +56,7 @@ def draw(
         if antithetic and member % 2:
             np.negative(both[:, member - 1], out=both[:, member])
             continue
-        # The text is part of the format: features in stores were made with it, so it must never change.
+        # This text, and the order of the two draws, must never change: features in stores were made with them.
         key = hashlib.sha256(f"difftap-noise-1:{seed}:{digest}:{member}".encode()).digest()[:16]
         stream = np.random.Generator(np.random.Philox(key=np.frombuffer(key, "<u8")))
         both[0, member] = stream.standard_normal(shape, np.float32)
@@ -149,7 +149,7 @@ def network_feeds(
         feeds = {"image": given["image"]}
     else:
         feeds = latent_feeds(rule, timestep, noise, given, noises)
-    if checkpoint.prompt_width:
+    if checkpoint.prompt_width:  # the graph takes a prompt per image
         feeds["prompt"] = np.repeat(prompt[None], next(iter(feeds.values())).shape[0], axis=0)
     return feeds
 

@@ -109,7 +109,7 @@ class TappedModule(ComponentModule):
             self.checkpoint.run(self.network, given, timestep, prompt)
         except _Stop:
             pass
-        finally:
+        finally:  # tuning shares one network among several modules: another one's pass must not meet these hooks
             for handle in handles:
                 handle.remove()
         found = []

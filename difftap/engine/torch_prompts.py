@@ -51,7 +51,7 @@ class ConditionalHead(nn.Module):
         self.channels = nn.Linear(2 * channels, width)
         self.tokens = nn.Linear(tokens, tokens)
         self.positions = nn.Parameter(torch.randn(conditional, width) * 0.02)
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.alpha = nn.Parameter(torch.zeros(1))  # tanh(0) is 0: training starts without conditional tokens
         self.shared = nn.Parameter(shared.clone())
         self.register_buffer("start", start.clone())
         self.register_buffer("end", end.clone())

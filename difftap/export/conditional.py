@@ -66,6 +66,7 @@ def _write(
 
     proto = trace(graph, module, weights, scratch.parent)
     rng = np.random.default_rng(0)
+    # A batch of two different entries, so that a mixed-up batch axis shows as an error.
     feeds = {
         spec.name: rng.standard_normal([2 if axis == "B" else int(axis) for axis in spec.shape]).astype(np.float32)
         for spec in graph.inputs

@@ -94,6 +94,7 @@ def _recognise(
     joined = None if turned is None else _only_reader(proto, turned.output[0], "Reshape")
     if query is None or key is None or value is None or joined is None:
         return None
+    # The operator scales queries and keys alike, so their factors must be one and the same.
     scale = _constant(proto, made_by[logits.input[0]].input[1])
     width = _width(proto, query, made_by)
     if scale is None or width is None or made_by[logits.input[1]].input[1] != made_by[logits.input[0]].input[1]:

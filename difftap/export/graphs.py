@@ -66,7 +66,8 @@ def _write(cache: Cache, graph: Graph, scratch: Path, *, placed: bool = False) -
 
     weights = placed_weights(graph, home) if placed else place_weights(cache, model, component, home)
     proto = trace(graph, build(model, component, graph.taps), locate_tensors(weights), home)
-    scratch.write_bytes(proto.SerializeToString(deterministic=True))
+    scratch.write_bytes(proto.SerializeToString(deterministic=True))  # the same export gives the same bytes
+    # Compared before there is a manifest, so that a graph with errors is never trusted.
     parity = check_parity(replace(graph, path=scratch))
     worst = max(parity.values(), key=lambda p: p.relative)
     if worst.relative > MAX_RELATIVE:
@@ -74,6 +75,7 @@ def _write(cache: Cache, graph: Graph, scratch: Path, *, placed: bool = False) -
             f"the exported {graph.name} of model '{model.name}' differs from torch by a relative error of "
             f"{worst.relative:.2e}; allowed: {MAX_RELATIVE:.0e}"
         )
+    # Recorded, but not compared later: a newer torch does not make all graphs stale.
     versions = {module: require(module, "export", "exporting").__version__ for module in ("torch", "diffusers", "onnx")}
     report = {"parity": {name: value.to_dict() for name, value in parity.items()}}
     return Making(weights, {"made_with": versions}, report)

@@ -130,7 +130,7 @@ def trace(
                 output_names=[s.name for s in graph.outputs],
                 dynamic_shapes=axes,
                 opset_version=OPSET,
-                optimize=False,
+                optimize=False,  # done below, when the weights are safe from being folded
                 verbose=False,
             )
         except Exception as error:  # whatever the network's own code raises while it is traced

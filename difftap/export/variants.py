@@ -78,7 +78,7 @@ def _write(cache: Cache, graph: Graph, precision: str, attention: str, scratch: 
     # A graph names its weights as the network does, which is not always as the file does. The place is unique.
     by_offset = {(_relative(place.path, folder), place.offset): name for name, place in places.items()}
     if precision == "fp32" or all(place.dtype == _KINDS[precision] for place in places.values()):
-        halves, used = places, files
+        halves, used = places, files  # no copy is needed
     else:
         half = _ensure_weights(cache, graph, files, places, precision)
         halves, used = locate_tensors([half]), (*files, half)

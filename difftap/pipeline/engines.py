@@ -114,7 +114,7 @@ def plan_builds(
         device = choose_device(backend, runtime.device)
         has = backend.precisions(device)
         wanted = has if "all" in precisions else precisions
-        if len(backends) == 1:
+        if len(backends) == 1:  # with several, a precision is left out for those that lack it
             for precision in wanted:
                 check_precision(backend, device, precision)
         pairs += [(name, precision) for precision in dict.fromkeys(wanted) if precision in has]

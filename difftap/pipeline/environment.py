@@ -284,6 +284,7 @@ class Environment:
                 engine.run(feeds)
             return None
         reference = graph
+        # Torch runs the checkpoint itself. ONNX Runtime would run this graph, so it needs the exact one instead.
         if name == "ort" and graph.precision != "fp32":
             exact = replace(profile, precision="fp32")
             reference = prepare_graph(

@@ -236,7 +236,7 @@ class Pipeline(Provider):
                 branches.append(BranchEngine(branch, run, tokens))
             if encoder is None:
                 environment = dataclasses.replace(environment, device=branches[0].engine.device)
-            batch = 1 if environment.device == "cpu" else runtime.batch
+            batch = 1 if environment.device == "cpu" else runtime.batch  # why 1: see `difftap.engine.featurizer`
             featurizer = Featurizer(model, recipe, encoder, branches, batch, latents)
             conditions = environment.conditions(recipe) | book.conditions
         except BaseException:  # Ctrl-C too: engines may hold gigabytes of a GPU's memory

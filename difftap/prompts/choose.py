@@ -100,7 +100,7 @@ def choose_prompts(recipe: Recipe, subject: Subject, learned: LearnedPrompts | N
     if recipe.learned is not None:
         learned = learned or remembered(recipe.learned.path)
         mode = learned.mode(recipe.learned)
-        pair = subject.pair if mode == "pair" else (subject.image, subject.image)
+        pair = subject.pair if mode == "pair" else (subject.image, subject.image)  # alone, an image is its own partner
         if mode in ("pair", "image"):
             if pair is None or None in pair:
                 raise InputError(
@@ -139,7 +139,7 @@ def wants_category(branches: Sequence[Branch]) -> bool:
 
 def fill(recipe: Recipe, subject: Subject) -> Recipe:
     """Fill in the texts of a recipe's prompts for one subject, so that its key stands for what was really computed."""
-    if recipe.learned is not None:
+    if recipe.learned is not None:  # they are named by their hash, and the texts are not used
         return recipe
     branches = [
         dataclasses.replace(branch, prompt=prompt.text)

@@ -119,7 +119,8 @@ def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.floa
                 f"'{model.folder / encoder}' holds no safetensors weights (pickled ones are refused); "
                 "get the checkpoint again"
             )
-        # The tokenizer and the encoder's configuration decide the embedding as much as the weights do.
+        # The tokenizer and the encoder's configuration (.json and .txt files) decide the embedding as much as the
+        # weights do.
         parts = (encoder, encoder.replace("text_encoder", "tokenizer"))
         files += weights + sorted(p for part in parts for p in (model.folder / part).glob("*.[jt]*") if p.is_file())
     identity = {"files": [cache.memo.digest(path) for path in files], "prompt": prompt}

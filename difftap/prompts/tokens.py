@@ -75,7 +75,7 @@ def own_tokens(data: NDArray[np.float32], grid: Size) -> NDArray[np.float32]:
     pooled = _averaged(_averaged(data.astype(np.float64), grid[1], 1), grid[0], 2)
     tokens = pooled.reshape(len(data), -1).T
     centred = tokens - tokens.mean(axis=1, keepdims=True)
-    spread = np.sqrt(np.mean(np.square(centred), axis=1, keepdims=True) + 1e-12)
+    spread = np.sqrt(np.mean(np.square(centred), axis=1, keepdims=True) + 1e-12)  # not 0 for a constant token
     return np.ascontiguousarray(centred / spread, np.float32)
 
 
