@@ -30,7 +30,7 @@ def part_of_images(images: Sequence[tuple[str, str]], shares: Sequence[float] = 
         classes.setdefault(category, []).append(name)
     found = {}
     for category, names in classes.items():
-        # A hash, not a random generator: an image's place must not depend on which other images are there.
+        # A hash, not a random generator: the order of two images must not depend on which others are there.
         names.sort(key=lambda name: hashlib.sha256(f"difftap-part-1:{name}".encode()).hexdigest())
         first = max(1, round(shares[0] * len(names)))
         second = max(first + 1, round((shares[0] + shares[1]) * len(names)))

@@ -263,7 +263,7 @@ def _tiles(
             yield rows, columns, block
             if y is None and not same:
                 yield columns, rows, block.T
-            del right, block  # freed before the next ones are made, which halves the memory
+            del right, block  # freed before the next ones are made, so that both never exist at once
 
 
 def _check(x: Vectors, y: Vectors | None, metric: str, block_bytes: int) -> None:
@@ -310,8 +310,8 @@ def _tile_side(dimensions: int, block_bytes: int, metric: str) -> int:
 def _load(vectors: Vectors, rows: slice, metric: str) -> NDArray[Any]:
     """Read some vectors and prepare them for a product: centred, and scaled to length 1, if the metric needs it."""
     part: NDArray[Any] = np.asarray(vectors[rows])
-    # float64, because distances of similar vectors are small differences. Manhattan subtracts before it sums, so
-    # float32 is enough there and twice as fast.
+    # float64, because products lose digits where the difference of two vectors is small. Manhattan subtracts before it
+    # sums, so float32 is enough there.
     if metric != "manhattan" or part.dtype not in (np.float32, np.float64):
         part = part.astype(np.float64 if metric != "manhattan" else np.float32)
     if not np.isfinite(part).all():

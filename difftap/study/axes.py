@@ -1,7 +1,4 @@
-"""What the study compares: metrics, layers, timesteps, offsets, the maps each case needs, and what the paper prints.
-
-Axis letters: none.
-"""
+"""What the study compares (metrics, layers, timesteps, offsets), the maps of each case, and the paper's values."""
 
 from __future__ import annotations
 
@@ -33,21 +30,21 @@ __all__ = [
 
 AXES = ("distances", "layers", "steps", "transforms", "video")
 TIMESTEPS = (1, 50, 100, 200, 300, 400, 500)
-"""The study's inference steps."""
+"""The study's inference steps: timesteps of the pass."""
 OFFSETS = (1, 2, 3, 4, 5, 10, 20, 30, 40)
-"""The study's offsets between two frames."""
+"""The study's offsets between two video frames, in frames."""
 STUDY_METRICS = ("euclidean", "correlation", "manhattan", "cosine", "dcor")
-"""The columns of the paper's Table 1, and the distance correlation that its formula says."""
+"""The columns of the paper's Table 1, and distance correlation, which the paper's formula gives."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing compared: a box-plot group.
+    """One case of a comparison, drawn as a group of boxes.
 
     Attributes:
-        label: what the figure calls it.
-        taps: the maps joined.
-        timestep: of the pass.
+        label: its name in the figure.
+        taps: the taps whose maps are joined.
+        timestep: the timestep of the pass.
         group: the figure it belongs to.
     """
 
@@ -58,7 +55,7 @@ class Case:
 
 
 def _levels(model: Checkpoint, size: tuple[int, int]) -> Mapping[int, Sequence[Tap]]:
-    """Attention layers by cells along the input's shorter side, the three finest grids, finest first."""
+    """Group the attention layers by their grid (cells along the input's shorter side); keep the three finest grids."""
     levels: dict[int, list[Tap]] = {}
     for tap in model.taps:
         if ".attn" in tap.name:
@@ -67,10 +64,10 @@ def _levels(model: Checkpoint, size: tuple[int, int]) -> Mapping[int, Sequence[T
 
 
 def layer_cases(model: Checkpoint, size: tuple[int, int], timestep: int) -> tuple[Case, ...]:
-    """List the cases of Figs. 4 to 6: grids, encoder and decoder on each, the layers of the coarsest encoder block.
+    """List the cases of Figs. 4 to 6: grids; encoder and decoder on each grid; layers of the coarsest encoder block.
 
-    A grid stands for all attention layers on it, joined. Where the coarsest block has one attention layer alone (the
-    embedded model), the residual layer before it stands beside it.
+    The case of a grid joins all attention layers on it. If the coarsest block has only one attention layer (the
+    embedded model), the residual layer before it is compared with it.
 
     Raises:
         RecipeError: the UNet has no attention layers in its encoder.
@@ -102,19 +99,19 @@ def layer_cases(model: Checkpoint, size: tuple[int, int], timestep: int) -> tupl
 
 
 def step_cases(taps: tuple[str, ...], timesteps: Sequence[int]) -> tuple[Case, ...]:
-    """List the cases of Fig. 7: one a timestep."""
+    """List the cases of Fig. 7: one per timestep."""
     return tuple(Case(str(t), taps, t, "steps") for t in timesteps)
 
 
 def table_name(taps: tuple[str, ...], timestep: int) -> str:
-    """Name the file of a case's table of prototypes."""
+    """Name the file of a case's table of prototypes; a long list of taps becomes its number and a hash."""
     joined = "+".join(taps)
     short = joined if len(joined) <= 40 else f"{len(taps)}-taps~{hashlib.sha256(joined.encode()).hexdigest()[:10]}"
     return f"{short}.t{timestep:03d}.parquet"
 
 
 def _by_timestep(model: Checkpoint, cases: Sequence[Case]) -> dict[int, tuple[str, ...]]:
-    """List the taps of each timestep's pass, in the order in which the network runs them."""
+    """Collect the taps of each timestep's pass, in the order in which the network runs them."""
     order = {tap.name: k for k, tap in enumerate(model.taps)}
     wanted: dict[int, set[str]] = {}
     for case in cases:
@@ -126,14 +123,14 @@ def _by_timestep(model: Checkpoint, cases: Sequence[Case]) -> dict[int, tuple[st
 
 
 def union_recipe(recipe: Recipe, model: Checkpoint, cases: Sequence[Case]) -> Recipe:
-    """Build a recipe that gives the maps of all cases: a branch a timestep, each with all its taps."""
+    """Build a recipe that gives the maps of all cases: one branch per timestep, with all taps of that timestep."""
     prompt = recipe.branches[0].prompt
     branches = tuple(Branch(taps, t, prompt) for t, taps in _by_timestep(model, cases).items())
     return replace(recipe, branches=branches)
 
 
 def columns(recipe: Recipe, model: Checkpoint, cases: Sequence[Case], folder: Path) -> tuple[TableSpec, ...]:
-    """List the tables that cases need, each once, read from the branches of `union_recipe`."""
+    """List the tables that the cases need, each once; their maps come from the branches of `union_recipe`."""
     times = list(_by_timestep(model, cases))
     made: dict[Path, TableSpec] = {}
     for case in cases:
@@ -164,6 +161,6 @@ _PLACES = {("voc", metric): k for k, metric in enumerate(_METRICS)} | {
 
 
 def published_dunn(dataset: str, metric: str) -> dict[str, float]:
-    """By pair of sets, what the paper prints for a data set and metric; empty where it prints nothing."""
+    """Give the paper's Dunn index of each pair of sets, for a data set and metric; empty if the paper has none."""
     place = _PLACES.get((dataset, metric))
     return {} if place is None else {pair: float(row.split()[place]) for pair, row in _ROWS.items()}

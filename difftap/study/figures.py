@@ -1,21 +1,25 @@
-"""The study's figures: box plots, the curve over offsets, annotated frames. Needs matplotlib.
+"""Draw the study's figures: box plots, the curve over offsets, and annotated frames. Needs matplotlib.
 
-All but the frames is drawn from the figures in the JSON, so that results can be drawn again without their distances.
+All but the frames are drawn from the numbers in the results' JSON, so results can be drawn again without the distances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from difftap.artifacts.files import output_errors, write_atomic
+from difftap.artifacts.files import JsonObject, output_errors, write_atomic
 from difftap.errors import require
 from difftap.pages.figure import figure_bytes, new_figure, plain_axes
 from difftap.prototypes import Scene, SceneSource
 from difftap.study.video import Clip
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["NAMES", "TITLES", "UNITS", "draw_axis", "draw_frames"]
 
@@ -36,11 +40,9 @@ UNITS = {
 }
 TITLES = {"voc": "VOC 2012", "coco": "COCO 2017", "davis": "DAVIS 2017", "folder": "images"}
 
-Results = Mapping[str, Any]
 
-
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and as SVG; the same results give the same bytes."""
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and as SVG; equal results give equal bytes."""
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
@@ -49,8 +51,8 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _box(one: Mapping[str, Any]) -> dict[str, float] | None:
-    """Give a set's figures as matplotlib's ``bxp`` takes them; None without values."""
+def _box(one: JsonObject) -> dict[str, float] | None:
+    """Give a set's figures under the names that matplotlib's ``bxp`` takes; None for an empty set."""
     box = one["box"]
     if not box["count"]:
         return None
@@ -58,8 +60,8 @@ def _box(one: Mapping[str, Any]) -> dict[str, float] | None:
     return {key: box[name] for key, name in keys.items()}
 
 
-def _boxes(axes: Any, boxes: Sequence[tuple[float, str, Mapping[str, Any]]], width: float) -> None:
-    """Boxes at places, coloured by set; a white dot marks the mean."""
+def _boxes(axes: Axes, boxes: Sequence[tuple[float, str, JsonObject]], width: float) -> None:
+    """Draw boxes at (place, set, figures), coloured by set; a white dot marks the mean."""
     for place, name, one in boxes:
         figures = _box(one)
         if figures is None:
@@ -73,16 +75,16 @@ def _boxes(axes: Any, boxes: Sequence[tuple[float, str, Mapping[str, Any]]], wid
         drawn["boxes"][0].set(facecolor=COLOURS[name], linewidth=0.8)
 
 
-def _title(name: str, data: Mapping[str, Any]) -> str:
+def _title(name: str, data: JsonObject) -> str:
     counts = data["counts"]
     return f"{TITLES.get(name, name)}: {counts['objects']} objects, {counts['images']} images"
 
 
-def _distances(results: Results, _group: str) -> Any:
-    """Measures side by side, each with its own unit: a row a data set."""
+def _distances(results: JsonObject, _group: str) -> Figure:
+    """Draw the measures side by side, each with its own unit; one row per data set."""
     datasets = results["datasets"]
     cases = max(len(data["cases"]) for data in datasets.values())
-    figure = new_figure(2.5 * cases + 0.4, 3.3 * len(datasets))
+    figure: Figure = new_figure(2.5 * cases + 0.4, 3.3 * len(datasets))
     parts = figure.subfigures(len(datasets), 1, squeeze=False)[:, 0]
     for part, (name, data) in zip(parts, datasets.items(), strict=True):
         part.suptitle(_title(name, data), fontsize=10)
@@ -104,12 +106,12 @@ def _short(count: int) -> str:
     return f"{count / 1e3:.3g}k" if count < 1_000_000 else f"{count / 1e6:.3g}M"
 
 
-def _grouped(results: Results, group: str) -> Any:
-    """Cases side by side, the sets' boxes within each: a row a data set."""
+def _grouped(results: JsonObject, group: str) -> Figure:
+    """Draw the cases side by side, with the boxes of all sets in each; one row per data set."""
     datasets = results["datasets"]
     cases = {name: [one for one in data["cases"] if one["group"] == group] for name, data in datasets.items()}
     most = max(len(rows) for rows in cases.values())
-    figure = new_figure(min(12.0, max(5.5, 1.25 * most + 1.2)), 3.4 * len(datasets))
+    figure: Figure = new_figure(min(12.0, max(5.5, 1.25 * most + 1.2)), 3.4 * len(datasets))
     order = ("sidi", "scsi", "scdi", "dcsi", "dcdi")
     grid = figure.subplots(len(datasets), 1, squeeze=False)[:, 0]
     for axes, (name, rows) in zip(grid, cases.items(), strict=True):
@@ -156,14 +158,14 @@ def _wrapped(label: str) -> str:
     )
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+def _numbers(rows: Sequence[JsonObject], key: str) -> str:
     counts = sorted({row["sets"][key]["count"] for row in rows})
     return _short(counts[0]) if len(counts) == 1 else f"{_short(counts[0])} to {_short(counts[-1])}"
 
 
-def _offsets(results: Results, _group: str) -> Any:
-    """Means over offsets with their intervals, and how often a person is nearest to itself."""
-    figure = new_figure(7.5, 5.6)
+def _offsets(results: JsonObject, _group: str) -> Figure:
+    """Draw the means over offsets with their intervals, and below how often a person is nearest to itself."""
+    figure: Figure = new_figure(7.5, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     for name, data in results["datasets"].items():
         rows = data["offsets"]
@@ -205,7 +207,7 @@ def _offsets(results: Results, _group: str) -> Any:
     return figure
 
 
-_FIGURES: dict[str, tuple[tuple[str, str, Callable[[Results, str], Any], str], ...]] = {
+_FIGURES: dict[str, tuple[tuple[str, str, Callable[[JsonObject, str], Figure], str], ...]] = {
     "distances": (("fig3-distances", "", _distances, "Distance measures (as Fig. 3)"),),
     "layers": (
         ("fig4-resolution", "resolution", _grouped, "Spatial resolution (as Fig. 4)"),
@@ -216,14 +218,15 @@ _FIGURES: dict[str, tuple[tuple[str, str, Callable[[Results, str], Any], str], .
     "transforms": (("fig8-transforms", "transforms", _grouped, "Transforms (as Fig. 8)"),),
     "video": (("fig9-offsets", "", _offsets, "Offsets between frames (as Fig. 9)"),),
 }
-"""By axis: file name, group of cases, what draws it, title. Which of Figs. 4 to 8 is which is our reading."""
+"""Axis -> (file name, group of cases, drawing function, title) of its figures. The numbers of Figs. 4 to 8 are our
+reading of the paper."""
 
 
-def draw_axis(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    """Draw an axis' figures.
+def draw_axis(results: JsonObject, folder: Path) -> list[tuple[str, Path]]:
+    """Draw the figures of an axis.
 
     Returns:
-        per figure its title and its SVG file; a PNG lies beside it.
+        title and SVG file of each figure; a PNG is beside it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -242,7 +245,7 @@ _COLUMNS = 3
 
 
 def _choose(found: Sequence[Clip], offsets: Sequence[int]) -> tuple[Clip, int, list[int]] | None:
-    """Find a clip, its first frame to show and the later ones: as many people and as many offsets as there are."""
+    """Choose a clip, its first frame to show and the offsets of later ones: most people, then most offsets."""
     best: tuple[tuple[int, int, int], Clip, int, list[int]] | None = None
     for clip in found:
         for frame in np.unique(clip.frames):
@@ -263,17 +266,17 @@ def _thinned(offsets: Sequence[int], most: int) -> list[int]:
 def draw_frames(
     source: SceneSource, found: Sequence[Clip], offsets: Sequence[int], metric: str, folder: Path
 ) -> tuple[str, Path] | None:
-    """Draw a clip's frame and later ones, every person outlined with its distance to the marked person.
+    """Draw a frame of a clip and later frames. Every person is outlined and has its distance to the marked person.
 
     Args:
         source: the scenes that the clips were built from.
         found: the clips with their distances.
-        offsets: which later frames to show, of those that are there.
-        metric: which distance it is.
-        folder: where the picture goes.
+        offsets: offsets of the later frames to show, if the clip has them.
+        metric: the distance's metric.
+        folder: the folder of the picture.
 
     Returns:
-        the figure's title and its PNG; None if no clip has two frames that far apart.
+        the figure's title and its PNG; None if no clip has two frames with one of the offsets.
     """
     chosen = _choose(found, offsets)
     if chosen is None:
@@ -303,7 +306,7 @@ def draw_frames(
 
 
 def _marked(clip: Clip, first: int, scene: Scene, frames: Sequence[int]) -> int:
-    """Find the person of the first frame that is seen most often later; of several, the largest."""
+    """Choose the person of the first frame who is seen most often later; if several are, the largest."""
     rows = np.flatnonzero(clip.frames == first)
     areas: Mapping[str, float] = {one.instance: one.area for one in scene.objects}
 
@@ -314,8 +317,8 @@ def _marked(clip: Clip, first: int, scene: Scene, frames: Sequence[int]) -> int:
     return int(max(rows.tolist(), key=seen))
 
 
-def _frame(axes: Any, scene: Scene, clip: Clip, marked: int, frame: int, people: Mapping[str, int]) -> None:
-    """One frame: outlines, and a label on each person."""
+def _frame(axes: Axes, scene: Scene, clip: Clip, marked: int, frame: int, people: Mapping[str, int]) -> None:
+    """Draw one frame with an outline and a label of each person."""
     effects = require("matplotlib.patheffects", "bench", "drawing frames")
     axes.imshow(scene.image.pixels, interpolation="bilinear")
     rows = {str(clip.instances[k]): k for k in np.flatnonzero(clip.frames == frame)}
@@ -331,11 +334,11 @@ def _frame(axes: Any, scene: Scene, clip: Clip, marked: int, frame: int, people:
         distance = float(clip.distances[marked, row])
         number = one.instance.rpartition("/")[2]
         text = f"{number}*" if row == marked else f"{number}: {distance:.3f}"
-        frame_box: dict[str, Any] = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.55), "edgecolor": colour}
+        frame_box: dict[str, object] = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.55), "edgecolor": colour}
         frame_box["linewidth"] = 1.6 if one.instance == nearest and row != marked else 0.0
         x, y = float(xs.mean()), max(float(ys.min()) - 6.0, 0.1 * mask.shape[0])
         while any(abs(x - a) < 0.14 * mask.shape[1] and abs(y - b) < 0.07 * mask.shape[0] for a, b in placed):
-            y += 0.075 * mask.shape[0]  # below the label that stands there
+            y += 0.075 * mask.shape[0]  # move below the label that is already there
         placed.append((x, y))
         axes.text(
             x, y, text, color="white", fontsize=7.5,

@@ -1,4 +1,4 @@
-"""The study's sets of distances: which pairs of objects share a class, an image, an identity; what is said of them.
+"""The study's sets of distances: pairs of objects that share a class, an image or an identity, and their analysis.
 
 Axis letters: N objects; P pairs.
 """
@@ -10,11 +10,11 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.table import plain
 from difftap.prototypes import PrototypeTable
 from difftap.retrieval.distances import blocks, pairwise
@@ -34,13 +34,13 @@ from difftap.study.statistics import (
 __all__ = ["EQ16", "EQ17", "MOST_PAIRS", "SETS", "PairSet", "aligned_distances", "analyse", "codes", "pair_sets"]
 
 SETS = ("scsi", "scdi", "dcsi", "dcdi", "sidi")
-"""Same class same image; same class different image; different class same image; different class different image; and
-the same instance in a different image, which is in no other set."""
+"""scsi: same class, same image; scdi: same class, different image; dcsi: different class, same image; dcdi: different
+class, different image; sidi: same instance, different image, whose pairs are in no other set."""
 
 MOST_PAIRS = 2_000_000
-"""Pairs of a set that are kept one by one; of more, a seeded sample is. Means and deviations are always of all."""
+"""At most about this many distances of a set are kept; of more, a random sample. Means and deviations use all pairs."""
 
-_ROWS = 64
+_ROWS = 64  # rows compared at once; `pairwise` computes a square, of which the diagonal is used
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class PairSet:
     """One set of distances.
 
     Attributes:
-        kept: the distances, with each one's two images; a seeded sample if there are more than `MOST_PAIRS`.
-        count: number of pairs in all.
-        mean: of all pairs; NaN if there are none.
-        std: standard deviation of all pairs, with n - 1; NaN below two.
+        kept: the distances, with the two images of each; a random sample if there are more than `MOST_PAIRS`.
+        count: number of all pairs.
+        mean: mean of all pairs; NaN if there are none.
+        std: standard deviation of all pairs, with n - 1; NaN below two pairs.
     """
 
     kept: DistanceSet
@@ -61,7 +61,7 @@ class PairSet:
 
 
 def codes(table: PrototypeTable) -> NDArray[np.int64]:
-    """Class, image and instance of each row as numbers, ``(3, N)``."""
+    """Give the class, image and instance of each row as numbers, ``(3, N)``."""
     columns = (table.classes, table.images, table.instances)
     return np.stack([np.unique(column, return_inverse=True)[1].ravel() for column in columns]).astype(np.int64)
 
@@ -75,7 +75,7 @@ def _which(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int8
 
 
 def _counts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many pairs each set has."""
+    """Count the pairs of each set."""
     counts = np.zeros(len(SETS), np.int64)
     count = numbers.shape[1]
     for start in range(0, count, 1024):
@@ -89,10 +89,10 @@ def _counts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
 def _upper(
     table: PrototypeTable, numbers: NDArray[np.int64], metric: str, device: str
 ) -> Iterator[tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]]:
-    """Every pair once, in pieces: its set, its distance, its two rows."""
+    """Yield every pair once, in pieces: its set, its distance, and its two rows."""
     for rows, columns, block in blocks(table.vectors, metric=metric, device=device):
         if columns.start < rows.start:
-            continue  # the mirror image of a tile seen before
+            continue  # the transpose of a tile that came before
         which = _which(numbers[:, rows], numbers[:, columns])
         if columns.start == rows.start:
             which[np.tril_indices(which.shape[0], 0, which.shape[1])] = -1
@@ -109,8 +109,11 @@ def pair_sets(
         table: the prototypes.
         metric: one of `difftap.retrieval.distances.METRICS`.
         device: ``cpu`` or ``cuda``.
-        most: pairs of a set that are kept one by one.
-        seed: of the sample, where there are more.
+        most: number of distances of a set to keep.
+        seed: seed of the sample, if a set has more.
+
+    Returns:
+        set's name -> its distances.
     """
     numbers = codes(table)
     counts = _counts(numbers)
@@ -121,7 +124,7 @@ def pair_sets(
     shift: float | None = None
     for which, values, i, j in _upper(table, numbers, metric, device):
         if shift is None and len(values):
-            shift = float(values[0])  # sums of squares around it lose nothing
+            shift = float(values[0])  # a value near the mean: sums of squares around it lose few digits
         moved = values.astype(np.float64) - (shift or 0.0)
         sums += np.stack([np.bincount(which, moved**power, len(SETS)) for power in (1, 2)])
         drawn = rng.random(len(which)) < share[which] if (share < 1).any() else np.ones(len(which), np.bool_)
@@ -150,7 +153,7 @@ def _pair_set(
 def aligned_distances(
     x: NDArray[np.float32], y: NDArray[np.float32], metric: str, device: str = "cpu"
 ) -> NDArray[np.float32]:
-    """Distance of each row of ``x`` to the same row of ``y``, ``(N,)``."""
+    """Compute the distance of each row of ``x`` to the same row of ``y``, ``(N,)``."""
     parts = [
         np.diagonal(pairwise(x[k : k + _ROWS], y[k : k + _ROWS], metric=metric, device=device))
         for k in range(0, len(x), _ROWS)
@@ -159,29 +162,30 @@ def aligned_distances(
 
 
 _EFFECT_PAIRS = 20_000
-"""Pairs of a set that the effect size's interval is drawn from: it ranks them anew in every draw."""
+"""At most this many distances of a set are used for the effect size's interval, because every draw ranks them again."""
 
 EQ16 = ("scsi", "scdi", "dcsi", "dcdi")
 """The order of means that the paper finds across images (its Eq. 16)."""
 EQ17 = ("sidi", "scsi", "dcsi")
-"""The order that it finds under transforms (its Eq. 17)."""
+"""The order of means that the paper finds under transforms (its Eq. 17)."""
 
 
 def analyse(
     sets: Mapping[str, PairSet], order: Sequence[str] = EQ16, *, draws: int = 1000, seed: int = 0
-) -> dict[str, Any]:
-    """All that is said of one case.
+) -> JsonObject:
+    """Analyse the sets of one case.
 
     Args:
-        sets: by name; empty ones stay in, with count 0.
-        order: the means' order to check; sets beyond it are described, not tested.
+        sets: the sets by name; an empty set stays in the result, with count 0.
+        order: the order of means to check; sets that are not in it are described but not tested.
         draws: bootstrap draws over images for the means; a tenth of them for the effect sizes.
-        seed: of bootstrap and Shapiro-Wilk's sample.
+        seed: seed of the bootstrap and of Shapiro-Wilk's sample.
 
     Returns:
-        ``sets``: by set its count, mean, standard deviation, box figures and Shapiro-Wilk; ``trend``: the order, each
-        step's difference with its interval, whether it holds and in which share of the draws; ``pairs``: by pair of
-        sets ``dunn_minmax``, ``dunn_mean``, Kruskal-Wallis and its effect size with interval; ``bootstrap``.
+        ``sets``: for each set its count, mean, standard deviation, box figures and Shapiro-Wilk; ``trend``: the order,
+        the difference of each step with its interval, whether the order holds and in which share of the draws;
+        ``pairs``: for each pair of sets ``dunn_minmax``, ``dunn_mean``, Kruskal-Wallis and its effect size with
+        interval; ``bootstrap``: draws, images and level.
     """
     described = {}
     for name, one in sets.items():
@@ -214,12 +218,12 @@ def analyse(
     intervals = {} if boot is None else boot.means
     for name, interval in intervals.items():
         described[name]["interval"] = [interval.low, interval.high]
-    made: dict[str, Any] = plain({"sets": described, "trend": trend, "pairs": pairs, "bootstrap": about})
+    made: JsonObject = plain({"sets": described, "trend": trend, "pairs": pairs, "bootstrap": about})
     return made
 
 
-def _pair(first: PairSet, second: PairSet, draws: int, seed: int) -> dict[str, Any]:
-    """Describe two sets and their difference."""
+def _pair(first: PairSet, second: PairSet, draws: int, seed: int) -> dict[str, object]:
+    """Compare two sets."""
     a, b = first.kept, second.kept
     test = kruskal_wallis(a.values, b.values)
     return {
@@ -231,7 +235,7 @@ def _pair(first: PairSet, second: PairSet, draws: int, seed: int) -> dict[str, A
 
 
 def _effect(a: DistanceSet, b: DistanceSet, value: float, draws: int, seed: int) -> Interval:
-    """Compute the effect size of all pairs, with the interval that seeded samples of them give."""
+    """Give the effect size ``value`` with an interval; the interval comes from random samples of the sets."""
     drawn = bootstrap_effect(_sample(a, seed), _sample(b, seed), draws=draws, seed=seed)
     return dataclasses.replace(drawn, value=value)
 

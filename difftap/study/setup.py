@@ -1,4 +1,4 @@
-"""The study set up and run: data sets opened, recipe and runtime checked once, then one axis after another."""
+"""Set up and run the study: open data sets, check recipe and runtime once, then run one axis after another."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.datasets.chosen_objects import open_objects
 from difftap.datasets.davis import PEOPLE
@@ -29,20 +29,20 @@ __all__ = ["StudySets", "open_study", "run_study"]
 
 @dataclass(frozen=True)
 class StudySets:
-    """The data sets that were given, and what of them is taken.
+    """The data sets of a study, and which part of them is used.
 
     Attributes:
-        splits: ``NAME=SPLIT`` texts; a set that is not named has its default.
-        listing: a file that names the only images or clips to take; not of a set whose split is named.
+        splits: texts ``NAME=SPLIT``; a data set that is not named has its default split.
+        listing: a file that names the images or clips to take; it does not apply to a data set named in ``splits``.
         allow_missing: leave out listed images that are missing.
-        min_area: least area of an object, as a fraction of the image.
-        voc: root of VOC 2012; None where it is not taken. So are the next three.
-        coco: root of COCO 2017.
-        folder: root of one's own ``images/`` and ``masks/``.
-        davis: root of DAVIS 2017.
-        limit: so many images of each set, evenly spaced; clips stay whole.
-        coco_classes: names with commas between, ``voc`` or ``all``.
-        davis_classes: names or ``all``; None for people, or all where nothing tells them.
+        min_area: an object must cover more than this fraction of the image.
+        voc: root of VOC 2012, or None not to use it.
+        coco: root of COCO 2017, or None.
+        folder: root of the user's own ``images/`` and ``masks/``, or None.
+        davis: root of DAVIS 2017, or None.
+        limit: take this many images of each data set, evenly spaced; clips are never cut.
+        coco_classes: class names with commas between, ``voc`` or ``all``.
+        davis_classes: class names or ``all``; None for people, or all if the data do not tell which objects are people.
     """
 
     splits: tuple[str, ...] = ()
@@ -58,20 +58,23 @@ class StudySets:
     davis_classes: str | None = None
 
     def open(self, say: Callable[[str], None] = lambda text: None) -> dict[str, SceneSource]:
-        """Open them, by name.
+        """Open the data sets; give them by name.
 
         Args:
-            say: told of remarks.
+            say: called with remarks for the user.
 
         Raises:
-            InputError: none was given, a split is named of one that was not, or a folder is not laid out as expected.
+            InputError: no data set is given, ``splits`` names one that is not given, or a folder is not laid out as
+                expected.
         """
         given = {"voc": self.voc, "coco": self.coco, "folder": self.folder, VIDEO: self.davis}
         roots = {name: root for name, root in given.items() if root is not None}
         splits = dict(pair.partition("=")[::2] for pair in self.splits)
         unknown = sorted(splits.keys() - roots.keys())
         if unknown:
-            raise InputError(f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a set that is")
+            raise InputError(
+                f"--split names '{unknown[0]}', which is not given; allowed: NAME=SPLIT of a given data set"
+            )
         if not roots:
             raise InputError("no data set was given; allowed: --voc, --coco, --davis, --folder")
         asked = {"coco": self.coco_classes, VIDEO: self.davis_classes}
@@ -93,17 +96,17 @@ class StudySets:
         return found
 
     def _people(self, root: Path, split: str | None, say: Callable[[str], None]) -> str | None:
-        """Choose the class of clips that the study takes: people, or all (None) where nothing tells them apart."""
+        """Choose the class of DAVIS' objects: ``person``, or None for all if the data do not tell who is a person."""
         listing = self.listing if split is None else None
         source = open_objects(VIDEO, root, split=split, listing=listing, allow_missing=self.allow_missing)
         if source.about["semantics"] != "built in" or any(key.partition("/")[0] in PEOPLE for key in source.keys):
             return "person"
-        say(f"nothing says which objects of {root} are people (davis_semantics.json): all are taken")
+        say(f"{root} does not say which objects are people (it has no davis_semantics.json): all objects are taken")
         return None
 
 
 def _limited(source: SceneSource, limit: int | None) -> SceneSource:
-    """Take so many scenes, evenly spaced."""
+    """Take at most ``limit`` scenes, evenly spaced."""
     if limit is None or limit >= len(source):
         return source
     keys = [source.keys[k * len(source) // limit] for k in range(limit)]
@@ -125,7 +128,7 @@ def open_study(
     say: Callable[[str], None] = lambda text: None,
     bar: ProgressBar = no_bar,
 ) -> Study:
-    """Set up a study; arguments as the attributes of `Study`, ``timesteps`` and ``offsets`` the paper's by default.
+    """Set up a study. The arguments are attributes of `Study`; timesteps and offsets are the paper's by default.
 
     Raises:
         InputError: the recipe has several branches, or a name is unknown.
@@ -139,7 +142,7 @@ def open_study(
     cache = open_cache(runtime.cache)
     model = open_checkpoint(recipe.model, cache, recipe.size)
     check_fits(recipe, model)
-    chosen = resolve(recipe, runtime)  # once: tables of several recipes must be of one backend
+    chosen = resolve(recipe, runtime)  # once, because the tables of all recipes must come from one backend
 
     def opener(filled: Recipe) -> Provider:
         return Pipeline.open(filled, chosen)
@@ -166,7 +169,7 @@ def open_study(
 
 
 def _distance_device(device: str) -> str:
-    """Choose where distances are computed: with the features on a GPU, if torch can use it; else on the CPU."""
+    """Choose where distances are computed: on the GPU if the features are and torch can use it; else on the CPU."""
     if device != "cuda":
         return "cpu"
     try:
@@ -176,21 +179,19 @@ def _distance_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run_study(
-    study: Study, name: str, sources: Mapping[str, SceneSource]
-) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
-    """Run one axis, or all that the data sets allow, each one's files and the report written before the next begins.
+def run_study(study: Study, name: str, sources: Mapping[str, SceneSource]) -> Iterator[tuple[JsonObject, list[str]]]:
+    """Run one axis, or all axes that the data sets allow. Write the files of each before the next begins.
 
     Args:
-        study: what is to be done.
-        name: of the axis, or ``all``.
+        study: what to do.
+        name: the axis' name, or ``all``.
         sources: the data sets, by name.
 
     Yields:
-        each axis' results as plain data, and its lines for a terminal.
+        the results of each axis as plain data, and its lines for a terminal.
 
     Raises:
-        InputError: the axis needs a data set that was not given, or no object is usable.
+        InputError: the axis needs a data set that is not given, or no object can be used.
         OutputError: the folder cannot be written, or another run is writing it.
     """
     stills = still_sources(sources)
@@ -208,5 +209,5 @@ def run_study(
         for axis in axes:
             results = run_axis(study, axis, sources)
             yield results, finish_axis(study, results, sources)
-            report = write_report(folder)  # after every axis: a run that is stopped leaves a report of what it did
+            report = write_report(folder)  # after every axis, so that a stopped run leaves a report of what it did
         study.say(f"wrote {report}")

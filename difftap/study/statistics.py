@@ -1,9 +1,9 @@
-"""What is said of sets of distances: box-plot figures, Dunn indices, tests, and intervals from resampled images.
+"""Statistics of sets of distances: box-plot figures, Dunn indices, tests, and intervals from resampled images.
 
-Pure functions on arrays; results carry their counts and conventions. Distances that share an object or an image are
-not independent, so a test's p-value is a lower bound at best: the bootstrap draws images, with replacement. A distance
-between two images then counts as often as the product of their numbers of draws, one within an image as often as that
-image was drawn; a copy of an image is never held against another copy.
+The functions are pure; results carry their counts and conventions. Distances that share an object or an image are not
+independent, so a test's p-value is a lower bound at best. Therefore the bootstrap draws images, with replacement. If
+images i and j were drawn m and n times, a distance between them counts m n times, and a distance within image i counts
+m times: two copies of the same image are never compared.
 Axis letters: P distances; I images; R draws.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 SHAPIRO_LIMIT = 5000
-"""Most values that Royston's approximation of Shapiro-Wilk's p-value is made for."""
+"""Royston's approximation of Shapiro-Wilk's p-value is made for at most this many values."""
 
 
 def _values(values: ArrayLike, what: str = "distances") -> NDArray[np.float64]:
@@ -51,7 +51,7 @@ def _values(values: ArrayLike, what: str = "distances") -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class BoxFigures:
-    """What a box plot shows, and the two moments; NaN where there are too few values.
+    """The figures of a box plot, with mean and standard deviation; NaN if there are too few values.
 
     Attributes:
         count: number of values, n.
@@ -81,7 +81,7 @@ class BoxFigures:
 
 
 def box_figures(values: ArrayLike) -> BoxFigures:
-    """Give the figures of one box.
+    """Compute the figures of one box.
 
     >>> box = box_figures([1, 2, 3, 4, 100])
     >>> box.median, box.q3, box.high, box.outliers
@@ -94,7 +94,7 @@ def box_figures(values: ArrayLike) -> BoxFigures:
     minimum, q1, median, q3, maximum = (float(q) for q in np.percentile(array, [0, 25, 50, 75, 100]))
     reach = 1.5 * (q3 - q1)
     inside = array[(array >= q1 - reach) & (array <= q3 + reach)]
-    # A quartile may lie between two values, all beyond it being outliers: the whisker then ends at the box.
+    # A quartile may lie between two values, and all values beyond it may be outliers. The whisker then ends at the box.
     low, high = min(q1, float(inside.min(initial=q1))), max(q3, float(inside.max(initial=q3)))
     std = float(array.std(ddof=1)) if len(array) > 1 else math.nan
     count = len(array)
@@ -103,15 +103,15 @@ def box_figures(values: ArrayLike) -> BoxFigures:
 
 @dataclass(frozen=True)
 class Dunn:
-    """How far apart two sets of distances are, in units of their own spread; larger is better.
+    """The separation of two sets of distances relative to their spread; larger is better.
 
     Attributes:
-        value: ``apart / spread``; infinite for two different points without spread; NaN for an empty set or twice the
-            same point.
+        value: ``apart / spread``. Infinite for two different points without spread; NaN if a set is empty, or both are
+            the same point.
         apart: distance between the sets.
-        spread: of the set that is spread more.
+        spread: spread of the set that has the larger one.
         counts: number of values in each set.
-        convention: what `apart` and `spread` stand for.
+        convention: how ``apart`` and ``spread`` are measured.
     """
 
     value: float
@@ -122,9 +122,9 @@ class Dunn:
 
 
 def dunn_minmax(first: ArrayLike, second: ArrayLike) -> Dunn:
-    """Dunn's index of two sets on a line (1974): least distance between the sets over the larger diameter.
+    """Compute Dunn's index (1974) of two sets: the least distance between them, divided by the larger diameter.
 
-    Sets that overlap come near 0 whatever their means.
+    It is near 0 for all sets that overlap, whatever their means.
 
     >>> dunn_minmax([0, 1], [3, 5]).value
     1.0
@@ -140,10 +140,10 @@ def dunn_minmax(first: ArrayLike, second: ArrayLike) -> Dunn:
 
 
 def dunn_mean(first: ArrayLike, second: ArrayLike) -> Dunn:
-    """Dunn's index with means for extremes (Bezdek and Pal 1998): distance of the means over the larger mean distance.
+    """Compute Dunn's index with means instead of extremes (Bezdek and Pal 1998).
 
-    Between the sets, the distance of their means; within a set, the mean over pairs of different members. It is what
-    a published index well above 0 on overlapping sets suggests [I].
+    It is the distance between the two means, divided by the larger mean distance between two members of a set. The
+    paper's values are well above 0 for sets that overlap, so this is probably its form.
 
     >>> dunn_mean([0, 2], [5, 5]).value
     2.0
@@ -167,24 +167,24 @@ def _ratio(apart: float, spread: float) -> float:
 
 
 def _mean_difference(values: NDArray[np.float64]) -> float:
-    """Mean of ``|x_i - x_j|`` over all pairs of different members; 0 for a single one."""
+    """Compute the mean of ``|x_i - x_j|`` over all pairs of different members; 0 for a single one."""
     count = len(values)
     if count < 2:
         return 0.0
     ordered = np.sort(values) - values.mean()
-    # The k-th smallest is added k - 1 times and taken away n - k times.
+    # In sorted order, the k-th value is added k - 1 times and subtracted n - k times: O(n log n) instead of O(n^2).
     return float(2.0 * np.dot(2.0 * np.arange(1, count + 1) - count - 1, ordered) / (count * (count - 1)))
 
 
 @dataclass(frozen=True)
 class ShapiroWilk:
-    """Shapiro-Wilk's test that values are normal.
+    """The result of Shapiro-Wilk's test that values are normally distributed.
 
     Attributes:
-        statistic: W; NaN where there is none (fewer than three values, or all equal).
-        p: chance of such a W among normal values; NaN where there is none.
+        statistic: W; NaN for fewer than three values, or equal values.
+        p: probability of such a W for normal values; NaN if there is no W.
         count: number of values given.
-        tested: number of values tested: at most `SHAPIRO_LIMIT`, drawn without replacement.
+        tested: number of values tested, at most `SHAPIRO_LIMIT`; drawn without replacement.
     """
 
     statistic: float
@@ -194,10 +194,10 @@ class ShapiroWilk:
 
 
 def shapiro_wilk(values: ArrayLike, *, limit: int = SHAPIRO_LIMIT, seed: int = 0) -> ShapiroWilk:
-    """Test values for normality; of more than ``limit``, a seeded sample is tested.
+    """Test values for normality; if there are more than ``limit``, test a random sample of them.
 
     Raises:
-        InputError: the limit is not 3 to `SHAPIRO_LIMIT`.
+        InputError: the limit is below 3 or above `SHAPIRO_LIMIT`.
         MissingExtraError: scipy is not installed.
     """
     if not 3 <= limit <= SHAPIRO_LIMIT:
@@ -214,13 +214,13 @@ def shapiro_wilk(values: ArrayLike, *, limit: int = SHAPIRO_LIMIT, seed: int = 0
 
 @dataclass(frozen=True)
 class KruskalWallis:
-    """Kruskal-Wallis' test that several sets have one location.
+    """The result of Kruskal-Wallis' test that several sets have the same location.
 
     Attributes:
-        statistic: H, corrected for ties; NaN where there is none (fewer than two sets with values, or all values
-            equal).
-        p: chance of such an H under equal locations, by the chi-squared approximation; NaN where there is none.
-        epsilon_squared: effect size, ``H / (n - 1)``: 0 none, 1 the sets' ranks do not mix (Tomczak and Tomczak 2014).
+        statistic: H, corrected for ties; NaN if fewer than two sets have values, or all values are equal.
+        p: probability of such an H for equal locations, by the chi-squared approximation; NaN if there is no H.
+        epsilon_squared: effect size ``H / (n - 1)`` (Tomczak and Tomczak 2014): 0 for no effect, 1 if the sets' ranks
+            do not mix.
         counts: number of values in each set.
     """
 
@@ -231,7 +231,7 @@ class KruskalWallis:
 
 
 def kruskal_wallis(*sets: ArrayLike) -> KruskalWallis:
-    """Test two or more sets of values.
+    """Test whether two or more sets of values have the same location.
 
     Raises:
         InputError: fewer than two sets were given.
@@ -255,9 +255,9 @@ def kruskal_wallis(*sets: ArrayLike) -> KruskalWallis:
 
 
 def trend_holds(means: Mapping[str, float], order: Sequence[str] = ("scsi", "scdi", "dcsi", "dcdi")) -> bool | None:
-    """Whether the means rise strictly in the given order (the paper's Eq. 16); None if one is missing or NaN.
+    """Tell whether the means rise strictly in the given order (the paper's Eq. 16); None if one is missing or NaN.
 
-    For transforms (Eq. 17) the order is ``sidi, scsi, dcsi``.
+    The order for transforms (Eq. 17) is ``sidi, scsi, dcsi``.
 
     >>> trend_holds({"sidi": 0.1, "scsi": 0.2, "dcsi": 0.2}, ("sidi", "scsi", "dcsi"))
     False
@@ -270,12 +270,15 @@ def trend_holds(means: Mapping[str, float], order: Sequence[str] = ("scsi", "scd
 
 @dataclass(frozen=True)
 class DistanceSet:
-    """Distances, and the images that each one's two objects lie in.
+    """Distances between pairs of objects, with the images of both objects.
 
     Attributes:
         values: ``(P,)``, finite.
-        left: ``(P,)`` whole numbers, the first object's image, counted from 0.
-        right: ``(P,)``, the second object's; may be the same.
+        left: ``(P,)``, number of the first object's image, from 0.
+        right: ``(P,)``, number of the second object's image; it may be the same.
+
+    Raises:
+        InputError: the arrays differ in length, a distance is not finite, or a number is below 0.
     """
 
     values: NDArray[np.float64]
@@ -303,11 +306,11 @@ class DistanceSet:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its percentile interval; NaN where it has no value.
+    """A figure with its percentile interval; NaN if there is none.
 
     Attributes:
-        value: of the distances as given.
-        low: lower end.
+        value: the figure of the given distances.
+        low: lower end of the interval.
         high: upper end.
         draws: number of draws in which the figure had a value.
     """
@@ -320,15 +323,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class MeanBootstrap:
-    """Means of sets of distances, with intervals over images.
+    """Means of sets of distances, with intervals from resampled images.
 
     Attributes:
-        means: by set.
-        differences: mean of the second less mean of the first, by pair of sets, in the given order.
-        trend: share of draws in which the means rise strictly in the given order; NaN if there was none with all means.
+        means: the mean of each set.
+        differences: for each pair of sets, in the given order, the second's mean minus the first's.
+        trend: share of draws in which the means rise strictly in the given order; NaN if no draw had all means.
         images: number of images that were resampled.
         draws: number of draws, R.
-        level: of the intervals.
+        level: level of the intervals, 0 to 1.
     """
 
     means: Mapping[str, Interval]
@@ -342,16 +345,16 @@ class MeanBootstrap:
 def bootstrap_means(
     sets: Mapping[str, DistanceSet], *, draws: int = 1000, seed: int = 0, level: float = 0.95
 ) -> MeanBootstrap:
-    """Means of several sets over the same resampled images.
+    """Compute the means of several sets and their intervals. All sets share the resampled images of a draw.
 
     Args:
-        sets: by name; their order is that of the trend.
-        draws: R.
-        seed: of the drawing.
-        level: of the intervals, 0 to 1.
+        sets: the sets by name; their order is that of the trend.
+        draws: number of draws, R.
+        seed: seed of the draws.
+        level: level of the intervals, 0 to 1.
 
     Raises:
-        InputError: no set, or draws or level that are not allowed.
+        InputError: there is no set, or ``draws`` or ``level`` is not allowed.
     """
     if not sets:
         raise InputError("no set of distances; allowed: one or more")
@@ -381,9 +384,16 @@ def bootstrap_means(
 def bootstrap_effect(
     first: DistanceSet, second: DistanceSet, *, draws: int = 200, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Kruskal-Wallis' epsilon squared of two sets, ranked anew in every draw, with its interval over images.
+    """Compute Kruskal-Wallis' epsilon squared of two sets, and its interval from resampled images.
 
-    Sorting is done once; a draw takes time in proportion to the number of distances.
+    Every draw ranks the distances again. They are sorted only once, so a draw takes time in proportion to their number.
+
+    Args:
+        first: one set.
+        second: the other set.
+        draws: number of draws.
+        seed: seed of the draws.
+        level: level of the interval, 0 to 1.
     """
     check_draws(draws, level)
     images = max(first.images, second.images)
@@ -392,7 +402,7 @@ def bootstrap_effect(
     left = np.concatenate([first.left, second.left])[order]
     right = np.concatenate([first.right, second.right])[order]
     is_first = order < len(first)
-    starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf) != 0)  # where a run of equal values begins
+    starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf) != 0)  # first index of each run of equal values
     drawn = np.empty(draws)
     for r, weights in enumerate(_weights(_present((first, second), images), draws, seed)):
         often = np.where(left == right, weights[left], weights[left] * weights[right])
@@ -401,7 +411,7 @@ def bootstrap_effect(
 
 
 def _weighted_effect(often: NDArray[np.float64], is_first: NDArray[np.bool_], starts: NDArray[np.int64]) -> float:
-    """Epsilon squared of sorted values, each occurring ``often`` times."""
+    """Compute epsilon squared of sorted values, each of which occurs ``often`` times."""
     if not len(often):
         return math.nan
     ties = np.add.reduceat(often, starts)
@@ -409,14 +419,14 @@ def _weighted_effect(often: NDArray[np.float64], is_first: NDArray[np.bool_], st
     total, count = float(ties.sum()), float(ours.sum())
     if count == 0 or count == total:
         return math.nan
-    ranks = np.cumsum(ties) - (ties - 1) / 2.0 - (total + 1) / 2.0  # midranks, their mean moved to 0
+    ranks = np.cumsum(ties) - (ties - 1) / 2.0 - (total + 1) / 2.0  # mid-ranks of ties, minus their mean
     variance = float(np.dot(ties, np.square(ranks)))
     part = float(np.dot(ours, ranks))
     return part**2 * (1 / count + 1 / (total - count)) / variance if variance > 0 else math.nan
 
 
 def _present(sets: Collection[DistanceSet], images: int) -> NDArray[np.bool_]:
-    """Which images have a part in some distance, ``(I,)``: the others are not drawn."""
+    """Mark the images that occur in some distance, ``(I,)``; the others are not drawn."""
     present = np.zeros(images, bool)
     for one in sets:
         present[one.left] = True
@@ -425,7 +435,7 @@ def _present(sets: Collection[DistanceSet], images: int) -> NDArray[np.bool_]:
 
 
 def _weights(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """How often each image is drawn, ``(I,)``, draw by draw."""
+    """Yield, for each draw, how often each image is drawn, ``(I,)``."""
     rng, places = np.random.default_rng(seed), np.flatnonzero(present)
     for _ in range(draws):
         weights = np.zeros(len(present))
@@ -435,10 +445,17 @@ def _weights(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[NDAr
 
 @dataclass(frozen=True)
 class _ImageSums:
-    """Sums and numbers of distances by pair of images, those that occur.
+    """Sum and number of the distances of each pair of images that occurs.
 
-    A draw's mean needs no more, so its time does not grow with the number of distances. Unless few pairs of images
-    occur they are kept as matrices too, and one product serves many draws.
+    The mean of a draw needs nothing else, so its time does not grow with the number of distances. Unless few pairs of
+    images occur, they are also kept as matrices, so that one matrix product serves many draws.
+
+    Attributes:
+        left: number of each pair's first image, the smaller one.
+        right: number of its second image.
+        sums: sum of its distances.
+        counts: number of its distances.
+        matrices: sums and counts as ``(I, I)``; None if they would be mostly empty or too large.
     """
 
     left: NDArray[np.int64]
@@ -473,25 +490,26 @@ class _ImageSums:
 
 
 _DENSE = 4000
-"""Most images whose pairs are kept as matrices: two of 128 MB a set."""
+"""The pairs of at most this many images are kept as matrices: two of 128 MB per set."""
 
 _BATCH = 128
-"""Draws whose means are taken in one product."""
+"""Number of draws whose means are computed in one product."""
 
 
 def _table(
     left: NDArray[np.int64], right: NDArray[np.int64], values: NDArray[np.float64], images: int
 ) -> NDArray[np.float64]:
-    """Values by pair of images as a matrix ``(I, I)``, each pair once."""
+    """Put the values of pairs of images into a matrix ``(I, I)``, each pair once."""
     table = np.zeros((images, images))
     table[left, right] = values
     return table
 
 
 def _products(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compute the weighted sums of a table's entries, ``(R,)``.
+    """Compute the weighted sum of a table's entries for each draw, ``(R,)``.
 
-    An entry between two images counts as often as the product of their weights, one within an image as its weight.
+    An entry between two images has the product of their weights; an entry within an image has the image's weight. The
+    product w A w gives diagonal entries the squared weight, which the second term corrects.
     """
     diagonal = np.diagonal(table)
     found: NDArray[np.float64] = np.einsum("ri,ri->r", weights @ table, weights) + (weights - weights**2) @ diagonal
@@ -499,7 +517,7 @@ def _products(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArr
 
 
 def _batches(present: NDArray[np.bool_], draws: int, seed: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Compute the weights of `_weights` in stacks ``(R, I)``, each with its first draw's number."""
+    """Stack the weights of `_weights` to batches ``(R, I)``; yield each with the number of its first draw."""
     start, rows = 0, []
     for row in _weights(present, draws, seed):
         rows.append(row)

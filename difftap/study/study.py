@@ -1,4 +1,4 @@
-"""The study from data sets to results: tables of prototypes made or found again, then analysed axis by axis."""
+"""The study from data sets to results: build the tables of prototypes, or find them, and analyse them axis by axis."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from difftap.artifacts.files import output_errors
+from difftap.artifacts.files import JsonObject, output_errors
 from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.artifacts.table import plain
 from difftap.backbones.checkpoint import Checkpoint
@@ -45,26 +44,26 @@ VIDEO = "davis"
 
 @dataclass(frozen=True)
 class Study:
-    """What a run of the study is to do.
+    """What a run of the study does.
 
     Attributes:
-        recipe: one branch: the study's taps and timestep.
-        model: the checkpoint it names.
+        recipe: a recipe of one branch: the study's taps and timestep.
+        model: the checkpoint that it names.
         model_key: the checkpoint's key in the cache.
-        backend: name of the backend, part of what tables must agree in; not ``auto``.
-        precision: what its engines compute in; so too.
+        backend: name of the backend, not ``auto``; tables of another backend are not used.
+        precision: precision of its engines; tables of another precision are not used.
         opener: opens a pipeline for a recipe.
-        folder: where everything goes.
-        rule: from masks to cells.
-        metric: of every axis but ``distances``.
-        metrics: of ``distances``.
-        timesteps: of ``steps``.
-        offsets: of ``video``, in frames.
+        folder: the folder of everything that is written.
+        rule: how masks choose cells.
+        metric: the metric of every axis except ``distances``.
+        metrics: the metrics of the axis ``distances``.
+        timesteps: the timesteps of the axis ``steps``.
+        offsets: the offsets of the axis ``video``, in frames.
         draws: bootstrap draws.
-        seed: of bootstrap and samples.
+        seed: seed of the bootstrap and of samples.
         device: where distances are computed, ``cpu`` or ``cuda``.
-        overwrite: build tables anew, each once.
-        say: told what is being done.
+        overwrite: build tables again even if they exist, each once.
+        say: called with what is being done.
         bar: makes a progress bar for a number of images.
         fresh: the tables that this run has built.
     """
@@ -90,13 +89,13 @@ class Study:
     fresh: set[Path] = field(default_factory=set)
 
     @property
-    def conditions(self) -> dict[str, Any]:
-        """What a table must have been made under, to be taken as it is."""
+    def conditions(self) -> JsonObject:
+        """The conditions that an existing table must have been made under to be used."""
         return {"model": {"key": self.model_key}, "backend": {"name": self.backend, "precision": self.precision}}
 
 
 def base_case(study: Study) -> Case:
-    """Give the recipe's own taps and timestep."""
+    """Give the case of the recipe's own taps and timestep."""
     branch = study.recipe.branches[0]
     return Case("+".join(branch.taps), branch.taps, branch.timestep, "base")
 
@@ -107,13 +106,17 @@ def still_sources(sources: Mapping[str, SceneSource]) -> dict[str, SceneSource]:
 
 
 def tables(study: Study, source: SceneSource, cases: Sequence[Case], name: str) -> list[PrototypeTable]:
-    """Build the prototypes of each case, in their order; tables that are there are used, the others made in one pass.
+    """Give the table of prototypes of each case, in order; build those that do not exist in one pass.
 
     Args:
-        study: recipe, model, folder.
+        study: gives recipe, model and folder.
         source: the scenes.
-        cases: what to build.
-        name: of the folder below ``prototypes``.
+        cases: the cases.
+        name: name of the tables' folder below ``prototypes``.
+
+    Raises:
+        InputError: no object can be used.
+        OutputError: a table cannot be written, or its file is another table.
     """
     folder = study.folder / "prototypes" / name
     with output_errors(folder):
@@ -142,15 +145,15 @@ def tables(study: Study, source: SceneSource, cases: Sequence[Case], name: str) 
             )
         study.fresh.update(column.path for column in to_build)
         for left in folder.glob(".*.parts"):
-            shutil.rmtree(left, ignore_errors=True)  # of a run that was stopped between two tables
+            shutil.rmtree(left, ignore_errors=True)  # left by a run that was stopped between two tables
         for key, why in built.failures[:10]:
             study.say(f"  {key} failed: {why}")
         study.say(f"{name}: {built.rows} objects of {built.images} images, {len(built.failures)} images failed")
     return [PrototypeTable.load(wanted[case].path) for case in cases]
 
 
-def _about(table: PrototypeTable) -> dict[str, Any]:
-    """Conditions and counts that go with a data set's figures."""
+def _about(table: PrototypeTable) -> JsonObject:
+    """Give the conditions and counts that go with a data set's figures."""
     made = table.provenance
     return {
         "conditions": made["conditions"],
@@ -164,15 +167,15 @@ def _about(table: PrototypeTable) -> dict[str, Any]:
     }
 
 
-def _cased(study: Study, case: Case, table: PrototypeTable, metric: str) -> dict[str, Any]:
+def _cased(study: Study, case: Case, table: PrototypeTable, metric: str) -> JsonObject:
     sets = pair_sets(table, metric, device=study.device, seed=study.seed)
     about = {"label": case.label, "group": case.group, "taps": list(case.taps), "timestep": case.timestep}
     more = {"metric": metric, "width": table.width, "kept_by_largest_cell": int(table.small.sum())}
     return {**about, **more, **analyse(sets, draws=study.draws, seed=study.seed)}
 
 
-def _distances(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
-    """Fig. 3 and Table 1: the five measures on the study's layer."""
+def _distances(study: Study, sources: Mapping[str, SceneSource]) -> JsonObject:
+    """Compute Fig. 3 and Table 1: the five measures on the study's layer."""
     case, made = base_case(study), {}
     for name, source in still_sources(sources).items():
         [table] = tables(study, source, [case], name)
@@ -184,8 +187,8 @@ def _distances(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, An
     return {"datasets": made, "published": SOURCE}
 
 
-def _compared(study: Study, sources: Mapping[str, SceneSource], cases: Sequence[Case]) -> dict[str, Any]:
-    """Any axis whose cases are tables of the same objects."""
+def _compared(study: Study, sources: Mapping[str, SceneSource], cases: Sequence[Case]) -> JsonObject:
+    """Compute an axis whose cases are tables of the same objects."""
     made = {}
     for name, source in still_sources(sources).items():
         found = tables(study, source, cases, name)
@@ -197,8 +200,8 @@ def _compared(study: Study, sources: Mapping[str, SceneSource], cases: Sequence[
     return {"datasets": made}
 
 
-def _transforms(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
-    """Fig. 8: each object against itself in the transformed image, beside the pairs of the images as they are."""
+def _transforms(study: Study, sources: Mapping[str, SceneSource]) -> JsonObject:
+    """Compute Fig. 8: each object against itself in the transformed image, beside pairs of untransformed images."""
     case, made = base_case(study), {}
     for name, source in still_sources(sources).items():
         [plain_table] = tables(study, source, [case], name)
@@ -226,8 +229,8 @@ def _transforms(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, A
     return {"datasets": made}
 
 
-def _video(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
-    """Fig. 9: distance over offset; Fig. 10 is drawn from the same table."""
+def _video(study: Study, sources: Mapping[str, SceneSource]) -> JsonObject:
+    """Compute Fig. 9: distance over offset. Fig. 10 is drawn from the same table."""
     [table] = tables(study, sources[VIDEO], [base_case(study)], VIDEO)
     found = clips(table, study.metric, study.device)
     results = offset_results(found, study.offsets, draws=study.draws, seed=study.seed)
@@ -235,7 +238,7 @@ def _video(study: Study, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
 
 
 def _cases(study: Study, axis: str) -> tuple[Case, ...]:
-    """Build the tables an axis needs of the images as they are."""
+    """List the cases of an axis."""
     branch = study.recipe.branches[0]
     if axis == "layers":
         return layer_cases(study.model, study.recipe.size, branch.timestep)
@@ -252,11 +255,11 @@ def prepare(study: Study, sources: Mapping[str, SceneSource], axes: Sequence[str
             tables(study, source, cases, name)
 
 
-def run_axis(study: Study, axis: str, sources: Mapping[str, SceneSource]) -> dict[str, Any]:
-    """One axis' results as plain data, ready for JSON.
+def run_axis(study: Study, axis: str, sources: Mapping[str, SceneSource]) -> JsonObject:
+    """Compute the results of one axis as plain data, ready for JSON.
 
     Raises:
-        InputError: no object is usable.
+        InputError: no object can be used.
     """
     if axis == "distances":
         results = _distances(study, sources)
@@ -273,5 +276,7 @@ def run_axis(study: Study, axis: str, sources: Mapping[str, SceneSource]) -> dic
         "seed": study.seed,
         "recipe": study.recipe.to_dict(),
     }
-    done: dict[str, Any] = plain({"schema": SCHEMA, "axis": axis, "settings": settings, **results})
-    return json.loads(json.dumps(done, allow_nan=False))  # type: ignore[no-any-return]
+    done = plain({"schema": SCHEMA, "axis": axis, "settings": settings, **results})
+    # Through JSON once, so that results are the same whether they were just computed or read from their file.
+    read: JsonObject = json.loads(json.dumps(done, allow_nan=False))
+    return read

@@ -1,4 +1,4 @@
-"""What the study writes and prints: tables and figures of each axis, and one HTML page of all that a folder holds."""
+"""Write and print the study's results: tables and figures of each axis, and one HTML page of everything in a folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from difftap.artifacts.files import only_writer, output_errors, write_atomic
+from difftap.artifacts.files import JsonObject, only_writer, output_errors, write_atomic
 from difftap.artifacts.table import Table, json_text
 from difftap.errors import InputError
 from difftap.pages.page import html_page, html_picture
@@ -22,16 +21,14 @@ from difftap.study.video import clips
 
 __all__ = ["axis_tables", "finish_axis", "load_axes", "study_folder", "trend_lines", "write_report"]
 
-Results = Mapping[str, Any]
-
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Format a figure for print; ``-`` where there is none."""
+    """Format a figure for print; ``-`` for None."""
     return "-" if value is None else f"{value:.{digits}g}"
 
 
-def conditions_line(data: Results) -> str:
-    """Say what a reader must know of a data set's figures, on one line."""
+def conditions_line(data: JsonObject) -> str:
+    """Write the conditions of a data set's figures on one line."""
     at, counts, about = data["conditions"], data["counts"], data["data"]
     recipe = at["recipe"]
     size = f"{recipe['size'][0]} x {recipe['size'][1]}"
@@ -49,7 +46,7 @@ def conditions_line(data: Results) -> str:
     return text
 
 
-def _verdict(case: Results) -> str:
+def _verdict(case: JsonObject) -> str:
     trend = case["trend"]
     if trend["holds"] is None:
         return "not known"
@@ -57,8 +54,8 @@ def _verdict(case: Results) -> str:
     return ("holds" if trend["holds"] else "does not hold") + ("" if share is None else f" ({100 * share:.0f} %)")
 
 
-def trend_lines(results: Results) -> list[str]:
-    """Per data set and case whether the paper's order of means holds; one line each."""
+def trend_lines(results: JsonObject) -> list[str]:
+    """Write, for each data set and case, one line that tells whether the paper's order of means holds."""
     lines = []
     for name, data in results["datasets"].items():
         title = f"{TITLES.get(name, name)} ({data['counts']['images']} images)"
@@ -74,7 +71,7 @@ def trend_lines(results: Results) -> list[str]:
     return lines
 
 
-def _means(name: str, data: Results, axis: str) -> Table:
+def _means(name: str, data: JsonObject, axis: str) -> Table:
     sets = ["sidi", "scsi", "dcsi"] if axis == "transforms" else ["scsi", "scdi", "dcsi", "dcdi"]
     rows = []
     for case in data["cases"]:
@@ -97,8 +94,8 @@ def _means(name: str, data: Results, axis: str) -> Table:
     return Table.of((head, *sets, "trend"), rows, f"{TITLES.get(name, name)}: distances by set", note)
 
 
-def _dunn(name: str, data: Results, axis: str) -> Table:
-    """Dunn's index of every pair of sets; for measures with what the paper prints."""
+def _dunn(name: str, data: JsonObject, axis: str) -> Table:
+    """Tabulate Dunn's index of every pair of sets; for the axis ``distances`` beside the paper's values."""
     pairs = list(dict.fromkeys(pair for case in data["cases"] for pair in case["pairs"]))
     rows: list[tuple[str, ...]] = []
     published = set()
@@ -121,7 +118,7 @@ def _dunn(name: str, data: Results, axis: str) -> Table:
     return dataclasses.replace(table, quoted=frozenset(published))
 
 
-def _tests(name: str, data: Results, axis: str) -> Table:
+def _tests(name: str, data: JsonObject, axis: str) -> Table:
     rows = []
     for case in data["cases"]:
         label = case["metric"] if axis == "distances" else case["label"]
@@ -155,10 +152,10 @@ def _tests(name: str, data: Results, axis: str) -> Table:
 def _p(value: float | None) -> str:
     if value is None:
         return "-"
-    return "< 1e-300" if value == 0 else f"{value:.2g}"
+    return "< 1e-300" if value == 0 else f"{value:.2g}"  # 0 is an underflow: no p-value is 0
 
 
-def _video(name: str, data: Results) -> Table:
+def _video(name: str, data: JsonObject) -> Table:
     rows = []
     for row in data["offsets"]:
         cells = [str(row["offset"])]
@@ -180,8 +177,8 @@ def _video(name: str, data: Results) -> Table:
     return Table.of(heads, rows, f"{TITLES.get(name, name)}: offsets between frames", note)
 
 
-def axis_tables(results: Results) -> list[Table]:
-    """All tables of an axis, data set by data set."""
+def axis_tables(results: JsonObject) -> list[Table]:
+    """Make all tables of an axis, data set by data set."""
     axis, made = results["axis"], []
     for name, data in results["datasets"].items():
         if axis == "video":
@@ -200,11 +197,11 @@ _HEADINGS = {
 }
 
 
-def load_axes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Load the results of every axis that a study's folder holds.
+def load_axes(folder: Path) -> dict[str, JsonObject]:
+    """Read the results of every axis that a study's folder holds.
 
     Raises:
-        InputError: a file is there that cannot be read.
+        InputError: a file cannot be read, or holds other data.
     """
     found = {}
     for axis in AXES:
@@ -214,19 +211,19 @@ def load_axes(folder: Path) -> dict[str, dict[str, Any]]:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["axis"] != axis or not data["datasets"]:
-                raise ValueError("it is another axis'")
+                raise ValueError("it belongs to another axis")
             found[axis] = data
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"'{path}' is no result of the study ({error}); run its axis again") from error
     return found
 
 
-def _report(axes: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Sequence[tuple[str, Path]]]) -> str:
+def _report(axes: Mapping[str, JsonObject], figures: Mapping[str, Sequence[tuple[str, Path]]]) -> str:
     """Build the report as one HTML document.
 
     Args:
-        axes: results by axis.
-        figures: by axis, each figure's title and file.
+        axes: the results of each axis.
+        figures: title and file of each axis' figures.
     """
     recipe = next(iter(axes.values()))["settings"]["recipe"]
     taps = "+".join(recipe["branches"][0]["taps"])
@@ -257,7 +254,7 @@ def _report(axes: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Sequenc
 
 @contextlib.contextmanager
 def study_folder(path: Path) -> Iterator[Path]:
-    """Make a study's folder if need be, and hold it for this process alone.
+    """Make a study's folder if it does not exist, and lock it for this process.
 
     Raises:
         OutputError: it cannot be made, or another run is writing it.
@@ -268,17 +265,21 @@ def study_folder(path: Path) -> Iterator[Path]:
         yield path
 
 
-def finish_axis(study: Study, results: Mapping[str, Any], sources: Mapping[str, SceneSource]) -> list[str]:
-    """Write an axis' results, tables and figures.
+def finish_axis(study: Study, results: JsonObject, sources: Mapping[str, SceneSource]) -> list[str]:
+    """Write the results, tables and figures of an axis.
 
     Returns:
         lines for a terminal.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: a file cannot be written.
     """
     axis = results["axis"]
     made = axis_tables(results)
     figures = draw_axis(results, study.folder / "figures")
     if axis == "video":
-        # The frames need images and masks again, which no result holds.
+        # Frames are drawn from images and masks, which the results do not hold.
         [table] = tables(study, sources[VIDEO], [base_case(study)], VIDEO)
         found = clips(table, study.metric, study.device)
         drawn = draw_frames(sources[VIDEO], found, study.offsets, study.metric, study.folder / "figures")
@@ -287,13 +288,14 @@ def finish_axis(study: Study, results: Mapping[str, Any], sources: Mapping[str, 
     trends = trend_lines(results)
     lines = "\n".join(f"- {line}" for line in trends)
     write_atomic(study.folder / f"{axis}.md", f"## {axis}\n\n{lines}\n\n" + "\n".join(one.markdown() for one in made))
+    # The JSON last: `load_axes` reads it, so an axis counts only when its other files are there.
     write_atomic(study.folder / f"{axis}.json", json_text({**results, "figures": listed}))
     shown = [one for one in made if not one.title.endswith(": tests")]
     return [*trends, "", *(line for one in shown for line in (*one.text(), ""))]
 
 
 def write_report(folder: Path) -> Path:
-    """Gather everything a study's folder holds into ``report.html``."""
+    """Write ``report.html`` from everything that a study's folder holds; return its path."""
     axes = load_axes(folder)
     figures = {
         axis: [(title, folder / "figures" / name) for title, name in axes[axis].get("figures", ())]

@@ -1,6 +1,6 @@
-"""The study's transforms: the same object in an image that was cropped, shifted, flipped or turned.
+"""The study's transforms: the same object in an image that was cropped, shifted, flipped or rotated.
 
-The paper names the transforms and does not define them; what they do here is our reading, said in docs/semantics.md.
+The paper names the transforms but does not define them. Ours are our reading; docs/semantics.md describes them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from difftap.prototypes import ObjectFilter, Scene, SceneSource, make_scene
 
 __all__ = ["OBJECT_TRANSFORMS", "TRANSFORMS", "WHOLE_TRANSFORMS", "transform_of", "transformed"]
 
-_GREY = 127
-_MARK = "#"
+_GREY = 127  # fills what lies outside the image
+_MARK = "#"  # separates the parts of a scene's name: image, transform, number of the object
 
 Pixels = NDArray[np.uint8]
 Whole = Callable[[NDArray[np.generic]], NDArray[np.generic]]
@@ -30,7 +30,7 @@ WHOLE_TRANSFORMS: dict[str, Whole] = {
     "rotate 180": lambda array: np.rot90(array, 2),
     "rotate 270": lambda array: np.rot90(array, 3),
 }
-"""Of the whole image, once for all its objects; turns are counter-clockwise, in degrees."""
+"""Transforms of the whole image, applied once for all its objects; rotations are counter-clockwise, in degrees."""
 
 OBJECT_TRANSFORMS: dict[str, Callable[[Pixels, Mask], tuple[Pixels, Mask]]] = {
     "crop-pad": lambda pixels, mask: _crop_pad(pixels, mask),
@@ -39,13 +39,13 @@ OBJECT_TRANSFORMS: dict[str, Callable[[Pixels, Mask], tuple[Pixels, Mask]]] = {
     "crop-shift 40 %": lambda pixels, mask: _window(pixels, mask, 0.4),
     "crop-shift 60 %": lambda pixels, mask: _window(pixels, mask, 0.6),
 }
-"""Of the image around one object, once an object."""
+"""Transforms of the image around one object, applied once per object."""
 
 TRANSFORMS = (*OBJECT_TRANSFORMS, *WHOLE_TRANSFORMS)
 
 
 def _crop_pad(pixels: Pixels, mask: Mask) -> tuple[Pixels, Mask]:
-    """Draw the object's box where it was, mid-grey around it."""
+    """Keep the object's box in its place and fill the rest of the image with mid-grey."""
     x0, y0, x1, y1 = mask_boxes(mask[None])[0].tolist()
     padded = np.full_like(pixels, _GREY)
     padded[y0:y1, x0:x1] = pixels[y0:y1, x0:x1]
@@ -53,10 +53,10 @@ def _crop_pad(pixels: Pixels, mask: Mask) -> tuple[Pixels, Mask]:
 
 
 def _window(pixels: Pixels, mask: Mask, share: float) -> tuple[Pixels, Mask]:
-    """Draw the object's box alone, moved sideways by a share of its width to the side where the image has more room.
+    """Cut out a window as large as the object's box, moved sideways by a share of the box's width.
 
-    What of the box the move leaves behind is lost; where the image ends, mid-grey follows. The network's input then
-    is the window, so that it is seen larger.
+    It moves to the side where the image has more room. The part of the object that is then outside is lost; beyond the
+    image, the window is mid-grey. The window becomes the network's whole input, so the object appears larger.
     """
     x0, y0, x1, y1 = mask_boxes(mask[None])[0].tolist()
     move = round(share * (x1 - x0))
@@ -71,21 +71,21 @@ def _window(pixels: Pixels, mask: Mask, share: float) -> tuple[Pixels, Mask]:
 
 
 def transform_of(key: str) -> str:
-    """Which transform a scene of `transformed` shows."""
+    """Give the transform that a scene of `transformed` shows, from the scene's name."""
     return key.split(_MARK)[1]
 
 
 def transformed(source: SceneSource) -> SceneSource:
-    """Every scene under every transform; objects keep their identity, the image gets a name of its own.
+    """Give every scene under every transform. Objects keep their identity; each transformed image has its own name.
 
-    The scenes of one image follow one another, so that it is decoded once.
+    The scenes of one image follow one another, so that it is decoded only once.
     """
     read = lru_cache(maxsize=1)(source.read)
     keys = []
     for key in source.keys:
         try:
             count = len(read(key).objects)
-        except ValueError:  # an InputError: it fails once more when its scenes are read, and is recorded there
+        except ValueError:  # an InputError; it comes again when the scenes are read, and is recorded then
             count = 1
         keys += [f"{key}{_MARK}{name}" for name in WHOLE_TRANSFORMS] if count else []
         keys += [f"{key}{_MARK}{name}{_MARK}{k}" for name in OBJECT_TRANSFORMS for k in range(count)]

@@ -1,4 +1,4 @@
-"""The same people in later frames: distances by offset, and whether a person stays nearest to itself.
+"""Follow people through later frames: distances by offset, and whether a person stays nearest to itself.
 
 Axis letters: N objects of a clip.
 """
@@ -8,30 +8,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.table import plain
 from difftap.errors import InputError
 from difftap.prototypes import PrototypeTable
 from difftap.retrieval.distances import pairwise
-from difftap.study.statistics import DistanceSet, bootstrap_means, box_figures
+from difftap.study.statistics import DistanceSet, Interval, bootstrap_means, box_figures
 
 __all__ = ["Clip", "clips", "offset_results"]
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """The objects of one clip with all their distances.
+    """The N objects of one clip, seen in its frames, with all their distances.
 
     Attributes:
-        name: of the clip.
-        frames: ``(N,)`` the frame number of each object.
-        images: ``(N,)`` the frame's place among all frames of all clips.
-        instances: ``(N,)`` str, each object's identity.
-        distances: ``(N, N)``.
+        name: the clip's name.
+        frames: ``(N,)``, frame number of each object.
+        images: ``(N,)``, index of the frame among all frames of all clips.
+        instances: ``(N,)`` str, identity of each object.
+        distances: ``(N, N)``, distances between prototypes.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Clip:
 
 
 def clips(table: PrototypeTable, metric: str, device: str = "cpu") -> list[Clip]:
-    """Read a table of frames named ``clip/00012``, clip by clip.
+    """Split a table of prototypes into clips and compute their distances; images are named ``clip/00012``.
 
     Raises:
-        InputError: an image's name is no frame's.
+        InputError: an image has another kind of name.
     """
     owners = []
     for key in table.images:
@@ -65,7 +65,8 @@ def clips(table: PrototypeTable, metric: str, device: str = "cpu") -> list[Clip]
 
 
 def _pairs(clip: Clip, offset: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pair the objects of each two frames that lie so far apart, every pair once."""
+    """Pair the objects of every two frames with this offset, every pair once; give the rows of both."""
+    # Offset 0 pairs a frame with itself, where each pair would come twice.
     later = clip.frames[None, :] - clip.frames[:, None] == offset
     i, j = np.nonzero(np.triu(later, 1) if offset == 0 else later)
     return i.astype(np.int64), j.astype(np.int64)
@@ -78,16 +79,14 @@ def _set(parts: Sequence[tuple[Clip, NDArray[np.int64], NDArray[np.int64]]]) -> 
     return DistanceSet(values, left, right)
 
 
-def offset_results(
-    found: Sequence[Clip], offsets: Sequence[int], *, draws: int = 1000, seed: int = 0
-) -> dict[str, Any]:
-    """Describe each offset.
+def offset_results(found: Sequence[Clip], offsets: Sequence[int], *, draws: int = 1000, seed: int = 0) -> JsonObject:
+    """Describe the distances at each offset.
 
     Returns:
-        ``scsi``: two people in one frame; ``offsets``: by offset ``sidi`` (the same person that many frames later),
-        ``scdi`` (another person of the clip, that many frames later), their order with its share of bootstrap draws,
-        and ``nearest``: how often a person's nearest in the later frame is itself, where there are several; ``clips``:
-        per clip its frames, people and prototypes.
+        ``scsi``: two people in one frame; ``offsets``: for each offset ``sidi`` (the same person that many frames
+        later), ``scdi`` (another person of the clip, that many frames later), whether sidi < scdi holds and in which
+        share of bootstrap draws, and ``nearest`` (how often the nearest person in a later frame with several people is
+        the same one); ``clips``: frames, people and prototypes of each clip.
     """
     together = _set([(clip, *_pairs(clip, 0)) for clip in found])
     rows = []
@@ -119,16 +118,16 @@ def offset_results(
         for clip in found
     }
     alone = bootstrap_means({"scsi": together}, draws=draws, seed=seed).means["scsi"]
-    made: dict[str, Any] = plain({"scsi": _described(together, alone), "offsets": rows, "clips": described})
+    made: JsonObject = plain({"scsi": _described(together, alone), "offsets": rows, "clips": described})
     return made
 
 
-def _described(one: DistanceSet, interval: Any) -> dict[str, Any]:
+def _described(one: DistanceSet, interval: Interval) -> dict[str, object]:
     return {"count": len(one), "box": box_figures(one.values), "interval": [interval.low, interval.high]}
 
 
-def _nearest(found: Sequence[Clip], offset: int) -> Mapping[str, Any]:
-    """How often an object's nearest among those of the later frame is itself, where it and another are there."""
+def _nearest(found: Sequence[Clip], offset: int) -> Mapping[str, object]:
+    """Measure how often the nearest object in the later frame is the same one, if that frame has it and another."""
     tried = won = 0
     by_clip = {}
     for clip in found:

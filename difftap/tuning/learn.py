@@ -1,4 +1,4 @@
-"""From a model, a recipe and pairs to a folder of learned prompts."""
+"""Learn prompts: from a model, a recipe and training pairs to a folder with a prompt file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import atomic_path, only_writer, output_errors, write_atomic
+from difftap.artifacts.files import JsonObject, atomic_path, only_writer, output_errors, write_atomic
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.sd_unet import SDUNet
 from difftap.datasets.keypoints import Sample
@@ -45,12 +45,11 @@ __all__ = ["TuneResult", "class_keys", "save_course", "save_plot", "tensors_of",
 
 
 CLASS_PAIRS = 200
-
-"""Training pairs of a class whose conditional prompts are averaged for the ``class`` mode."""
+"""At most this many training pairs of a class have their conditional prompts averaged, for the ``class`` mode."""
 
 
 def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> list[list[PromptKey]]:
-    """Find the keys whose prompts a file's rows are the mean of: one row, or one a class."""
+    """List, for each row of a prompt file, the keys whose prompts are averaged: one row, or one row per class."""
     if kind == "single":
         return [[PromptKey()]]
     if kind == "class":
@@ -66,7 +65,18 @@ def class_keys(samples: Sequence[Sample], kind: str, classes: Sequence[str]) -> 
 def tensors_of(
     learner: Learner, rows: Sequence[Sequence[PromptKey]], tokens: Callable[[View], NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
-    """Give a branch's tensors as a prompt file holds them; means are taken before the text encoder."""
+    """Give a branch's tensors as a prompt file holds them.
+
+    Prompts are averaged before they go through the text encoder.
+
+    Args:
+        learner: the branch's prompt.
+        rows: the keys of each row (`class_keys`).
+        tokens: gives an image's tokens ``(N, K)``.
+
+    Returns:
+        ``embedding`` ``(rows, L, D)``, and the parameters: ``head.*`` or ``tokens``.
+    """
     import torch
 
     device = learner.space.empty.device
@@ -85,13 +95,13 @@ def tensors_of(
     return found
 
 
-def save_course(path: Path, groups: Sequence[dict[str, Any]]) -> None:
-    """Each training's losses and epochs as JSON."""
+def save_course(path: Path, groups: Sequence[JsonObject]) -> None:
+    """Write each training's losses and epochs as JSON."""
     write_atomic(path, json.dumps({"schema": 1, "groups": list(groups)}, indent=1) + "\n")
 
 
-def save_plot(path: Path, groups: Sequence[dict[str, Any]]) -> None:
-    """Loss and validation PCK of each training, side by side.
+def save_plot(path: Path, groups: Sequence[JsonObject]) -> None:
+    """Draw loss and validation PCK of each training side by side, as PNG.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -138,22 +148,22 @@ _LOG = logging.getLogger("difftap")
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a training gave.
+    """The result of a training.
 
     Attributes:
         prompts: the prompt file.
-        scores: one a group of branches that was learned together.
-        images: images that went through the VAE in this run; those of an earlier one are read again.
+        scores: the scores of each group of branches that was learned together.
+        images: images that went through the VAE in this run; those of an earlier run are read from files.
     """
 
     prompts: LearnedPrompts
-    scores: Sequence[dict[str, Any]]
+    scores: Sequence[JsonObject]
     images: int
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One training's parts, made ready."""
+    """What a training is made of, checked and opened."""
 
     model: SDUNet
     recipe: Recipe
@@ -180,7 +190,19 @@ def tune(
     overwrite: bool = False,
     watcher: ProgressCallbacks | None = None,
 ) -> TuneResult:
-    """Learn a recipe's prompts into ``folder``; goes on with a run that was stopped there.
+    """Learn a recipe's prompts and write them to a folder; continue a run that was stopped there.
+
+    Args:
+        model: the checkpoint.
+        recipe: the recipe that the prompts are for.
+        pairs: training and validation pairs.
+        settings: how to learn.
+        folder: gets the prompt file, the training's course and its state.
+        cache: the artifact cache; the user's own by default.
+        device: torch's name of the device, or ``auto``.
+        threads: threads of torch; all cores by default.
+        overwrite: start again, and delete what an earlier run left.
+        watcher: called with the training's progress.
 
     Raises:
         MissingExtraError: torch, diffusers or transformers is not installed.
@@ -219,10 +241,10 @@ def tune(
 
 
 def _timesteps(recipe: Recipe, settings: TuneSettings, model: SDUNet) -> tuple[int, ...]:
-    """At which timestep each branch's prompt is learned.
+    """Give the timestep at which each branch's prompt is learned.
 
     Raises:
-        RecipeError: not one a branch, or not of the schedule.
+        RecipeError: there is not one for each branch, or one is not in the schedule.
     """
     own = tuple(b.timestep if b.tuned_at is None else b.tuned_at for b in recipe.branches)
     chosen = settings.timesteps or own
@@ -231,19 +253,19 @@ def _timesteps(recipe: Recipe, settings: TuneSettings, model: SDUNet) -> tuple[i
     for timestep in chosen:
         if timestep < 0:
             raise RecipeError(f"timestep is {timestep}; allowed: 0 or more")
-        scales(model.noise_rule, timestep, recipe.noise)
+        scales(model.noise_rule, timestep, recipe.noise)  # raises if the schedule has no such timestep
     return chosen
 
 
 @contextlib.contextmanager
 def _own_folder(folder: Path, overwrite: bool, processes: ProcessGroup) -> Iterator[None]:
-    """Make the folder; the first of the processes holds it alone.
+    """Make the folder and lock it; of several processes, the first one does so.
 
     Raises:
         OutputError: it cannot be made, or another training is using it.
     """
     if processes.rank:
-        processes.wait()
+        processes.wait()  # until the first process has made the folder
         yield
         return
     with output_errors(folder):
@@ -264,6 +286,7 @@ def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
+        # A resumed run must give the same prompt as an unbroken one.
         with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
             yield
     finally:
@@ -271,7 +294,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class _Run:
-    """The steps from parts to files."""
+    """The steps of a training, from the opened parts to the written files."""
 
     def __init__(self, job: _Job, watcher: ProgressCallbacks | None) -> None:
         self.job = job
@@ -290,8 +313,8 @@ class _Run:
         branches = range(len(job.recipe.branches))
         groups = [list(branches)] if job.settings.joint == "joint" else [[k] for k in branches]
         learners: dict[int, Learner] = {}
-        scores: list[dict[str, Any]] = []
-        courses: list[dict[str, Any]] = []
+        scores: list[JsonObject] = []
+        courses: list[JsonObject] = []
         unet = None
         for number, group in enumerate(groups):
             recipe = dataclasses.replace(job.recipe, branches=tuple(job.recipe.branches[k] for k in group))
@@ -307,7 +330,7 @@ class _Run:
                 job.model, recipe, steps, job.device, precision=job.settings.precision,
                 checkpointing=job.settings.checkpointing, unet=unet,
             )  # fmt: skip
-            unet = passes.unet
+            unet = passes.unet  # the next group uses the same one: it is frozen
             loop = TrainingLoop(recipe, job.settings, job.pairs, made, passes, store, empty, job.processes, job.device)
             watcher = self._watching(loop, group, courses)
             loop.run(job.folder / "training" / f"state.{number}.safetensors", self._identity(source, group), watcher)
@@ -326,10 +349,8 @@ class _Run:
             prompts = load_learned(job.folder)
         return TuneResult(prompts, scores, store.made)
 
-    def _watching(
-        self, loop: TrainingLoop, group: Sequence[int], before: Sequence[dict[str, Any]]
-    ) -> ProgressCallbacks:
-        """Call the caller's watcher, and keep the course saved after each epoch."""
+    def _watching(self, loop: TrainingLoop, group: Sequence[int], before: Sequence[JsonObject]) -> ProgressCallbacks:
+        """Make callbacks that save the course after each epoch and then call the caller's."""
         from difftap.tuning.loop import ProgressCallbacks
 
         watcher = self.watcher or ProgressCallbacks()
@@ -340,20 +361,20 @@ class _Run:
 
         return ProgressCallbacks(watcher.step, epoch)
 
-    def _save_course(self, courses: Sequence[dict[str, Any]]) -> None:
+    def _save_course(self, courses: Sequence[JsonObject]) -> None:
         from difftap.tuning.learn import save_course, save_plot
 
         if self.job.processes.rank == 0:
             save_course(self.job.folder / "training.json", courses)
             save_plot(self.job.folder / "training.png", courses)
 
-    def _identity(self, source: TokenSource | None, group: Sequence[int]) -> dict[str, Any]:
-        """Say what must be the same for a state to be taken up; how long to learn may change."""
+    def _identity(self, source: TokenSource | None, group: Sequence[int]) -> dict[str, object]:
+        """Give what must be equal for a run to continue a state."""
         import torch
 
         job = self.job
         settings = job.settings.to_dict()
-        del settings["epochs"], settings["steps"]
+        del settings["epochs"], settings["steps"]  # a finished training may be continued for longer
         return {
             "model": model_key(job.cache, job.model),
             "recipe": {**fits_of(job.recipe), "seed": job.recipe.seed, "joining": self._joining()},
@@ -369,13 +390,13 @@ class _Run:
             "machine": platform.machine(),
         }
 
-    def _joining(self) -> dict[str, Any]:
+    def _joining(self) -> dict[str, object]:
         recipe = self.job.recipe
         weights = [branch.weight for branch in recipe.branches]
         return {"combine": recipe.combine, "upsample": recipe.upsample, "weights": weights}
 
     def _token_source(self) -> TokenSource | None:
-        """Where image tokens come from; None where no prompt depends on an image."""
+        """Describe where image tokens come from; None if no prompt depends on an image."""
         job = self.job
         if job.settings.kind != "cpm":
             return None
@@ -416,10 +437,11 @@ class _Run:
             def tokens(image: Image, _known: ImagePosterior) -> NDArray[np.float32]:
                 return network(dino_input(image, source.side))
 
+        # A folder for each process, so that two processes never write the same file.
         name = f"images.{job.processes.rank}" if job.processes.size > 1 else "images"
         return ImageStore(job.recipe, vae, tokens, job.folder / "training" / name, job.pairs.generators)
 
-    def _scores(self, loop: TrainingLoop, group: Sequence[int]) -> dict[str, Any]:
+    def _scores(self, loop: TrainingLoop, group: Sequence[int]) -> JsonObject:
         at = loop.progress
         best = next((row for row in at.history if row["epoch"] == at.best), {})
         return {
@@ -434,7 +456,7 @@ class _Run:
         }
 
     def _write(
-        self, learners: Sequence[Learner], store: ImageStore, source: TokenSource | None, scores: list[dict[str, Any]]
+        self, learners: Sequence[Learner], store: ImageStore, source: TokenSource | None, scores: list[JsonObject]
     ) -> LearnedPrompts:
         from difftap.tuning.learn import class_keys, tensors_of
         from difftap.version import __version__
@@ -479,7 +501,7 @@ class _Run:
         return prompts
 
 
-def _course(loop: TrainingLoop, group: Sequence[int]) -> dict[str, Any]:
+def _course(loop: TrainingLoop, group: Sequence[int]) -> JsonObject:
     at = loop.progress
     return {
         "branches": list(group),
@@ -494,7 +516,7 @@ def _course(loop: TrainingLoop, group: Sequence[int]) -> dict[str, Any]:
 def _own_map(
     job: _Job, unet: Engine, source: TokenSource, known: ImagePosterior, empty: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Compute the map ``(C, h, w)`` that an image's own tokens are made of."""
+    """Compute the map ``(C, h, w)`` that an image's own tokens are made from."""
     posterior = {"mean": known.mean[None], "std": known.std[None]}
     noises = np.stack([known.posterior_noise, known.noise])[:, None]  # (2, B, E, C, h, w)
     feeds = network_feeds(job.model, source.timestep, job.recipe.noise, posterior, noises, empty)

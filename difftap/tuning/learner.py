@@ -1,4 +1,4 @@
-"""What is learned: a branch's prompt as parameters, for every kind, and the key that says which prompt an image gets.
+"""What is learned: a branch's prompt as parameters, for every kind, and the key that tells which prompt a pair gets.
 
 Axis letters: K classes; n learned tokens; W their width; B prompts; L length of a sequence; N image tokens.
 """
@@ -24,26 +24,25 @@ __all__ = ["Learner", "PromptKey", "PromptSpace", "key_of", "load_text_encoder",
 
 
 TABLE_TOKENS = 24
-
-"""Learned tokens of a model without a text encoder, whose prompts may have any length."""
+"""Number of learned tokens of a model without a text encoder, whose prompts may have any length."""
 
 
 @dataclass(frozen=True)
 class PromptSpace:
-    """Where learned vectors live, and what takes a sequence of them to what the network reads.
+    """The vector space of learned tokens, and how a sequence of them becomes what the UNet reads.
 
-    A model with a CLIP text encoder: its token embeddings, between its own start and end vectors, through the frozen
-    encoder; no position is added to the learned ones (start and end keep theirs). The embedded model has a table in the
-    encoder's place: learned vectors are rows straight in the cross-attention space, after the table's start row. A
-    model with random weights has neither: rows alone.
+    With a CLIP text encoder, learned vectors stand in for token embeddings. They come between its own start and end
+    vectors, and the sequence goes through the frozen encoder. No position is added to the learned vectors; start and
+    end keep theirs. The embedded model has a table instead of an encoder: learned vectors are rows that the UNet reads
+    directly, after the table's start row. A model with random weights has only the learned rows.
 
     Attributes:
-        start: ``(S, W)`` before the learned vectors.
-        end: ``(E, W)`` after them.
+        start: ``(S, W)``, vectors before the learned ones.
+        end: ``(E, W)``, vectors after them.
         empty: ``(1, W)``, the vector that an empty prompt repeats.
-        spread: standard deviation of the known vectors' values.
-        count: learned tokens.
-        encoder: the frozen text encoder, None where the UNet reads the sequence itself.
+        spread: standard deviation of the values of the model's own vectors.
+        count: number of learned tokens.
+        encoder: the frozen text encoder; None if the UNet reads the sequence itself.
     """
 
     start: torch.Tensor
@@ -55,25 +54,25 @@ class PromptSpace:
 
     @property
     def width(self) -> int:
-        """W."""
+        """W, the width of a vector."""
         return int(self.empty.shape[1])
 
     def first(self, count: int, initial: str, generator: torch.Generator) -> torch.Tensor:
-        """First values of learned vectors ``(count, W)``: a little around the empty prompt's, or random."""
+        """Draw first values of learned vectors ``(count, W)``: the empty prompt's with a little noise, or random."""
         import torch
 
         noise = torch.randn(count, self.width, generator=generator) * self.spread
         return noise if initial == "random" else self.empty.cpu() + 0.01 * noise
 
     def sequence(self, learned: torch.Tensor) -> torch.Tensor:
-        """Learned vectors ``(B, n, W)`` with start and end, ``(B, L, W)``."""
+        """Put learned vectors ``(B, n, W)`` between start and end, ``(B, L, W)``."""
         import torch
 
         count = len(learned)
         return torch.cat([self.start.expand(count, -1, -1), learned, self.end.expand(count, -1, -1)], dim=1)
 
     def encode(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Compute what the UNet reads, ``(B, L, D)``."""
+        """Turn a sequence ``(B, L, W)`` into what the UNet reads, ``(B, L, D)``."""
         return sequence if self.encoder is None else self.encoder(sequence)
 
 
@@ -106,11 +105,11 @@ def open_space(model: Checkpoint, cache: Cache, device: str, asked: int = 0) -> 
     Args:
         model: the checkpoint.
         cache: where embeddings are kept.
-        device: where its vectors are put.
-        asked: learned tokens; 0 for as many as the text encoder takes, or `TABLE_TOKENS`.
+        device: the device of its vectors.
+        asked: number of learned tokens; 0 for as many as the text encoder takes, or `TABLE_TOKENS` without one.
 
     Raises:
-        InputError: more tokens are asked for than fit.
+        InputError: the text encoder takes fewer tokens.
         ModelError: the text encoder cannot be loaded.
     """
     import torch
@@ -133,7 +132,7 @@ def _clip_space(model: Checkpoint, device: str, asked: int) -> PromptSpace:
     text = load_text_encoder(model).to(device)
     parts = {name.split(".")[-1]: part for name, part in text.named_modules()}
     words, places = parts["token_embedding"].weight, parts["position_embedding"].weight
-    most = len(places) - 2
+    most = len(places) - 2  # start and end take two positions
     if asked > most:
         raise InputError(f"tokens is {asked}; allowed: 1 to {most}, what this text encoder takes")
     count = asked or most
@@ -143,7 +142,7 @@ def _clip_space(model: Checkpoint, device: str, asked: int) -> PromptSpace:
 
 
 def _ends(model: Checkpoint) -> tuple[int, int]:
-    """Numbers of the start and the end token; a text encoder's own configuration may name wrong ones."""
+    """Read the numbers of the start and end tokens from the tokenizer; a text encoder's configuration may be wrong."""
     transformers = require("transformers", "tune", f"the tokenizer of model '{model.name}'")
     try:
         words = transformers.CLIPTokenizer.from_pretrained(str(model.folder / "tokenizer"), local_files_only=True)
@@ -154,34 +153,43 @@ def _ends(model: Checkpoint) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PromptKey:
-    """What a prompt depends on: a class, a pair of views, or nothing."""
+    """What a prompt depends on.
+
+    Attributes:
+        category: the class, for ``class`` prompts.
+        pair: the two views, for ``cpm`` prompts.
+    """
 
     category: str = ""
     pair: tuple[View, View] | None = None
 
 
 def views_of(sample: Sample) -> tuple[View, View]:
-    """Name a pair's images."""
+    """Give the views of a pair's source and target."""
     return View(sample.source), View(sample.target, sample.mirrored)
 
 
 def key_of(sample: Sample, kind: str) -> PromptKey:
-    """Which prompt a pair gets."""
+    """Give the key of the prompt that a pair gets."""
     if kind == "single":
         return PromptKey()
     return PromptKey(sample.category) if kind == "class" else PromptKey(pair=views_of(sample))
 
 
 class Learner:
-    """One branch's prompt.
+    """The prompt of one branch, as parameters.
 
     Args:
-        settings: kind, tokens and first values.
-        space: where learned vectors live.
+        settings: kind, number of tokens and first values.
+        space: the space of learned vectors.
         classes: the classes that ``class`` prompts are learned for.
         image_tokens: ``(count, channels)`` of an image's tokens, for ``cpm``.
-        branch: its number, which is part of its seed.
-        device: where it lies.
+        branch: the branch's number, which is part of the seed.
+        device: the device of the parameters.
+
+    Attributes:
+        head: the conditional head of ``cpm``; None for other kinds.
+        rows: ``(K, n, W)``, one row per class or a single one; None for ``cpm``.
     """
 
     def __init__(
@@ -200,13 +208,14 @@ class Learner:
         self.space = space
         self.kind = settings.kind
         self._rows = {name: k for k, name in enumerate(classes)} if settings.kind == "class" else {"": 0}
+        # On the CPU, so that first values do not depend on the device.
         generator = torch.Generator().manual_seed(settings.seed * 1000 + branch)
         self.head: ConditionalHead | None = None
         self.rows: torch.Tensor | None = None
         if settings.kind == "cpm":
             shared = settings.shared or max(1, space.count // 3)
             count, channels = image_tokens
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):  # the head's layers draw from torch's global generator
                 torch.manual_seed(settings.seed * 1000 + branch)
                 self.head = ConditionalHead(
                     channels, count, space.first(shared, settings.initial, generator), space.count - shared,
@@ -217,9 +226,9 @@ class Learner:
             self.rows = first.view(len(self._rows), space.count, -1).to(device).requires_grad_()
 
     def groups(self, settings: TuneSettings) -> list[tuple[torch.Tensor, float]]:
-        """Every parameter with its learning rate, in a fixed order."""
+        """List every parameter with its learning rate, in a fixed order, which a saved state relies on."""
         if self.head is None:
-            assert self.rows is not None  # noqa: S101 - one of the two is there
+            assert self.rows is not None  # noqa: S101 - without a head there are rows
             return [(self.rows, settings.rate)]
         linear = ("channels.", "tokens.")
         return [
@@ -228,7 +237,7 @@ class Learner:
         ]
 
     def sequences(self, keys: Sequence[PromptKey], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
-        """Build the sequences of these keys, ``(B, L, W)``; ``tokens`` gives an image's, ``(N, C)``."""
+        """Build the sequences ``(B, L, W)`` of B keys; ``tokens`` gives the tokens ``(N, K)`` of an image."""
         import torch
 
         if self.head is None:
@@ -241,5 +250,5 @@ class Learner:
         return found
 
     def prompts(self, keys: Sequence[PromptKey], tokens: Callable[[View], torch.Tensor]) -> torch.Tensor:
-        """Compute what the UNet reads for these keys, ``(B, L, D)``."""
+        """Compute what the UNet reads for B keys, ``(B, L, D)``."""
         return self.space.encode(self.sequences(keys, tokens))

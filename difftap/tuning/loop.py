@@ -1,6 +1,6 @@
-"""The training loop: steps, validation, the best epoch kept, and a state to go on from.
+"""The training loop: steps, validation, the best epoch, and a state from which a stopped run continues.
 
-The order of pairs depends on nothing but the seed and the epoch, so a resumed run does what an unbroken one would have.
+The order of pairs depends only on the seed and the epoch, so a resumed run does the same as an unbroken one.
 Axis letters: B images; N keypoints; C channels; h w cells.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from difftap.tuning.training_pairs import TrainingPairs
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
 __all__ = [
     "ALPHAS",
@@ -56,66 +57,72 @@ _T = TypeVar("_T")
 
 
 class ProcessGroup:
-    """This process among those that learn one prompt together: accelerate's, or this one alone.
+    """The processes that learn one prompt together, seen from this one.
 
-    Each takes its share of a step's pairs, and the gradients are added up, so the learned prompt is that of one process
-    but for rounding. Started as ``accelerate launch -m difftap.cli tune ...``.
+    Each process takes its share of a step's pairs, and the gradients are summed. So the learned prompt is the same as
+    that of one process, up to rounding. They are started with ``accelerate launch -m difftap.cli tune ...``.
+
+    Args:
+        accelerator: accelerate's; None if this process is alone.
 
     Attributes:
-        rank: this process's number; 0 writes files.
-        size: how many there are.
+        rank: this process's number; number 0 writes files.
+        size: number of processes.
     """
 
-    def __init__(self, accelerator: Any = None) -> None:
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
         self._accelerator = accelerator
         self.rank = 0 if accelerator is None else int(accelerator.process_index)
         self.size = 1 if accelerator is None else int(accelerator.num_processes)
 
     @property
     def device(self) -> str | None:
-        """The device accelerate gave this process; None without it."""
+        """The device that accelerate gave to this process; None without it."""
         return None if self._accelerator is None else str(self._accelerator.device)
 
     def share(self, items: Sequence[_T]) -> Sequence[_T]:
-        """Take this process's part of a list."""
+        """Give this process's part of a list."""
         return items[self.rank :: self.size]
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """Sum the tensors of all processes."""
-        return values if self._accelerator is None else self._accelerator.reduce(values, reduction="sum")
+        if self._accelerator is None:
+            return values
+        summed: torch.Tensor = self._accelerator.reduce(values, reduction="sum")
+        return summed
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has reached this call."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
 
 def open_processes(device: str) -> ProcessGroup:
-    """Join the processes that were started together: one, unless a launcher says otherwise."""
+    """Join the processes that a launcher started together; without a launcher, this process is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return ProcessGroup()
     accelerate = require("accelerate", "tune", "learning in several processes")
     return ProcessGroup(accelerate.Accelerator(cpu=device == "cpu"))
 
 
-_KEY = "difftap"
+_KEY = "difftap"  # names our entry in the state's metadata
 
 
 @dataclass
 class Progress:
-    """Where a training is.
+    """How far a training is.
 
     Attributes:
-        epoch: the one it is in, from 0.
-        step: steps of it that are done.
-        done: steps in all.
+        epoch: the current epoch, from 0.
+        step: steps of this epoch that are done.
+        done: steps of all epochs that are done.
         total: sum of the loss over this epoch's pairs so far.
-        pairs: this epoch's pairs so far.
+        pairs: number of this epoch's pairs so far.
         losses: mean loss of every step.
-        history: one row an epoch: ``epoch``, ``loss``, and validation PCK at each alpha.
+        history: one row per epoch: ``epoch``, ``loss``, and validation PCK at each alpha, 0 to 1.
         empty: validation PCK of the empty prompt.
-        best: the best epoch's number, from 1; 0 before the first.
-        seconds: spent so far, for people.
+        best: the best epoch's number, from 1; 0 before the first one ends.
+        seconds: time spent so far, for people; it decides nothing.
     """
 
     epoch: int = 0
@@ -132,16 +139,24 @@ class Progress:
 
 def save_state(
     path: Path,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, object],
     progress: Progress,
     parameters: Sequence[torch.Tensor],
     best: Sequence[torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write everything needed to go on.
+    """Write everything that a later run needs to continue.
+
+    Args:
+        path: the state's file.
+        identity: what must be equal for a run to continue it.
+        progress: how far the training is.
+        parameters: their current values.
+        best: their values after the best epoch.
+        optimizer: its moments are saved too.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -156,15 +171,15 @@ def save_state(
 
 def load_state(
     path: Path,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, object],
     parameters: Sequence[torch.Tensor],
     best: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Go on from a state: fills parameters, best ones and the optimizer.
+    """Read a state into the parameters, the best values and the optimizer; return its progress.
 
     Raises:
-        OutputError: the state is another training's, or is damaged.
+        OutputError: the state is damaged or belongs to another training.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -193,17 +208,21 @@ def load_state(
 ALPHAS = (0.05, 0.1)
 
 CELLS_AT_ONCE = 16384
+"""Intermediate values of passes over at most this many latent cells are held at once, for the backward pass, unless
+`TuneSettings.passes` decides."""
 
-"""Latent cells whose passes' intermediate values are held at once, unless `TuneSettings.passes` says otherwise."""
-
-_EVERY = 30.0  # seconds between states
-
-_MAPS = 1 << 30  # bytes of maps kept while validating
+_EVERY = 30.0  # seconds between two saved states
+_MAPS = 1 << 30  # bytes of maps that validation keeps
 
 
 @dataclass(frozen=True)
 class ProgressCallbacks:
-    """Who is told of a training's progress: of each step (done, of, seconds left), and of each epoch (its row)."""
+    """Functions that are called with a training's progress.
+
+    Attributes:
+        step: called after each step with the steps done, the steps in all, and the seconds left.
+        epoch: called after each epoch with the progress and the epoch's row of `Progress.history`.
+    """
 
     step: Callable[[int, int, float], None] = lambda done, of, left: None
     epoch: Callable[[Progress, dict[str, float]], None] = lambda progress, row: None
@@ -213,15 +232,19 @@ class TrainingLoop:
     """One training: one prompt for each branch of a recipe, learned together.
 
     Args:
-        recipe: its branches, joining and size; the whole recipe's, or one branch of it.
-        settings: how it is learned.
-        pairs: what from.
-        learners: one a branch.
-        passes: the UNet, one pass a branch.
-        store: what is known of each image.
-        empty: ``(T, D)`` the empty prompt, to compare with.
+        recipe: gives branches, joining and size; the whole recipe, or one branch of it.
+        settings: how to learn.
+        pairs: training and validation pairs.
+        learners: the prompts, one per branch.
+        passes: the UNet, with one pass per branch.
+        store: the images' posteriors.
+        empty: ``(T, D)``, the empty prompt, to compare with.
         processes: the processes that share the work.
-        device: where tensors lie.
+        device: the device of tensors.
+
+    Attributes:
+        best: the parameters' values after the best epoch.
+        progress: how far the training is.
     """
 
     def __init__(
@@ -250,7 +273,7 @@ class TrainingLoop:
         groups = [group for learner in learners for group in learner.groups(settings)]
         self._parameters = [value for value, _ in groups]
         self.best = [value.detach().clone() for value in self._parameters]
-        # One at a time rather than many at once: the same arithmetic wherever it runs.
+        # foreach=False: the default depends on the device and may round differently.
         self._optimizer = torch.optim.Adam([{"params": [value], "lr": rate} for value, rate in groups], foreach=False)
         self._shares = [branch.weight / len(branch.taps) for branch in recipe.branches for _ in branch.taps]
         self.progress = Progress()
@@ -258,27 +281,32 @@ class TrainingLoop:
 
     @property
     def steps(self) -> int:
-        """Steps of one epoch."""
+        """Number of steps of one epoch."""
         return -(-len(self._pairs.train) // self._settings.batch)
 
     @property
     def total(self) -> int:
-        """Steps of the whole training."""
+        """Number of steps of the whole training."""
         whole = self.steps * self._settings.epochs
         return min(whole, self._settings.steps) if self._settings.steps else whole
 
-    def run(self, state: Path, identity: dict[str, Any], watcher: ProgressCallbacks) -> None:
-        """Learn, from the state on disk if there is one, to the end; `best` then holds the best epoch's values.
+    def run(self, state: Path, identity: Mapping[str, object], watcher: ProgressCallbacks) -> None:
+        """Learn to the end, continuing the state on disk if there is one.
+
+        Args:
+            state: the state's file.
+            identity: what must be equal for a run to continue it.
+            watcher: called with the progress.
 
         Raises:
-            OutputError: the state is another training's, or cannot be written.
+            OutputError: the state belongs to another training, or cannot be written.
             NonFiniteError: the loss is not finite.
         """
         if state.is_file():
             self.progress = load_state(state, identity, self._parameters, self.best, self._optimizer)
         saved = time.monotonic()
 
-        def save() -> None:  # without waiting for the others: each has a clock of its own
+        def save() -> None:  # does not wait for other processes: their clocks differ, so they would not come here
             nonlocal saved
             saved = time.monotonic()
             if self._processes.rank == 0:
@@ -307,7 +335,7 @@ class TrainingLoop:
             save()
 
     def take_best(self) -> None:
-        """Put the best epoch's values into the learners."""
+        """Copy the best epoch's values into the learners."""
         import torch
 
         with torch.no_grad():
@@ -337,12 +365,12 @@ class TrainingLoop:
         return [int(k) for k in rng.permutation(len(self._pairs.train))]
 
     def _step(self, batch: Sequence[Sample]) -> float:
-        """One step of Adam on a batch; gives its mean loss."""
+        """Do one step of Adam on a batch; return its mean loss."""
         import torch
 
         self._optimizer.zero_grad(set_to_none=False)
         for value in self._parameters:
-            if value.grad is None:
+            if value.grad is None:  # a process whose share is empty must still add a gradient
                 value.grad = torch.zeros_like(value)
         mine = self._processes.share(batch)
         width, height = self._recipe.size
@@ -351,19 +379,19 @@ class TrainingLoop:
         total = torch.zeros(1, device=self._device)
         for start in range(0, len(mine), together):
             losses = self.losses(mine[start : start + together])
-            (losses.sum() / len(batch)).backward()
+            (losses.sum() / len(batch)).backward()  # gradients add up, so the parts give the batch's mean
             total += losses.detach().sum()
         loss = float(self._processes.add(total)) / len(batch)
         if not np.isfinite(loss):
             raise NonFiniteError(f"the loss of step {self.progress.done + 1} is not finite; use precision fp32")
         for value in self._parameters:
-            if value.grad is not None:  # each has one since the loop above
+            if value.grad is not None:  # never None here, but its type allows it
                 value.grad = self._processes.add(value.grad)
         self._optimizer.step()
         return loss
 
     def losses(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Compute the loss of each pair, the mean over its keypoints, ``(pairs,)``."""
+        """Compute the loss of each pair, averaged over its keypoints, ``(pairs,)``."""
         import torch
 
         maps = self._maps(samples, self._learners)
@@ -375,16 +403,19 @@ class TrainingLoop:
         return torch.stack(losses)
 
     def validate(self, learners: Sequence[Learner] | None) -> dict[str, float]:
-        """Mean per-image PCK of the validation pairs at each of `ALPHAS`, nearest cell, SD4Match's frame and basis.
+        """Measure the validation pairs' PCK at each of `ALPHAS`: nearest cell, SD4Match's protocol, mean over images.
 
         Args:
-            learners: whose prompts; None for the empty one.
+            learners: their prompts are used; None for the empty prompt.
+
+        Returns:
+            alpha, as text -> PCK, 0 to 1.
         """
         import torch
 
         protocol, dataset = PROTOCOLS["sd4match"], str(self._pairs.about["name"])
-        # Never touched, so the oldest maps leave. Which images share a batch decides the last digits of their maps, and
-        # earlier results were made in this order.
+        # No entry is touched, so the oldest maps leave first. This order decides which images share a batch, and so the
+        # last digits of their maps. It is kept because earlier results were made with it.
         kept: MemoryCache[tuple[View, PromptKey], list[torch.Tensor]] = MemoryCache(
             _MAPS, lambda maps: sum(one.nbytes for one in maps)
         )
@@ -409,7 +440,11 @@ class TrainingLoop:
         learners: Sequence[Learner] | None,
         kept: MemoryCache[tuple[View, PromptKey], list[torch.Tensor]] | None = None,
     ) -> dict[tuple[View, PromptKey], list[torch.Tensor]]:
-        """Compute the maps of all images of these pairs under their prompts, branch by branch; equal ones once."""
+        """Compute the maps of all images of these pairs under their prompts; each image and prompt once.
+
+        Returns:
+            (view, prompt key) -> maps ``(C, h, w)`` of all branches and taps, in order.
+        """
         kind = self._settings.kind if learners is not None else "single"
         wanted: dict[tuple[View, PromptKey], None] = {}
         for sample in samples:
@@ -452,7 +487,7 @@ class TrainingLoop:
     def _scores(
         self, sample: Sample, maps: dict[tuple[View, PromptKey], list[torch.Tensor]], empty: bool = False
     ) -> tuple[torch.Tensor, Geometry, Geometry]:
-        """Scores ``(N, h, w)`` of a pair's source keypoints, and both geometries."""
+        """Compute the scores ``(N, h, w)`` of a pair's source keypoints; give them and both geometries."""
         key = key_of(sample, "single" if empty else self._settings.kind)
         first, second = views_of(sample)
         here, there = (self._geometry(view) for view in (first, second))
@@ -471,7 +506,7 @@ class TrainingLoop:
         return geometry
 
     def _cells(self, points: NDArray[np.float64], geometry: Geometry, grid: tuple[int, int]) -> torch.Tensor:
-        """Points as fractional cells ``(N, 2)``; those beyond the image are moved onto its border."""
+        """Turn points in pixels into fractional cells ``(N, 2)``; points beyond the image are moved to its border."""
         import torch
 
         inside = np.clip(points, -0.5, np.array(geometry.image, np.float64) - 0.5)

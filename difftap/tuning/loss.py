@@ -1,8 +1,8 @@
-"""The matching loss: a Gaussian at the target keypoint against the softmax of the source keypoint's cosines.
+"""The matching loss: cross-entropy of a Gaussian at the target keypoint and the softmax of the source's cosines.
 
-SD4Match (Li et al., CVPR 2024). Inferred, since the paper leaves it open: the Gaussian's 7 x 7 places lie at whole
-cells from the keypoint, the log-probability is read there bilinearly, places outside the map are masked, and the rest
-is normalised to sum to 1, so that the loss is a cross-entropy against a distribution over cells.
+From SD4Match (Li et al., CVPR 2024). The paper leaves details open; ours are: the Gaussian has 7 x 7 places at whole
+cells from the keypoint; the log-probability is read at them bilinearly; places outside the map are left out, and the
+weights of the others are normalised to sum to 1.
 
 Axis letters: N keypoints; C channels; w h cells; P places of the patch.
 """
@@ -17,10 +17,10 @@ from torch.nn import functional
 
 __all__ = ["PATCH", "SIGMA", "TEMPERATURE", "cosines", "fused_cosines", "gaussian_cross_entropy", "join", "read"]
 
-TEMPERATURE = 0.04
-PATCH = 7
-SIGMA = 1.5
-_FLOOR = 1e-6  # of a cosine whose logarithm is taken
+TEMPERATURE = 0.04  # SD4Match's: cosines are divided by it
+PATCH = 7  # places along a side of the Gaussian
+SIGMA = 1.5  # of the Gaussian, in cells
+_FLOOR = 1e-6  # least cosine whose logarithm is taken; below it, the loss and its gradient would not be finite
 
 
 def read(maps: Tensor, cells: Tensor) -> Tensor:
@@ -42,7 +42,13 @@ def read(maps: Tensor, cells: Tensor) -> Tensor:
 
 
 def join(maps: Sequence[Tensor], shares: Sequence[float], upsample: str) -> Tensor:
-    """Join ``(C_i, h_i, w_i)`` into one whose cosines are the weighted mean of theirs: `difftap.matching.combine`."""
+    """Join maps ``(C_i, h_i, w_i)`` into one whose cosines are the weighted mean of theirs.
+
+    Args:
+        maps: the maps.
+        shares: their weights.
+        upsample: how coarse maps are brought to the finest grid, ``bilinear`` or ``bicubic``.
+    """
     if len(maps) == 1:
         return maps[0]
     whole = sum(shares)
@@ -51,7 +57,7 @@ def join(maps: Sequence[Tensor], shares: Sequence[float], upsample: str) -> Tens
 
 
 def _brought(maps: Sequence[Tensor], upsample: str) -> list[Tensor]:
-    """Each map with unit cells, on the finest grid, with unit cells again."""
+    """Scale each cell to length 1, interpolate to the finest grid, and scale each cell to length 1 again."""
     finest = (max(one.shape[1] for one in maps), max(one.shape[2] for one in maps))
     brought = []
     for one in maps:
@@ -63,7 +69,13 @@ def _brought(maps: Sequence[Tensor], upsample: str) -> list[Tensor]:
 
 
 def cosines(source: Tensor, target: Tensor, cells: Tensor) -> Tensor:
-    """Cosine of the source's vector at each of the cells ``(N, 2)`` with every target cell, ``(N, h, w)``."""
+    """Compute the cosine of the source's vector at each of the cells ``(N, 2)`` with every target cell, ``(N, h, w)``.
+
+    Args:
+        source: map ``(C, h, w)`` of the source image.
+        target: map ``(C, h, w)`` of the target image.
+        cells: x and y of the source's keypoints, in cells.
+    """
     queries = functional.normalize(read(source, cells), dim=1)
     found = queries @ functional.normalize(target.flatten(1), dim=0)
     return torch.unflatten(found, 1, tuple(target.shape[1:]))
@@ -77,7 +89,16 @@ def fused_cosines(
     upsample: str,
     combine: str,
 ) -> Tensor:
-    """Scores ``(N, h, w)`` of several maps an image, combined as a recipe does (``cells`` are of the finest grid)."""
+    """Compute scores ``(N, h, w)`` of a pair with several maps per image, combined as a recipe does.
+
+    Args:
+        source: the source image's maps ``(C_i, h_i, w_i)``.
+        target: the target image's maps.
+        cells: ``(N, 2)``, the source's keypoints in cells of the finest grid.
+        shares: the maps' weights.
+        upsample: how coarse maps are brought to the finest grid.
+        combine: the recipe's rule: ``score-product``, or a rule whose scores are the weighted mean of cosines.
+    """
     if combine != "score-product" or len(source) == 1:
         return cosines(join(source, shares, upsample), join(target, shares, upsample), cells)
     whole = sum(shares)
@@ -92,8 +113,8 @@ def gaussian_cross_entropy(scores: Tensor, cells: Tensor) -> Tensor:
     """Compute the loss of each keypoint, ``(N,)``.
 
     Args:
-        scores: ``(N, h, w)`` cosines of the source keypoints with every target cell.
-        cells: ``(N, 2)`` the target keypoints in cells, fractional, on the map.
+        scores: ``(N, h, w)``, cosines of the source keypoints with every target cell.
+        cells: ``(N, 2)``, x and y of the target keypoints in fractional cells, on the map.
     """
     count, height, width = scores.shape
     logs = functional.log_softmax(scores.flatten(1) / TEMPERATURE, dim=1).view(count, 1, height, width)
@@ -111,7 +132,7 @@ def gaussian_cross_entropy(scores: Tensor, cells: Tensor) -> Tensor:
 
 
 def _read_each(maps: Tensor, places: Tensor) -> Tensor:
-    """Row n of maps ``(N, h, w)`` read bilinearly at its own places ``(N, P, 2)``, as ``(N, P)``."""
+    """Read each of the maps ``(N, h, w)`` bilinearly at its own places ``(N, P, 2)``, as ``(N, P)``."""
     height, width = maps.shape[1:]
     flat = maps.flatten(1)
     low = places.floor()

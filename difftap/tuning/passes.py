@@ -1,4 +1,4 @@
-"""UNet passes that let gradients through to the prompt: one per branch, ended after the branch's deepest tap.
+"""Run UNet passes that carry gradients back to the prompt: one pass per branch, ended after the branch's deepest tap.
 
 Axis letters: B images; T prompt tokens; D their width; C channels; h w cells.
 """
@@ -28,11 +28,11 @@ class TappedUNet:
 
     Args:
         model: the checkpoint.
-        recipe: its branches' taps and its noise.
-        timesteps: one a branch.
+        recipe: gives the branches' taps and the noise.
+        timesteps: one per branch.
         device: where the UNet runs.
         precision: ``fp32``, or ``bf16`` for autocast.
-        checkpointing: recompute layers in the backward pass.
+        checkpointing: recompute layers in the backward pass, which takes less memory and more time.
         unet: the UNet, if it is loaded already.
 
     Attributes:
@@ -65,12 +65,21 @@ class TappedUNet:
         self._nets = []
         for branch in recipe.branches:
             taps = [(name, model.tap(name).module) for name in branch.taps]
-            # Recomputed layers must run to their end as they did the first time: a pass cut inside one could not.
+            # Checkpointing recomputes whole blocks. A pass that stopped inside a block could not be recomputed.
             whole = all("." not in path.removeprefix("mid_block").split("blocks.")[-1] for _, path in taps)
             self._nets.append(NoisyModule(model, self.unet, taps, stop_early=whole or not checkpointing).eval())
 
     def run(self, branch: int, images: Sequence[ImagePosterior], prompts: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Each image's maps ``(C, h, w)``, one a tap of the branch, in fp32; ``prompts`` is ``(B, T, D)``."""
+        """Run one branch.
+
+        Args:
+            branch: its number.
+            images: the posteriors and noises of B images.
+            prompts: ``(B, T, D)``, one for each image.
+
+        Returns:
+            for each image its maps ``(C, h, w)``, one per tap of the branch, in the prompts' number type.
+        """
         import torch
 
         count = len(images)
@@ -82,5 +91,5 @@ class TappedUNet:
         mixed = torch.autocast(self._device.split(":")[0], torch.bfloat16) if self._precision == "bf16" else None
         with mixed or contextlib.nullcontext():
             values = self._nets[branch](**feeds, prompt=prompts)
-        wide = prompts.dtype
+        wide = prompts.dtype  # autocast gives bf16, in which the loss would lose digits
         return [[value[k].to(wide) for value in values] for k in range(count)]

@@ -1,6 +1,6 @@
-"""What learning needs of each image, computed once: the posterior of its latent, its noise, its tokens.
+"""Compute what learning needs of each image, once: the posterior of its latent, its noise and its tokens.
 
-Kept in files beside the training's state, so that a resumed run finds them, and in bounded memory.
+They are kept in files beside the training's state, so that a resumed run finds them, and in bounded memory.
 Axis letters: C channels; h w latent cells; N K image tokens and their channels; H W pixels.
 """
 
@@ -35,15 +35,15 @@ _NAMES = ("mean", "std", "posterior_noise", "noise", "tokens", "size")
 
 @dataclass(frozen=True)
 class ImagePosterior:
-    """What is known of one image.
+    """What learning needs of one image.
 
     Attributes:
-        mean: ``(C, h, w)`` of the latent's posterior.
-        std: ``(C, h, w)``.
-        posterior_noise: ``(1, C, h, w)``.
-        noise: ``(1, C, h, w)``.
-        tokens: ``(N, K)``; empty where no prompt depends on the image.
-        geometry: takes the image's pixels to the input.
+        mean: ``(C, h, w)``, mean of the latent's posterior.
+        std: ``(C, h, w)``, its standard deviation.
+        posterior_noise: ``(1, C, h, w)``, the noise that the posterior is sampled with.
+        noise: ``(1, C, h, w)``, the noise that the timestep adds.
+        tokens: ``(N, K)``; empty if no prompt depends on the image.
+        geometry: how the image lies on the input.
     """
 
     mean: NDArray[np.float32]
@@ -55,20 +55,26 @@ class ImagePosterior:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its arrays."""
+        """Bytes of its arrays."""
         return sum(one.nbytes for one in (self.mean, self.std, self.posterior_noise, self.noise, self.tokens))
 
 
 class ImageStore:
-    """Images by view; each goes through the VAE and the token network once.
+    """The posteriors of images; each image goes through the VAE and the token network once.
 
     Args:
-        recipe: input size, fit, noise and seed.
+        recipe: gives input size, fit, noise and seed.
         vae: the VAE encoder's engine.
-        tokens: from an image and what is known of it so far to its tokens; None where none are needed.
-        folder: where files are kept; made if it is not there.
-        generators: images that have to be written first.
+        tokens: computes an image's tokens from the image and its posterior; None if none are needed.
+        folder: where files are kept; made if it does not exist.
+        generators: functions that write images which do not exist yet, by file.
         budget: bytes kept in memory.
+
+    Attributes:
+        made: number of images that went through the VAE.
+
+    Raises:
+        OutputError: the folder cannot be made.
     """
 
     def __init__(
@@ -91,14 +97,14 @@ class ImageStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, view: View, size: Size) -> ImagePosterior:
-        """Say what is known of a view.
+        """Give the posterior of a view; compute it if no file holds it.
 
         Args:
             view: the image.
-            size: ``(W, H)`` that its annotation states.
+            size: the size ``(W, H)`` that its annotation states.
 
         Raises:
-            ImageError: it cannot be read, or has another size than annotated.
+            ImageError: the image cannot be read, or has another size than annotated.
         """
         if view in self._kept:
             known = self._kept[view]
@@ -134,7 +140,7 @@ class ImageStore:
         if view.path in self._makers and not view.path.exists():
             self._makers[view.path]()
         image = load_view(view)
-        # One member is learned on: the first, which is the same whether or not the recipe's come in pairs.
+        # Learning uses one member of the ensemble. The first one's noise is the same for antithetic pairs and without.
         encoded = encode(self._recipe, self._vae, lay(self._recipe, [image]), 1)
         mean, std = (np.asarray(encoded.given[name])[0] for name in ("mean", "std"))
         draws = np.zeros((2, 1, *mean.shape), np.float32) if encoded.noises is None else encoded.noises[:, 0]

@@ -1,11 +1,10 @@
-"""What decides a training's result besides model, recipe and data."""
+"""The settings that decide a training's result, besides model, recipe and data."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from difftap.errors import InputError, RecipeError
 from difftap.recipe import KINDS, Recipe
@@ -22,27 +21,30 @@ OWN_TOKENS = "own"
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """How a prompt is learned; the defaults are SD4Match's where it has one.
+    """How a prompt is learned. The defaults are SD4Match's, for the settings that it has.
 
     Attributes:
         kind: one of `difftap.recipe.KINDS`.
         epochs: passes over the training pairs.
-        batch: pairs a step.
-        rate: Adam's, of embeddings.
-        linear_rate: Adam's, of the conditional head's linear layers.
-        tokens: learned tokens a prompt; 0 for the model's own length (75 for CLIP).
-        shared: of them, those that do not depend on the pair (``cpm``); 0 for a third.
-        initial: learned tokens begin at the ``empty`` prompt's, a little scattered, or ``random``.
-        joint: several branches are learned ``joint``ly on the fused score, or each on its ``separate`` score.
-        timesteps: one a branch, or none for the recipe's (``tuned_at``, else ``timestep``).
-        reading: pixels to cells: ``centres``, or ``corners`` (SD4Match's rule).
-        image_tokens: ``cpm``'s: ``own``, or the folder or hub id of a DINOv2 network.
-        image_tap: where ``own`` tokens are read.
-        seed: of first values and of the order of pairs.
-        passes: pairs whose gradient is taken together; 0 for what fits; fewer take less memory, and more time.
+        batch: pairs per step.
+        rate: Adam's learning rate of embeddings.
+        linear_rate: Adam's learning rate of the conditional head's linear layers.
+        tokens: learned tokens per prompt; 0 for the model's own length (75 for CLIP).
+        shared: how many of them do not depend on the pair (``cpm``); 0 for a third.
+        initial: first values of learned tokens: the ``empty`` prompt's with a little noise, or ``random``.
+        joint: ``joint``: several branches are learned together on the fused score; ``separate``: each on its own.
+        timesteps: one per branch; empty for the recipe's (``tuned_at``, else ``timestep``).
+        reading: how pixels become cells: ``centres``, or ``corners`` (SD4Match's rule).
+        image_tokens: where the image tokens of ``cpm`` come from: ``own``, or the folder or hub id of a DINOv2 network.
+        image_tap: the tap that ``own`` tokens are read from.
+        seed: seed of the first values and of the order of pairs.
+        passes: pairs whose gradient is computed together; 0 for as many as fit. Fewer take less memory and more time.
         precision: ``fp32``, or ``bf16`` (autocast).
-        checkpointing: recompute layers in the backward pass to save memory.
-        steps: stop after so many steps, if that comes first; 0 for no limit.
+        checkpointing: recompute layers in the backward pass, which takes less memory and more time.
+        steps: stop after this many steps, even within an epoch; 0 for no limit.
+
+    Raises:
+        InputError: a value is not allowed.
     """
 
     kind: str
@@ -89,7 +91,7 @@ class TuneSettings:
             raise InputError(f"shared is {self.shared} of {self.tokens} tokens; allowed: fewer")
 
     def check(self, recipe: Recipe) -> None:
-        """Make sure that a recipe can use what will be learned for it.
+        """Check that a recipe can use the prompts that will be learned for it.
 
         Raises:
             RecipeError: it takes prompts of another kind.
@@ -98,6 +100,6 @@ class TuneSettings:
         if wanted and wanted != self.kind:
             raise RecipeError(f"kind is {self.kind}; this recipe takes {wanted} prompts: use 'difftap tune {wanted}'")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+    def to_dict(self) -> dict[str, object]:
+        """Give plain data."""
         return dataclasses.asdict(self)

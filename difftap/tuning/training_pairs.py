@@ -1,4 +1,4 @@
-"""The pairs a prompt is learned from, and those that choose the best epoch."""
+"""Read the pairs that a prompt is learned from, and the pairs that choose the best epoch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from difftap.datasets.keypoints import Sample, load, loader
 from difftap.datasets.parts import SHARES, take_part
@@ -18,18 +17,18 @@ __all__ = ["TrainingPairs", "load_training_pairs"]
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """What is learned from.
+    """The pairs of a training.
 
     Attributes:
-        train: pairs the gradient is taken of.
+        train: pairs that the gradient is computed on.
         val: pairs that share no image with them, or the data set's own validation pairs.
-        about: which pairs these are: part of the prompt's provenance.
-        generators: images that have to be made first: file -> what writes it.
+        about: which pairs these are, for the prompt's provenance.
+        generators: functions that write images which do not exist yet, by file.
     """
 
     train: Sequence[Sample]
     val: Sequence[Sample]
-    about: Mapping[str, Any]
+    about: Mapping[str, object]
     generators: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)
 
     @property
@@ -43,25 +42,25 @@ def load_training_pairs(
     root: Path,
     made: Path,
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     allow_missing: bool = False,
     limit: int | None = None,
     val_limit: int | None = None,
 ) -> TrainingPairs:
     """Read a data set's pairs for learning.
 
-    Its own lists are taken where it has them (``trn`` and ``val``); else its images are cut into parts
-    (`difftap.datasets.parts`), so that training, validation and test pairs share none. Validation pairs of a class that
-    no     training pair has are left out.
+    If the data set has lists ``trn`` and ``val``, they are used. Otherwise its images are cut into parts
+    (`difftap.datasets.parts`), so that training, validation and test pairs share no image. Validation pairs of a class
+    without training pairs are left out, since a prompt of that class is not learned.
 
     Args:
         name: one of `difftap.datasets.keypoints.NAMES`.
         root: its folder.
-        made: where images that have to be made are written.
-        options: of its loader.
+        made: folder for images that must be made.
+        options: options of its loader.
         allow_missing: leave broken pairs out.
-        limit: at most so many training pairs, evenly spaced.
-        val_limit: at most so many validation pairs, evenly spaced.
+        limit: at most this many training pairs, evenly spaced.
+        val_limit: at most this many validation pairs, evenly spaced.
 
     Raises:
         InputError: the folder is not laid out as expected, or holds too few pairs.
@@ -82,7 +81,7 @@ def load_training_pairs(
         generators |= data.generators
         parts = [take_part(data.samples, part, root, made) for part in ("train", "val")]
     train, val = parts
-    about: dict[str, Any] = {"name": name, "how": how}
+    about: dict[str, object] = {"name": name, "how": how}
     train = _spread(train, limit)
     known = {sample.category for sample in train}
     val = _spread([sample for sample in val if sample.category in known], val_limit)

@@ -186,7 +186,7 @@ def test_clips_of_other_things_than_people(data, tmp_path):
     write_davis(tmp_path / "own", {"kitchen": [{"_1": (k, 0, k + 15, 30), "_2": (22, 0, 38, 30)} for k in range(2)]})
     result = run("video", "--davis", tmp_path / "own", "-o", tmp_path / "c", *SMALL, "--offsets", "1")
     assert result.exit_code == 0, result.output
-    assert "nothing says which objects" in result.stderr
+    assert "does not say which objects" in result.stderr
 
 
 def test_overwrite_builds_every_table_once(data, tmp_path):

@@ -1,4 +1,4 @@
-"""Extraction at data-set scale: staged and streaming, into a store or as batches, on one machine or with Ray."""
+"""Extract the features of a data set, streaming, into a store or as batches, on one machine or with Ray."""
 
 from difftap.features.extract.batches import Batch, Extractor
 from difftap.features.extract.extraction import ExtractionSummary, ExtractSettings, default_workers, extract_to_store

@@ -1,4 +1,4 @@
-"""Features as batches of arrays, for a loop of one's own: plain numpy, or a torch data loader."""
+"""Give features as batches of arrays for the user's own loop, as numpy arrays or through a torch data loader."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,10 @@ from difftap.features.extract.stream import Opened, stream
 from difftap.features.sources import FileAt, Item, Source, open_source
 from difftap.images import Image
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import IterableDataset
+
 __all__ = ["Batch", "Extractor"]
 
 
@@ -27,9 +31,9 @@ class Batch:
 
     Attributes:
         keys: the images' keys, B of them.
-        digests: of their pixels.
-        geometries: how each was laid on the input; they take its pixels to cells and back.
-        maps: each tap's maps, float32 ``(B, C, h, w)``, channels first, by ``branch/tap``: ``maps["0/up1"]``.
+        digests: the digests of their pixels.
+        geometries: how each image lies on the input; they convert between its pixels and cells.
+        maps: each tap's maps, float32 ``(B, C, h, w)``, by ``branch/tap``: ``maps["0/up1"]``.
     """
 
     keys: tuple[str, ...]
@@ -41,7 +45,7 @@ class Batch:
         return len(self.keys)
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
-        """Return a tap's maps, by its own name where only one branch has it, or by ``branch/tap``.
+        """Return a tap's maps ``(B, C, h, w)``, by ``branch/tap``, or by the tap's name if only one branch has it.
 
         Raises:
             InputError: there is no such tap, or several branches have it.
@@ -54,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Given:
-    """An image that is in memory already."""
+    """The place of an image that is in memory already."""
 
     image: Image
 
@@ -62,26 +66,30 @@ class _Given:
         return self.image
 
 
-Images = str | Path | Source | Iterable[Any]
-"""What `Extractor` takes: a source or what `difftap.features.sources.open_source` knows; or images, arrays, paths."""
+OneImage = Image | Item | str | Path | NDArray[np.uint8]
+Images = str | Path | Source | Iterable[OneImage]
+"""What `Extractor` takes: a path that `difftap.features.sources.open_source` reads, a source, or single images."""
 
 
 class Extractor:
-    """An iterator over batches of features, made while the last ones are used.
+    """Iterate over batches of features; the next batches are made while one is used.
 
-    Decoding and the networks run in threads of their own, ahead by a few images. It can be iterated again if its
-    images can. An image that cannot be used is left out and noted in `failures`.
+    Decoding and the networks run in their own threads, a few images ahead. An `Extractor` can be iterated again if its
+    images can. An image that cannot be used is left out and listed in `failures`.
 
     Args:
         pipeline: an open `difftap.Pipeline`; it stays open.
-        images: a folder, glob, list, tar or table by its path; or an iterable of `difftap.Image`, paths, or uint8
+        images: the path of a folder, glob, list, tar or table; or an iterable of `difftap.Image`, paths, or uint8
             arrays ``(H, W, 3)``, RGB.
-        size: images a batch; the last batch may be smaller.
+        size: images per batch; the last batch may be smaller.
         workers: threads that decode.
-        strict: raise what is wrong with an image, instead of leaving it out.
+        strict: raise the error of an image that cannot be used, instead of leaving it out.
 
     Attributes:
-        failures: why, of each image that was left out, by key.
+        failures: key -> reason of each image that was left out.
+
+    Raises:
+        InputError: ``size`` is below 1.
 
     >>> import difftap, numpy as np
     >>> pictures = np.zeros((3, 48, 64, 3), np.uint8)                       # (N, H, W, 3)
@@ -99,7 +107,7 @@ class Extractor:
         if size < 1:
             raise InputError(f"size is {size}; allowed: 1 or more images a batch")
         self._pipeline = pipeline
-        self._images: Iterable[Any] = open_source(images) if isinstance(images, str | Path) else images
+        self._images: Iterable[OneImage] = open_source(images) if isinstance(images, str | Path) else images
         self._size = size
         self._workers = workers
         self._strict = strict
@@ -132,11 +140,11 @@ class Extractor:
         if waiting:
             yield _batch(waiting)
 
-    def torch(self) -> Any:
-        """Give the batches as a ``torch.utils.data.IterableDataset``, for ``DataLoader(data, batch_size=None)``.
+    def torch(self) -> IterableDataset[dict[str, Tensor | list[str]]]:
+        """Give the batches as a torch data set, for ``DataLoader(data, batch_size=None, num_workers=0)``.
 
-        Its items are dictionaries of tensors by ``branch/tap``, each ``(B, C, h, w)`` float32, and of ``keys``. It
-        works in the loader's own process: ``num_workers=0``, the threads being here already.
+        Its items are dictionaries: each ``branch/tap`` has a tensor float32 ``(B, C, h, w)``, and ``keys`` has the
+        list of keys. It works only in the loader's own process, because engines cannot be copied to others.
 
         Raises:
             MissingExtraError: torch is not installed.
@@ -145,14 +153,15 @@ class Extractor:
         outer = self
 
         class Features(torch.utils.data.IterableDataset):  # type: ignore[name-defined,misc]
-            def __iter__(self) -> Iterator[dict[str, Any]]:
+            def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
                 if torch.utils.data.get_worker_info() is not None:
                     raise InputError("engines cannot be shared with worker processes; give the loader num_workers=0")
                 for batch in outer:
                     tensors = {name: torch.from_numpy(value) for name, value in batch.maps.items()}
                     yield {**tensors, "keys": list(batch.keys)}
 
-        return Features()
+        data: IterableDataset[dict[str, Tensor | list[str]]] = Features()
+        return data
 
 
 def _batch(waiting: list[tuple[str, Features]]) -> Batch:

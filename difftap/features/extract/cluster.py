@@ -1,11 +1,11 @@
-"""A data set's features into a store with Ray: the same stages in many processes, on one machine or on many.
+"""Extract a data set into a store with Ray: the same stages in many processes, on one machine or on many.
 
-The driver lists the images, cuts them into tasks of a shard each, and holds the store's lock. A Ray Data stage of
-stateful actors, each with engines of its own, takes the tasks: an actor extracts its shard's images, writes them, then
-writes the shard's page of the journal. Only keys, places and counts go through Ray. An actor that dies is started anew
-by Ray, and its task goes on from the shard's page.
+The driver lists the images, cuts them into tasks of one shard each, and holds the store's lock. A Ray Data stage of
+stateful actors takes the tasks. Each actor has its own engines; it extracts its shard's images, writes them, and then
+writes the shard's page of the journal. Only keys, places and counts go through Ray, never features. If an actor dies,
+Ray starts it again, and its task continues from the shard's page.
 
-Every machine must see the images and the store under the same paths.
+All machines must see the images and the store under the same paths.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from difftap import errors
+from difftap.artifacts.files import JsonObject
 from difftap.errors import BackendError, DifftapError, InputError, first_line, require
 from difftap.features.extract.extraction import (
     ExtractionSummary,
@@ -36,64 +41,67 @@ from difftap.features.extract.extraction import (
 )
 from difftap.features.extract.stream import stream
 from difftap.features.sources import Item, Source
-from difftap.features.store.encoding import shapes_of
+from difftap.features.store.encoding import Basis, shapes_of
 from difftap.features.store.place import Place
 from difftap.features.store.schema import ShardEntry, read_provenance, tap_arrays
 from difftap.features.store.writer import Shard, open_writer
 from difftap.machine import available_cores
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.fastest import AUTO
-from difftap.pipeline.pipeline import Pipeline
+from difftap.pipeline.pipeline import Pipeline, Provider
 from difftap.prompts.learned import pinned
 from difftap.recipe import Recipe
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 __all__ = ["POLL", "Cluster", "extract_on_cluster", "raise_told", "told_of", "watched"]
 
-# ---- a run that stands still told from a slow one, and errors that travel as data
+# ---- telling a stalled run from a slow one, and errors that travel as data
 
 POLL = 1.0
-"""Seconds between looks at whether anything moves."""
+"""Seconds between two checks for progress."""
 
 
 def told_of(error: DifftapError) -> dict[str, str]:
-    """Write an error down as data: Ray would wrap it."""
+    """Turn an error into data, because Ray would wrap an exception in one of its own."""
     return {"kind": type(error).__name__, "error": str(error)}
 
 
-def raise_told(told: dict[str, str]) -> None:
-    """Raise what `told_of` took down."""
+def raise_told(told: JsonObject) -> None:
+    """Raise the error that `told_of` turned into data."""
     kind = getattr(errors, told["kind"], BackendError)
     raise kind(told["error"])
 
 
 def watched(
-    results: queue.Queue[Any],
+    results: queue.Queue[JsonObject | BaseException | None],
     count: Callable[[], int],
     standing: Callable[[], str],
     stall: float,
     clock: Callable[[], float] = time.monotonic,
     poll: float = POLL,
-) -> Iterator[Any]:
-    """Yield what comes through a queue, until None comes; give up when nothing moves for too long.
+) -> Iterator[JsonObject]:
+    """Yield the reports from a queue until None comes; give up if there is no progress for too long.
 
     Args:
-        results: what workers report, or the error that ended them all.
-        count: how many images are finished, reported or not; it may fail, and then nothing is known.
-        standing: what to say when the run is given up.
-        stall: seconds in which neither a report nor a finished image has come.
-        clock: tells the time in seconds.
-        poll: seconds between looks.
+        results: the workers' reports, or the error that ended them all, or None at the end.
+        count: gives the number of finished images, reported or not. It may raise; then the number is unknown.
+        standing: gives the text of the error if the run is given up.
+        stall: give up after this many seconds without a report or a finished image.
+        clock: gives the time in seconds.
+        poll: seconds between two checks.
 
     Raises:
-        BackendError: nothing moves, or Ray gave up.
-        DifftapError: a worker reports one.
+        BackendError: there is no progress, or Ray failed.
+        DifftapError: a worker reports an error.
     """
     moved, seen = clock(), 0
     while True:
         try:
             done = results.get(timeout=poll)
         except queue.Empty:
-            with suppress(Exception):  # the actor that counts may be on its way to another machine
+            with suppress(Exception):  # the counting actor may be restarting on another machine
                 now = count()
                 if now != seen:
                     moved, seen = clock(), now
@@ -110,18 +118,18 @@ def watched(
         yield done
 
 
-_OBJECTS = 80 << 20  # bytes of a local cluster's object store: near the least that Ray takes; only metadata goes there
-_LOOKED_AT = 256  # images that a worker may try before it finds one that can be used
+_OBJECTS = 80 << 20  # bytes of a local cluster's object store, near Ray's minimum, since only metadata goes there
+_LOOKED_AT = 256  # images that a worker gets at once to find one that can be used
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which Ray, and how much of it.
+    """Which Ray cluster to use, and how much of it.
 
     Attributes:
-        address: of a running cluster; None for a local one that lives as long as the run.
-        workers: actors; None for one a GPU, or two a machine where there is none.
-        stall: seconds without a finished image after which the run is given up.
+        address: address of a running cluster; None for a local one that lives as long as the run.
+        workers: number of actors; None for one per GPU, or two per machine if there is no GPU.
+        stall: give up after this many seconds without a finished image.
     """
 
     address: str | None = None
@@ -129,19 +137,19 @@ class Cluster:
     stall: float = 600.0
 
 
-Opener = Callable[[], Any]
-"""Opens the pipeline, in a worker."""
+Opener = Callable[[], Provider]
+"""Opens the pipeline in a worker."""
 
 
 @dataclass(frozen=True)
 class PipelineOpener:
-    """Opens a `difftap.Pipeline` where it is called."""
+    """Open a `difftap.Pipeline` in the process that calls this; it travels to workers, which a pipeline cannot."""
 
     recipe: Recipe
     runtime: Runtime
 
     def __call__(self) -> Pipeline:
-        """Open it."""
+        """Open the pipeline."""
         return Pipeline.open(self.recipe, self.runtime)
 
 
@@ -164,21 +172,25 @@ def extract_on_cluster(
     opener: Opener | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> ExtractionSummary:
-    """Extract a data set into a feature store with Ray, or go on where an earlier run was stopped.
+    """Extract a data set into a feature store with Ray, or continue a run that was stopped.
 
     Args:
-        recipe, runtime: what each worker opens, as `difftap.Pipeline.open` takes it.
+        recipe: the recipe that each worker opens.
+        runtime: where each worker runs it.
         source: the images; every machine must find them under the same paths.
         path: the store, on a file system that all machines share, or an fsspec address.
-        settings: how.
-        cluster: which Ray.
-        opener: what opens a pipeline in a worker, in place of the first arguments; it must be picklable.
-        progress: called with the number of records that have just become safe.
+        settings: how to extract.
+        cluster: which Ray cluster.
+        opener: opens the pipeline in a worker, instead of ``recipe`` and ``runtime``; it must be picklable.
+        progress: called with the number of records that became safe since the last call.
+
+    Returns:
+        what the run did.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        OutputError, BackendError, ImageError: as `difftap.features.extract.extract_to_store` does.
-        BackendError: also where no cluster can be reached or started, or the run stands still.
+        OutputError, BackendError, ImageError: as for `difftap.features.extract.extract_to_store`.
+        BackendError: also if no cluster can be reached or started, or the run makes no progress.
     """
     settings, cluster = settings or ExtractSettings(), cluster or Cluster()
     recipe = pinned(recipe)
@@ -189,7 +201,8 @@ def extract_on_cluster(
         items = list(source)
         folder = os.getcwd()  # noqa: PTH109 - sent as text
         found = _look(ray, share, (opener, settings, folder), items, cluster.stall)
-        if isinstance(opener, PipelineOpener) and opener.runtime.backend == AUTO:  # what one chose, all take
+        # All workers must use the backend that the first one chose: one store holds the features of one backend.
+        if isinstance(opener, PipelineOpener) and opener.runtime.backend == AUTO:
             chosen = found.conditions["backend"]
             opener = replace(opener, runtime=replace(opener.runtime, backend=chosen["name"], device=chosen["device"]))
         with open_writer(
@@ -227,13 +240,13 @@ def extract_on_cluster(
 
 
 def _fair(shard: int, images: int, workers: int) -> int:
-    """Rows a shard: fewer than fit where there are so few images that workers would have nothing to do."""
+    """Give the rows of a shard: fewer than fit if there are so few images that some workers would have no shard."""
     return max(1, min(shard, -(-images // (4 * workers))))
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What a worker asks Ray for. Whole CPUs would leave none for the tasks that feed the workers."""
+    """What each worker asks Ray for. It asks for a part of a CPU, or none is left for the tasks that feed workers."""
 
     workers: int
     cpus: float
@@ -242,14 +255,15 @@ class _Share:
 
 
 @contextmanager
-def _connected(cluster: Cluster) -> Iterator[tuple[Any, _Share]]:
-    """Connect to Ray, or start it; leave it, or stop it, at the end."""
+def _connected(cluster: Cluster) -> Iterator[tuple[ModuleType, _Share]]:
+    """Connect to a Ray cluster or start one; disconnect or stop it at the end."""
+    # No telemetry; GPUs stay visible to actors that ask for none; no log lines of Ray's own processes.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray = require("ray", "ray", "--ray")
     require("ray.data", "ray", "--ray")
-    for name in ("ray", "ray.data"):  # what went wrong is told by us, in one line
+    for name in ("ray", "ray.data"):  # our errors say in one line what went wrong
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if ray.is_initialized():
         raise InputError("this process is connected to Ray already; call ray.shutdown() first")
@@ -257,7 +271,7 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, _Share]]:
     try:
         if cluster.address is None:
             ray.init(
-                address="local",  # or it would join one that is noted to run on this machine
+                address="local",  # without it, Ray would join a cluster that already runs on this machine
                 num_cpus=max(2, available_cores()),
                 object_store_memory=_OBJECTS,
                 include_dashboard=False,
@@ -265,7 +279,7 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, _Share]]:
             )
         else:
             ray.init(address=cluster.address, **quiet)
-    except Exception as error:  # Ray's kinds are many
+    except Exception as error:  # Ray raises errors of many kinds
         with suppress(Exception):
             ray.shutdown()
         where = f"reached at '{cluster.address}'" if cluster.address else "started here"
@@ -285,27 +299,34 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, _Share]]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What only a worker can tell: where and what it runs, and the maps' shapes."""
+    """What only a worker can find out, since the driver opens no engines.
 
-    conditions: dict[str, Any]
+    Attributes:
+        conditions: the pipeline's conditions.
+        shard: rows per shard of a new store.
+        shapes: the shape ``(C, h, w)`` of each map, by array name; empty if no image could be used.
+        bases: the PCA bases, by array name.
+    """
+
+    conditions: JsonObject
     shard: int
     shapes: dict[str, tuple[int, int, int]]
-    bases: dict[str, Any]
+    bases: dict[str, Basis]
 
 
 def _enter(folder: str) -> None:
-    """Go where the driver is: a cluster's workers stand where it was started, and paths may be relative."""
-    with suppress(OSError):  # not on this machine; then only whole paths lead anywhere
+    """Change to the driver's folder, because paths may be relative and a worker starts in another one."""
+    with suppress(OSError):  # this machine has no such folder; then only absolute paths work
         os.chdir(folder)
 
 
-def _probe(opener: Opener, settings: ExtractSettings, folder: str, items: Sequence[Item]) -> Any:
-    """Look at the first images in a worker; the error, if any, as data: Ray would wrap it."""
+def _probe(opener: Opener, settings: ExtractSettings, folder: str, items: Sequence[Item]) -> _Found | dict[str, str]:
+    """Run some images in a worker, to find out what `_Found` holds; return an error as data (`told_of`)."""
     _enter(folder)
     try:
         with closing(opener()) as pipeline:
             shapes: dict[str, tuple[int, int, int]] = {}
-            bases: dict[str, Any] = {}
+            bases: dict[str, Basis] = {}
             if settings.encoding.pca is not None:
                 shapes, bases = fit_bases(pipeline, items, settings)
             else:
@@ -319,11 +340,11 @@ def _probe(opener: Opener, settings: ExtractSettings, folder: str, items: Sequen
 
 
 def _look(
-    ray: Any, share: _Share, job: tuple[Opener, ExtractSettings, str], items: Sequence[Item], stall: float
+    ray: ModuleType, share: _Share, job: tuple[Opener, ExtractSettings, str], items: Sequence[Item], stall: float
 ) -> _Found:
-    """Ask a worker about the first images; about the next ones, where none of them can be used.
+    """Let a worker run the first images; if none of them can be used, the next ones, and so on.
 
-    Not all are sent at once: the list of a large data set would fill the object store.
+    They are sent in parts, because the list of a large data set would fill Ray's object store.
     """
     settings = job[1]
     size = max(_LOOKED_AT, 4 * settings.sample if settings.encoding.pca is not None else 0)
@@ -335,8 +356,8 @@ def _look(
     return found
 
 
-def _ask(ray: Any, share: _Share, question: tuple[Any, ...], stall: float) -> _Found:
-    """Run the probe in a worker."""
+def _ask(ray: ModuleType, share: _Share, question: tuple[object, ...], stall: float) -> _Found:
+    """Run `_probe` in a worker, with the arguments ``question``."""
     task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)(_probe).remote(*question)
     try:
         found = ray.get(task, timeout=stall)
@@ -350,7 +371,9 @@ def _ask(ray: Any, share: _Share, question: tuple[Any, ...], stall: float) -> _F
     return answer
 
 
-def _standing(ray: Any, stall: float) -> str:
+def _standing(ray: ModuleType, stall: float) -> str:
+    """Write the error of a run without progress."""
+
     def told(resources: dict[str, float]) -> str:
         return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
@@ -363,12 +386,14 @@ def _standing(ray: Any, stall: float) -> str:
     return f"no image was finished in {stall:g} s, and the cluster does not answer; what was finished is safe"
 
 
-def _results(ray: Any, share: _Share, tasks: Sequence[_Task], job: tuple[Any, ...], stall: float) -> Iterator[Any]:
-    """Run the tasks in a Ray Data stage of actors; yields what each reports, as they finish."""
+def _results(
+    ray: ModuleType, share: _Share, tasks: Sequence[_Task], job: tuple[object, ...], stall: float
+) -> Iterator[JsonObject]:
+    """Run the tasks in a Ray Data stage of actors; yield the report of each task when it is finished."""
     if not tasks:
         return
     beats = ray.remote(num_cpus=0, max_restarts=-1)(_Beats).remote()
-    results: queue.Queue[Any] = queue.Queue()
+    results: queue.Queue[JsonObject | BaseException | None] = queue.Queue()
 
     def consume() -> None:
         try:
@@ -388,9 +413,10 @@ def _results(ray: Any, share: _Share, tasks: Sequence[_Task], job: tuple[Any, ..
                 for row in batch["done"]:
                     results.put(pickle.loads(row))  # noqa: S301 - what our own worker made
             results.put(None)
-        except BaseException as error:  # raised by who waits for results
+        except BaseException as error:  # the thread that reads the queue raises it
             results.put(error)
 
+    # A thread, because iterating over Ray's results has no timeout, and a stalled run must be noticed.
     threading.Thread(target=consume, name="ray-results", daemon=True).start()
     yield from watched(
         results,
@@ -401,48 +427,46 @@ def _results(ray: Any, share: _Share, tasks: Sequence[_Task], job: tuple[Any, ..
 
 
 class _Beats:
-    """Counts the images that workers finish, so that a run that stands still can be told from a slow one."""
+    """Count the images that workers finish, so that a stalled run can be told from a slow one."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def beat(self) -> None:
-        """One more."""
+        """Count one more."""
         self._count += 1
 
     def read(self) -> int:
-        """How many so far."""
+        """Give the count."""
         return self._count
 
 
 class _Worker:
-    """A stateful actor: engines opened once, then one shard after the other."""
+    """A stateful actor: it opens engines once, and then extracts one shard after the other."""
 
-    def __init__(self, opener: Opener, path: str, settings: ExtractSettings, folder: str, beats: Any) -> None:
+    def __init__(self, opener: Opener, path: str, settings: ExtractSettings, folder: str, beats: ActorHandle) -> None:
         _enter(folder)
         self._settings = settings
         self._place = Place(path)
         self._beats = beats
-        self._pipeline: Any = None
+        self._pipeline: Provider | None = None
         self._opener = opener
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Extract the shards of a batch of tasks; what became of each, pickled."""
-        import numpy as np
-
+    def __call__(self, batch: dict[str, Sequence[bytes]]) -> dict[str, NDArray[np.object_]]:
+        """Extract the shards of a batch of tasks; give the report of each, pickled."""
         done = np.empty(len(batch["task"]), object)
         for number, task in enumerate(batch["task"]):
             try:
                 if self._pipeline is None:
                     self._pipeline = self._opener()
-                told: dict[str, Any] = self._extract(pickle.loads(task))  # noqa: S301 - what our own driver made
+                told = self._extract(self._pipeline, pickle.loads(task))  # noqa: S301 - what our own driver made
             except DifftapError as error:
                 told = told_of(error)
             done[number] = pickle.dumps(told)
         return {"done": done}
 
-    def _extract(self, task: _Task) -> dict[str, Any]:
-        """One shard: what an earlier try of it committed is kept."""
+    def _extract(self, pipeline: Provider, task: _Task) -> JsonObject:
+        """Extract one shard; keep what an earlier try of it has written."""
         group = self._place.open(read_only=False)
         if group is None:
             raise BackendError(f"a worker does not see the store '{self._place}'; put it where all machines have it")
@@ -457,7 +481,7 @@ class _Worker:
         rest = [item for item in task.items if item.key not in known]
         since = time.monotonic()
         bases = {array.name: array.basis for array in arrays if array.basis is not None}
-        with closing(stored_stream(self._pipeline, rest, self._settings, provenance, bases)) as outcomes:
+        with closing(stored_stream(pipeline, rest, self._settings, provenance, bases)) as outcomes:
             for outcome in outcomes:
                 if outcome.stored is None:
                     failed[outcome.item.key] = str(outcome.fault)

@@ -1,4 +1,4 @@
-"""A data set's features into a store, on this machine."""
+"""Extract a data set's features into a store, on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from difftap.features.store.encoding import Basis, Encoding, Moments, StoredImag
 from difftap.features.store.schema import Provenance
 from difftap.features.store.writer import StoreWriter, open_writer, shard_rows
 from difftap.machine import available_cores
+from difftap.pipeline.pipeline import Provider
 from difftap.recipe import Recipe
 
 __all__ = [
@@ -32,10 +32,10 @@ __all__ = [
     "stored_stream",
 ]
 
-_REASONS = 5  # of failures, told at the end of a run; the store has them all
-_WAITING = 256 << 20  # most bytes of maps that wait while a shard is put on disk
-_LARGE = 1 << 20  # bytes of an image's maps that take longer to encode than to hand to another thread
-_CHANNELS, _STRIDE = 1280, 8  # taken where only running the network can tell a tap's shape
+_REASONS = 5  # failures that a summary lists; the store has all of them
+_WAITING = 256 << 20  # at most so many bytes of maps wait while a shard is written
+_LARGE = 1 << 20  # from so many bytes, an image's maps take longer to encode than to pass to another thread
+_CHANNELS, _STRIDE = 1280, 8  # assumed for a tap whose shape only running the network can tell
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class ExtractSettings:
     Attributes:
         encoding: how maps are stored.
         workers: threads that decode.
-        every: most seconds that finished images wait in memory before they are put on disk.
-        sample: images that a PCA is fitted on.
+        every: finished images wait in memory for at most this many seconds before they are written.
+        sample: number of images that a PCA is fitted on.
         strict: stop at the first image that cannot be used.
-        retry: try images again that failed in an earlier run.
-        overwrite: start afresh whatever store is there.
-        shard: rows a shard of a new store; None for some 64 MB.
+        retry: try again the images that failed in an earlier run.
+        overwrite: delete a store that is there and start again.
+        shard: rows per shard of a new store; None for about 64 MB.
     """
 
     encoding: Encoding = field(default_factory=Encoding)
@@ -68,11 +68,11 @@ class ExtractionSummary:
     """What a run did.
 
     Attributes:
-        written: images put into the store by it.
-        failed: images of the source that could not be used, earlier runs' included.
-        skipped: images that were there already.
-        seconds: wall time of the run, engines already open.
-        reasons: why the first of them failed.
+        written: images that it added to the store.
+        failed: images of the source that could not be used, in this run or an earlier one.
+        skipped: images that the store held already.
+        seconds: wall time of the run, without the opening of engines.
+        reasons: key and reason of the first failures.
     """
 
     written: int
@@ -83,31 +83,33 @@ class ExtractionSummary:
 
 
 def rows_per_shard(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> int:
-    """Rows a shard of a new store."""
+    """Give the rows per shard of a new store."""
     return shard_rows(row_bytes(recipe, model, encoding))
 
 
 def stored_stream(
-    pipeline: Any,
+    pipeline: Provider,
     items: Iterable[Item],
     settings: ExtractSettings,
     provenance: Provenance,
     bases: Mapping[str, Basis],
 ) -> Generator[Outcome, None, None]:
-    """Yield the outcomes of `stream`, each with its maps as a store keeps them.
+    """Yield the outcomes of `stream`, each with its maps encoded for a store.
 
-    As many may wait for the store as a shard holds, as far as memory goes: engines go on while one is written. Large
-    maps are encoded by a thread of its own; of small ones, handing them over would cost more.
+    Up to a shard's images may wait for the store (less if that exceeds the memory limit), so that engines go on while
+    a shard is written. Large maps are encoded in another thread; for small ones, passing them on would cost more.
 
     Args:
-        pipeline, items, settings: as `extract_to_store` takes them.
-        provenance: of the store.
+        pipeline: an open pipeline.
+        items: the images.
+        settings: how to extract.
+        provenance: what the store holds.
         bases: its PCA bases, by array name.
     """
     encoding = provenance.encoding
     image = row_bytes(pipeline.recipe, pipeline.model, Encoding("float32"))
     kept = image if encoding.dtype == "float32" else image + row_bytes(pipeline.recipe, pipeline.model, encoding)
-    waiting = max(2, min(provenance.shard, _WAITING // max(1, kept)))  # images; encoded, they keep what they were, too
+    waiting = max(2, min(provenance.shard, _WAITING // max(1, kept)))  # images, each with its float32 and encoded maps
 
     def encode(features: Features) -> StoredImage:
         return store_image(features, encoding, bases)
@@ -119,10 +121,10 @@ def stored_stream(
 
 
 def check_components(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> None:
-    """Make sure, before there is a store, that no tap has fewer channels than components are kept.
+    """Check, before a store is made, that every tap has at least as many channels as PCA components.
 
     Raises:
-        InputError: one has.
+        InputError: a tap has fewer.
     """
     for name in (name for branch in recipe.branches for name in branch.taps):
         channels = model.tap(name).channels
@@ -131,7 +133,7 @@ def check_components(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> N
 
 
 def row_bytes(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> int:
-    """Bytes that one image takes in a store, as far as taps tell before the network has run."""
+    """Estimate the bytes of one image in a store, before the network has run."""
     total = 0
     for branch in recipe.branches:
         for name in branch.taps:
@@ -143,33 +145,36 @@ def row_bytes(recipe: Recipe, model: Checkpoint, encoding: Encoding) -> int:
 
 
 def extract_to_store(
-    pipeline: Any,
+    pipeline: Provider,
     source: Source,
     path: str | Path,
     settings: ExtractSettings | None = None,
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> ExtractionSummary:
-    """Extract a data set into a feature store, or go on where an earlier run was stopped.
+    """Extract a data set into a feature store, or continue a run that was stopped.
 
     Args:
         pipeline: an open `difftap.Pipeline`.
         source: the images.
         path: the store, a local folder or an fsspec address.
-        settings: how.
-        progress: called with the number of records, features or failures, that have just become safe on disk.
+        settings: how to extract.
+        progress: called with the number of records (features or failures) that became safe since the last call.
+
+    Returns:
+        what the run did.
 
     Raises:
         OutputError: the store cannot be written, was begun under other conditions, or is being written.
-        ImageError, NonFiniteError, InputError: with ``strict``, an image cannot be used, its features hold NaN, or do
-            not fit the store's number type. What came before it is safe.
-        BackendError: the runtime failed; what was extracted is safe, and a later run goes on.
+        ImageError, NonFiniteError, InputError: with ``strict``: an image cannot be used, its features hold NaN, or are
+            too large for the store's number type. The images before it are safe.
+        BackendError: the runtime failed. What was extracted is safe, and a later run continues.
     """
     settings = settings or ExtractSettings()
     began = time.monotonic()
     recipe: Recipe = pipeline.recipe
     check_components(recipe, pipeline.model, settings.encoding)
-    _ = pipeline.stages  # prompts under which no store can be made are refused before there is one
+    _ = pipeline.stages  # raises now, before a store is made, if the recipe's prompts allow no store
     with open_writer(
         path,
         pipeline.conditions,
@@ -200,27 +205,31 @@ def extract_to_store(
 
 
 def keep(writer: StoreWriter, outcome: Outcome) -> int:
-    """Put an outcome into a store; how many records became safe by it."""
+    """Add an outcome to a store; return how many records became safe."""
     if outcome.stored is None:
         return writer.fail(outcome.item.key, str(outcome.fault))
     return writer.put(outcome.item.key, outcome.stored)
 
 
 def tell(failed: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the first few failures, a line each."""
+    """Describe the first few failures, one line each."""
     return tuple(f"{key}: {error}" for key, error in list(failed.items())[:_REASONS])
 
 
 def remaining(source: Source, writer: StoreWriter, *, retry: bool) -> tuple[list[Item], int, dict[str, str]]:
-    """Tell what a run has to do: the items that are left, how many are done, and which failed before."""
+    """Find out what a run has to do.
+
+    Returns:
+        the items that are left, the number that is done, and key -> reason of those that failed in earlier runs.
+    """
     keys = {item.key for item in source}
     failed = {} if retry else {key: error for key, error in writer.failed.items() if key in keys}
     rest = [item for item in source if item.key not in writer.done and item.key not in failed]
     return rest, sum(key in writer.done for key in keys), failed
 
 
-def ready_bases(pipeline: Any, items: Sequence[Item], writer: StoreWriter, settings: ExtractSettings) -> None:
-    """Of a store with PCA that has no bases yet, fit them and make the arrays."""
+def ready_bases(pipeline: Provider, items: Sequence[Item], writer: StoreWriter, settings: ExtractSettings) -> None:
+    """Fit the PCA bases of a store and make its arrays, if it has PCA and no bases yet."""
     if settings.encoding.pca is None or not items or writer.ready:
         return
     shapes, bases = fit_bases(pipeline, items, settings)
@@ -229,12 +238,15 @@ def ready_bases(pipeline: Any, items: Sequence[Item], writer: StoreWriter, setti
 
 
 def fit_bases(
-    pipeline: Any, items: Iterable[Item], settings: ExtractSettings
+    pipeline: Provider, items: Iterable[Item], settings: ExtractSettings
 ) -> tuple[dict[str, tuple[int, int, int]], dict[str, Basis]]:
-    """Fit the PCA bases of each tap, from the first usable images, and the maps' shapes; empty if there is none.
+    """Fit the PCA basis of each tap on the first usable images.
+
+    Returns:
+        the maps' shapes ``(C, h, w)`` and the bases, both by array name; both empty if no image can be used.
 
     Raises:
-        InputError: a tap has fewer channels, or the sample fewer cells, than components are asked for.
+        InputError: a tap has fewer channels than components are wanted, or the sample not more cells.
     """
     shapes: dict[str, tuple[int, int, int]] = {}
     moments: dict[str, Moments] = {}
@@ -255,5 +267,5 @@ def fit_bases(
 
 
 def default_workers() -> int:
-    """Threads that decode: half the cores, at most 8; decoding must not take cores from an engine on a CPU."""
+    """Give the number of threads that decode: half the cores, so that an engine on the CPU has the rest; at most 8."""
     return max(1, min(8, available_cores() // 2))

@@ -1,9 +1,11 @@
-"""Images in, features out, with decoding, the VAE and the UNet at work at the same time.
+"""Stream images through decoding, VAE and UNet, which work at the same time.
 
-The features are those of `difftap.Pipeline.features`, bit for bit where a CPU takes one image at a time. An image that
-cannot be used becomes an outcome with its reason, in its place, and does no harm to the others of its batch.
+The features are those of `difftap.Pipeline.features`; on a CPU, which takes one image at a time, they are equal bit for
+bit. An image that cannot be used becomes an outcome with a reason, in its place, and the others of its batch are not
+affected.
 
-Stages run at once, with bounded queues between threads: in order, with errors and endings that pass through.
+Each stage runs in its own thread, with bounded queues in between. Order is kept. Errors travel forward to the reader,
+and closing the reader ends all stages.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from difftap.artifacts.files import JsonObject
 from difftap.engine import EncodedBatch, Features, Featurizer, InputBatch, finite_or_alone
 from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError
 from difftap.features.sources import Item
@@ -32,11 +35,11 @@ _R = TypeVar("_R")
 
 
 class ClosedError(Exception):
-    """Nobody takes what was to be put, or nothing more will come."""
+    """The other side of a `Channel` has closed it."""
 
 
 class Channel(Generic[_T]):
-    """A bounded queue that either side may close."""
+    """A bounded queue between two threads that either side may close; ``queue.Queue`` cannot be closed."""
 
     def __init__(self, depth: int) -> None:
         self._items: deque[_T] = deque()
@@ -46,10 +49,10 @@ class Channel(Generic[_T]):
         self._error: BaseException | None = None
 
     def put(self, item: _T) -> None:
-        """Add an item; waits while the queue is full.
+        """Add an item; wait while the queue is full.
 
         Raises:
-            ClosedError: the other side has gone.
+            ClosedError: the queue was closed.
         """
         with self._changed:
             while len(self._items) >= self._depth and not self._closed:
@@ -60,11 +63,11 @@ class Channel(Generic[_T]):
             self._changed.notify_all()
 
     def get(self) -> _T:
-        """Take the next item; waits for one.
+        """Take the next item; wait for one.
 
         Raises:
-            ClosedError: the queue is empty, and nothing more will come.
-            BaseException: what ended the other side, once what came before it is taken.
+            ClosedError: the queue was closed, and all its items have been taken.
+            BaseException: the error that the queue was closed with, after all its items have been taken.
         """
         with self._changed:
             while not self._items and not self._closed:
@@ -78,7 +81,7 @@ class Channel(Generic[_T]):
             raise ClosedError
 
     def close(self, error: BaseException | None = None, *, drop: bool = False) -> None:
-        """End the queue; what is in it can still be taken, unless it is dropped."""
+        """Close the queue. Its items can still be taken, unless ``drop`` removes them."""
         with self._changed:
             self._closed = True
             self._error = self._error or error
@@ -88,10 +91,10 @@ class Channel(Generic[_T]):
 
 
 def ahead(source: Iterable[_T], depth: int, name: str) -> Generator[_T, None, None]:
-    """Yield the same items in the same order, made by a thread of their own, at most ``depth`` of them in advance.
+    """Yield the items of a source, which another thread makes, at most ``depth`` of them in advance.
 
-    An error of the source is raised here, after the items that came before it. When this iterator is closed, the
-    thread ends and closes the source.
+    An error of the source is raised here, after the items before it. When this iterator is closed, the thread ends and
+    closes the source.
     """
     channel: Channel[_T] = Channel(depth)
 
@@ -103,9 +106,10 @@ def ahead(source: Iterable[_T], depth: int, name: str) -> Generator[_T, None, No
             channel.close()
         except ClosedError:
             pass
-        except BaseException as error:  # it is raised where it can be handled
+        except BaseException as error:  # raised in the thread that takes the items
             channel.close(error)
         finally:
+            # In this thread: a generator cannot be closed by another thread while it runs.
             close = getattr(iterator, "close", None)
             if close is not None:
                 close()
@@ -127,7 +131,18 @@ def ahead(source: Iterable[_T], depth: int, name: str) -> Generator[_T, None, No
 def in_order(
     function: Callable[[_T], _R], items: Iterable[_T], workers: int, depth: int, name: str = "decode"
 ) -> Generator[_R, None, None]:
-    """``map`` by several threads: results in the items' order, at most ``depth`` items begun and not yet taken."""
+    """Map a function over items with several threads.
+
+    Args:
+        function: called with each item.
+        items: taken as they are needed.
+        workers: number of threads.
+        depth: at most this many items are begun and not yet yielded, which bounds the memory.
+        name: prefix of the threads' names.
+
+    Yields:
+        the results, in the items' order.
+    """
     pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
     waiting: deque[Future[_R]] = deque()
     try:
@@ -145,22 +160,23 @@ def in_order(
 
 # ---- stages
 
-_DECODED = 2  # batches decoded in advance, beside those that the workers are at
+_DECODED = 2  # batches that are decoded in advance, besides the images that the workers are decoding
 
 
 class Opened(Protocol):
-    """What a stream needs of an open `difftap.Pipeline`.
+    """The part of an open `difftap.Pipeline` that a stream uses.
 
     Attributes:
         batch: images per engine run.
         conditions: where it runs, among others.
+        stages: the steps of computing features.
     """
 
     @property
     def batch(self) -> int: ...  # noqa: D102
 
     @property
-    def conditions(self) -> dict[str, Any]: ...  # noqa: D102
+    def conditions(self) -> JsonObject: ...  # noqa: D102
 
     @property
     def stages(self) -> Featurizer: ...  # noqa: D102
@@ -168,7 +184,14 @@ class Opened(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image: its features, as a store keeps them too perhaps, or the fault that it has none by."""
+    """The result for one image.
+
+    Attributes:
+        item: the image.
+        features: its features; None if it cannot be used.
+        fault: why it cannot be used.
+        stored: its features encoded for a store; None without a store.
+    """
 
     item: Item
     features: Features | None = None
@@ -178,7 +201,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some outcomes, in order; those still without a fault have their place in what the last stage made."""
+    """Some outcomes, in order, with the last stage's output for those that have no fault.
+
+    Attributes:
+        outcomes: the outcomes.
+        laid: pixels on the network's input, before the encoder.
+        encoded: output of the encoder.
+    """
 
     outcomes: tuple[Outcome, ...]
     laid: InputBatch | None = None
@@ -188,17 +217,17 @@ class _Batch:
 def stream(
     pipeline: Opened, items: Iterable[Item], workers: int = 2, depth: int = 2, ready: int | None = None
 ) -> Generator[Outcome, None, None]:
-    """One outcome an item, in order.
+    """Yield one outcome for each item, in order.
 
     Args:
         pipeline: an open `difftap.Pipeline`.
-        items: what to extract; taken as they are needed.
+        items: the images; taken as they are needed.
         workers: threads that decode.
         depth: batches that may wait between two stages.
-        ready: batches that may wait at the end, for who takes them now and then only; ``depth`` if None.
+        ready: batches that may wait after the last stage; ``depth`` if None. A reader that pauses needs more.
 
     Raises:
-        BackendError: the runtime failed, which is no image's fault. What came before it has been yielded.
+        BackendError: the runtime failed, and not because of an image. The outcomes before it have been yielded.
     """
     featurizer = pipeline.stages
 
@@ -211,7 +240,7 @@ def stream(
     decoded = in_order(decode, items, workers, workers + _DECODED * pipeline.batch)
     encoded = ahead(_each(_encoder(featurizer), _together(decoded, pipeline.batch)), depth, "vae")
     done = ahead(_each(_tapper(featurizer), encoded), ready or depth, "unet")
-    with closing(decoded), closing(encoded), closing(done):  # from the last stage to the first, each ended by itself
+    with closing(decoded), closing(encoded), closing(done):  # closed from the last stage to the first
         for batch in done:
             yield from batch.outcomes
 
@@ -219,11 +248,11 @@ def stream(
 def as_stored(
     outcomes: Generator[Outcome, None, None], encode: Callable[[Features], StoredImage]
 ) -> Generator[Outcome, None, None]:
-    """Yield the outcomes with their maps as a store keeps them.
+    """Yield the outcomes with their maps encoded for a store.
 
     Args:
-        outcomes: of `stream`; closed at the end.
-        encode: what it is done with (`difftap.features.store.encoding.store_image`); a map that cannot be stored is a
+        outcomes: the outcomes of `stream`; closed at the end.
+        encode: encodes features (`difftap.features.store.encoding.store_image`). Features that it refuses become a
             fault.
     """
     with closing(outcomes):
@@ -238,7 +267,7 @@ def as_stored(
 
 
 def _together(batches: Iterable[_Batch], size: int) -> Generator[_Batch, None, None]:
-    """Join single images to batches; an image that failed takes no place, but keeps its turn."""
+    """Join single images to batches of ``size`` usable images; failed images stay in order between them."""
     waiting: list[_Batch] = []
     good = 0
     for one in batches:
@@ -262,7 +291,7 @@ def _join(batches: list[_Batch]) -> _Batch:
 
 
 def _split(batch: _Batch) -> Iterator[_Batch]:
-    """Part a batch into images, each as it was before the encoder."""
+    """Split a batch into its images, each as it was before the encoder."""
     laid = batch.laid
     place = 0
     for outcome in batch.outcomes:
@@ -275,7 +304,7 @@ def _split(batch: _Batch) -> Iterator[_Batch]:
 
 
 def _each(stage: Callable[[_Batch], _Batch], batches: Generator[_Batch, None, None]) -> Iterator[_Batch]:
-    """Run a stage; where an output is not finite, on one image at a time, so that each gets its own or its fault."""
+    """Run a stage on batches. If an output is not finite, run it on single images, so that only the bad one fails."""
     with closing(batches):
         for batch in batches:
             images = list(_split(batch))
@@ -298,7 +327,7 @@ def _encoder(featurizer: Featurizer) -> Callable[[_Batch], _Batch]:
 
 def _tapper(featurizer: Featurizer) -> Callable[[_Batch], _Batch]:
     def tap(batch: _Batch) -> _Batch:
-        if batch.encoded is None and batch.laid is not None:  # alone, out of a batch that another one spoiled
+        if batch.encoded is None and batch.laid is not None:  # a single image, split from a batch that was not finite
             batch = _encoder(featurizer)(batch)
         if batch.encoded is None:
             return batch

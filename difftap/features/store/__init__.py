@@ -1,4 +1,4 @@
-"""The feature store: extracted maps of a data set in one zarr group, with where they came from; zarr and fsspec."""
+"""The feature store: the extracted maps of a data set, with their provenance, in one zarr group."""
 
 from difftap.features.store.encoding import DTYPES, SCALES, Basis, Encoding, Fidelity
 from difftap.features.store.reader import FeatureStore

@@ -1,4 +1,4 @@
-"""Looking after a store: what is in it, whether it is whole, and making it compact."""
+"""Look after a store: tell what is in it, check that it is whole, and make it compact."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from difftap.artifacts.files import JsonObject
 from difftap.errors import ArtefactError, InputError, OutputError, first_line, require
 from difftap.features.store.encoding import EncodedMap, Fidelity, row_digest
 from difftap.features.store.place import Place
@@ -23,8 +23,8 @@ from difftap.features.store.writer import open_writer
 __all__ = ["Compacted", "StoreProblem", "compact", "info", "verify"]
 
 
-def info(store: FeatureStore) -> dict[str, Any]:
-    """Tell what a store is: provenance, counts, size, fidelity; plain data."""
+def info(store: FeatureStore) -> JsonObject:
+    """Describe a store as plain data: provenance, counts, size in bytes, fidelity."""
     noted = store.noted
     measured: dict[str, list[Fidelity]] = {}
     for row in store.rows:
@@ -69,14 +69,24 @@ def _bytes(place: Place) -> int:
 
 @dataclass(frozen=True)
 class StoreProblem:
-    """Something that is wrong with a store; ``key`` is empty where it is no single image's."""
+    """Something that is wrong with a store.
+
+    Attributes:
+        key: the image concerned; empty if it is not about one image.
+        message: what is wrong.
+    """
 
     key: str
     message: str
 
 
 def verify(store: FeatureStore, progress: Callable[[int], None] = lambda count: None) -> Iterator[StoreProblem]:
-    """Read everything again and hold it against the journal: shapes, digests, finite values, keys."""
+    """Read the whole store and compare it with its journal: shapes, digests, finite values, keys.
+
+    Args:
+        store: the store.
+        progress: called with the number of images checked since the last call.
+    """
     yield from _check_arrays(store)
     seen: dict[str, int] = {}
     for row in store.rows:
@@ -100,7 +110,7 @@ def _check_arrays(store: FeatureStore) -> Iterator[StoreProblem]:
 
 
 def _damaged(store: FeatureStore, progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
-    """Key and reason of each row whose data is not what the journal says."""
+    """Yield key and reason of each row whose data differ from the journal."""
     for row in store.rows:
         for array in store.taps:
             message = _fault(store, array, row)
@@ -125,12 +135,12 @@ def _fault(store: FeatureStore, array: TapArray, row: StoredRow) -> str:
 
 
 def _check_index(store: FeatureStore) -> Iterator[StoreProblem]:
-    """Check that the arrays for other readers agree with the journal."""
+    """Check that the arrays for other programs agree with the journal; difftap itself reads only the journal."""
     if not store.rows:
         return
     try:
         keys, digests = store.group["key"][:], store.group["digest"][:]
-    except Exception as error:  # zarr's kinds
+    except Exception as error:  # zarr and its codecs raise errors of many kinds
         yield StoreProblem("", f"the arrays 'key' and 'digest' cannot be read ({first_line(error)})")
         return
     for row in store.rows:
@@ -143,7 +153,15 @@ def _check_index(store: FeatureStore) -> Iterator[StoreProblem]:
 
 @dataclass(frozen=True)
 class Compacted:
-    """What became of a store: images kept, damaged ones left out, failures forgotten, bytes before and after."""
+    """The result of `compact`.
+
+    Attributes:
+        kept: images in the new store.
+        damaged: images that were left out because their data are damaged.
+        forgotten: failures that were not copied.
+        before: bytes of the old store.
+        after: bytes of the new store.
+    """
 
     kept: int
     damaged: int
@@ -160,18 +178,21 @@ def compact(
     drop_damaged: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Compacted:
-    """Write a store anew without holes, reserved room and failures, which a later extraction then tries again.
+    """Write a store anew, without holes and reserved rows, and without failures.
+
+    A later extraction tries the failed images again.
 
     Args:
         path: the store.
-        output: where the new one goes; None for the place of the old one, of a local store.
-        shard: rows a shard; None for as many as before.
-        drop_damaged: leave out images whose data is not what was written; a later extraction makes them again.
-        progress: called with the number of images just copied.
+        output: the new store; None to replace a local store.
+        shard: rows per shard; None for as many as before.
+        drop_damaged: leave out images whose data are damaged; a later extraction makes them again.
+        progress: called with the number of images copied since the last call.
 
     Raises:
-        ArtefactError: an image's data is damaged, and is not to be left out.
-        OutputError: the new store cannot be written; the old one is as it was.
+        ArtefactError: an image's data are damaged, and ``drop_damaged`` is not set.
+        InputError: a store that is not local would have to be replaced.
+        OutputError: the new store cannot be written; the old one stays as it was.
     """
     place = Place(path)
     if output is not None:
@@ -180,7 +201,7 @@ def compact(
     if place.folder is None:
         raise InputError(f"'{place}' is no local folder and cannot be replaced in one step; give -o NEW")
     folder, scratch, old = place.folder.resolve(), place.beside("compact"), place.beside("old")
-    with place.locked():  # what was killed between the two renames below is back in its place
+    with place.locked():  # locking has restored a store whose compaction was killed between the two renames below
         with place.errors():
             for left in (scratch, old):
                 place.discard(left)
@@ -241,7 +262,7 @@ def _shape(array: TapArray) -> tuple[int, int, int]:
 
 
 def _whole(store: FeatureStore, taps: Sequence[TapArray], row: StoredRow) -> dict[str, EncodedMap] | str:
-    """Tell what is stored of a row, or what is wrong with it."""
+    """Read what is stored of a row, by array name; if it is damaged, give the reason instead."""
     faults = (_fault(store, array, row) for array in taps)
     fault = next(itertools.dropwhile(lambda text: not text, faults), "")
     return fault or {array.name: store.stored(array, row.row) for array in taps}

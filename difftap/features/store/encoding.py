@@ -1,9 +1,9 @@
-"""How a feature map is stored: its number type, its scale, and the basis it is projected on; and what that costs.
+"""How a feature map is stored: its number type, its scale and its PCA basis; and how much accuracy that costs.
 
-A map is stored as it is (``float32``), rounded to half precision (``float16``), or as whole numbers times a scale
-(``int8``). With a basis, a principal component analysis of the run's first images, its K leading components are stored
-in place of the C channels, and the map is rebuilt from them on reading. `Fidelity` says how far that is from the map
-that was extracted. Axis letters: C channels, K stored components, h w cells.
+A map is stored unchanged (``float32``), rounded to half precision (``float16``), or as whole numbers times a scale
+(``int8``). With a basis (a principal component analysis of the run's first images), its K leading components are stored
+instead of the C channels, and the map is rebuilt from them when it is read. `Fidelity` measures how far the result is
+from the extracted map. Axis letters: C channels, K stored components, h w cells.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.coords import Geometry
 from difftap.engine import Features
 from difftap.errors import InputError, require
@@ -36,9 +36,9 @@ __all__ = [
 
 DTYPES = ("float16", "float32", "int8")
 SCALES = ("channel", "map")
-_LARGE = 1 << 16  # values
-_BLOCK = 32  # channels that are compared at a time
-_TOP = 127.0  # int8 without -128, so that the range is symmetric
+_LARGE = 1 << 16  # values from which Arrow's rounding is worth its call
+_BLOCK = 32  # channels compared at once, which bounds the memory of float64 copies
+_TOP = 127.0  # -128 is not used, so that the range is symmetric
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Basis:
     Attributes:
         mean: ``(C,)``.
         components: ``(K, C)``, orthonormal rows, most variance first.
-        share: of the sample's variance that they hold, 0 to 1.
+        share: fraction of the sample's variance that they hold, 0 to 1.
     """
 
     mean: NDArray[np.float32]
@@ -56,18 +56,18 @@ class Basis:
     share: float
 
     def project(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``(C, h, w)`` to ``(K, h, w)``."""
+        """Project a map ``(C, h, w)`` on the components, ``(K, h, w)``."""
         flat = data.reshape(len(data), -1) - self.mean[:, None]
         return (self.components @ flat).reshape(-1, *data.shape[1:])
 
     def rebuild(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``(K, h, w)`` to ``(C, h, w)``."""
+        """Rebuild a map ``(C, h, w)`` from its components ``(K, h, w)``."""
         flat = self.components.T @ data.reshape(len(data), -1) + self.mean[:, None]
         return flat.reshape(-1, *data.shape[1:])
 
 
 class Moments:
-    """First and second moments of a tap's cells, taken map by map."""
+    """The first and second moments of a tap's cells, summed map by map, so that no sample of maps is kept."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -75,7 +75,8 @@ class Moments:
         self._outer: NDArray[np.float64] = np.zeros((0, 0))
 
     def add(self, data: NDArray[np.float32]) -> None:
-        """Take the cells of a map ``(C, h, w)``."""
+        """Add the cells of a map ``(C, h, w)``."""
+        # float64: the covariance is a difference of large sums.
         cells = data.reshape(len(data), -1).astype(np.float64)  # (C, h*w)
         if not self._count:
             self._total, self._outer = np.zeros(len(cells)), np.zeros((len(cells), len(cells)))
@@ -87,7 +88,7 @@ class Moments:
         """Find the leading principal components.
 
         Raises:
-            InputError: there are fewer channels or cells than components.
+            InputError: there are fewer channels than components, or not more cells.
         """
         channels = len(self._total)
         if not 1 <= components <= min(channels, self._count - 1):
@@ -99,7 +100,7 @@ class Moments:
         values, vectors = np.linalg.eigh(self._outer / self._count - np.outer(mean, mean))  # ascending
         share = float(values[::-1][:components].clip(0).sum() / max(values.clip(0).sum(), np.finfo(float).tiny))
         leading = vectors[:, ::-1][:, :components].T
-        # An eigenvector's sign is anybody's choice: its largest entry is made positive, so that machines agree.
+        # The sign of an eigenvector is arbitrary. Its largest entry is made positive, so that all machines agree.
         largest = np.abs(leading).argmax(axis=1)
         leading = leading * np.sign(leading[np.arange(components), largest])[:, None]
         return Basis(mean.astype(np.float32), np.ascontiguousarray(leading, np.float32), share)
@@ -107,21 +108,26 @@ class Moments:
 
 @dataclass(frozen=True)
 class EncodedMap:
-    """One map as it is stored: values ``(K, h, w)``, and for int8 their scales, ``(K,)`` or ``(1,)`` float32."""
+    """One map as it is stored.
 
-    values: NDArray[Any]
+    Attributes:
+        values: ``(K, h, w)``, of the encoding's number type.
+        scale: float32 ``(K,)`` or ``(1,)``, by which int8 values are multiplied; None for other types.
+    """
+
+    values: NDArray[np.number]
     scale: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a stored map is to the one that was extracted.
+    """How close a stored map is to the extracted map.
 
     Attributes:
-        cosine: mean over cells of the cosine between stored and extracted feature vectors.
-        lowest: its smallest value over the cells.
-        error: norm of the difference over the norm of the extracted map.
-        maps: how many maps were measured.
+        cosine: cosine between stored and extracted feature vectors, averaged over cells.
+        lowest: the lowest such cosine of any cell.
+        error: norm of the difference, divided by the norm of the extracted map.
+        maps: number of maps measured.
     """
 
     cosine: float
@@ -131,30 +137,30 @@ class Fidelity:
 
     @classmethod
     def measure(cls, want: NDArray[np.float32], got: NDArray[np.float32]) -> Fidelity:
-        """Compare two maps ``(C, h, w)``; a cell that is all zero in both counts as 1."""
+        """Compare an extracted map ``(C, h, w)`` with the stored one; a cell that is zero in both has cosine 1."""
         first, second = (one.reshape(len(one), -1) for one in (want, got))
         sums = np.zeros((4, first.shape[1]))
-        for start in range(0, len(first), _BLOCK):  # in float64, without copies of whole maps
+        for start in range(0, len(first), _BLOCK):  # float64 sums without float64 copies of whole maps
             one, two = (part[start : start + _BLOCK].astype(np.float64) for part in (first, second))
             pairs = ((one, one), (two, two), (one, two), (one - two, one - two))
             sums += [np.einsum("cn,cn->n", left, right) for left, right in pairs]
         norms = np.sqrt(sums[0]) * np.sqrt(sums[1])
         both_zero = (sums[0] == 0) & (sums[1] == 0)
         cosines = np.divide(sums[2], norms, out=both_zero.astype(float), where=norms > 0)
-        cosines = np.minimum(cosines, 1.0)
+        cosines = np.minimum(cosines, 1.0)  # rounding may exceed 1
         whole, other, differing = (float(np.sqrt(sums[k].sum())) for k in (0, 1, 3))
         error = differing / whole if whole else float(other > 0)
         return cls(float(cosines.mean()), float(cosines.min()), error)
 
     @classmethod
     def join(cls, parts: Sequence[Fidelity]) -> Fidelity:
-        """Join those of several maps: mean cosine, lowest cosine, largest error."""
+        """Join the measurements of several maps: mean cosine, lowest cosine, largest error."""
         count = sum(part.maps for part in parts)
         mean = sum(part.cosine * part.maps for part in parts) / count
         return cls(mean, min(p.lowest for p in parts), max(p.error for p in parts), count)
 
     def to_dict(self) -> dict[str, float]:
-        """Plain data."""
+        """Give plain data."""
         return asdict(self)
 
 
@@ -164,8 +170,11 @@ class Encoding:
 
     Attributes:
         dtype: one of `DTYPES`.
-        scale: of int8, one for each ``channel`` (or component), or one for the whole ``map``.
-        pca: components kept of each tap; None for all channels, as they are.
+        scale: int8 only: a scale for each ``channel`` (or component), or one for the whole ``map``.
+        pca: number of components kept of each tap; None to keep the channels.
+
+    Raises:
+        InputError: a value is not allowed.
     """
 
     dtype: str = "float16"
@@ -180,34 +189,34 @@ class Encoding:
         if self.pca is not None and self.pca < 1:
             raise InputError(f"pca is {self.pca}; allowed: 1 or more components")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; `from_dict` reads it back. The scale of a type that has none is left out."""
+    def to_dict(self) -> JsonObject:
+        """Give plain data that `from_dict` reads; ``scale`` is left out if the type has none."""
         data = asdict(self)
         if self.dtype != "int8":
             del data["scale"]
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Encoding:
-        """From plain data."""
+    def from_dict(cls, data: JsonObject) -> Encoding:
+        """Read what `to_dict` gave."""
         return cls(**data)
 
     def scales(self, components: int) -> int:
-        """How many scales a map has: none, one, or one a component."""
+        """Give the number of scales of a map: none, one, or one per component."""
         return 0 if self.dtype != "int8" else components if self.scale == "channel" else 1
 
     def encode(self, data: NDArray[np.float32], basis: Basis | None = None) -> EncodedMap:
-        """Encode a map ``(C, h, w)`` as it is stored.
+        """Encode a map ``(C, h, w)`` for the store.
 
         Raises:
-            InputError: a value does not fit the number type.
+            InputError: a value is too large for the number type.
         """
         values = data if basis is None else basis.project(data)
         if self.dtype == "float32":
             return EncodedMap(values)
         if self.dtype == "float16":
-            top = max(float(values.max()), -float(values.min()))  # NaN, if there is one, in both
-            if not top <= float(np.finfo(np.float16).max):
+            top = max(float(values.max()), -float(values.min()))  # NaN if any value is
+            if not top <= float(np.finfo(np.float16).max):  # not: NaN must be refused too
                 raise InputError(
                     f"a feature is {top:.6g}; float16 holds up to {float(np.finfo(np.float16).max):.0f}; "
                     "store float32 (--dtype float32)"
@@ -216,12 +225,12 @@ class Encoding:
         axes = (1, 2) if self.scale == "channel" else (0, 1, 2)
         most = np.abs(values).max(axis=axes, keepdims=True)
         scale = np.where(most > 0, most / np.float32(_TOP), np.float32(1)).astype(np.float32)  # (K or 1, 1, 1)
-        # The smallest scales are subnormal, and then the quotient may pass 127 by rounding.
+        # Clipped, because the smallest scales are subnormal numbers, and rounding may then make a quotient exceed 127.
         whole = np.clip(np.rint(values / scale), -_TOP, _TOP).astype(np.int8)
         return EncodedMap(whole, scale.reshape(-1))
 
     def decode(self, stored: EncodedMap, basis: Basis | None = None) -> NDArray[np.float32]:
-        """Decode the map ``(C, h, w)`` of what `encode` gave."""
+        """Decode what `encode` gave into a map ``(C, h, w)``."""
         values = stored.values.astype(np.float32)
         if stored.scale is not None:
             values *= stored.scale.reshape(-1, 1, 1)
@@ -229,7 +238,7 @@ class Encoding:
 
 
 def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Round to half precision; large maps by Arrow, bit for bit as numpy does it, in half the time."""
+    """Round to half precision. Large maps are rounded by Arrow: the same bits as numpy's, in half the time."""
     if values.size < _LARGE:
         return values.astype(np.float16)
     pyarrow = require("pyarrow", "store", "a feature store")
@@ -241,12 +250,12 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """What goes into one row of a store's arrays.
+    """An image's features, encoded for one row of a store's arrays.
 
     Attributes:
-        features: what it was made of.
-        maps: as they are stored, by array name, ``branch/tap``.
-        sha256: of what is stored (`row_digest`), by array name.
+        features: the features.
+        maps: the encoded maps, by array name, ``branch/tap``.
+        sha256: the digest of each encoded map (`row_digest`), by array name.
     """
 
     features: Features
@@ -255,7 +264,7 @@ class StoredImage:
 
     @property
     def geometry(self) -> Geometry:
-        """Where the image lies on its maps."""
+        """How the image lies on its maps."""
         return next(iter(self.features.branches[0].values())).geometry
 
 
@@ -263,12 +272,12 @@ def store_image(features: Features, encoding: Encoding, bases: Mapping[str, Basi
     """Encode an image's maps.
 
     Args:
-        features: of the image.
+        features: the image's features.
         encoding: how the store keeps maps.
-        bases: of a store with PCA, by array name.
+        bases: the PCA bases by array name; empty for a store without PCA.
 
     Raises:
-        InputError: a value does not fit the store's number type.
+        InputError: a value is too large for the store's number type.
     """
     maps = {
         f"{number}/{tap}": encoding.encode(one.data, bases.get(f"{number}/{tap}"))
@@ -279,7 +288,7 @@ def store_image(features: Features, encoding: Encoding, bases: Mapping[str, Basi
 
 
 def row_digest(stored: EncodedMap) -> str:
-    """Compute the first half of the SHA-256 of what is stored of one map: values, then scales."""
+    """Compute the first 32 hexadecimal digits of the SHA-256 of an encoded map: its values, then its scales."""
     digest = hashlib.sha256(np.ascontiguousarray(stored.values).data)
     if stored.scale is not None:
         digest.update(np.ascontiguousarray(stored.scale).data)
@@ -287,7 +296,7 @@ def row_digest(stored: EncodedMap) -> str:
 
 
 def shapes_of(features: Features) -> dict[str, tuple[int, int, int]]:
-    """``(C, h, w)`` of each map, by array name."""
+    """Give the shape ``(C, h, w)`` of each map, by array name."""
     return {
         f"{number}/{tap}": (one.data.shape[0], one.data.shape[1], one.data.shape[2])
         for number, taps in enumerate(features.branches)

@@ -1,8 +1,8 @@
-"""Where a store lies: a local folder or any fsspec address, opened with zarr; local writes are durable, and locked.
+"""Where a store lies: a local folder or any fsspec address, opened with zarr; local writes are durable and locked.
 
-The only module that touches zarr's stores. Locally an object is synced before it gets its name, so that what was there
-before it stays whole until the new one is on the disk. Elsewhere an object appears whole when its upload ends, which is
-what object stores promise.
+This is the only module that touches zarr's stores. A local object is synced to the disk before it gets its name, so the
+old one stays whole until the new one is safe. Elsewhere, an object appears whole when its upload ends, as object stores
+promise.
 """
 
 from __future__ import annotations
@@ -13,21 +13,52 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from difftap.artifacts.files import only_writer, output_errors
 from difftap.errors import InputError, OutputError, first_line, require
 
-__all__ = ["Place"]
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+    from zarr.core.buffer import Buffer
+
+__all__ = ["Place", "StoreArray", "StoreGroup"]
+
+
+class StoreArray(Protocol):
+    """The part of ``zarr.Array`` that is used here."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    attrs: MutableMapping[str, Any]
+
+    def __getitem__(self, rows: int | slice, /) -> NDArray[Any]: ...
+    def __setitem__(self, rows: int | slice, values: object, /) -> None: ...
+    def resize(self, shape: tuple[int, ...]) -> None: ...  # noqa: D102
+    def with_config(self, config: Mapping[str, bool]) -> StoreArray: ...  # noqa: D102
+
+
+class StoreGroup(Protocol):
+    """The part of ``zarr.Group`` that is used here. Ours hold arrays only, which zarr's own type does not tell."""
+
+    attrs: MutableMapping[str, Any]
+
+    def __contains__(self, name: str, /) -> bool: ...
+    def __getitem__(self, name: str, /) -> StoreArray: ...
+    def get(self, name: str, /) -> StoreArray | None: ...  # noqa: D102
+    def create_array(self, name: str, **options: object) -> StoreArray: ...  # noqa: D102
 
 
 class Place:
     """A store's address.
 
     Attributes:
-        address: as it was given.
+        address: the address as the user gave it.
         folder: the local folder; None for an address of another kind.
 
     >>> Place("features.zarr").folder
@@ -44,43 +75,48 @@ class Place:
     def __str__(self) -> str:
         return self.address
 
-    def _store(self, *, read_only: bool) -> Any:
+    def _store(self, *, read_only: bool) -> Store:
         zarr = require("zarr", "store", "a feature store")
+        store: Store
         if self.folder is not None:
-            return zarr.storage.LocalStore(self.folder, read_only=True) if read_only else _durable(self.folder)
+            store = zarr.storage.LocalStore(self.folder, read_only=True) if read_only else _durable(self.folder)
+            return store
         require("fsspec", "store", f"'{self.address}'")
         try:
-            return zarr.storage.FsspecStore.from_url(self.address, read_only=read_only)
+            store = zarr.storage.FsspecStore.from_url(self.address, read_only=read_only)
+            return store
         except ImportError as error:
-            raise InputError(f"'{self.address}' needs a package of its own: {first_line(error)}") from error
+            raise InputError(f"'{self.address}' needs another package: {first_line(error)}") from error
         except (ValueError, OSError) as error:
             raise InputError(f"'{self.address}' cannot be opened: {first_line(error)}") from error
 
-    def open(self, *, read_only: bool = True) -> Any:
-        """Open the zarr group that is there; None if there is none.
+    def open(self, *, read_only: bool = True) -> StoreGroup | None:
+        """Open the zarr group; None if there is none.
 
         Raises:
-            InputError: the address is of no known kind, or cannot be reached.
+            InputError: the address is of an unknown kind, or cannot be reached.
             MissingExtraError: zarr is not installed.
         """
         zarr = require("zarr", "store", "a feature store")
         if read_only and self.folder is not None and not self.folder.exists() and self.beside("old").exists():
-            with self.locked():  # which restores it; a writer has done so already
+            with self.locked():  # locking restores the store; a writer holds the lock already
                 pass
         if self.folder is not None and not self.folder.exists():
-            return None  # zarr would make the folder
+            return None  # here, because zarr would make the folder
         try:
-            return zarr.open_group(self._store(read_only=read_only), mode="r" if read_only else "r+", zarr_format=3)
+            mode = "r" if read_only else "r+"
+            group: StoreGroup = zarr.open_group(self._store(read_only=read_only), mode=mode, zarr_format=3)
+            return group
         except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.ContainsArrayError):
             return None
         except InputError:
             raise
-        except Exception as error:  # a file system's own kinds; and zarr's, of metadata it cannot read
+        except Exception as error:  # each file system has its own errors, and zarr has many for damaged metadata
             raise InputError(
                 f"'{self}' cannot be opened as a feature store ({type(error).__name__}: {first_line(error)})"
             ) from error
 
-    def create(self, attributes: dict[str, Any]) -> Any:
+    def create(self, attributes: dict[str, object]) -> StoreGroup:
         """Make a new, empty zarr group.
 
         Raises:
@@ -88,14 +124,15 @@ class Place:
         """
         zarr = require("zarr", "store", "a feature store")
         with self.errors():
-            return zarr.create_group(self._store(read_only=False), zarr_format=3, attributes=attributes)
+            group: StoreGroup = zarr.create_group(self._store(read_only=False), zarr_format=3, attributes=attributes)
+            return group
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn what a file system says while we write into one clear line.
+        """Turn an error of the file system while we write into one clear line.
 
         Raises:
-            OutputError: in place of any other error of the system.
+            OutputError: replaces any such error of the body.
         """
         try:
             with output_errors(Path(self.address)):
@@ -103,12 +140,12 @@ class Place:
         except (OutputError, InputError):
             raise
         except Exception as error:
-            if self.folder is not None:
+            if self.folder is not None:  # no OSError, so not the file system's: a fault of ours
                 raise
             raise OutputError(f"cannot write '{self}': {type(error).__name__}: {first_line(error)}") from error
 
     def empty(self) -> bool:
-        """Whether nothing is there yet."""
+        """Tell whether the place is empty."""
         if self.folder is not None:
             with self.errors():
                 return not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir()))
@@ -116,7 +153,7 @@ class Place:
         return not system.exists(path) or not system.find(path)
 
     def remove(self) -> None:
-        """Delete all that is there."""
+        """Delete everything at this place."""
         with self.errors():
             if self.folder is not None:
                 self.discard(self.folder.resolve())
@@ -125,12 +162,15 @@ class Place:
             system.rm(path, recursive=True)
 
     def beside(self, word: str) -> Path:
-        """Name a hidden neighbour of a local store, ``.name.word``."""
+        """Give the path of a hidden file or folder beside a local store: ``.name.word``."""
         folder = Path(self.address.removeprefix("file://")).resolve()
         return folder.with_name(f".{folder.name}.{word}")
 
     def discard(self, folder: Path) -> None:
-        """Delete a local store's folder, or one beside it; killed midway, it leaves nothing that looks like a store."""
+        """Delete a local store's folder, or one beside it.
+
+        It is renamed first, so that a deletion that is killed leaves nothing that looks like a store.
+        """
         gone = self.beside("gone")
         if gone.exists():
             shutil.rmtree(gone)
@@ -139,25 +179,22 @@ class Place:
             shutil.rmtree(gone)
 
     def restore(self) -> None:
-        """Put a store back whose compaction was killed after the old one had lost its name, before the new one had it.
-
-        Only who holds the lock may do so.
-        """
+        """Restore a store whose compaction was killed between its two renames. The caller must hold the lock."""
         if self.folder is not None and not self.folder.exists() and self.beside("old").exists():
             self.beside("old").rename(self.folder.resolve())
 
     def sweep(self) -> None:
-        """Delete what a killed writer left half-written beside its objects; only a store's one writer may do so."""
+        """Delete the scratch files of a killed writer. The caller must hold the lock."""
         if self.folder is not None:
             for scratch in self.folder.rglob("*.partial"):
                 scratch.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold a local store for this process alone. Stores elsewhere have no lock.
+        """Lock a local store for this process. Stores elsewhere have no lock.
 
         Raises:
-            OutputError: another process holds it, or the folder that it is to lie in does not exist.
+            OutputError: another process holds the lock, or the folder around the store does not exist.
         """
         if self.folder is None:
             yield
@@ -165,15 +202,15 @@ class Place:
         with self.errors():
             if self.folder.exists() and not self.folder.is_dir():
                 raise NotADirectoryError(errno.EEXIST, "a file stands there; give the name of a folder")
-        folder = self.folder.resolve()  # through a link, so that both names of a store have one lock
+        folder = self.folder.resolve()  # follows links, so that all names of a store have one lock
         with only_writer(self.folder, folder.with_name(f".{folder.name}.lock")):
             with self.errors():
                 self.restore()
             yield
 
 
-def put(path: Path, data: Any) -> None:
-    """Write a whole file: it is on the disk, under its name, when this returns; a failure leaves the old one."""
+def put(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file. When this returns, it is on the disk under its name; a failure leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
@@ -186,7 +223,7 @@ def put(path: Path, data: Any) -> None:
         with contextlib.suppress(OSError):
             scratch.unlink()
         raise
-    if os.name != "nt":
+    if os.name != "nt":  # the name is in the folder, which must be synced too; Windows cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -194,17 +231,17 @@ def put(path: Path, data: Any) -> None:
             os.close(folder)
 
 
-def _durable(folder: Path) -> Any:
-    """Open a zarr store of local files, with every object synced before it appears."""
+def _durable(folder: Path) -> Store:
+    """Open a zarr store of local files that syncs every object before it gets its name."""
     from zarr.storage import LocalStore
 
     class DurableStore(LocalStore):
-        async def set(self, key: str, value: Any) -> None:
+        async def set(self, key: str, value: Buffer) -> None:
             if not self._is_open:
                 await self._open()
             await asyncio.to_thread(put, self.root / key, value.as_buffer_like())
 
-        async def set_if_not_exists(self, key: str, value: Any) -> None:
+        async def set_if_not_exists(self, key: str, value: Buffer) -> None:
             if not await self.exists(key):
                 await self.set(key, value)
 

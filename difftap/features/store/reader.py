@@ -1,20 +1,20 @@
-"""Reading a feature store: features of an image by its key, or by its content."""
+"""Read a feature store: find an image by its key or by its content, and read its features."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.engine import Features
 from difftap.errors import ArtefactError, InputError
 from difftap.featuremap import FeatureMap
 from difftap.features.store.encoding import EncodedMap, row_digest
-from difftap.features.store.place import Place
+from difftap.features.store.place import Place, StoreGroup
 from difftap.features.store.schema import (
     Provenance,
     StoredRow,
@@ -31,10 +31,10 @@ __all__ = ["FeatureStore"]
 
 
 class FeatureStore:
-    """An extracted data set, open for reading. A store that is being written shows what it held when it was opened.
+    """An extracted data set, open for reading. If it is still being written, it shows what it held when opened.
 
     Attributes:
-        place: where it lies.
+        place: its address.
         provenance: what it holds and what made it.
         group: the zarr group.
 
@@ -44,7 +44,7 @@ class FeatureStore:
     (1280, 48, 48)
     """
 
-    def __init__(self, group: Any, place: Place, provenance: Provenance) -> None:
+    def __init__(self, group: StoreGroup, place: Place, provenance: Provenance) -> None:
         self.group = group
         self.place = place
         self.provenance = provenance
@@ -55,8 +55,8 @@ class FeatureStore:
         """Open a store: a local folder, or any address that fsspec knows (``s3://bucket/features.zarr``).
 
         Raises:
-            InputError: there is nothing, or no feature store.
-            ArtefactError: it is damaged.
+            InputError: there is no feature store.
+            ArtefactError: the store is damaged.
             MissingExtraError: zarr is not installed.
         """
         place = Place(path)
@@ -73,44 +73,44 @@ class FeatureStore:
 
     @cached_property
     def taps(self) -> tuple[TapArray, ...]:
-        """The arrays, branch by branch and tap by tap; none as long as no image is in."""
+        """The arrays, branch by branch and tap by tap; empty if the store holds no image yet."""
         return tuple(tap_arrays(self.group, self.provenance, self.place))
 
     @cached_property
     def _by_digest(self) -> dict[str, str]:
-        return {row.digest: row.key for row in reversed(self._rows)}  # of several, the first
+        return {row.digest: row.key for row in reversed(self._rows)}  # reversed: the first of equal images wins
 
     @property
     def rows(self) -> tuple[StoredRow, ...]:
-        """Every image that is in, in the order of the rows."""
+        """Every image in the store, in the order of the rows."""
         return tuple(self._rows)
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Why, of each image that could not be used, by key."""
+        """The reason for each image that could not be used, by key."""
         return self._failures
 
     @property
     def holes(self) -> int:
-        """Rows below the last one that hold no image."""
+        """The number of rows below the last one that hold no image."""
         return max((row.row + 1 for row in self._rows), default=0) - len(self._rows)
 
     @property
-    def noted(self) -> dict[str, Any]:
-        """All that the store says of itself: the provenance, the runs that filled it, whether it is complete."""
+    def noted(self) -> JsonObject:
+        """The store's own description: its provenance, the runs that filled it, whether it is complete."""
         return dict(dict(self.group.attrs)["difftap"])
 
-    def check(self, recipe: Recipe, model_key: str, prompts: Mapping[str, Any] | None = None) -> None:
-        """Make sure that these are the features a recipe asks for.
+    def check(self, recipe: Recipe, model_key: str, prompts: Mapping[str, object] | None = None) -> None:
+        """Check that these are the features of a recipe.
 
         Args:
-            recipe: its matcher, and how it joins branches, have no say. Learned prompts in it are pinned to their
-                file, as those of `difftap.Pipeline.recipe` are.
-            model_key: of the model, `difftap.engine.model_key`.
+            recipe: the recipe. Its matcher, and how it joins branches, are not compared. Learned prompts in it must be
+                replaced by the digest of their file, as in `difftap.Pipeline.recipe`.
+            model_key: the model's key, `difftap.engine.model_key`.
             prompts: kind, mode and hash of the recipe's learned prompts, `difftap.prompts.PromptBook.conditions`.
 
         Raises:
-            RecipeError: names the first field that differs.
+            RecipeError: they are not; the message names the first field that differs.
         """
         check_features(self.place, self.provenance, recipe.feature_fields(), model_key, prompts)
 
@@ -119,14 +119,14 @@ class FeatureStore:
         return [row.key for row in self._rows]
 
     def find(self, digest: str) -> str | None:
-        """Find the key of the image with this content, `difftap.images.Image.digest`; None if it is not in."""
+        """Find the key of the image with this content (`difftap.images.Image.digest`); None if the store lacks it."""
         return self._by_digest.get(digest)
 
     def row(self, key: str) -> StoredRow:
-        """Look up what the journal says of an image.
+        """Look up an image in the journal.
 
         Raises:
-            InputError: there is no such key, or the image failed.
+            InputError: there is no such key, or the image could not be used.
         """
         index = self._by_key.get(key)
         if index is not None:
@@ -139,11 +139,11 @@ class FeatureStore:
         )
 
     def read(self, key: str) -> Features:
-        """Read an image's features: every branch's and tap's map, float32 ``(C, h, w)`` with its geometry.
+        """Read an image's features: the map of every branch and tap, float32 ``(C, h, w)`` with its geometry.
 
         Raises:
-            InputError: there is no such key.
-            ArtefactError: its data cannot be read, or is not what was written.
+            InputError: there is no such key, or the image could not be used.
+            ArtefactError: its data cannot be read, or have changed.
         """
         return self._features(self.row(key))
 
@@ -152,7 +152,7 @@ class FeatureStore:
         branches: list[dict[str, FeatureMap]] = [{} for _ in self.provenance.branches]
         for array in self.taps:
             stored = self.stored(array, row.row)
-            # zarr gives zeros for what is not there, and knows nothing of bytes that have changed
+            # zarr gives zeros for a missing chunk, and does not notice bytes that have changed.
             if row_digest(stored) != row.sha256.get(array.name):
                 raise ArtefactError(
                     f"'{array.name}' of '{row.key}' in '{self.place}' is damaged (SHA-256 differs); 'difftap store "
@@ -163,15 +163,15 @@ class FeatureStore:
         return Features(row.digest, tuple(branches))
 
     def stored(self, array: TapArray, row: int) -> EncodedMap:
-        """Read what lies in one row of an array, as it is stored.
+        """Read one row of an array as it is stored.
 
         Raises:
             ArtefactError: it cannot be read.
         """
         try:
-            values: NDArray[Any] = np.asarray(array.values[row])
+            values: NDArray[np.number] = np.asarray(array.values[row])
             scale = None if array.scale is None else np.asarray(array.scale[row])
-        except Exception as error:  # zarr's and the file system's, of damaged or missing chunks
+        except Exception as error:  # zarr and file systems raise errors of many kinds for damaged chunks
             raise ArtefactError(
                 f"row {row} of '{array.name}' in '{self.place}' cannot be read ({type(error).__name__}: {error}); "
                 "'difftap store verify' finds every such row"
@@ -185,7 +185,7 @@ class FeatureStore:
         return key in self._by_key
 
     def __getitem__(self, index: int) -> Features:
-        """Read the features of image ``index`` of `keys`: a map-style data set, as torch's loaders take it."""
+        """Read the features of image ``index`` of `keys`; with this, torch's loaders accept a store as a data set."""
         return self._features(self._rows[index])
 
     def __iter__(self) -> Iterator[Features]:

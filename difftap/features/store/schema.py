@@ -1,17 +1,17 @@
-"""What lies in a feature store, by name: its provenance, its arrays, and its journal.
+"""The layout of a feature store: its provenance, its arrays and its journal.
 
 ::
 
     zarr.json              the group; its attribute "difftap" is the provenance
-    journal       (P,)     text: one page a shard, what is done and what failed
-    0/up1         (N, C, h, w)   a tap's maps, one array for each branch (by number) and tap (by name)
-    0/up1.scale   (N, C)   int8 alone: what the values are to be multiplied with; (N, 1) of a scale a map
+    journal       (P,)     text: one page per shard, which lists finished images and failures
+    0/up1         (N, C, h, w)   a tap's maps; one array for each branch (by number) and tap (by name)
+    0/up1.scale   (N, C)   int8 only: the factors of the values; (N, 1) with one scale per map
     0/up1.mean, 0/up1.components   (C,), (K, C): with PCA, the basis of the values
-    key, digest, image, content    (N,), (N, 32), (N, 2), (N, 4): the journal's rows, for other readers of zarr
+    key, digest, image, content    (N,), (N, 32), (N, 2), (N, 4): the journal's rows, for other programs that read zarr
 
-The first axis is the row. The journal decides which rows are there: it has one page a shard, JSON lines, written after
-the shard's data. What lies in the arrays beyond it is unfinished work. A failure names an image that has no row, and
-why. The last four arrays are filled when a run ends.
+The first axis of the arrays is the row. The journal decides which rows exist. It has one page per shard, as JSON lines,
+and a page is written after its shard's data. Data in the arrays that no page names are unfinished work. A failure names
+an image that has no row, and the reason. The last four arrays are filled when a run ends.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import differences
 from difftap.coords import Geometry, Size
 from difftap.errors import ArtefactError, DifftapError, InputError, RecipeError, first_line
 from difftap.features.store.encoding import Basis, Encoding
-from difftap.features.store.place import Place
+from difftap.features.store.place import Place, StoreArray, StoreGroup
 from difftap.prompts.choose import SLOT
 
 __all__ = [
@@ -53,13 +53,13 @@ class StoredRow:
     """One image of the store.
 
     Attributes:
-        row: its place along the arrays' first axis.
+        row: its index along the arrays' first axis.
         key: its name: relative path, list entry, tar member or row id.
-        digest: of its pixels, `difftap.images.Image.digest`.
-        image: ``(W, H)`` as decoded.
+        digest: the digest of its pixels, `difftap.images.Image.digest`.
+        image: its size ``(W, H)`` in pixels.
         content: the part of the network's input that it fills, `difftap.coords.Geometry.content`.
-        sha256: of what is stored, array by array.
-        fidelity: measured on this image, array by array; empty for most.
+        sha256: the digest of its stored map, by array.
+        fidelity: the fidelity of its stored map, by array; measured on the first image of each shard only.
     """
 
     row: int
@@ -71,7 +71,7 @@ class StoredRow:
     fidelity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def geometry(self, size: Size) -> Geometry:
-        """How the image was laid on the input of ``size``."""
+        """Give the geometry of the image on an input of ``size`` (W, H)."""
         return Geometry(self.image, size, self.content)
 
 
@@ -85,7 +85,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the journal says of one shard."""
+    """One page of the journal: the finished images and the failures of one shard."""
 
     rows: tuple[StoredRow, ...] = ()
     failures: tuple[Failure, ...] = ()
@@ -94,15 +94,15 @@ class ShardEntry:
         return bool(self.rows or self.failures)
 
     def text(self) -> str:
-        """JSON lines."""
+        """Write the page as JSON lines."""
         return "".join(_line(record) for record in (*map(_row, self.rows), *map(_failure, self.failures)))
 
     @classmethod
     def parse(cls, text: str, where: str) -> ShardEntry:
-        """Read `text` back.
+        """Read what `text` gave; ``where`` names the page in the error.
 
         Raises:
-            ArtefactError: it is damaged; ``where`` names it.
+            ArtefactError: the text is damaged.
         """
         rows, failures = [], []
         try:
@@ -118,21 +118,24 @@ class ShardEntry:
         return cls(tuple(rows), tuple(failures))
 
 
-def _row(row: StoredRow) -> dict[str, Any]:
-    data = {name: value for name, value in vars(row).items() if value or name == "row"}
+def _row(row: StoredRow) -> dict[str, object]:
+    data = {name: value for name, value in vars(row).items() if value or name == "row"}  # row 0 is a value too
     return data | {"image": list(row.image), "content": list(row.content)}
 
 
-def _failure(failure: Failure) -> dict[str, Any]:
+def _failure(failure: Failure) -> dict[str, object]:
     return {"key": failure.key, "error": failure.error}
 
 
-def _line(record: Mapping[str, Any]) -> str:
+def _line(record: Mapping[str, object]) -> str:
     return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def keys_of(pages: Iterable[ShardEntry]) -> tuple[dict[str, int], dict[str, str]]:
-    """StoredRow by key, and the reason by key of what failed and has no row."""
+    """Give the row of each finished image by key, and the reason of each failure by key.
+
+    An image that failed once and was finished later counts as finished.
+    """
     rows: dict[str, int] = {}
     failed: dict[str, str] = {}
     for page in pages:
@@ -144,9 +147,9 @@ def keys_of(pages: Iterable[ShardEntry]) -> tuple[dict[str, int], dict[str, str]
 # ---- the provenance and the arrays
 
 SCHEMA = "difftap.store/1"
-_PAGES = 32  # read at a time: of small maps, with 256 rows a page, some 3 MB of text
+_PAGES = 32  # pages read at once; with 256 small maps per page, that is about 3 MB of text
 CONDITIONS = ("name", "device", "precision")
-"""Of the backend: what must not change within a store, beside recipe, model and encoding."""
+"""The backend's fields that must not change within a store; recipe, model and encoding must not either."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,14 @@ class Provenance:
     """What a store holds and what made it.
 
     Attributes:
-        conditions: of the pipeline that began it: recipe, model, backend, device, precision, versions.
+        conditions: the conditions of the pipeline that began it: recipe, model, backend, device, precision, versions.
         features: the fields of the recipe that decide the features.
         encoding: how maps are stored.
-        shard: rows a shard.
+        shard: rows per shard.
     """
 
-    conditions: Mapping[str, Any]
-    features: Mapping[str, Any]
+    conditions: JsonObject
+    features: JsonObject
     encoding: Encoding
     shard: int
 
@@ -173,7 +176,7 @@ class Provenance:
 
     @property
     def model_key(self) -> str:
-        """The model's key, of weights and configuration."""
+        """The model's key, made from its weights and configuration."""
         return str(self.conditions["model"]["key"])
 
     @property
@@ -181,8 +184,8 @@ class Provenance:
         """The taps of each branch."""
         return tuple(tuple(branch["taps"]) for branch in self.features["branches"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+    def to_dict(self) -> dict[str, object]:
+        """Give plain data."""
         return {
             "schema": SCHEMA,
             "conditions": dict(self.conditions),
@@ -192,11 +195,11 @@ class Provenance:
         }
 
 
-def read_provenance(group: Any, place: Place) -> Provenance:
-    """Read the provenance in a zarr group.
+def read_provenance(group: StoreGroup, place: Place) -> Provenance:
+    """Read the provenance of a store.
 
     Raises:
-        InputError: it is no feature store of ours, or one of another version.
+        InputError: the zarr group is no feature store, or has another schema.
     """
     data = dict(group.attrs).get("difftap")
     if not isinstance(data, Mapping) or not str(data.get("schema", "")).startswith("difftap.store/"):
@@ -211,10 +214,10 @@ def read_provenance(group: Any, place: Place) -> Provenance:
         raise InputError(f"'{place}' has a damaged provenance ({error}); extract it again") from error
 
 
-def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a recipe's fields as they are for images of no named category: a prompt that asks for one stays empty.
+def _of_no_category(features: JsonObject) -> JsonObject:
+    """Give a recipe's fields for images without a category: a prompt with a slot for one becomes empty.
 
-    That is what a store holds under such a prompt, and what is looked for in it.
+    Images in a store have no category, so their features were made with the empty prompt.
     """
     branches = [
         {**branch, "prompt": "" if SLOT in branch["prompt"] else branch["prompt"]} if "prompt" in branch else branch
@@ -226,14 +229,21 @@ def _of_no_category(features: Mapping[str, Any]) -> dict[str, Any]:
 def check_features(
     place: Place,
     provenance: Provenance,
-    features: Mapping[str, Any],
+    features: JsonObject,
     model_key: str,
-    prompts: Mapping[str, Any] | None = None,
+    prompts: Mapping[str, object] | None = None,
 ) -> None:
-    """Make sure that a store's features are those of a recipe, a model and, by their content, its learned prompts.
+    """Check that a store's features are those of a recipe, a model and its learned prompts.
+
+    Args:
+        place: the store's address, for errors.
+        provenance: the store's provenance.
+        features: the recipe's fields that decide the features.
+        model_key: the model's key. It is compared, not the name: the same weights may have another name.
+        prompts: kind, mode and hash of the learned prompts; their content is compared, not their file's name.
 
     Raises:
-        RecipeError: the first field that differs. A model is known by its key: its name may be another.
+        RecipeError: they differ; the message names the first field.
     """
     have, want = _of_no_category(provenance.features), _of_no_category(features)
     names = have.pop("model", None), want.pop("model", None)
@@ -257,7 +267,7 @@ def check_features(
         )
 
 
-def _said(prompts: Mapping[str, Any] | None) -> str:
+def _said(prompts: Mapping[str, object] | None) -> str:
     return f"learned prompts {str(prompts['sha256'])[:12]}" if prompts else "no learned prompts"
 
 
@@ -269,27 +279,27 @@ class TapArray:
         branch: number of the branch.
         tap: its name.
         values: the zarr array ``(N, K, h, w)``.
-        scale: the zarr array of scales; None but for int8.
-        basis: what the values are to be rebuilt with; None without PCA.
+        scale: the zarr array of scales; int8 only, else None.
+        basis: the basis that rebuilds the values; None without PCA.
     """
 
     branch: int
     tap: str
-    values: Any
-    scale: Any | None
+    values: StoreArray
+    scale: StoreArray | None
     basis: Basis | None
 
     @property
     def name(self) -> str:
-        """Its path in the store."""
+        """The path of its array in the store."""
         return f"{self.branch}/{self.tap}"
 
 
-def tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArray]:
-    """Open a store's tap arrays, branch by branch; none if it has no row yet.
+def tap_arrays(group: StoreGroup, provenance: Provenance, place: Place) -> list[TapArray]:
+    """Open a store's tap arrays, branch by branch; empty if the store has no row yet.
 
     Raises:
-        ArtefactError: some are missing, or cannot be read.
+        ArtefactError: some are missing or cannot be read.
     """
     with _readable(f"an array of '{place}'"):
         return _tap_arrays(group, provenance, place)
@@ -297,22 +307,22 @@ def tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArra
 
 @contextlib.contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """One clear line for whatever zarr makes of damaged files.
+    """Turn any error of zarr about damaged files into one clear line.
 
     Raises:
-        ArtefactError: in place of any other error.
+        ArtefactError: replaces any error of the body that is not ours.
     """
     try:
         yield
     except DifftapError:
         raise
-    except Exception as error:  # zarr's, its codecs' and json's own kinds
+    except Exception as error:  # zarr, its codecs and json raise errors of many kinds
         raise ArtefactError(
             f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); it is damaged: extract it again"
         ) from error
 
 
-def _tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArray]:
+def _tap_arrays(group: StoreGroup, provenance: Provenance, place: Place) -> list[TapArray]:
     found, missing = [], []
     bases = load_bases(group, provenance)
     for branch, taps in enumerate(provenance.branches):
@@ -332,8 +342,8 @@ def _tap_arrays(group: Any, provenance: Provenance, place: Place) -> list[TapArr
     return found
 
 
-def load_bases(group: Any, provenance: Provenance) -> dict[str, Basis]:
-    """Read the PCA bases in a store, by the name of the tap's array."""
+def load_bases(group: StoreGroup, provenance: Provenance) -> dict[str, Basis]:
+    """Read the PCA bases of a store, by the name of the tap's array."""
     bases = {}
     for branch, taps in enumerate(provenance.branches):
         for tap in taps:
@@ -345,11 +355,15 @@ def load_bases(group: Any, provenance: Provenance) -> dict[str, Basis]:
     return bases
 
 
-def pages(group: Any, place: Place) -> Iterator[ShardEntry]:
-    """Yield the journal, page by page, in the order of the shards."""
+def pages(group: StoreGroup, place: Place) -> Iterator[ShardEntry]:
+    """Yield the pages of the journal, in the order of the shards.
+
+    Raises:
+        ArtefactError: the journal is damaged.
+    """
     with _readable(f"the journal of '{place}'"):
         journal = group.get("journal")
-    if journal is None:  # a store that was begun and no more
+    if journal is None:  # a run was killed right after it had begun the store
         return
     for start in range(0, journal.shape[0], _PAGES):
         with _readable(f"the journal of '{place}'"):

@@ -1,11 +1,11 @@
-"""Writing a feature store: begun or taken up again, filled shard by shard, finished.
+"""Write a feature store: begin it or continue it, fill it shard by shard, and finish it.
 
-What `StoreWriter.put` and `StoreWriter.fail` take is safe only once they, or `StoreWriter.commit`, have counted it in
-what they return.
+`StoreWriter` keeps records in memory until their shard is written. Its methods return how many records became safe on
+disk; a record is safe only when it has been counted so.
 
-The order is what makes a store survive: first the shard's data, then its page of the journal, each written whole. A
-process killed in between leaves data that no page names; the next one writes over it. A shard that is committed before
-it is full is written again, with what came in since; its earlier rows are the same bytes, so nothing is at risk.
+The order of writing keeps a store whole: first a shard's data, then its page of the journal. A process that is killed
+in between leaves data that no page names, and the next one writes over them. A shard that is written before it is full
+is written again later; its earlier rows get the same bytes, so they are never at risk.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import check_conditions
 from difftap.engine import Features
 from difftap.errors import InputError, OutputError
 from difftap.features.store.encoding import Basis, EncodedMap, Encoding, Fidelity, StoredImage, shapes_of, store_image
-from difftap.features.store.place import Place
+from difftap.features.store.place import Place, StoreGroup
 from difftap.features.store.schema import (
     CONDITIONS,
     Failure,
@@ -41,13 +42,13 @@ __all__ = ["Shard", "StoreWriter", "check_writable", "create_arrays", "finish", 
 
 # ---- one shard: rows gather in memory and go to disk together
 
-SHARD_BYTES = 64 << 20
-CHUNK_BYTES = 256 << 10
-MOST_ROWS = 256
+SHARD_BYTES = 64 << 20  # a shard is one file, held in memory while it fills
+CHUNK_BYTES = 256 << 10  # a reader of one image reads whole chunks
+MOST_ROWS = 256  # rows of a shard; a page of the journal has as many lines
 
 
 def shard_rows(row_bytes: int) -> int:
-    """Rows a shard: a power of two that makes some 64 MB, at most 256.
+    """Give the rows of a shard: the largest power of two that fits in 64 MiB, at most 256.
 
     >>> shard_rows(1280 * 48 * 48 * 2)
     8
@@ -56,23 +57,29 @@ def shard_rows(row_bytes: int) -> int:
 
 
 def _chunk_rows(row_bytes: int, shard: int) -> int:
-    """Rows a chunk: one of large maps, more of small ones, so that handling chunks costs little; divides the shard."""
+    """Give the rows of a chunk, a divisor of the shard: one of large maps, several of small ones.
+
+    Small chunks would cost more time for their handling than for their bytes.
+    """
     wanted = max(1, min(shard, CHUNK_BYTES // max(1, row_bytes)))
     return max(rows for rows in range(1, wanted + 1) if shard % rows == 0)
 
 
 def create_arrays(
-    group: Any,
+    group: StoreGroup,
     provenance: Provenance,
     shapes: Mapping[str, tuple[int, int, int]],
     bases: Mapping[str, Basis],
     rows: int,
 ) -> None:
-    """Make the arrays of the taps that are not there yet.
+    """Make the arrays of the taps that do not exist yet.
 
     Args:
+        group: the store's zarr group.
+        provenance: what the store holds.
         shapes: ``(C, h, w)`` by array name.
-        rows: the first axis; a multiple of the shard.
+        bases: the PCA bases by array name; empty without PCA.
+        rows: length of the first axis; a multiple of the shard.
     """
     encoding = provenance.encoding
     for name, (channels, height, width) in shapes.items():
@@ -91,7 +98,7 @@ def create_arrays(
 
 
 def _make(
-    group: Any, name: str, shape: tuple[int, ...], dtype: str, shard: int, chunk: int, axes: tuple[str, ...]
+    group: StoreGroup, name: str, shape: tuple[int, ...], dtype: str, shard: int, chunk: int, axes: tuple[str, ...]
 ) -> None:
     if name not in group:
         group.create_array(
@@ -100,34 +107,36 @@ def _make(
             shards=(shard, *shape[1:]),
             chunks=(chunk, *shape[1:]),
             dtype=dtype,
-            compressors=None,  # features are noise to a compressor: a tenth at best, for most of the time
+            compressors=None,  # features look like noise: compressing saves a tenth at best and takes most of the time
             fill_value=0,
             dimension_names=axes,
         )
 
 
-def _put(group: Any, name: str, data: NDArray[Any], attributes: Mapping[str, Any] | None = None) -> None:
-    """Write a small array, whole."""
+def _put(
+    group: StoreGroup, name: str, data: NDArray[np.float32], attributes: Mapping[str, float] | None = None
+) -> None:
+    """Write a small array; replace it if it exists."""
     group.create_array(name, data=data, compressors=None, attributes=dict(attributes or {}), overwrite=True)
 
 
 class Shard:
-    """The rows of one shard.
+    """The rows of one shard, gathered in memory.
 
     Args:
         group: the store's zarr group, open for writing.
-        place: where it lies.
-        provenance: how it stores.
-        arrays: its taps; their first axis reaches over the whole shard.
-        number: which shard.
-        page: what an earlier run committed of it.
-        room: the arrays that an earlier shard of this run gathered its rows in, to be used again: the first touch of
-            fresh memory takes longer than all else that is done to a row.
+        place: the store's address.
+        provenance: what the store holds.
+        arrays: the arrays of its taps; their first axis must reach to the shard's end.
+        number: the shard's number.
+        page: what an earlier run wrote of this shard.
+        room: arrays in which an earlier shard of this run gathered its rows, to use again. The first touch of new
+            memory takes longer than everything else that is done to a row.
     """
 
     def __init__(
         self,
-        group: Any,
+        group: StoreGroup,
         place: Place,
         provenance: Provenance,
         arrays: Sequence[TapArray],
@@ -154,15 +163,15 @@ class Shard:
 
     @property
     def pending(self) -> int:
-        """Records that are not on disk yet."""
+        """The number of records that are not on disk yet."""
         return len(self._rows) + len(self._failures) - self._safe
 
     def use(self, arrays: Sequence[TapArray]) -> None:
-        """Tell which arrays there are, once the first features have told their shapes."""
+        """Set the arrays; they are made when the first features are known, which may be after this shard was begun."""
         self._arrays = list(arrays)
 
     def add(self, key: str, image: StoredImage) -> None:
-        """Take an image's maps.
+        """Add an image's maps as the next row.
 
         Raises:
             InputError: the maps have other shapes than the arrays.
@@ -182,7 +191,7 @@ class Shard:
                     f"'{array.name}' of '{key}' is stored as {one.values.shape}, but the store's rows are "
                     f"{tuple(array.values.shape[1:])}; a store holds maps of one shape"
                 )
-            if place == 0:  # the first of each shard is measured
+            if place == 0:  # only the first row of each shard is measured, because measuring takes time
                 data = image.features.branches[array.branch][array.tap].data
                 fidelity[array.name] = Fidelity.measure(data, encoding.decode(one, array.basis)).to_dict()
         self._keep(image.maps)
@@ -200,7 +209,7 @@ class Shard:
         )
 
     def copy(self, row: StoredRow, stored: Mapping[str, EncodedMap]) -> None:
-        """Take a row of another store, or of another place in this one, as it is."""
+        """Add a row that was read from a store, with its encoded maps, unchanged but for its number."""
         self._keep(stored)
         number = self.number * self._provenance.shard + len(self._rows)
         self._rows.append(StoredRow(**{**vars(row), "row": number}))
@@ -210,7 +219,7 @@ class Shard:
         self._failures.append(Failure(key, " ".join(error.split())))
 
     def _buffer(self, array: TapArray) -> None:
-        """Room for a whole shard; what an earlier run wrote is read back."""
+        """Give the array memory for the whole shard, and read back the rows that an earlier run wrote."""
         start = self.number * self._provenance.shard
         stop = start + self._provenance.shard
         for kept, source in ((self._values, array.values), (self._scales, array.scale)):
@@ -234,14 +243,14 @@ class Shard:
 
     @property
     def room(self) -> dict[str, NDArray[Any]]:
-        """The arrays that rows gather in, for the next shard once this one is on disk."""
+        """The arrays that the rows are gathered in, which the next shard may use once this one is on disk."""
         return {**self._values, **{f"{name}.scale": scale for name, scale in self._scales.items()}}
 
     def commit(self) -> int:
-        """Put everything on disk; returns how many records became safe by it.
+        """Write everything to disk; return how many records became safe.
 
         Raises:
-            OutputError: it cannot be written; what was safe stays safe.
+            OutputError: it cannot be written. Records that were safe stay safe.
         """
         count = self.pending
         if not count:
@@ -249,29 +258,31 @@ class Shard:
         start = self.number * self._provenance.shard
         stop = start + self._provenance.shard
         for kept in (*self._values.values(), *self._scales.values()):
-            kept[len(self._rows) :] = 0  # what is there may be an earlier shard's
+            kept[len(self._rows) :] = 0  # the memory may hold rows of an earlier shard
         with self._place.errors():
             for array in self._arrays:
-                if array.name in self._values:  # none, where all that came in are failures
+                if array.name in self._values:  # missing if there are only failures
                     values = array.values
-                    if self.full:  # zarr would compare every chunk with the fill value, to leave empty ones out
+                    if self.full:  # none is empty, so zarr need not compare every chunk with the fill value
                         values = values.with_config({"write_empty_chunks": True})
                     values[start:stop] = self._values[array.name]
                 if array.name in self._scales and array.scale is not None:
                     array.scale[start:stop] = self._scales[array.name]
+            # Last: the page makes the rows count, so their data must be on disk before it.
             self._group["journal"][self.number] = ShardEntry(tuple(self._rows), tuple(self._failures)).text()
         self._safe += count
         return count
 
 
-# ---- the end of a run: arrays for other readers are filled, what was reserved is cut off
+# ---- the end of a run: arrays for other programs are filled, reserved rows are cut off
 
-_INDEX_ROWS = 4096  # a chunk of the arrays key, digest, image, content
+_INDEX_ROWS = 4096  # rows of a chunk of the arrays key, digest, image, content
 
 
-def finish(group: Any, place: Place, provenance: Provenance) -> None:
-    """Bring a store's other arrays in line with its journal, and mark it complete."""
-    used, rows, fidelity = 0, 0, {}  # type: ignore[var-annotated]
+def finish(group: StoreGroup, place: Place, provenance: Provenance) -> None:
+    """Fill a store's arrays for other programs from its journal, cut off reserved rows, and mark it complete."""
+    used = rows = 0
+    fidelity: dict[str, list[Fidelity]] = {}
     for number, page in enumerate(pages(group, place)):
         if page:
             used = number + 1
@@ -290,11 +301,11 @@ def finish(group: Any, place: Place, provenance: Provenance) -> None:
     group.attrs.update({"difftap": {**noted, "fidelity": summary, "complete": True}})
 
 
-def _write_index(group: Any, place: Place, rows: int) -> None:
+def _write_index(group: StoreGroup, place: Place, rows: int) -> None:
     """Fill the arrays key, digest, image and content from the journal, a chunk at a time."""
     if not rows:
         return
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+    shapes: dict[str, tuple[tuple[int, ...], type | str]] = {
         "key": ((), str), "digest": ((32,), "uint8"), "image": ((2,), "int32"), "content": ((4,), "float64"),
     }  # fmt: skip
     arrays = {
@@ -308,10 +319,10 @@ def _write_index(group: Any, place: Place, rows: int) -> None:
 
     def flush(start: int) -> None:
         stop = min(start + _INDEX_ROWS, rows)
-        keys: Any = np.full(stop - start, "", object)
+        keys = np.full(stop - start, "", object)
         tables = {name: np.zeros((stop - start, *shapes[name][0]), shapes[name][1]) for name in list(shapes)[1:]}
         for row in waiting:
-            # A file name that is not UTF-8 has no place in a text array as it is.
+            # A file name that is not UTF-8 cannot be written to a text array unchanged.
             keys[row.row - start] = row.key.encode("utf-8", "backslashreplace").decode()
             tables["digest"][row.row - start] = np.frombuffer(bytes.fromhex(row.digest), np.uint8)
             tables["image"][row.row - start] = row.image
@@ -337,31 +348,32 @@ def _write_index(group: Any, place: Place, rows: int) -> None:
 @contextlib.contextmanager
 def open_writer(
     path: str | Path,
-    conditions: Mapping[str, Any],
-    features: Mapping[str, Any],
+    conditions: JsonObject,
+    features: JsonObject,
     encoding: Encoding,
     *,
     shard: int,
     every: float = 30.0,
     overwrite: bool = False,
-    runs: Sequence[Mapping[str, Any]] = (),
+    runs: Sequence[JsonObject] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[StoreWriter]:
-    """Begin a store, or take up one that was begun under the same conditions; alone, where it is a local folder.
+    """Begin a store, or continue one that was begun under the same conditions. A local store is locked.
 
     Args:
         path: a local folder, or an fsspec address.
-        conditions: of the pipeline that fills it (`difftap.Pipeline.conditions`).
+        conditions: the conditions of the pipeline that fills it (`difftap.Pipeline.conditions`).
         features: the recipe's `difftap.Recipe.feature_fields`.
         encoding: how maps are stored.
-        shard: rows a shard, of a new store.
-        every: most seconds that finished records wait in memory for their shard to fill.
-        overwrite: delete the store that is there.
-        runs: conditions of earlier runs, where what they made is copied into a new store.
-        clock: tells the time in seconds.
+        shard: rows per shard of a new store.
+        every: finished records wait in memory for at most this many seconds.
+        overwrite: delete a store that is there.
+        runs: conditions of the earlier runs whose rows are copied into a new store.
+        clock: gives the time in seconds.
 
     Raises:
-        OutputError: it cannot be written, holds something else, was begun under other conditions, or is being written.
+        OutputError: the store cannot be written, was begun under other conditions, is being written by another process,
+            or the place holds something else.
     """
     place = Place(path)
     with place.locked():
@@ -379,23 +391,24 @@ def open_writer(
         try:
             yield writer
         except OutputError:
-            raise  # the disk is full or gone: there is no use in trying to write more
+            raise  # the disk is full or gone, so nothing more can be written
         except BaseException:
-            with contextlib.suppress(OutputError):  # the first error is the one to tell
+            with contextlib.suppress(OutputError):  # the first error is the one to report
                 writer.commit()
             raise
 
 
-def check_writable(
-    path: str | Path, features: Mapping[str, Any], encoding: Encoding, *, overwrite: bool = False
-) -> None:
-    """Make sure, before anything slow starts, that a store can be begun or taken up; writes nothing.
+def check_writable(path: str | Path, features: JsonObject, encoding: Encoding, *, overwrite: bool = False) -> None:
+    """Check, before any slow work, that a store can be begun or continued; write nothing.
 
     Args:
-        path, features, encoding, overwrite: as `open_writer` takes them.
+        path: as for `open_writer`.
+        features: as for `open_writer`.
+        encoding: as for `open_writer`.
+        overwrite: as for `open_writer`.
 
     Raises:
-        OutputError: as `open_writer` raises it, but for what only open engines can tell.
+        OutputError: as for `open_writer`; but model, backend and prompts are not compared, because that needs engines.
     """
     place = Place(path)
     with place.locked():
@@ -405,13 +418,13 @@ def check_writable(
             check_conditions(place, _asked(have.features, have.encoding), _asked(features, encoding), kind="store")
 
 
-def _asked(features: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
+def _asked(features: JsonObject, encoding: Encoding) -> dict[str, object]:
     recipe = {name: value for name, value in features.items() if name != "model"}
     return {"recipe": recipe, "encoding": encoding.to_dict()}
 
 
-def _existing(place: Place, *, overwrite: bool) -> Any:
-    """Return the store that is there, open for writing; None if one is to be made.
+def _existing(place: Place, *, overwrite: bool) -> StoreGroup | None:
+    """Open the store that is there for writing; return None if a new one must be made.
 
     Raises:
         OutputError: something else is there.
@@ -432,13 +445,13 @@ def _existing(place: Place, *, overwrite: bool) -> Any:
 
 
 def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
-    """Return the store's provenance, if the run's does not contradict it.
+    """Return the store's provenance if a run with the provenance ``want`` may continue it.
 
     Raises:
-        OutputError: it does; names the first field that differs.
+        OutputError: it may not; the message names the first field that differs.
     """
 
-    def fields(one: Provenance) -> dict[str, Any]:
+    def fields(one: Provenance) -> dict[str, object]:
         backend = one.conditions["backend"]
         return {
             **_asked(one.features, one.encoding),
@@ -452,18 +465,18 @@ def _agreeing(have: Provenance, want: Provenance, place: Place) -> Provenance:
 
 
 class StoreWriter:
-    """An open store; use `open_writer`.
+    """A store that is open for writing; `open_writer` makes it.
 
     Attributes:
-        place: where it lies.
+        place: its address.
         provenance: what it holds.
-        done: keys of images that are in.
-        failed: reason by key of images that failed before.
-        committed: records made safe by this run.
+        done: keys of the images that it held when it was opened.
+        failed: key -> reason of the images that failed in earlier runs.
+        committed: number of records that this run has made safe.
     """
 
     def __init__(
-        self, group: Any, place: Place, provenance: Provenance, every: float, clock: Callable[[], float]
+        self, group: StoreGroup, place: Place, provenance: Provenance, every: float, clock: Callable[[], float]
     ) -> None:
         self.group = group
         self.place = place
@@ -479,8 +492,8 @@ class StoreWriter:
         self._room: dict[str, NDArray[Any]] = {}
         self._taps: list[TapArray] = []
 
-    def begin(self, conditions: Mapping[str, Any]) -> None:
-        """Read the journal, note the run in the provenance, and find the place to go on."""
+    def begin(self, conditions: JsonObject) -> None:
+        """Read the journal, add the run to the provenance, and find the shard to continue with."""
         with self.place.errors():
             if "journal" not in self.group:
                 self.group.create_array(
@@ -495,7 +508,7 @@ class StoreWriter:
             self.failed.update((failure.key, failure.error) for failure in page.failures)
         self.failed = {key: error for key, error in self.failed.items() if key not in self.done}
         noted = dict(self.group.attrs)["difftap"]
-        plain = json.loads(json.dumps(conditions))
+        plain = json.loads(json.dumps(conditions))  # as the noted runs came through JSON: tuples became lists
         if plain not in noted["runs"] or noted["complete"]:
             runs = noted["runs"] + ([] if plain in noted["runs"] else [plain])
             with self.place.errors():
@@ -506,11 +519,11 @@ class StoreWriter:
 
     @property
     def next_shard(self) -> int:
-        """Number of the first shard that nothing was written to."""
+        """The number of the first shard that nothing was written to."""
         return self._pages + (self._shard is not None)
 
     def reserve(self, shards: int) -> None:
-        """Make room for so many shards after those in use, in few steps: each rewrites the arrays' descriptions."""
+        """Lengthen the arrays by this many shards at once, because each step rewrites the arrays' descriptions."""
         count = self.next_shard + shards
         with self.place.errors():
             journal = self.group["journal"]
@@ -519,14 +532,14 @@ class StoreWriter:
             self._lengthen(count * self.provenance.shard)
 
     def _lengthen(self, rows: int) -> None:
-        """Make the taps' arrays at least so long: a finished store's may end within a shard, and shards are whole."""
+        """Make the taps' arrays at least this long. Those of a finished store may end within a shard."""
         for array in self._arrays():
             for one in (array.values, array.scale):
                 if one is not None and one.shape[0] < rows:
                     one.resize((rows, *one.shape[1:]))
 
     def _arrays(self) -> list[TapArray]:
-        """Return the taps' arrays; none unless all are there. Opening takes as long as an image, so it is done once."""
+        """Open the taps' arrays, once, since it takes as long as an image; none unless all of them exist."""
         if not self._taps and self._bound():
             self._taps = tap_arrays(self.group, self.provenance, self.place)
         return self._taps
@@ -537,32 +550,32 @@ class StoreWriter:
         return all(f"{name}{part}" in self.group for name in names for part in parts)
 
     def prepare(self, shapes: Mapping[str, tuple[int, int, int]], bases: Mapping[str, Basis]) -> None:
-        """Make the arrays that are not there yet.
+        """Make the arrays that do not exist yet.
 
         Args:
             shapes: ``(C, h, w)`` by array name (`difftap.features.store.encoding.shapes_of`).
-            bases: of a store with PCA, by array name.
+            bases: the PCA bases by array name; empty without PCA.
         """
         if not self._arrays():
             with self.place.errors():
                 rows = max(self.group["journal"].shape[0], self.next_shard + 1) * self.provenance.shard
                 create_arrays(self.group, self.provenance, shapes, bases, rows)
-                self._lengthen(rows)  # some may have been made, for fewer images, by a run that was killed at it
+                self._lengthen(rows)  # a run that was killed here may have made some of them, for fewer images
 
     @property
     def ready(self) -> bool:
-        """Whether every tap's array is there."""
+        """Whether every tap's array exists."""
         return bool(self._arrays())
 
     @property
     def bases(self) -> dict[str, Basis]:
-        """The PCA bases of the store's arrays, by name; none before they are made."""
+        """The PCA bases by array name; empty before the arrays are made."""
         return {array.name: array.basis for array in self._arrays() if array.basis is not None}
 
     def _open_shard(self, page: ShardEntry | None = None) -> Shard:
         number = self._pages
         if self.group["journal"].shape[0] <= number or self._too_short(number):
-            self.reserve(max(1, number // 8))
+            self.reserve(max(1, number // 8))  # grows by an eighth: few steps, and little to cut off at the end
         self._shard = Shard(self.group, self.place, self.provenance, self._arrays(), number, page, self._room)
         self._room = {}
         return self._shard
@@ -573,13 +586,13 @@ class StoreWriter:
         return any(one.shape[0] < rows for one in every if one is not None)
 
     def add(self, key: str, features: Features) -> int:
-        """Encode and take an image's features; returns how many records became safe.
+        """Encode and add an image's features; return how many records became safe.
 
-        What cannot be stored is recorded as a failure, and why.
+        Features that cannot be encoded are recorded as a failure.
 
         Raises:
             InputError: the maps have other shapes than the store's arrays.
-            OutputError: the disk is full, or the like.
+            OutputError: the store cannot be written.
         """
         try:
             image = store_image(features, self.provenance.encoding, self.bases)
@@ -588,22 +601,22 @@ class StoreWriter:
         return self.put(key, image)
 
     def put(self, key: str, image: StoredImage) -> int:
-        """Take an image's maps, encoded with the store's encoding and `bases`; as `add` otherwise."""
+        """Add an image whose maps are encoded with the store's encoding and `bases`; otherwise like `add`."""
         shard = self._shard or self._open_shard()
         if not self._taps:
             self.prepare(shapes_of(image.features), {})
-        shard.use(self._arrays())  # it may have been opened, by failures, before they were made
+        shard.use(self._arrays())  # a failure may have begun the shard before the arrays were made
         shard.add(key, image)
         return self._after(shard)
 
     def copy(self, row: StoredRow, stored: Mapping[str, EncodedMap]) -> int:
-        """Take a row of another store as it is; returns how many records became safe."""
+        """Add a row of another store unchanged; return how many records became safe."""
         shard = self._shard or self._open_shard()
         shard.copy(row, stored)
         return self._after(shard)
 
     def fail(self, key: str, error: str) -> int:
-        """Record that an image could not be used; returns how many records became safe."""
+        """Record that an image could not be used; return how many records became safe."""
         shard = self._shard or self._open_shard()
         shard.fail(key, error)
         return self._after(shard)
@@ -614,7 +627,7 @@ class StoreWriter:
         return 0
 
     def commit(self) -> int:
-        """Put on disk what came in; returns how many records became safe."""
+        """Write everything in memory to disk; return how many records became safe."""
         self._since = self._clock()
         if self._shard is None:
             return 0
@@ -627,9 +640,9 @@ class StoreWriter:
         return count
 
     def finish(self) -> int:
-        """Commit, fill the index arrays, cut what was reserved, and mark the store complete; returns as `commit`."""
+        """Commit and mark the store complete (`finish`); return how many records became safe."""
         count = self.commit()
         with self.place.errors():
             finish(self.group, self.place, self.provenance)
-        self._taps = []  # cut
+        self._taps = []  # opened again if needed, because their length has changed
         return count
