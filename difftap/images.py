@@ -206,7 +206,7 @@ def _decode(source: Path | io.BytesIO, path: Path) -> Image:
 
 
 def read_size(path: Path) -> Size:
-    """Read ``(W, H)`` of the upright picture, as `load_image` gives it, from the file's header alone.
+    """Read ``(W, H)`` of the upright picture, as `load_image` gives it, from the file's header only.
 
     Raises:
         OSError, SyntaxError, ValueError: what Pillow raises where the file is missing or damaged.

@@ -22,14 +22,14 @@ from difftap.errors import InputError, OutputError
 __all__ = ["ProgressBar", "Run", "check_conditions", "differences", "no_bar", "open_run", "read_run"]
 
 ProgressBar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
-"""Shows progress over so many pieces of work: opened, it gives the function that is told how many are just done."""
+"""Opens a progress bar for a number of pieces of work; its context gives a function to call with each number done."""
 
 _SHOWN = 60
 """Characters of a value that an error shows; a prompt or a list of files may be long."""
 
 
 def no_bar(_total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Show nothing: the `ProgressBar` of who wants none."""
+    """Show no progress bar: a `ProgressBar` for callers that want none."""
     return contextlib.nullcontext(lambda _count: None)
 
 

@@ -68,7 +68,7 @@ def open_model(
             raise ModelError(f"--random-weights builds {', '.join(PRESETS[:-1])} or {PRESETS[-1]}; got model '{name}'")
         if size is not None:
             config = _preset(name)
-            # From the configuration alone: building the weights takes minutes and gigabytes.
+            # From the configuration only: building the weights takes minutes and gigabytes.
             SDUNet(name, Path(name), config["unet"], config["vae"], config["scheduler"]).check_size(size)
         return Checkpoint.load(
             _build_random(name, random_weights, cache), f"{name} (random weights, seed {random_weights})"
@@ -116,7 +116,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         # fp16 copies and the weights before averaging (non_ema) would double the download, and are not read.
         folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*fp16*", "*non_ema*"], **wanted))
         unet = folder / "unet"
-        if unet.is_dir() and not any(unet.glob("*.safetensors")):  # a repository of half-precision weights alone
+        if unet.is_dir() and not any(unet.glob("*.safetensors")):  # it has only half-precision weights
             folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*non_ema*"], **wanted))
         return folder
     except Exception as error:  # the hub's, its HTTP client's and the system's errors share no base class
@@ -192,7 +192,7 @@ def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
         # The manifest lists files that exist. A link to a base model that was moved away is not among them.
         lost = [path for path in folder.rglob("*") if not path.exists()]
         if lost:
-            raise ArtefactError(f"'{lost[0]}' is a link that leads nowhere")
+            raise ArtefactError(f"'{lost[0]}' is a link to a file that does not exist")
 
     identity = {"unet": digest, "base": str(home)}
     return cache.get_or_make("checkpoint", folder, identity, make, manifest=_manifest(folder), check=check, adopt=True)

@@ -80,7 +80,7 @@ def keep_float32(core: Core, model: Model, products: set[str]) -> Model:
                 target.replace_source_output(weight.output(0))
             made.remove_parameter(place)
     if len(made.get_parameters()) != inputs:
-        raise BackendError("this version of OpenVINO does not read its own files as they were; use --precision fp32")
+        raise BackendError("this version of OpenVINO does not read back the file that it wrote; use --precision fp32")
     return made
 
 

@@ -96,7 +96,7 @@ def scales(rule: NoiseRule, timestep: int, noise: str) -> tuple[float, float]:
         return rule.scaling_factor, 0.0
     schedule = rule.alphas_cumprod
     if not 0 <= timestep < len(schedule):
-        raise InputError(f"timestep {timestep} of a schedule with {len(schedule)}; allowed: 0 to {len(schedule) - 1}")
+        raise InputError(f"timestep is {timestep}; allowed: 0 to {len(schedule) - 1}, the model's schedule")
     alpha = float(schedule[timestep])
     return alpha**0.5 * rule.scaling_factor, (1.0 - alpha) ** 0.5
 

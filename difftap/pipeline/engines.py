@@ -107,7 +107,7 @@ def plan_builds(
     for name in dict.fromkeys(backends):
         if name == AUTO:
             if "all" in precisions:
-                raise InputError("backend 'auto' chooses in one precision; got 'all'; allowed: named ones")
+                raise InputError("backend 'auto' compares backends in one precision; got 'all'; name a precision")
             pairs += [(AUTO, precision) for precision in dict.fromkeys(precisions)]
             continue
         backend = get_backend(name)

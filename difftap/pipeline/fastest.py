@@ -245,7 +245,7 @@ def _measure(
 def _left_out(backend: Backend, device: str, able: list[tuple[Backend, str]]) -> str | None:
     """Give the reason why a backend that could run is not worth measuring; None if it is worth it."""
     if device == "cpu" and any(other != "cpu" for _, other in able):
-        return "has the CPU alone, where another backend has a GPU"
+        return "has only the CPU, and another backend has a GPU"
     graphs = [one for one, where in able if one.needs_graph and where == device]
     if not backend.needs_graph and graphs:
         return _no_graph(graphs[0], device)

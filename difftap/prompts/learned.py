@@ -150,8 +150,8 @@ class LearnedPrompts:
         """
         if asked.sha256 and asked.sha256 != self.sha256:
             raise InputError(
-                f"'{self.path}' was learned anew: its sha256 is {self.sha256[:16]}..., and {asked.sha256[:16]}... is "
-                "asked for; put that file back, or make what was made with it again"
+                f"'{self.path}' holds other prompts than those asked for: its sha256 is {self.sha256[:16]}..., not "
+                f"{asked.sha256[:16]}...; put that file back, or make again what was made with it"
             )
 
     def row(self, category: str | None) -> int:

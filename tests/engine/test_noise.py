@@ -123,7 +123,7 @@ def test_signal_and_sigma_worked_out_by_hand(timestep, noise, want):
 
 @pytest.mark.parametrize("timestep", [-1, 3])
 def test_a_timestep_outside_the_schedule_is_refused(timestep):
-    with pytest.raises(InputError, match=f"timestep {timestep} of a schedule with 3; allowed: 0 to 2"):
+    with pytest.raises(InputError, match=f"timestep is {timestep}; allowed: 0 to 2"):
         scales(RULE, timestep, "independent")
 
 

@@ -239,7 +239,7 @@ def test_tensorrt_needs_a_gpu_and_says_so(gpu, monkeypatch):
         (None, "cuda", "can be built here .* but not run: torch sees no NVIDIA GPU"),
         (H100, "cuda", r"here is NVIDIA H100 \(9.0\); Hopper is not among .*: use backend 'tensorrt'"),
         (TURING, "cuda", "use --device cuda-turing"),
-        (L4, "cuda-turing", "run on 7.5; here is NVIDIA L4 .*; use --device cuda"),
+        (L4, "cuda-turing", "run on compute capability 7.5; here is NVIDIA L4 .*; use --device cuda"),
         (Gpu("NVIDIA B200", (10, 0)), "cuda", "use backend 'tensorrt', or ort"),
     ],
 )

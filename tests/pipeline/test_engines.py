@@ -46,7 +46,7 @@ def test_builds_are_planned_over_sizes_backends_and_precisions():
     assert len(every) == len({job.label for job in every})
     (chosen,) = plan_builds(RECIPE, runtime, ["auto"], ["fp32"], [])
     assert chosen.label == "64x64 auto fp32"
-    with pytest.raises(InputError, match="'auto' chooses in one precision; got 'all'"):
+    with pytest.raises(InputError, match="'auto' compares backends in one precision; got 'all'"):
         plan_builds(RECIPE, runtime, ["auto"], ["all"], [])
     with pytest.raises(InputError, match="no backend 'none'"):
         plan_builds(RECIPE, runtime, ["none"], ["fp32"], [])

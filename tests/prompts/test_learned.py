@@ -78,7 +78,7 @@ def test_a_pinned_recipe_takes_no_other_file(tmp_path):
     other = save(tmp_path / "a", "cpm", steps=4)
     assert pinned(asked).feature_key() != known.feature_key()
     for refuse in (lambda: pinned(known), lambda: other.check(known.learned, ONE, "pocket", "k")):
-        with pytest.raises(InputError, match="was learned anew"):
+        with pytest.raises(InputError, match="holds other prompts than those asked for: its sha256 is"):
             refuse()
     with pytest.raises(InputError, match="no learned prompts at"):
         pinned(dataclasses.replace(ONE, learned=Learned(str(tmp_path / "nowhere"))))

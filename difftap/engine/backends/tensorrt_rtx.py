@@ -58,7 +58,10 @@ class TensorRTRTXBackend(TrtBackend):
             hint = f"use --device {'cuda' if '8.0' in other else 'cuda-turing'}"
         elif gpu.capability == (9, 0):
             hint = "Hopper is not among the GPUs that TensorRT for RTX supports: use backend 'tensorrt'"
-        return f"engines of backend 'tensorrt-rtx' for {device} run on {targets}; here is {gpu.label}; {hint}"
+        return (
+            f"engines of backend 'tensorrt-rtx' for {device} run on compute capability {targets}; here is {gpu.label}; "
+            f"{hint}"
+        )
 
     def settings(self, device: str, strip: bool, cache: Path) -> BuildSettings:
         trt = self.bindings()
