@@ -222,6 +222,7 @@ class Latents:
 
 def _one(encoded: EncodedBatch, k: int) -> EncodedBatch:
     """Copy one image out of a batch: a view would keep the arrays of the whole batch in memory."""
+    # `encode` gives arrays on the host, which can be indexed.
     given = {name: np.array(value[k : k + 1]) for name, value in encoded.given.items()}  # type: ignore[index]
     noises = None if encoded.noises is None else encoded.noises[:, k : k + 1].copy()
     return EncodedBatch((encoded.digests[k],), (encoded.geometries[k],), given, noises)

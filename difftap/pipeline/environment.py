@@ -220,6 +220,7 @@ class Environment:
             InputError: the model, a tap, the size or the backend does not exist or does not fit.
             BackendError: the backend cannot be used here.
         """
+        # What is quick to check comes first: finding the checkpoint may download or build gigabytes.
         cache = open_cache(runtime.cache)
         backend = get_backend(runtime.backend)
         device = choose_device(backend, runtime.device)
@@ -281,7 +282,7 @@ class Environment:
         name = "ort" if get_backend("torch").missing() else "torch"
         if self.backend.name in (name, "torch") and profile.precision == "fp32":
             with self.backend.open(graph, profile, self.device, self.threads, built) as engine:
-                engine.run(feeds)
+                engine.run(feeds)  # nothing to compare with, but a fault shows now
             return None
         reference = graph
         # Torch runs the checkpoint itself. ONNX Runtime would run this graph, so it needs the exact one instead.

@@ -199,6 +199,7 @@ class Pipeline(Provider):
             MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
             BackendError, ArtefactError: an engine cannot be opened, or a file that it needs cannot be trusted.
         """
+        # Pinned before anything is opened: conditions must name the prompts that are used, even if their file changes.
         recipe, runtime = pinned(recipe), runtime or Runtime()
         environment = open_environment(recipe, runtime)
         engines = RecipeEngines(environment, recipe, runtime.batch, runtime.calibrate)

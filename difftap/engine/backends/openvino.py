@@ -207,6 +207,7 @@ class OpenVinoBackend(Backend):
         hint = _HINTS.get(profile.precision)
         if hint is None:  # int8: layers that stayed float compute in bf16 where that is fast
             hint = "bf16" if "BF16" in self._capabilities(device) else "f32"
+        # LATENCY: all cores work on one image. The hint for throughput would run several images at once.
         config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         if device == "cpu" and threads:
             config["INFERENCE_NUM_THREADS"] = threads

@@ -120,8 +120,9 @@ class OrtBackend(Backend):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _QUIET
-        options.use_deterministic_compute = True
+        options.use_deterministic_compute = True  # the same input must give the same bytes
         options.intra_op_num_threads = threads or 0  # 0: one a physical core
+        # With known lengths onnxruntime can fold the graph's arithmetic on shapes. The batch stays free.
         for letter, length in profile.axes(graph.model).items():
             options.add_free_dimension_override_by_name(letter, length)
         wanted = _PROVIDERS[device]
