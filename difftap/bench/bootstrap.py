@@ -1,4 +1,4 @@
-"""The bootstrap: units drawn anew with replacement, and the interval that a figure has over many draws.
+"""The bootstrap: draw units with replacement, many times, and take the interval of a figure over the draws.
 
 Axis letters: B draws; P units (pairs of images, or images); K figures.
 """
@@ -14,7 +14,7 @@ __all__ = ["check_draws", "draw_counts", "percentile_interval"]
 
 
 def check_draws(draws: int, level: float) -> None:
-    """Make sure that a number of draws and an interval's level make sense.
+    """Check a number of draws and the level of an interval.
 
     Raises:
         InputError: fewer than one draw, or a level that is not between 0 and 1.
@@ -26,18 +26,18 @@ def check_draws(draws: int, level: float) -> None:
 
 
 def draw_counts(stream: np.random.Generator, units: int) -> NDArray[np.int64]:
-    """Draw as many units as there are, with replacement: how often each was drawn, ``(P,)``."""
+    """Draw as many units as there are, with replacement; count how often each was drawn, ``(P,)``."""
     if not units:
         return np.zeros(0, np.int64)
     return np.bincount(stream.integers(0, units, units), minlength=units)
 
 
 def percentile_interval(drawn: NDArray[np.float64], level: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Take Efron's percentile interval: the quantiles that leave the same share of the draws out on both sides.
+    """Compute Efron's percentile interval: the quantiles that leave out the same share of the draws on both sides.
 
     Args:
-        drawn: ``(B, K)``, a figure's value in every draw; draws that have none (NaN throughout) have no say.
-        level: share of the draws inside, 0 to 1.
+        drawn: ``(B, K)``, values of K figures in every draw; a draw that is NaN throughout is left out.
+        level: share of the draws inside the interval, 0 to 1.
 
     Returns:
         lower and upper ends, ``(K,)`` each; NaN where no draw has a value.

@@ -1,11 +1,11 @@
-"""Two results over the same pairs: is the difference real? A paired bootstrap over pairs.
+"""Compare two results over the same pairs by a paired bootstrap, to tell a difference from chance.
 
-Both results are resampled alike, so what makes a pair hard for both cancels. The p-value is two-sided: twice the share
-of resamplings on the far side of zero, at least ``1 / (draws + 1)``, at most 1.
+Both results are resampled in the same way, so the difficulty of a pair cancels. The p-value is two-sided: twice the
+share of resamplings in which the difference has the other sign, at least ``1 / (draws + 1)`` and at most 1.
 
-A dozen pairs or fewer are too few to be resampled (the bootstrap of one pair knows no spread at all). There the p-value
-is that of the exact sign-flip test: if the two methods were alike, each pair's outcomes could be exchanged; of all
-``2^n`` ways to do so, the share that makes the difference at least as large.
+Twelve pairs or fewer are too few to resample (with one pair, all resamplings are equal). Then the p-value comes from
+the exact sign-flip test: if both methods were equally good, the outcomes of each pair could be exchanged. The p-value
+is the share of all ``2^n`` ways to exchange outcomes that make the difference at least as large.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.table import Table, TableColumn, result_json
 from difftap.bench.bootstrap import check_draws, percentile_interval
 from difftap.bench.pck import Tally, aggregate, draws
@@ -31,26 +31,26 @@ __all__ = ["ComparedFigure", "Comparison", "compare", "format_comparison", "load
 
 COMPARE_SCHEMA = "difftap.bench.compare/2"
 EXACT = 12
-"""Up to so many pairs, the exact test: 4096 ways to exchange outcomes."""
+"""The exact test is used for at most this many pairs: there are then 4096 ways to exchange outcomes."""
 FEW = 20
-"""Below so many pairs, a remark that they are too few."""
+"""Below this many pairs, a note says that they are too few."""
 
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """One figure of both results.
+    """One figure of both results. PCK is a fraction, 0 to 1.
 
     Attributes:
-        protocol: under which it was scored.
+        protocol: the protocol that scored it.
         alpha: the threshold.
-        by: which mean, one of `AGGREGATES`.
+        by: the mean, one of `AGGREGATES`.
         first: PCK of the first result over the common pairs.
-        second: of the second.
-        difference: second less first.
-        low: lower bound of the difference's interval.
-        high: upper bound.
-        p: two-sided p-value of the difference being zero.
-        test: where it is from: ``bootstrap`` or ``sign-flip``.
+        second: PCK of the second result.
+        difference: ``second`` minus ``first``.
+        low: lower end of the difference's interval.
+        high: upper end.
+        p: two-sided p-value of the hypothesis that the difference is zero.
+        test: the test that gave it: ``bootstrap`` or ``sign-flip``.
     """
 
     protocol: str
@@ -67,17 +67,17 @@ class ComparedFigure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two results have in common, and how they differ.
+    """The comparison of two results over their common pairs.
 
     Attributes:
         rows: the figures.
-        pairs: pairs in both.
-        points: their keypoints.
-        only_first: pairs of the first result alone; they have no say.
-        only_second: of the second alone.
-        draws: resamplings.
-        level: of the intervals.
-        notes: conditions of the two that differ where they had better not.
+        pairs: number of pairs in both.
+        points: number of their keypoints.
+        only_first: number of pairs that only the first result has; they are not compared.
+        only_second: number of pairs that only the second has.
+        draws: number of resamplings.
+        level: level of the intervals, 0 to 1.
+        notes: warnings, such as conditions that differ between the results.
     """
 
     rows: tuple[ComparedFigure, ...]
@@ -90,7 +90,7 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def load_results(path: Path) -> dict[str, Any]:
+def load_results(path: Path) -> JsonObject:
     """Read a results.json.
 
     Raises:
@@ -111,8 +111,8 @@ def load_results(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _check_shape(data: Mapping[str, Any]) -> None:
-    """Touch all that tables, plots and comparisons read, so that what is missing is said once and here."""
+def _check_shape(data: JsonObject) -> None:
+    """Read everything that tables, plots and comparisons will read, so that a damaged file is noticed here."""
     at, counts, pairs = data["conditions"], data["counts"], data["pairs"]
     for name in ("difftap", "recipe", "recipe_key", "backend", "matching"):
         at[name]
@@ -143,32 +143,32 @@ def _check_shape(data: Mapping[str, Any]) -> None:
                 raise ValueError(f"{len(names)} pairs have {len(hits)} hits under {protocol} at {alpha}")
 
 
-def _cuts(flags: Mapping[str, Any]) -> list[Any]:
+def _cuts(flags: Mapping[str, JsonObject]) -> list[JsonObject]:
     return [cut for values in flags.values() for cut in values.values()]
 
 
 def compare(
-    first: Mapping[str, Any],
-    second: Mapping[str, Any],
+    first: JsonObject,
+    second: JsonObject,
     *,
     by: Sequence[str] = (),
     count: int = 10000,
     seed: int = 0,
     level: float = 0.95,
 ) -> Comparison:
-    """Compare two results under every protocol and threshold that both hold.
+    """Compare two results under every protocol and threshold that both have.
 
     Args:
-        first: a results.json, read.
-        second: another.
-        by: means to compare, of `AGGREGATES`; none for each protocol's headline.
-        count: resamplings.
-        seed: of the resampling.
-        level: of the intervals.
+        first: the content of a results.json (`load_results`).
+        second: the content of another.
+        by: the means to compare, of `AGGREGATES`; empty for each protocol's headline.
+        count: number of resamplings.
+        seed: seed of the resampling.
+        level: level of the intervals, 0 to 1.
 
     Raises:
-        InputError: they are of different data sets or annotations, score by different rules, or have no pair, no
-            protocol or no threshold in common.
+        InputError: they have different data sets, annotations or scoring rules, or no pair, protocol or threshold in
+            common.
     """
     unknown = [name for name in by if name not in AGGREGATES]
     if unknown:
@@ -209,14 +209,14 @@ def compare(
     )
 
 
-def _same_data(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+def _same_data(first: JsonObject, second: JsonObject) -> None:
     for key, what in (("name", "data sets"), ("split", "splits")):
         one, two = (str(result["conditions"]["dataset"].get(key, "")) for result in (first, second))
         if one != two:
             raise InputError(f"the results are of different {what}, '{one}' and '{two}'; compare runs over the same")
 
 
-def _same_rules(first: Mapping[str, Any], second: Mapping[str, Any], protocol: str) -> None:
+def _same_rules(first: JsonObject, second: JsonObject, protocol: str) -> None:
     both = [result["protocols"].get(protocol, {}).get("conditions", {}) for result in (first, second)]
     for name in ("frame", "side", "basis", "comparison", "clip"):
         if all(both) and both[0].get(name) != both[1].get(name):
@@ -227,9 +227,9 @@ def _same_rules(first: Mapping[str, Any], second: Mapping[str, Any], protocol: s
 
 
 class _Pairs:
-    """One result's counts over the common pairs."""
+    """The counts of one result over the common pairs; ``rows`` gives the place of each in its list of pairs."""
 
-    def __init__(self, results: Mapping[str, Any], rows: NDArray[np.int64]) -> None:
+    def __init__(self, results: JsonObject, rows: NDArray[np.int64]) -> None:
         pairs = results["pairs"]
         self._rows = rows
         self._hits = pairs["hits"]
@@ -240,18 +240,25 @@ class _Pairs:
         self._members = np.array([number[name] for name in named], np.int64)
 
     def tally(self, protocol: str, alphas: Sequence[str]) -> Tally:
+        """Give the counts under a protocol at some thresholds."""
         hits = np.stack([np.array(self._hits[protocol][alpha], np.int64)[self._rows] for alpha in alphas], axis=1)
         return Tally(self._classes, self._members, self.points, hits)
 
 
 def _rows(
-    protocol: str, alphas: Sequence[str], by: str, first: Tally, second: Tally, weights: NDArray[Any], level: float
+    protocol: str,
+    alphas: Sequence[str],
+    by: str,
+    first: Tally,
+    second: Tally,
+    weights: NDArray[np.uint16],
+    level: float,
 ) -> list[ComparedFigure]:
     values = [aggregate(tally, by) for tally in (first, second)]
     spread = aggregate(second, by, weights) - aggregate(first, by, weights)  # (B, K)
     low, high = percentile_interval(spread, level)
     below, above = (spread <= 0).sum(axis=0), (spread >= 0).sum(axis=0)
-    # Two-sided, and never below what so many draws can tell: the observed data count as one of them.
+    # Two-sided. The observed data count as one more draw, so p is never below what this number of draws can show.
     p = np.minimum(2 * (np.minimum(below, above) + 1) / (len(weights) + 1), 1.0)
     test = "bootstrap"
     if len(first.points) <= EXACT:
@@ -274,25 +281,25 @@ def _rows(
 
 
 def sign_flip(first: Tally, second: Tally, by: str) -> NDArray[np.float64]:
-    """Two-sided p-values ``(K,)`` of the exact sign-flip test, for `EXACT` pairs or fewer.
+    """Compute the two-sided p-values ``(K,)`` of the exact sign-flip test, for `EXACT` pairs or fewer.
 
     Every mean is a weighted sum of the pairs' hits, and the weights (points, classes) are the same for both results.
-    Exchanging a pair's outcomes therefore turns the sign of its part of the difference.
+    So exchanging the outcomes of a pair changes the sign of its part of the difference.
     """
     count = len(first.points)
     parts = np.zeros((count, first.hits.shape[1]))
     for k in range(count):
         hits = np.zeros_like(first.hits)
-        hits[k] = first.points[k]  # all of this pair's points right, and no other's: its whole weight
+        hits[k] = first.points[k]  # only this pair's points are right: the mean is then the pair's weight
         weight = np.nan_to_num(aggregate(dataclasses.replace(first, hits=hits), by))
         parts[k] = weight * (second.hits[k] - first.hits[k]) / max(1, first.points[k])
     signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)  # (2^n, n)
     spread, seen = np.abs(signs @ parts), np.abs(parts.sum(axis=0))
-    p: NDArray[np.float64] = np.mean(spread >= seen - 1e-12, axis=0)
+    p: NDArray[np.float64] = np.mean(spread >= seen - 1e-12, axis=0)  # sums of equal parts may differ by rounding
     return p
 
 
-def _notes(first: Mapping[str, Any], second: Mapping[str, Any], pairs: int) -> list[str]:
+def _notes(first: JsonObject, second: JsonObject, pairs: int) -> list[str]:
     notes = []
     if pairs < FEW:
         notes.append(f"{pairs} pairs are too few to tell much: intervals are too narrow, and p is coarse")
@@ -306,13 +313,13 @@ def _notes(first: Mapping[str, Any], second: Mapping[str, Any], pairs: int) -> l
     return notes
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison) -> JsonObject:
     """Give the comparison as plain data, with the schema's name and version first."""
     return result_json(COMPARE_SCHEMA, comparison, unit="pair")
 
 
 def format_comparison(comparison: Comparison) -> list[str]:
-    """Lines for a terminal; percent, and the difference in percentage points."""
+    """Format the comparison as lines for a terminal, in percent; differences are in percentage points."""
     columns = (
         TableColumn("protocol", left=True),
         TableColumn("alpha", form="g"),

@@ -1,4 +1,4 @@
-"""Who takes part in `difftap bench throughput`: our backends in their precisions, and the ways people do it today."""
+"""What `difftap bench throughput` measures: our backends in their precisions, and rivals, today's usual ways."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _RIVAL_PRECISIONS = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table.
+    """One way that is measured, a row of the table.
 
     Attributes:
         name: a backend's name, or one of `RIVALS`.
-        precision: what it computes in.
-        device: where it runs.
+        precision: the precision that it computes in.
+        device: the device that it runs on.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Contender:
 
     @property
     def rival(self) -> bool:
-        """Whether it is not ours."""
+        """Whether it is one of `RIVALS` and not a backend of ours."""
         return self.name in RIVALS
 
     @property
     def label(self) -> str:
-        """``name:precision``."""
+        """The row's name: ``name:precision``."""
         return f"{self.name}:{self.precision}"
 
 
@@ -46,16 +46,16 @@ def parse_backends(text: str, device: str = "auto") -> tuple[list[Contender], di
     """Find the backends that a list names.
 
     Args:
-        text: ``all``, or names with commas between them; ``name:precision`` for one precision, ``name`` or ``name:all``
-            for all that the backend has on the device.
-        device: ``auto`` for each backend's best, or a device's name.
+        text: ``all``, or names with commas between: ``name:precision`` for one precision, ``name`` or ``name:all`` for
+            all precisions that the backend has on the device.
+        device: a device's name, or ``auto`` for each backend's best.
 
     Returns:
-        The contenders in order, and for ``all`` the backends that cannot run here, with the reason.
+        the contenders in order; and, for ``all``, the reason for each backend that cannot run here.
 
     Raises:
         InputError: a name or a precision is unknown.
-        BackendError: a backend that was named cannot run here, or not in that precision.
+        BackendError: a named backend cannot run here, or not in that precision.
     """
     found: list[Contender] = []
     absent: dict[str, str] = {}

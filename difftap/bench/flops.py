@@ -1,7 +1,7 @@
-"""How much arithmetic a graph is: multiply-adds of its convolutions and matrix products, counted from the ONNX file.
+"""Count the multiply-adds of a graph's convolutions and matrix products from its ONNX file.
 
-The graph's free axes are given their sizes, and shapes are carried from node to node; the few integers that steer
-reshapes are computed on the way. Weights are not read.
+The free axes get their sizes, and shapes are inferred from node to node. The few integers that decide reshapes are
+computed on the way. Weights are not read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +18,26 @@ from numpy.typing import NDArray
 from difftap.engine import Graph, Profile
 from difftap.errors import ArtefactError, require
 
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TypeProto
+
 __all__ = ["axes_of", "count_graph", "count_macs"]
 
 _SMALL = 4096
-"""Elements of the largest value that is computed: what steers a reshape is a handful of integers."""
+"""Values with at most this many elements are computed; what decides a reshape is a handful of integers."""
 
 
 def axes_of(graph: Graph, profile: Profile) -> dict[str, int]:
-    """Give the sizes of a graph's free axes for one image: the letters of `difftap.engine.backend`."""
+    """Give the sizes of a graph's free axes for one image, by the letters of `difftap.engine.backend`."""
     return {"B": 1, **profile.axes(graph.model)}
 
 
 def count_graph(graph: Graph, profile: Profile) -> int:
-    """Multiply-adds of one run of a graph on one image.
+    """Count the multiply-adds of one run of a graph on one image.
 
     Raises:
         MissingExtraError: onnx is not installed.
-        ArtefactError: the graph has no file, or its shapes cannot be followed.
+        ArtefactError: the graph has no file, or its shapes cannot be inferred.
     """
     if graph.path is None:
         raise ArtefactError(f"{graph.name} has no ONNX file to count; export it first")
@@ -41,15 +45,15 @@ def count_graph(graph: Graph, profile: Profile) -> int:
 
 
 def count_macs(path: Path, axes: Mapping[str, int]) -> int:
-    """Multiply-adds of ``Conv``, ``MatMul`` and ``Gemm`` nodes: one for each product that is added up.
+    """Count the multiply-adds of ``Conv``, ``MatMul``, ``Gemm`` and ``Attention`` nodes: one for each product added.
 
     Args:
         path: the ONNX file; its weights need not be there.
-        axes: size of each free axis by name.
+        axes: name -> size of each free axis.
 
     Raises:
         MissingExtraError: onnx is not installed.
-        ArtefactError: a shape cannot be followed.
+        ArtefactError: a shape cannot be inferred.
     """
     onnx = require("onnx", "bench", "counting a graph's arithmetic")
     for part in ("onnx.reference", "onnx.shape_inference"):
@@ -60,14 +64,14 @@ def count_macs(path: Path, axes: Mapping[str, int]) -> int:
 
 
 class _Walk:
-    """Shapes and small constants, carried through a graph in its own order."""
+    """A walk through a graph's nodes, in its own order, that infers shapes and computes small constants."""
 
-    def __init__(self, onnx: Any, model: Any, axes: Mapping[str, int]) -> None:
+    def __init__(self, onnx: ModuleType, model: ModelProto, axes: Mapping[str, int]) -> None:
         self._onnx = onnx
         self._opsets = {entry.domain: entry.version for entry in model.opset_import}
         self._imports = list(model.opset_import)
         self._ir = model.ir_version
-        self.types: dict[str, Any] = {}
+        self.types: dict[str, TypeProto] = {}
         self.constants: dict[str, NDArray[Any]] = {}
         for value in model.graph.input:
             for dim in value.type.tensor_type.shape.dim:
@@ -83,7 +87,7 @@ class _Walk:
                 self.constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Find the shape of a value.
+        """Give the shape of a value.
 
         Raises:
             ArtefactError: it is not known.
@@ -94,8 +98,8 @@ class _Walk:
             raise ArtefactError(f"the shape of '{name}' cannot be followed; export the graph again")
         return tuple(dim.dim_value for dim in dims)
 
-    def step(self, node: Any) -> int:
-        """Carry shapes over one node; gives its multiply-adds."""
+    def step(self, node: NodeProto) -> int:
+        """Infer the outputs of one node; return its multiply-adds."""
         self._infer(node)
         self._compute(node)
         if node.op_type == "Conv":
@@ -108,10 +112,11 @@ class _Walk:
             return math.prod(self.shape(node.output[0])) * self.shape(node.input[0])[0 if across else 1]
         if node.op_type == "Attention":
             queries, keys = self.shape(node.input[0]), self.shape(node.input[1])
+            # Two products: queries with keys, and weights with values.
             return 2 * math.prod(queries) * keys[-2]
         return 0
 
-    def _infer(self, node: Any) -> None:
+    def _infer(self, node: NodeProto) -> None:
         schema = self._onnx.defs.get_schema(node.op_type, self._opsets.get(node.domain, 1), node.domain)
         known = {name: self.types[name] for name in node.input if name in self.types}
         data = {
@@ -123,12 +128,12 @@ class _Walk:
             found = self._onnx.shape_inference.infer_node_outputs(
                 schema, node, known, data, opset_imports=self._imports, ir_version=self._ir
             )
-        except Exception as error:  # onnx's own kinds, which differ between its versions
+        except Exception as error:  # onnx raises errors of its own, which differ between its versions
             raise ArtefactError(f"the shapes of node '{node.name}' cannot be followed ({error})") from error
         self.types.update(found)
 
-    def _compute(self, node: Any) -> None:
-        """Compute the node's values, where they are small and all that it reads is known."""
+    def _compute(self, node: NodeProto) -> None:
+        """Compute the node's outputs, if they are small and all its inputs are known."""
         if node.op_type == "Shape":
             first, last = (next((a.i for a in node.attribute if a.name == key), None) for key in ("start", "end"))
             self.constants[node.output[0]] = np.array(self.shape(node.input[0])[first:last], np.int64)

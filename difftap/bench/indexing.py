@@ -1,8 +1,9 @@
-"""Indexes at size: build time, recall against exact, queries a second and bytes, beside FAISS used directly.
+"""Measure large indexes: build time, recall against exact search, queries per second and bytes; and FAISS directly.
 
-Vectors are generated, seeded, in blocks into a memory-mapped file: clusters of unequal size whose members vary along a
-few common directions, as features do, and a little along all. Queries are further draws that are not in the index.
-FAISS itself is given the same parameters, training sample, blocks and effort, in the same run.
+Vectors are generated from a seed, in blocks, into a memory-mapped file. They form clusters of unequal size. Members of
+a cluster vary along a few common directions, as features do, and a little along all directions. Queries are further
+draws that are not in the index. FAISS used directly gets the same parameters, size of the training sample, blocks and
+search effort, in the same run.
 """
 
 from __future__ import annotations
@@ -14,38 +15,41 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from difftap.artifacts.files import output_errors
+from difftap.artifacts.files import JsonObject, output_errors
 from difftap.errors import InputError, OutputError
 from difftap.machine import available_cores, cpu, peak_memory
 from difftap.retrieval.builder import BuiltIndex, IndexOptions, fill, plan_for
-from difftap.retrieval.kinds import IndexMetric, load_faiss, set_effort
+from difftap.retrieval.kinds import FaissIndex, IndexMetric, load_faiss, set_effort
 from difftap.retrieval.quality import exact_neighbours, prepared_blocks, recall
 
 __all__ = ["SCHEMA", "IndexBench", "IndexCase", "IndexMeasurement", "format_table", "generate", "run", "to_json"]
 
 SCHEMA = "difftap.bench.index/1"
-_BLOCK = 8192
+_BLOCK = 8192  # vectors generated at once
 _CLUSTERS = 1000
-_COMMON = 48  # directions along which members of any cluster vary
-_SPREAD = 0.08  # along each: members lie half as far from their centre as centres from the origin
-_K = 10
+_COMMON = 48  # directions along which the members of all clusters vary
+_SPREAD = 0.08  # along each; members then lie half as far from their centre as centres from the origin
+_K = 10  # recall is measured at this many hits
 
 
 @dataclass(frozen=True)
 class IndexCase:
-    """What is indexed.
+    """The vectors that are indexed.
 
     Attributes:
-        vectors: N.
-        width: D.
-        queries: Q.
-        half: the file holds float16, not float32.
-        seed: of the vectors.
+        vectors: N, their number.
+        width: D, their dimensions.
+        queries: Q, the number of queries.
+        half: whether the file holds float16 instead of float32.
+        seed: seed of the vectors.
+
+    Raises:
+        InputError: fewer than 1000 vectors, or no dimension or query.
     """
 
     vectors: int = 200_000
@@ -61,25 +65,25 @@ class IndexCase:
 
 @dataclass(frozen=True)
 class IndexMeasurement:
-    """One way of one kind.
+    """The figures of one kind of index, made one way.
 
     Attributes:
-        way: ``difftap`` or ``faiss``.
-        kind: of the index.
+        way: ``difftap``, or ``faiss`` for FAISS used directly.
+        kind: the kind of index.
         parameters: lists, codes, refine, effort.
-        train: seconds.
-        add: seconds, reading and preparing the vectors included.
-        tune: seconds for the exact answer of held-out queries and the search for the effort; 0 for FAISS itself.
-        recall: recall@10 of the queries against exact.
-        stated: recall@10 that the build measured by itself, on vectors held out from training; None for FAISS itself.
-        rates: queries a second, all together, by round.
-        alone: queries a second, one after the other.
-        nbytes: of the saved index.
+        train: seconds of training.
+        add: seconds of adding, with reading and preparing the vectors.
+        tune: seconds of the exact search of held-out queries and the choice of the effort; 0 for FAISS directly.
+        recall: recall@10 of the queries against exact search.
+        stated: recall@10 that the build itself measured on held-out vectors; None for FAISS directly.
+        rates: queries per second in each round, all queries in one call.
+        alone: queries per second, one query per call.
+        nbytes: bytes of the saved index.
     """
 
     way: str
     kind: str
-    parameters: dict[str, Any]
+    parameters: JsonObject
     train: float
     add: float
     tune: float
@@ -95,12 +99,12 @@ class IndexBench:
     """The result; times in seconds.
 
     Attributes:
-        case: what was indexed.
-        metric: of the index.
-        generated: seconds to make the file; 0 if it was there.
-        exact: seconds for the exact answer to all queries.
-        measured: a row a kind and way.
-        peak: most resident bytes of the process, pages of the memory-mapped file among them.
+        case: the vectors.
+        metric: the index's metric.
+        generated: seconds to make the file; 0 if it existed.
+        exact: seconds of the exact search of all queries.
+        measured: one entry per kind and way.
+        peak: peak resident bytes of the process, including pages of the memory-mapped file.
         conditions: machine and versions.
     """
 
@@ -110,11 +114,11 @@ class IndexBench:
     exact: float
     measured: list[IndexMeasurement]
     peak: int
-    conditions: dict[str, Any]
+    conditions: JsonObject
 
 
 def _draw(case: IndexCase) -> Callable[[int, int], NDArray[np.float32]]:
-    """From a block's number and length to its vectors ``(n, D)``."""
+    """Make a function that gives the vectors ``(n, D)`` of a block, by the block's number and its length n."""
     rng = np.random.default_rng([case.seed, case.width])
     clusters = min(_CLUSTERS, max(10, case.vectors // 50))
     centres = rng.standard_normal((clusters, case.width), np.float32)
@@ -131,11 +135,14 @@ def _draw(case: IndexCase) -> Callable[[int, int], NDArray[np.float32]]:
     return block
 
 
-def generate(case: IndexCase, path: Path) -> tuple[NDArray[Any], float]:
-    """Make the vectors ``(N, D)``, memory-mapped, and the seconds it took to make them; a whole file is used again.
+def generate(case: IndexCase, path: Path) -> tuple[NDArray[np.floating], float]:
+    """Make the file of the vectors, or use a whole one again.
+
+    Returns:
+        the vectors ``(N, D)``, memory-mapped, and the seconds it took to make them.
 
     Raises:
-        OutputError: the file cannot be written, or another one stands there.
+        OutputError: the file cannot be written, or another file has its name.
     """
     kind = np.dtype(np.float16 if case.half else np.float32)
     shape = (case.vectors, case.width)
@@ -172,16 +179,16 @@ def run(
     repeats: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> IndexBench:
-    """Build and search every kind, ours and FAISS' own.
+    """Build and search every kind of index, with difftap and with FAISS directly.
 
     Args:
-        case: what is indexed.
-        kinds: of the index.
-        path: file of the vectors; made if it is not there, and left.
-        options: the same for all kinds; their ``kind`` has no say.
-        direct: also FAISS used directly.
+        case: the vectors.
+        kinds: the kinds of index.
+        path: the vectors' file; made if it does not exist, and not removed.
+        options: options of all kinds; their ``kind`` is not used.
+        direct: also measure FAISS used directly.
         repeats: rounds of searching.
-        say: told what is being done.
+        say: called with what is being done.
 
     Raises:
         MissingExtraError: FAISS is not installed.
@@ -203,7 +210,7 @@ def run(
         say(f"{kind}: building")
         filled = fill(vectors, plan_for(given, *vectors.shape))
         one, sampled = _ours(filled, queries, true, repeats), filled.sampled
-        del filled  # or two indexes would be in memory
+        del filled  # frees the memory before FAISS builds its own index
         measured.append(one)
         if direct:
             say(f"{kind}: FAISS itself")
@@ -246,8 +253,8 @@ def _ours(filled: BuiltIndex, queries: NDArray[np.float32], true: NDArray[np.int
     )
 
 
-def _searched(index: Any, queries: NDArray[np.float32], true: NDArray[np.int64], repeats: int) -> dict[str, Any]:
-    """Recall, rates and size of an index that is ready."""
+def _searched(index: FaissIndex, queries: NDArray[np.float32], true: NDArray[np.int64], repeats: int) -> JsonObject:
+    """Measure recall, rates and size of a finished index."""
     found = index.search(queries, _K)[1]  # warm-up
     rates = []
     for _ in range(repeats):
@@ -262,8 +269,8 @@ def _searched(index: Any, queries: NDArray[np.float32], true: NDArray[np.int64],
     return {"recall": recall(found, true), "rates": tuple(rates), "alone": alone, "nbytes": _size(index)}
 
 
-def _size(index: Any) -> int:
-    """Bytes of the index as it is saved."""
+def _size(index: FaissIndex) -> int:
+    """Count the bytes of the index as it would be saved, without writing a file."""
     faiss = load_faiss("an index")
     total = 0
 
@@ -276,8 +283,8 @@ def _size(index: Any) -> int:
 
 
 def _direct(
-    faiss: Any,
-    vectors: NDArray[Any],
+    faiss: ModuleType,
+    vectors: NDArray[np.floating],
     options: IndexOptions,
     ours: IndexMeasurement,
     sampled: int,
@@ -285,7 +292,7 @@ def _direct(
     true: NDArray[np.int64],
     repeats: int,
 ) -> IndexMeasurement:
-    """FAISS by its own factory, with the parameters, sample size, blocks and effort of ours."""
+    """Measure FAISS by its own factory, with our index's parameters, sample size, blocks and effort."""
     count, width = vectors.shape
     plan = plan_for(options, count, width)
     product = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1}[plan.space.product]
@@ -311,7 +318,7 @@ def _direct(
 
 
 def format_table(result: IndexBench) -> Iterator[str]:
-    """Format the result for people."""
+    """Yield the result as lines for people."""
     case, conditions = result.case, result.conditions
     yield (
         f"{case.vectors:,} vectors of {case.width} ({'float16' if case.half else 'float32'} file), {result.metric}, "
@@ -339,6 +346,6 @@ def format_table(result: IndexBench) -> Iterator[str]:
     )
 
 
-def to_json(result: IndexBench) -> dict[str, Any]:
-    """Plain data."""
+def to_json(result: IndexBench) -> JsonObject:
+    """Give the result as plain data."""
     return {"schema": SCHEMA, **asdict(result)}

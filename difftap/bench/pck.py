@@ -1,7 +1,7 @@
-"""PCK, the percentage of correct keypoints, as pure functions on arrays. Fractions, never percent.
+"""Compute PCK, the percentage of correct keypoints, with pure functions on arrays. Values are fractions, 0 to 1.
 
-Everything that is averaged derives from two counts per pair: its points, and those of them that are right. A pair
-without a point has no share of its own: it takes no part in any mean, and is counted.
+Every mean is made from two counts per pair: its points, and its points that are right. A pair without points has no
+share of right points; it is left out of every mean, and is counted.
 
 Axis letters: T points of one pair; P pairs; K thresholds; B bootstrap draws; M the target's visible keypoints.
 """
@@ -21,34 +21,34 @@ from difftap.errors import InputError
 __all__ = ["TIE", "Tally", "aggregate", "box_side", "draws", "extent", "intervals", "rival", "within"]
 
 TIE = 1e-9
-"""Distances this close to a threshold, in pixels and as a share of it, are on it: the rest is rounding.
+"""A distance counts as equal to a threshold t if they differ by at most ``TIE * (1 + t)``, which only rounding causes.
 
-``0.1 * 70`` is 7.000000000000001 in binary; a point exactly 7 pixels away is on that threshold, not below it.
+For example, ``0.1 * 70`` is 7.000000000000001 in binary, but a point 7 pixels away is on that threshold, not below it.
 """
 
-_DRAWS = 256  # resamplings handled together
+_DRAWS = 256  # resamplings computed together, which bounds the memory
 
 
 def box_side(box: Sequence[float]) -> float:
-    """Longer side of a box ``(x1, y1, x2, y2)`` in pixels; 0 for one that is empty or turned inside out."""
+    """Give the longer side of a box ``(x1, y1, x2, y2)`` in pixels; 0 if x2 < x1 and y2 < y1."""
     return max(0.0, box[2] - box[0], box[3] - box[1])
 
 
 def extent(points: ArrayLike) -> float:
-    """Longer side of the box around points ``(T, 2)``; rows that are not finite (padding) have no say; 0 if none is."""
+    """Give the longer side of the box around points ``(T, 2)``, without points that are not finite (padding); or 0."""
     xy = np.reshape(np.asarray(points, np.float64), (-1, 2))
     xy = xy[np.isfinite(xy).all(axis=1)]
     return float(np.max(np.ptp(xy, axis=0))) if len(xy) else 0.0
 
 
 def within(distance: ArrayLike, length: ArrayLike, alphas: ArrayLike, strict: bool) -> NDArray[np.bool_]:
-    """Which points are right: distance against alpha times length, ``(T, K)``.
+    """Tell which points are right: those whose distance is within alpha times length, ``(T, K)``.
 
     Args:
         distance: ``(T,)``; infinite or NaN where nothing was found, which is never right.
-        length: one, or ``(T,)``: what alpha is a share of, in the distances' unit.
+        length: a number or ``(T,)``: the length that alpha is a share of, in the distances' unit.
         alphas: ``(K,)``.
-        strict: ``<`` rather than ``<=``.
+        strict: compare with ``<`` instead of ``<=``.
     """
     limit = np.reshape(np.asarray(length, np.float64), (-1, 1)) * np.asarray(alphas, np.float64)  # (T or 1, K)
     slack = TIE * (1.0 + limit)
@@ -58,15 +58,15 @@ def within(distance: ArrayLike, length: ArrayLike, alphas: ArrayLike, strict: bo
 
 
 def rival(found: NDArray[np.float64], others: NDArray[np.float64], same: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Distance ``(T,)`` from each place found to the nearest other visible keypoint; infinite if there is none.
+    """Compute the distance ``(T,)`` from each place found to the nearest other visible keypoint; infinite without one.
 
-    PCK-dagger (Aygun and Mac Aodha, ECCV 2022) takes a point as right only if no other keypoint is nearer to the place
-    found than the one that was meant.
+    PCK-dagger (Aygun and Mac Aodha, ECCV 2022) counts a point as right only if no other keypoint is nearer to the place
+    found than the correct one.
 
     Args:
-        found: ``(T, 2)``.
+        found: ``(T, 2)``, the places found.
         others: ``(M, 2)``, all visible keypoints of the target.
-        same: ``(T, M)``, true where the two are the same keypoint.
+        same: ``(T, M)``, whether the point and the visible keypoint are the same keypoint.
     """
     if not len(others):
         return np.full(len(found), np.inf)
@@ -77,13 +77,16 @@ def rival(found: NDArray[np.float64], others: NDArray[np.float64], same: NDArray
 
 @dataclass(frozen=True)
 class Tally:
-    """What was counted, pair by pair.
+    """The counts of each pair.
 
     Attributes:
         classes: names of the classes.
         members: ``(P,)``, each pair's class as an index into ``classes``.
-        points: ``(P,)``, points of the pair.
-        hits: ``(P, K)``, those that are right, for each threshold.
+        points: ``(P,)``, number of the pair's points.
+        hits: ``(P, K)``, number of its points that are right, at each threshold.
+
+    Raises:
+        InputError: the arrays differ in length, or a pair has more hits than points.
     """
 
     classes: tuple[str, ...]
@@ -100,19 +103,25 @@ class Tally:
             raise InputError("a pair has more points right than it has points")
 
     def select(self, chosen: NDArray[np.bool_]) -> Tally:
-        """Take the pairs of a mask ``(P,)``."""
+        """Give the counts of the pairs that a mask ``(P,)`` chooses."""
         return Tally(self.classes, self.members[chosen], self.points[chosen], self.hits[chosen])
 
 
 def aggregate(tally: Tally, by: str, weights: NDArray[np.integer] | None = None) -> NDArray[np.float64]:
-    """PCK of all pairs, ``(K,)``, or ``(B, K)`` for weights ``(B, P)``: how often each pair was drawn.
+    """Average PCK over pairs.
 
-    NaN where there is nothing to average. A class without points takes no part in a mean over classes.
+    A class without points is left out of a mean over classes.
 
     Args:
         tally: the counts.
-        by: one of `AGGREGATES`.
-        weights: counts of a resampling; None for every pair once.
+        by: the mean, one of `AGGREGATES`.
+        weights: ``(B, P)``, how often each pair is drawn in each resampling; None for every pair once.
+
+    Returns:
+        ``(B, K)``, or ``(K,)`` without weights; NaN if there is nothing to average.
+
+    Raises:
+        InputError: there is no such mean.
     """
     if by not in AGGREGATES:
         raise InputError(f"aggregate is {by!r}; allowed: {', '.join(AGGREGATES)}")
@@ -149,9 +158,9 @@ def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.
 
 
 def draws(pairs: int, count: int = 1000, seed: int = 0) -> NDArray[np.uint16]:
-    """How often each pair is drawn in each of ``count`` resamplings with replacement, ``(B, P)``.
+    """Draw resamplings with replacement: how often each pair is drawn in each of ``count`` resamplings, ``(B, P)``.
 
-    Made from the seed alone, so two results over the same pairs are resampled alike.
+    They depend only on the seed and the number of pairs, so two results over the same pairs are resampled alike.
     """
     stream = np.random.Generator(np.random.Philox(key=np.array([seed, pairs], np.uint64)))
     weights = np.empty((count, pairs), np.uint16)
@@ -163,14 +172,17 @@ def draws(pairs: int, count: int = 1000, seed: int = 0) -> NDArray[np.uint16]:
 def intervals(
     tally: Tally, by: str, weights: NDArray[np.integer], level: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bootstrap `aggregate` over pairs: the lower and upper ends of its interval, ``(K,)`` each.
+    """Compute the bootstrap interval of `aggregate` over pairs.
 
-    Pairs share images, so they are not independent and the true spread is somewhat wider.
+    Pairs share images, so they are not independent, and the true interval is somewhat wider.
 
     Args:
         tally: the counts.
-        by: one of `AGGREGATES`.
-        weights: `draws`, ``(B, P)``.
-        level: share of the draws inside.
+        by: the mean, one of `AGGREGATES`.
+        weights: the resamplings (`draws`), ``(B, P)``.
+        level: share of the draws inside the interval, 0 to 1.
+
+    Returns:
+        lower and upper ends, ``(K,)`` each.
     """
     return percentile_interval(aggregate(tally, by, weights), level)

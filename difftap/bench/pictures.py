@@ -1,4 +1,4 @@
-"""Pictures to measure with: those that are given, or generated ones of texture and shading at a photograph's size."""
+"""Pictures to measure with: the user's, or generated ones with texture and shading, as large as a photograph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["choose_pictures", "write_pictures"]
 
 
 def choose_pictures(paths: Sequence[Path], most: int = 8) -> tuple[Path, ...]:
-    """Files as they are given; of a folder, up to ``most`` of the pictures below it, evenly spaced in path order.
+    """Choose pictures: every file given, and up to ``most`` pictures below each folder, evenly spaced in path order.
 
     Raises:
         InputError: a folder holds no picture.
@@ -34,7 +34,16 @@ def choose_pictures(paths: Sequence[Path], most: int = 8) -> tuple[Path, ...]:
 
 
 def write_pictures(folder: Path, count: int = 2, size: tuple[int, int] = (500, 375)) -> tuple[Path, ...]:
-    """Write seeded JPEG pictures: noise at several scales, the coarse ones strongest, as in photographs."""
+    """Write ``count`` JPEG pictures made from a seed: noise at several scales, strongest at coarse ones as in photos.
+
+    Args:
+        folder: the folder to write to.
+        count: number of pictures.
+        size: their size ``(W, H)``.
+
+    Returns:
+        the files.
+    """
     paths = []
     for k in range(count):
         stream = np.random.default_rng([20, k])

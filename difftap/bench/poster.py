@@ -1,4 +1,4 @@
-"""The rows of the poster's table: presets on a checkpoint, or the same on the embedded model."""
+"""The rows of the poster's table: presets on a checkpoint, or the same methods on the embedded model."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ __all__ = [
 ]
 
 PROMPT = "a photo of a {category}"
-"""DIFT's, filled in per class."""
+"""DIFT's prompt; the class is filled in for each pair."""
 
 POSTER = ("dift", "dift-bicubic", "dual")
-"""Presets of the poster's rows that need no learned prompts, in its order."""
+"""Presets of the poster's rows that need no learned prompts, in the poster's order."""
 
 LEARNED = tuple(f"{method}-{kind}" for method in ("sd4match", "dual") for kind in KINDS)
-"""Presets of the rows that do; their prompts lie in folders of these names (docs/tuning.md)."""
+"""Presets of the rows that need learned prompts, which are in folders of these names (docs/tuning.md)."""
 
 
 @dataclass(frozen=True)
 class PosterRow:
-    """One method.
+    """One method of the table.
 
     Attributes:
-        name: of the row and of its folder.
-        recipe: what makes features, joins and matches them.
-        reading: how pixels become cells.
+        name: name of the row and of its folder.
+        recipe: the recipe of the features and the matcher.
+        reading: how pixels become cells, ``centres`` or ``corners``.
     """
 
     name: str
@@ -51,12 +51,12 @@ class PosterRow:
 
     @property
     def rule(self) -> MatchRule:
-        """How this row joins and matches."""
+        """The rule by which this row joins maps and matches points."""
         return MatchRule.of(self.recipe, reading=self.reading)
 
     @property
     def keepable(self) -> bool:
-        """Whether its maps can be kept for other pairs and rows."""
+        """Whether its maps can be kept for other pairs and rows; not if prompts are made from each image."""
         return not made_of_images(self.recipe)
 
 
@@ -66,7 +66,11 @@ def poster_rows(model: ModelReference) -> list[PosterRow]:
 
 
 def stand_in_rows(size: int | None = None) -> list[PosterRow]:
-    """List the same rows on the embedded model: the same path where there is neither a checkpoint nor a GPU."""
+    """List the same rows on the embedded model, for machines without a checkpoint or a GPU.
+
+    Args:
+        size: side of the square input in pixels; None for the preset's.
+    """
     recipe = load_recipe("pocket")
     if size is not None:
         recipe = dataclasses.replace(recipe, size=(size, size))
@@ -79,13 +83,14 @@ def stand_in_rows(size: int | None = None) -> list[PosterRow]:
 
 
 def learned_rows(model: ModelReference | None = None, size: int | None = None) -> list[PosterRow]:
-    """List the rows with learned prompts, each from the folder of its name.
+    """List the rows with learned prompts.
 
-    SD4Match's read by corners, as its authors do. On the embedded model they are called ``pocket-single`` and so on.
+    SD4Match's rows read pixels by corners, as its authors do. On the embedded model, rows are called ``pocket-single``
+    and so on.
 
     Args:
         model: a Stable Diffusion 2.1 checkpoint; None for the embedded model.
-        size: of the embedded model's input, in pixels.
+        size: side of the embedded model's square input in pixels.
     """
     if model is not None:
         readings = {"kernel-softargmax": "corners"}
@@ -103,7 +108,11 @@ def learned_rows(model: ModelReference | None = None, size: int | None = None) -
 
 
 def with_prompts(rows: Sequence[PosterRow], root: Path) -> tuple[list[PosterRow], list[str]]:
-    """Rows whose prompts lie under a folder, reading them there; and the names of those whose prompts do not."""
+    """Find learned prompts below a folder.
+
+    Returns:
+        the rows whose prompts are there, which now read them from there; and the names of the other rows.
+    """
     found, absent = [], []
     for row in rows:
         learned = row.recipe.learned
@@ -122,18 +131,18 @@ def with_prompts(rows: Sequence[PosterRow], root: Path) -> tuple[list[PosterRow]
 def choose_rows(
     model: ModelReference | None, size: int | None, prompts_root: Path | None
 ) -> tuple[list[PosterRow], list[str]]:
-    """Choose the rows that can be filled: all that need no learned prompts, and those whose prompts are there.
+    """Choose the rows that can be computed: rows without learned prompts, and rows whose prompts exist.
 
     Args:
         model: a Stable Diffusion 2.1 checkpoint; None for the embedded model.
-        size: of the embedded model's input, in pixels.
-        prompts_root: where learned prompts lie, a folder a row; None for ``prompts``, where it is there.
+        size: side of the embedded model's square input in pixels.
+        prompts_root: folder of learned prompts, with one folder per row; None for ``prompts``, if it exists.
 
     Returns:
-        the rows, and the names of those whose prompts are missing.
+        the rows, and the names of the rows whose prompts are missing.
 
     Raises:
-        InputError: a folder was named and holds prompts of no row.
+        InputError: ``prompts_root`` is given and holds prompts of no row.
     """
     learned, absent = with_prompts(learned_rows(model, size), prompts_root or Path("prompts"))
     if prompts_root is not None and not learned:

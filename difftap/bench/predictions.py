@@ -1,4 +1,4 @@
-"""What was found for each pair, with all that scoring needs: predictions outlive the images and the model.
+"""Predictions: what was found for each pair, with everything that scoring needs, so that it needs no images or model.
 
 Axis letters: N keypoints of a pair; M visible keypoints of its target.
 """
@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import read_run
 from difftap.artifacts.table import plain
 from difftap.coords import Size
@@ -28,29 +28,29 @@ SCHEMA = "difftap.bench.predictions/1"
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """One pair's ground truth and what was found. Points in pixels of the original images.
+    """The ground truth of one pair and what was found. Points are x, y in pixels of the original images.
 
     Attributes:
-        index: the pair's place in the data set's list.
+        index: the pair's index in the data set's list.
         name: the pair's name.
         category: its class.
         source: the source image's file.
         target: the target image's file.
-        mirrored: the target was flipped left to right.
-        flags: what the annotation says of its difficulty.
-        source_points: ``(N, 2)``.
-        target_points: ``(N, 2)``.
-        keypoint_ids: N names.
-        target_visible: ``(M, 2)``.
-        target_ids: M names.
+        mirrored: whether the target was flipped left to right.
+        flags: the annotated difficulty of the pair.
+        source_points: ``(N, 2)``, keypoints in the source.
+        target_points: ``(N, 2)``, the same keypoints in the target.
+        keypoint_ids: their N names.
+        target_visible: ``(M, 2)``, all visible keypoints of the target.
+        target_ids: their M names.
         target_size: ``(W, H)``.
         target_box: the target object's box, if annotated.
-        found: ``(N, 2)``; NaN where the matcher refused.
-        score: ``(N,)`` cosine; NaN where there is none.
-        margin: ``(N,)``; NaN where there is none.
-        cycle_error: ``(N,)`` pixels; NaN where there is none.
-        clamped: source points that lay outside their image and were read at its border.
-        error: why nothing was found for the whole pair; None if all went well.
+        found: ``(N, 2)``, the places found; NaN where the matcher found none.
+        score: ``(N,)``, cosine; NaN if there is none.
+        margin: ``(N,)``, best score minus the best one elsewhere; NaN if there is none.
+        cycle_error: ``(N,)``, in pixels; NaN if there is none.
+        clamped: number of source points outside their image, which were read at its border.
+        error: why the whole pair could not be matched; None if it was.
     """
 
     index: int
@@ -76,7 +76,7 @@ class Prediction:
 
     @classmethod
     def of(cls, index: int, sample: Sample, found: Matches | None, clamped: int = 0, error: str = "") -> Prediction:
-        """Join a sample with what was found for it, or with the reason why nothing was."""
+        """Join a sample with its matches, or with the reason why it has none."""
         count = len(sample.source_points)
         nothing = np.full(count, np.nan)
         return cls(
@@ -102,12 +102,12 @@ class Prediction:
             error=error or None,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for one line of JSON; NaN becomes None, nothing is rounded."""
+    def to_dict(self) -> JsonObject:
+        """Give plain data for one line of JSON; NaN becomes None, and nothing is rounded."""
         return {"type": "pair", **plain(self)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Prediction:
+    def from_dict(cls, data: JsonObject) -> Prediction:
         """Read what `to_dict` gave.
 
         Raises:
@@ -132,33 +132,33 @@ class Prediction:
             ) from error
 
 
-def _array(value: Any) -> NDArray[np.float64]:
+def _array(value: object) -> NDArray[np.float64]:
     return np.array(value, np.float64)  # None becomes NaN
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One run's predictions.
+    """The predictions of one run.
 
     Attributes:
-        conditions: recipe, backend, versions, data set, matching; everything that decided them.
-        pairs: in the data set's order.
+        conditions: everything that decided them: recipe, backend, versions, data set, matching.
+        pairs: the predictions, in the data set's order.
     """
 
-    conditions: Mapping[str, Any]
+    conditions: JsonObject
     pairs: tuple[Prediction, ...]
 
     @property
     def dataset(self) -> str:
-        """The data set's name, by which protocols choose their basis."""
+        """The data set's name, on which a protocol's basis depends."""
         return str(self.conditions["dataset"]["name"])
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read a run's predictions, also of one that is not finished; of a pair tried again, the last one.
+    """Read the predictions of a run, finished or not. Of a pair that was tried again, the last prediction counts.
 
     Raises:
-        InputError: the file is no such run, or of another schema.
+        InputError: the file is no such run, or has another schema.
     """
     header, records = read_run(path, SCHEMA, "difftap bench pck")
     last = {pair.index: pair for pair in map(Prediction.from_dict, records)}

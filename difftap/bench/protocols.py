@@ -1,7 +1,7 @@
-"""Benchmark protocols as data: where distances are measured, what a threshold is a share of, and what is averaged.
+"""Benchmark protocols as data: where distances are measured, which length a threshold is a share of, what is averaged.
 
-Facts are from the public evaluation code of each system; ``inferred`` names what that code leaves open. A protocol
-judges predictions that are given in pixels of the original images, so one run can be scored under all of them.
+The facts come from the public evaluation code of each system; ``inferred`` names what that code leaves open.
+Predictions are in pixels of the original images, so one run can be scored under all protocols.
 
 =============  =================================================================================
 basis          the length that alpha is a share of
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,8 @@ __all__ = ["AGGREGATES", "BASES", "FRAMES", "PROTOCOLS", "Protocol", "alpha_key"
 FRAMES = ("original", "square", "letterbox")
 BASES = ("box", "image", "extent")
 AGGREGATES = ("image", "point", "class-image", "class-point")
-"""Mean over pairs of each pair's share; share of all points; and the mean over classes of either."""
+"""``image``: mean over pairs of each pair's share of right points; ``point``: share of all points; ``class-...``: mean
+over classes of the same."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,21 @@ class Protocol:
     """How a benchmark scores.
 
     Attributes:
-        name: what it is called here.
-        origin: whose evaluation it is.
-        frame: where distances are measured: ``original`` pixels; ``square``, the image stretched to a square of
-            ``side`` pixels; ``letterbox``, the image's longer side scaled to ``side``, aspect kept.
-        side: of the frame in pixels; 0 for ``original``.
-        bases: data set's name to basis; ``"*"`` stands for any other.
-        strict: a point is right if its distance is below the threshold (``<``); otherwise also on it (``<=``).
-        headline: the one of `AGGREGATES` that the authors quote.
+        name: its name in difftap.
+        origin: the system whose evaluation it is.
+        frame: where distances are measured: ``original`` pixels; ``square``: the image stretched to a square of
+            ``side`` pixels; ``letterbox``: the image scaled so that its longer side has ``side`` pixels.
+        side: side of the frame in pixels; 0 for ``original``.
+        bases: data set's name -> basis; ``"*"`` stands for any other data set.
+        strict: whether a point's distance must be below the threshold (``<``); otherwise it may be equal (``<=``).
+        headline: the mean that the authors quote, one of `AGGREGATES`.
         alphas: the authors' thresholds, as shares of the basis.
-        clip: target keypoints are moved into ``[clip, side - 1 - clip]`` of the frame; None leaves them.
-        inferred: what the authors' code does not settle and is chosen here.
-        own_alphas: data set's name to the authors' thresholds, where they differ from ``alphas``.
+        clip: target keypoints are moved into ``[clip, side - 1 - clip]`` of the frame; None does not move them.
+        inferred: what the authors' code leaves open and is chosen here.
+        own_alphas: data set's name -> the authors' thresholds, if they differ from ``alphas``.
+
+    Raises:
+        InputError: a value is not allowed.
     """
 
     name: str
@@ -78,17 +81,18 @@ class Protocol:
                 raise InputError(f"protocol '{self.name}': alphas are {alphas}; allowed: numbers above 0")
 
     def basis(self, dataset: str) -> str | None:
-        """Say what alpha is a share of on a data set; None where the protocol does not apply."""
+        """Give the basis on a data set; None if the protocol does not apply to it."""
         return self.bases.get(dataset, self.bases.get("*"))
 
     def thresholds(self, dataset: str) -> tuple[float, ...]:
-        """List the authors' alphas on a data set."""
+        """Give the authors' alphas on a data set."""
         return self.own_alphas.get(dataset, self.alphas)
 
     def to_frame(self, points: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
-        """Original pixels ``(N, 2)`` of an image of ``(W, H)`` to the frame's.
+        """Scale points ``(N, 2)`` in original pixels of an image of ``(W, H)`` to the frame's pixels.
 
-        Only differences count, so the half-pixel shift and the letterbox's offset, equal for both points, are left out.
+        Only differences between points are used, so the half-pixel shift and the letterbox's offset, which are the same
+        for both points, are left out.
         """
         if self.frame == "original":
             return points
@@ -96,11 +100,11 @@ class Protocol:
         return points * scale
 
     def clipped(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Target keypoints ``(N, 2)`` of the frame, moved into it if the protocol says so."""
+        """Move target keypoints ``(N, 2)`` into the frame, if the protocol does so."""
         return points if self.clip is None else np.clip(points, self.clip, self.side - 1 - self.clip)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every condition, as plain data."""
+    def to_dict(self) -> dict[str, object]:
+        """Give every condition as plain data."""
         return {
             "name": self.name,
             "origin": self.origin,
@@ -180,7 +184,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 
 def alpha_key(alpha: float) -> str:
-    """Write a threshold as the results' keys have it: all the digits that tell it from others, and no more.
+    """Write a threshold as a key of the results: the shortest text that gives the same number.
 
     >>> alpha_key(0.10), alpha_key(0.1000001), alpha_key(1)
     ('0.1', '0.1000001', '1')
@@ -189,10 +193,10 @@ def alpha_key(alpha: float) -> str:
 
 
 def get_protocols(names: Sequence[str] = ()) -> list[Protocol]:
-    """Find the protocols of these names, all of them if none is given.
+    """Find the protocols of these names; all protocols if none is given.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no protocol of a name.
     """
     unknown = [name for name in names if name not in PROTOCOLS]
     if unknown:

@@ -1,13 +1,14 @@
-"""Figures from papers, to stand beside ours and never to be mistaken for them: each row is labelled as published.
+"""Figures from papers, shown beside ours; every such row is labelled as published, so that nobody takes it for ours.
 
-Fractions. What the papers leave unsaid (image or point, which threshold) is in the row's ``conditions``.
+Values are fractions. ``conditions`` names what a paper does not say (per image or per point, which threshold).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from difftap.artifacts.files import JsonObject
 
 __all__ = ["PUBLISHED", "SPAIR_CLASSES", "SPAIR_TEST_PAIRS", "TEST_PAIRS", "PublishedRow", "comparable", "published"]
 
@@ -31,7 +32,7 @@ SPAIR_CLASSES = {
     "train": "train",
     "tvmonitor": "tv",
 }
-"""SPair-71k's classes in the poster's order, with its short heads."""
+"""SPair-71k's classes in the poster's order, with the poster's short names for its columns."""
 
 SPAIR_TEST_PAIRS = dict(
     zip(
@@ -40,7 +41,7 @@ SPAIR_TEST_PAIRS = dict(
         strict=True,
     )
 )
-"""Pairs of each class in SPair-71k's test split, 12,234 in all."""
+"""Number of pairs of each class in SPair-71k's test split, 12,234 in all."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class PublishedRow:
         dataset: the data set and split.
         alpha: the threshold.
         value: PCK over all pairs, a fraction.
-        classes: per class, if the paper gives it; fractions.
-        by: ``image`` or ``point``; None where the source does not say.
-        protocols: names of those in `difftap.bench.protocols` that it was measured under, or that agree with all that
-            is known of how it was measured.
-        conditions: what the paper says, or what it must have been, of the averaging and the threshold.
-        source: where the figure stands, in short.
+        by: ``image`` or ``point``; None if the source does not say.
+        protocols: the protocols of `difftap.bench.protocols` that it was measured under, or that agree with everything
+            known about how it was measured.
+        conditions: averaging and threshold, as the paper says or as they must have been.
+        source: a short name of the source.
+        classes: class -> PCK, if the paper gives it; fractions.
     """
 
     method: str
@@ -72,17 +73,17 @@ class PublishedRow:
 
     @property
     def pairs(self) -> int:
-        """Pairs of the whole test set, which the figure is of."""
+        """The number of pairs of the whole test set, over which the figure was measured."""
         return TEST_PAIRS[self.dataset]
 
     def label(self, comparable: bool, mark: str = "") -> str:
-        """Write the row's name, with whose it is, and whether it may be compared with ours: in words, or by a mark."""
+        """Write the row's name with its source; if it is not comparable with ours, add ``mark`` or the reason."""
         note = "" if comparable else mark or f"; not comparable: of {self.pairs:,} pairs"
         return f"{self.method} (published, {self.source}{note})"
 
 
 TEST_PAIRS = {"spair-test": 12234, "pf-willow": 900, "pf-pascal": 299}
-"""Pairs of the whole test sets."""
+"""Number of pairs of the whole test sets."""
 
 _POSTER = "poster"
 """Using Multiple Latent Layers in Stable Diffusion for Image Semantic Matching."""
@@ -164,9 +165,14 @@ PUBLISHED = _rows()
 def published(
     dataset: str, split: str, alpha: float, by: str | None = None, protocol: str | None = None
 ) -> list[PublishedRow]:
-    """List what was published for a split at a threshold; ``by`` and ``protocol`` keep what was measured so.
+    """List the rows published for a split at a threshold.
 
-    Rows whose averaging is unstated stay with either.
+    Args:
+        dataset: the data set's name.
+        split: the split.
+        alpha: the threshold.
+        by: keep rows with this averaging, and rows whose averaging is not known; None for all.
+        protocol: keep rows measured under this protocol; None for all.
     """
     name = f"{dataset}-{split}" if dataset == "spair" else dataset
     return [
@@ -180,6 +186,6 @@ def published(
     ]
 
 
-def comparable(results: Mapping[str, Any], row: PublishedRow) -> bool:
-    """Whether a run is of the whole test set that a published figure is of."""
+def comparable(results: Mapping[str, JsonObject], row: PublishedRow) -> bool:
+    """Tell whether a run scored the whole test set, as the published figure did."""
     return int(results["counts"]["pairs_scored"]) == row.pairs

@@ -1,16 +1,14 @@
-"""The poster's table on this machine: every row a run of `difftap.bench.session`, then one table a protocol.
+"""Make the poster's table on this machine: each row is a run of `difftap.bench.session`; each protocol gets a table.
 
-A run that was stopped goes on where it was. Features are kept, so that a branch that several rows share is extracted
-once.
+A run that was stopped continues. Features are kept, so that a branch that several rows share is extracted only once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from difftap.artifacts.files import write_atomic
+from difftap.artifacts.files import JsonObject, write_atomic
 from difftap.artifacts.run import ProgressBar, no_bar
 from difftap.bench.poster import PosterRow
 from difftap.bench.protocols import get_protocols
@@ -36,22 +34,33 @@ def reproduce(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
     bar: ProgressBar = no_bar,
-) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Run every row on every data set; after each, write the data set's table, ours below the published rows.
+) -> dict[str, dict[str, JsonObject]]:
+    """Run every row on every data set; after each row, write the data set's tables, ours below the published rows.
 
-    A row that cannot run here (its graphs are missing, say) is left out, and said. Features are kept under
-    ``folder`` unless another place is given, so that a branch that several rows share is extracted once; not those
-    of rows whose prompts are made for each pair.
+    A row that cannot run here (because its graphs are missing, for example) is left out, with a message.
+
+    Args:
+        rows: the methods.
+        sets: the data sets' pairs.
+        folder: the folder of all output.
+        opener: opens a pipeline for a recipe.
+        settings: how results are resampled.
+        memory: bytes of maps kept in memory.
+        features: folder of kept features; by default ``features`` below ``folder``. Features of rows whose prompts
+            are made for each pair are not kept.
+        overwrite: start again instead of continuing.
+        say: called with what is being done.
+        bar: shows progress over pairs.
 
     Returns:
-        results by data set and row.
+        data set -> row -> results.
 
     Raises:
         InputError: there is nothing to run, or no row can run here.
     """
     if not sets or not rows:
         raise InputError("nothing to reproduce; give the root of at least one data set")
-    made: dict[str, dict[str, Mapping[str, Any]]] = {}
+    made: dict[str, dict[str, JsonObject]] = {}
     refusals: list[str] = []
     kept = features or folder / "features"
     with bar(len(rows) * sum(len(pairs.samples) for pairs in sets)) as advance:
@@ -61,11 +70,20 @@ def reproduce(
             for row in rows:
                 place = folder / name / row.name
                 say(f"{name}: {row.name}")
-                options: dict[str, Any] = {"memory": memory, "overwrite": overwrite, "progress": advance}
                 try:
-                    options["features"] = kept if row.keepable else None
+                    maps = kept if row.keepable else None  # reads the prompt file, so it may fail
                     with opener(row.recipe) as pipeline:
-                        run = match_pairs(pipeline, pairs, row.recipe, place, rule=row.rule, **options)
+                        run = match_pairs(
+                            pipeline,
+                            pairs,
+                            row.recipe,
+                            place,
+                            rule=row.rule,
+                            features=maps,
+                            memory=memory,
+                            overwrite=overwrite,
+                            progress=advance,
+                        )
                 except DifftapError as error:
                     reason = " ".join(str(error).split())
                     refusals.append(reason)
@@ -73,14 +91,14 @@ def reproduce(
                     continue
                 say(f"{name}: {row.name}: {run.written} pairs in {run.seconds:.0f} s, {run.skipped} already there")
                 made[name][row.name] = write_results(place, get_protocols(), settings)
-                _write_tables(folder / name, made[name])  # a run that is stopped leaves the rows that are done
+                _write_tables(folder / name, made[name])  # after each row, so that a stopped run leaves a table
     if not any(made.values()):
         raise InputError(f"no row can run here: {refusals[0]}")
     return made
 
 
-def _write_tables(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """One table a protocol, at alpha 0.05, for all rows that have it."""
+def _write_tables(folder: Path, results: Mapping[str, JsonObject]) -> None:
+    """Write one table per protocol, at alpha 0.05, of all rows that it applies to."""
     text, tex = [], []
     for protocol in get_protocols():
         runs = [(name, one) for name, one in results.items() if protocol.name in one["protocols"]]

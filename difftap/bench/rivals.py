@@ -1,12 +1,12 @@
-"""The ways people extract these features today, in torch: what `difftap bench throughput` measures ours against.
+"""Rivals: the ways people extract these features in torch today, which `difftap bench throughput` compares with ours.
 
 ``dift`` follows the published code of DIFT (Tang et al., NeurIPS 2023): the image is repeated E times, every copy goes
 through the VAE encoder and samples the posterior, noise is added, and one UNet pass of E members stops after the tap.
-``dift-tuned`` is what a careful user makes of it: the VAE runs once an image, both networks are laid out channels last
-and compiled by ``torch.compile``, and the UNet holds nothing past the tap.
+``dift-tuned`` is what a careful user makes of it: the VAE runs once per image, both networks use the memory layout
+channels-last and are compiled by ``torch.compile``, and the UNet has nothing after the tap.
 
-Both are given the noise that ours draws, so that all features are of the same noise and can be compared; drawing it
-is not timed. Axis letters as in `difftap.engine.backend`.
+Both get the noise that ours draws, so that their features can be compared with ours; drawing it is not timed. Axis
+letters are those of `difftap.engine.backend`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +28,28 @@ from difftap.featuremap import FeatureMap
 from difftap.machine import available_memory
 from difftap.recipe import Branch, Recipe
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor
+    from torch.nn import Module
+
 __all__ = ["Rival", "slow_way", "vae_bytes"]
 
 _LIVE = 5
-"""Largest activations of the VAE's first level that are in memory at once."""
+"""The VAE's first level holds about this many activations in memory at once; they are the largest."""
 _SHARE = 0.8
-"""Of the memory that is free, what one batch may be expected to take."""
+"""One batch may be expected to take at most this share of the free memory."""
 
 
 def vae_bytes(model: SDUNet, size: Size, images: int, width: int = 4) -> int:
-    """Roughly what encoding a batch takes beside the weights: a few maps of the first level's channels."""
+    """Estimate the bytes that encoding a batch takes besides the weights.
+
+    Args:
+        model: the checkpoint.
+        size: ``(W, H)`` of the input.
+        images: images of the batch.
+        width: bytes per number.
+    """
     return _LIVE * images * size[0] * size[1] * int(model.vae["block_out_channels"][0]) * width
 
 
@@ -46,16 +58,20 @@ class Rival:
 
     Args:
         model: the checkpoint.
-        recipe: what is extracted; noise must be drawn (not ``none``).
-        prompts: per branch, ``(T, D)`` float32.
+        recipe: the features to extract; its noise must not be ``none``.
+        prompts: the prompt of each branch, ``(T, D)`` float32.
         device: ``cpu`` or ``cuda``.
         precision: ``fp32``, ``fp16`` or ``bf16``.
-        tuned: whether it is ``dift-tuned``.
-        compiled: whether the tuned one is compiled (a test may do without).
+        tuned: make ``dift-tuned`` instead of ``dift``.
+        compiled: compile the tuned one; tests do without, to save time.
 
     Attributes:
-        together: members in one batch: E, or fewer where E do not fit into memory.
-        notes: what differs from the published way, for the report.
+        together: members in one batch: E, or fewer if E do not fit in memory.
+        notes: differences from the published way, for the report.
+
+    Raises:
+        BackendError: the model is no Stable Diffusion UNet, or the tap is no decoder block (``dift-tuned``).
+        MissingExtraError: torch or diffusers is not installed.
     """
 
     def __init__(
@@ -81,7 +97,7 @@ class Rival:
         self._kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         self._layout = torch.channels_last if tuned else torch.contiguous_format
         self.notes: list[str] = []
-        if device == "cuda":  # fp32 means fp32; where halves are asked for, nothing but halves is multiplied
+        if device == "cuda":  # TF32 would round fp32 products to about 10 bits
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         encoder = build(model, "vae")
         self._encode: Any = encoder.to(device, self._kind, memory_format=self._layout)  # type: ignore[call-overload]  # unknown to torch's stub
@@ -99,7 +115,7 @@ class Rival:
         self.together = recipe.ensemble if tuned else self._fitting()
 
     def _fitting(self) -> int:
-        """Members that go through the VAE at once: all, unless they are not expected to fit."""
+        """Give the number of members that go through the VAE at once: all, or a divisor of E that should fit."""
         members, width = self._recipe.ensemble, 4 if self._kind == self._torch.float32 else 2
         free = self._torch.cuda.mem_get_info()[0] if self._device == "cuda" else available_memory()
         fits = [
@@ -113,7 +129,10 @@ class Rival:
         return together
 
     def warm_up(self, batch: int = 1) -> None:
-        """Touch all weights: one member through both networks; the compiled one is made for its shapes, so all."""
+        """Run both networks once with few members, to load all weights.
+
+        The compiled networks must be run with the shapes of later calls, because they are compiled for them.
+        """
         count = self._recipe.ensemble if self._tuned else 1
         images = batch if self._tuned else 1
         width, height = self._recipe.size
@@ -125,15 +144,18 @@ class Rival:
     def extract(
         self, pixels: NDArray[np.float32], noises: NDArray[np.float32], members: int | None = None
     ) -> tuple[list[dict[str, NDArray[np.float32]]], dict[str, float]]:
-        """Features of a batch, and the seconds that the networks took.
+        """Extract the features of a batch, and time the networks.
 
         Args:
             pixels: ``(B, 3, H, W)`` in [-1, 1].
             noises: posterior and diffusion noise, ``(2, B, E, C, h, w)``.
-            members: fewer members than the recipe's (the warm-up).
+            members: fewer members than the recipe's, for the warm-up.
 
         Returns:
-            Per branch its taps' maps ``(B, C, h, w)``; and seconds in ``vae`` and ``unet``.
+            the maps ``(B, C, h, w)`` of each branch by tap; and the seconds in ``vae`` and ``unet``.
+
+        Raises:
+            BackendError: torch fails, for lack of memory for example.
         """
         torch = self._torch
         clock = {"vae": 0.0, "unet": 0.0}
@@ -154,29 +176,36 @@ class Rival:
                     else:
                         values = self._batched(posterior, drawn, branch, network, prompt, clock)
                     maps.append({tap: v.float().cpu().numpy() for tap, v in zip(branch.taps, values, strict=True)})
-        except RuntimeError as error:  # torch's out of memory, and whatever its compiler meets
+        except RuntimeError as error:  # out of memory, or an error of torch's compiler
             raise BackendError(f"torch failed on DIFT's way: {first_line(error)}") from error
         return maps, clock
 
-    def _posterior(self, image: Any, clock: dict[str, float]) -> tuple[Any, Any]:
+    def _posterior(self, image: Tensor, clock: dict[str, float]) -> tuple[Tensor, Tensor]:
         start = self._now()
         mean, std = self._encode(image)
         clock["vae"] += self._now() - start
         return mean, std
 
     def _published(
-        self, image: Any, drawn: Any, branch: Branch, network: Any, prompt: Any, count: int, clock: dict[str, float]
-    ) -> list[Any]:
-        """One image ``(3, H, W)`` as the published code takes it: repeated for every member from the start."""
+        self,
+        image: Tensor,
+        drawn: Tensor,
+        branch: Branch,
+        network: Callable[..., list[Tensor]],
+        prompt: Tensor,
+        count: int,
+        clock: dict[str, float],
+    ) -> list[Tensor]:
+        """Extract one image ``(3, H, W)`` like the published code: it is repeated for every member from the start."""
         torch = self._torch
         signal, sigma = scales(self.rule, branch.timestep, self._recipe.noise)
-        sums: list[Any] = []
+        sums: list[Tensor] = []
         step = min(self.together, count)
         for first in range(0, count, step):
             part = slice(first, first + step)
             mean, std = self._posterior(image.unsqueeze(0).repeat(step, 1, 1, 1), clock)
             start = self._now()
-            # The published code forms the latent of its repeated images itself: that way is what is measured here.
+            # Written out here, not taken from difftap.engine.noise: the published code's way is what is measured.
             latent = signal * (mean + std * drawn[0, part]) + sigma * drawn[1, part]  # (E, C, h, w)
             steps = torch.full((step,), branch.timestep, device=self._device)
             values = network(latent, steps, prompt.expand(step, -1, -1))
@@ -186,9 +215,15 @@ class Rival:
         return [total / count for total in sums]
 
     def _batched(
-        self, posterior: tuple[Any, Any], drawn: Any, branch: Branch, network: Any, prompt: Any, clock: dict[str, float]
-    ) -> list[Any]:
-        """Run a batch of encoded images, all members of all of them in one pass."""
+        self,
+        posterior: tuple[Tensor, Tensor],
+        drawn: Tensor,
+        branch: Branch,
+        network: Callable[..., list[Tensor]],
+        prompt: Tensor,
+        clock: dict[str, float],
+    ) -> list[Tensor]:
+        """Run a batch of encoded images, with all members of all images in one pass."""
         torch = self._torch
         start = self._now()
         signal, sigma = scales(self.rule, branch.timestep, self._recipe.noise)
@@ -202,13 +237,13 @@ class Rival:
         return means
 
     def _now(self) -> float:
-        if self._device == "cuda":
+        if self._device == "cuda":  # a GPU works in the background: wait until it is done
             self._torch.cuda.synchronize()
         return time.perf_counter()
 
 
-def _cut_after(unet: Any, branch: Branch) -> Any:
-    """Take out of a UNet all that comes after a decoder block, so that a compiled pass has no early end to take.
+def _cut_after(unet: UNet2DConditionModel, branch: Branch) -> UNet2DConditionModel:
+    """Remove everything after a decoder block from a UNet; a compiled pass cannot be stopped early.
 
     Raises:
         BackendError: the tap is not a decoder block's output.
@@ -225,11 +260,11 @@ def _cut_after(unet: Any, branch: Branch) -> Any:
     return unet
 
 
-def _whole(unet: Any, compiled: bool) -> Callable[[Any, Any, Any], list[Any]]:
-    """Build a pass whose output is the tap itself."""
+def _whole(unet: Module, compiled: bool) -> Callable[[Tensor, Tensor, Tensor], list[Tensor]]:
+    """Make a function that runs a cut UNet, whose output is the tap itself."""
     run = require("torch", "bench", "running DIFT's way").compile(unet, dynamic=False) if compiled else unet
 
-    def members(latent: Any, timestep: Any, prompt: Any) -> list[Any]:
+    def members(latent: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
         return [run(latent, timestep, encoder_hidden_states=prompt, return_dict=False)[0]]
 
     return members
@@ -238,19 +273,19 @@ def _whole(unet: Any, compiled: bool) -> Callable[[Any, Any, Any], list[Any]]:
 def slow_way(
     source: FeatureMap, target: FeatureMap, points: NDArray[np.int64], interpolation: str, once: bool
 ) -> NDArray[np.float64]:
-    """Match as DIFT's evaluation does, in torch, float32: both maps are enlarged to image size and searched.
+    """Match like DIFT's evaluation, in torch and float32: both maps are enlarged to image size and searched.
 
     Args:
-        source: map that the points are in.
-        target: map that is searched.
-        points: whole pixels ``(N, 2)``, x then y.
+        source: the map of the image with the points.
+        target: the map to search.
+        points: whole pixels ``(N, 2)``, x and y.
         interpolation: ``bilinear`` or ``bicubic``.
-        once: normalise the enlarged target once for all points, the fairer rival, instead of once a point.
+        once: normalise the enlarged target once for all points, which is the fairer rival, instead of for each point.
 
     Returns:
-        Pixels ``(N, 2)``, x then y.
+        pixels ``(N, 2)``, x and y.
     """
-    # Channels stay first: normalising the map transposed to (H W, C), as one also finds, is no faster.
+    # The channels stay first. Other code normalises the map transposed to (H W, C), which is no faster.
     torch = require("torch", "bench", "comparing with the slow way")
     functional = torch.nn.functional
     maps = []

@@ -1,7 +1,7 @@
-"""From a recipe and annotated pairs to predictions, written pair by pair and resumable; scoring comes afterwards.
+"""Make predictions from a recipe and annotated pairs, pair by pair and resumable; scoring comes afterwards.
 
-Pairs are taken prompt by prompt (a prompt may hold ``{category}``), else in the data set's order. Every image goes
-through a branch once per prompt, and its maps stay in bounded memory while a pair still needs them
+Pairs are grouped by prompt (a prompt may hold ``{category}``) and are otherwise taken in the data set's order. Every
+image goes through a branch once per prompt, and its maps stay in bounded memory as long as a pair needs them
 (`difftap.features.keeper`).
 """
 
@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import open_run
 from difftap.bench.predictions import SCHEMA, Prediction
 from difftap.datasets.keypoints import Sample
@@ -41,14 +41,14 @@ class PredictRun:
     """What a run did.
 
     Attributes:
-        written: pairs written now, those tried again among them.
-        failed: of those, the ones that failed.
-        skipped: pairs that were there already.
-        images: images made ready, each once per set of prompts.
+        written: pairs that it wrote, including pairs that were tried again.
+        failed: those of them that failed.
+        skipped: pairs that an earlier run had written.
+        images: images whose maps were prepared, counted once per set of prompts.
         passes: passes through the UNet: one for each image, branch and prompt that was not in the feature files.
-        seconds: it took.
-        served: images whose features a store held.
-        extracted: images that the store lacked; 0 where there is no store.
+        seconds: wall time of the run.
+        served: images whose features came from a store.
+        extracted: images that the store lacked; 0 without a store.
     """
 
     written: int
@@ -63,17 +63,17 @@ class PredictRun:
 
 @dataclass(frozen=True)
 class PairOrder:
-    """In which order pairs are taken.
+    """The order in which pairs are matched.
 
     Attributes:
-        groups: per set of prompts, the pairs' indices.
+        groups: the indices of the pairs of each set of prompts.
     """
 
     groups: tuple[tuple[int, ...], ...]
 
     @property
     def order(self) -> list[int]:
-        """Indices of all pairs, in the order they are taken."""
+        """The indices of all pairs, in the order in which they are matched."""
         return [index for group in self.groups for index in group]
 
 
@@ -82,7 +82,7 @@ def _requests(sample: Sample, recipe: Recipe) -> tuple[MapRequest, MapRequest]:
 
 
 def plan(samples: Sequence[Sample], recipe: Recipe) -> PairOrder:
-    """Group pairs by what conditions the recipe's branches for them, in order of first appearance."""
+    """Group pairs by the prompts of the recipe's branches, in order of first appearance."""
     groups: dict[tuple[tuple[Prompt, ...], ...], list[int]] = {}
     for index, sample in enumerate(samples):
         groups.setdefault(tuple(request.prompts for request in _requests(sample, recipe)), []).append(index)
@@ -90,12 +90,18 @@ def plan(samples: Sequence[Sample], recipe: Recipe) -> PairOrder:
 
 
 def count_passes(samples: Sequence[Sample], recipe: Recipe) -> int:
-    """How many (image, branch, prompt) there are: passes through the UNet, if none is kept from earlier."""
+    """Count the different (image, branch, prompt): the passes through the UNet if no map is kept from earlier."""
     return len(passes([request for sample in samples for request in _requests(sample, recipe)]))
 
 
 def subset(samples: Sequence[Sample], limit: int | None = None, per_class: int | None = None) -> list[Sample]:
-    """Take the first ``limit`` of the pairs, or of each class ``per_class`` evenly spaced ones, in the list's order."""
+    """Choose some pairs, in the list's order.
+
+    Args:
+        samples: all pairs.
+        limit: take the first so many of the chosen pairs.
+        per_class: first choose so many evenly spaced pairs of each class.
+    """
     chosen = list(range(len(samples)))
     if per_class is not None:
         members: dict[str, list[int]] = {}
@@ -109,8 +115,8 @@ def subset(samples: Sequence[Sample], limit: int | None = None, per_class: int |
     return [samples[index] for index in chosen[:limit]]
 
 
-def finished(records: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Find the pairs that earlier records settle: the last record of each counts, and only if it did not fail."""
+def finished(records: Sequence[JsonObject]) -> set[int]:
+    """Find the pairs whose last record has no error; the others must be matched (again)."""
     last = {record["index"]: record.get("error") is None for record in records if "index" in record}
     return {index for index, good in last.items() if good}
 
@@ -121,7 +127,7 @@ def predict(
     recipe: Recipe,
     output: Path,
     *,
-    dataset: Mapping[str, Any],
+    dataset: Mapping[str, object],
     rule: MatchRule,
     confidence: bool = True,
     overwrite: bool = False,
@@ -130,35 +136,35 @@ def predict(
     generators: Generators | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PredictRun:
-    """Match every pair's keypoints into a file of JSON lines.
+    """Match the keypoints of every pair and write them to a file of JSON lines.
 
-    A pair that cannot be used (an image is missing, or is not of the annotated size) is recorded with the reason, and a
-    later run tries it again.
+    A pair that cannot be used (an image is missing, or does not have the annotated size) is recorded with the reason,
+    and a later run tries it again.
 
     Args:
-        pipeline: the open recipe.
+        pipeline: the open pipeline.
         samples: the pairs.
-        recipe: what makes features; its prompts may hold ``{category}``.
-        output: the JSON lines; continued if an earlier run with the same conditions left them unfinished.
-        dataset: name, split and whatever else says which pairs these are; ``name`` decides the protocols' basis.
+        recipe: the recipe of the features; its prompts may hold ``{category}``.
+        output: the file of JSON lines; an unfinished run with the same conditions is continued.
+        dataset: name, split and what else tells which pairs these are; the protocols' basis depends on ``name``.
         rule: how maps are joined and matched.
-        confidence: also compute margin and cycle error, at twice the matching's cost.
-        overwrite: start afresh whatever ``output`` holds.
-        memory: bytes kept in memory of maps and their norms; more goes to a scratch folder.
-        features: a folder for the branches' maps, used again by later runs; None to keep nothing.
-        generators: images that have to be made when they are first needed.
-        progress: called with the number of pairs just finished.
+        confidence: also compute margin and cycle error, which doubles the cost of matching.
+        overwrite: start again instead of continuing.
+        memory: bytes of maps and norms kept in memory; more go to a scratch folder.
+        features: a folder that keeps the branches' maps for later runs; None to keep nothing.
+        generators: functions that write images which do not exist yet, by file.
+        progress: called with the number of pairs finished since the last call.
 
     Raises:
-        InputError: there is no pair, or features are to be kept that serve no other pair.
-        OutputError: the output cannot be written, belongs to another run, or is being written by one.
+        InputError: there is no pair, or features would be kept that no other pair can use.
+        OutputError: the file cannot be written, belongs to a run with other conditions, or is being written.
     """
     if not samples:
         raise InputError(f"data set '{dataset.get('name')}' holds no pair to match; check its root and split")
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="difftap-")))
-        # These may refuse, so they come before anything is written.
+        # First, because these may raise, and nothing must be written then.
         files = BranchFiles.lasting(features, pipeline) if features else None
         planned = plan(samples, recipe).order
         conditions = {
@@ -190,7 +196,7 @@ def predict(
 
 
 def digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 over all that decides predictions and their scoring; where the files lie has no say."""
+    """Compute the SHA-256 of everything that decides predictions and their scores; the files' folders do not count."""
     total = hashlib.sha256()
     for sample in samples:
         listing = [sample.name, sample.category, sample.source.name, sample.target.name, sample.mirrored]
@@ -204,7 +210,7 @@ def digest(samples: Sequence[Sample]) -> str:
 def _predict(
     index: int, sample: Sample, both: tuple[MapRequest, MapRequest], keeper: MapKeeper[MapRequest], confidence: bool
 ) -> Prediction:
-    """One pair's prediction, or its reason for having none."""
+    """Predict one pair; if it cannot be used, record the reason."""
     try:
         ready = []
         for request, size in zip(both, (sample.source_size, sample.target_size), strict=True):
@@ -217,7 +223,7 @@ def _predict(
             ready.append(keeper.prepared(request))
         found, clamped = find(ready[0], ready[1], sample.source_points, sample.source_size, confidence)
         return Prediction.of(index, sample, found, clamped)
-    except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair
+    except (InputError, NonFiniteError) as error:  # other errors are not about this pair and would fail every pair
         _LOG.warning("pair %s: %s", sample.name, error)
         return Prediction.of(index, sample, None, error=" ".join(str(error).split()))
     finally:

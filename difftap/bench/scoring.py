@@ -1,4 +1,4 @@
-"""One run's predictions scored under every protocol that applies: PCK with counts and intervals, cut several ways.
+"""Score the predictions of a run under every protocol that applies: PCK with counts and intervals, by class and flag.
 
 Axis letters: N points of a pair; P pairs; K thresholds; B bootstrap draws.
 """
@@ -9,11 +9,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.table import plain
 from difftap.bench.pck import Tally, aggregate, box_side, draws, extent, intervals, rival, within
 from difftap.bench.predictions import Prediction, Predictions
@@ -24,7 +24,7 @@ __all__ = ["CURVE", "SCHEMA", "MeasuredPair", "Resampling", "measure", "reason_a
 
 SCHEMA = "difftap.bench.pck/1"
 CURVE = tuple(i / 200 for i in range(1, 41))
-"""Alphas of the PCK-over-alpha curve: 0.005 to 0.2."""
+"""Alphas of the curve of PCK over alpha: 0.005 to 0.2."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Resampling:
     """How results are resampled and calibrated.
 
     Attributes:
-        draws: bootstrap resamplings of the pairs.
-        seed: of the resampling.
-        level: of the intervals.
-        alphas: thresholds scored beside each protocol's own.
+        draws: number of bootstrap resamplings of the pairs.
+        seed: seed of the resampling.
+        level: level of the intervals, 0 to 1.
+        alphas: further thresholds to score, besides each protocol's own.
     """
 
     draws: int = 1000
@@ -46,12 +46,12 @@ class Resampling:
 
 @dataclass(frozen=True)
 class MeasuredPair:
-    """One pair under one protocol, in the frame's units.
+    """The distances of one pair under one protocol, in pixels of the protocol's frame.
 
     Attributes:
-        distance: ``(N,)`` from each target keypoint to the place found; infinite where nothing was found.
-        rival: ``(N,)`` from the place found to the nearest other visible keypoint.
-        length: what alpha is a share of.
+        distance: ``(N,)``, from each target keypoint to the place found; infinite where nothing was found.
+        rival: ``(N,)``, from the place found to the nearest other visible keypoint.
+        length: the length that alpha is a share of.
     """
 
     distance: NDArray[np.float64]
@@ -59,16 +59,16 @@ class MeasuredPair:
     length: float
 
     def hits(self, alphas: Sequence[float], strict: bool) -> NDArray[np.bool_]:
-        """Which points are right, ``(N, K)``."""
+        """Tell which points are right at each alpha, ``(N, K)``."""
         return within(self.distance, self.length, alphas, strict)
 
     def dagger(self) -> NDArray[np.bool_]:
-        """Whether no other visible keypoint is nearer to the place found, ``(N,)``; ties do not count against it."""
+        """Tell whether no other visible keypoint is nearer to the place found, ``(N,)``; equally near is allowed."""
         return self.distance <= self.rival + 1e-9
 
 
 def reason_against(pairs: Sequence[Prediction], protocol: Protocol, dataset: str) -> str | None:
-    """Why a protocol does not apply to these pairs; None if it does."""
+    """Give the reason why a protocol does not apply to these pairs; None if it applies."""
     basis = protocol.basis(dataset)
     if basis is None:
         return f"it has no threshold for data set '{dataset}'"
@@ -78,12 +78,12 @@ def reason_against(pairs: Sequence[Prediction], protocol: Protocol, dataset: str
 
 
 def measure(pair: Prediction, protocol: Protocol, dataset: str) -> MeasuredPair:
-    """Distances of one pair; the protocol must apply (`reason_against`)."""
+    """Measure the distances of one pair; the protocol must apply (`reason_against`)."""
     size = pair.target_size
     truth = protocol.to_frame(pair.target_points, size)
     basis = protocol.basis(dataset)
     if basis == "box":
-        assert pair.target_box is not None  # noqa: S101 - reason_against
+        assert pair.target_box is not None  # noqa: S101 - else reason_against gives a reason
         corners = protocol.to_frame(np.reshape(np.array(pair.target_box, np.float64), (2, 2)), size)
         length = box_side(corners.ravel().tolist())
     elif basis == "image":
@@ -99,17 +99,15 @@ def measure(pair: Prediction, protocol: Protocol, dataset: str) -> MeasuredPair:
     return MeasuredPair(np.where(np.isfinite(distance), distance, np.inf), nearest, length)
 
 
-def score(
-    predictions: Predictions, protocols: Sequence[Protocol], settings: Resampling | None = None
-) -> dict[str, Any]:
-    """Everything that can be said of one run, as plain data; docs/benchmark.md describes it.
+def score(predictions: Predictions, protocols: Sequence[Protocol], settings: Resampling | None = None) -> JsonObject:
+    """Score a run under some protocols; give plain data, which docs/benchmark.md describes.
 
-    Pairs without a prediction (their images were missing, say) take no part in any mean and are listed.
+    Pairs without a prediction (because an image was missing, for example) are left out of every mean and are listed.
     """
     settings = settings or Resampling()
     good = [pair for pair in predictions.pairs if pair.error is None]
     weights = draws(len(good), settings.draws, settings.seed)
-    applied: dict[str, Any] = {}
+    applied: dict[str, JsonObject] = {}
     refused: dict[str, str] = {}
     hits: dict[str, dict[str, list[int]]] = {}
     dataset = predictions.dataset
@@ -138,13 +136,13 @@ def score(
 
 
 def _digest(pair: Prediction) -> str:
-    """8 hex digits of the pair's annotation: only pairs that are the same may be compared."""
+    """Compute 8 hexadecimal digits of a pair's annotation; only pairs with the same digits may be compared."""
     listing = [pair.category, pair.mirrored, pair.target_size, pair.target_box, pair.keypoint_ids, pair.target_ids]
     points = [pair.source_points.tolist(), pair.target_points.tolist(), pair.target_visible.tolist()]
     return hashlib.sha256(json.dumps([listing, points]).encode()).hexdigest()[:8]
 
 
-def _counts(predictions: Predictions) -> dict[str, Any]:
+def _counts(predictions: Predictions) -> JsonObject:
     pairs = predictions.pairs
     failed = [pair for pair in pairs if pair.error is not None]
     good = [pair for pair in pairs if pair.error is None]
@@ -170,8 +168,8 @@ def _under(
     measured: Sequence[MeasuredPair],
     weights: NDArray[np.uint16],
     settings: Resampling,
-) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """One protocol's results, and each pair's hits by alpha."""
+) -> tuple[JsonObject, dict[str, list[int]]]:
+    """Score under one protocol; give the results, and the hits of each pair by alpha."""
     alphas = sorted({*protocol.thresholds(dataset), *settings.alphas})
     right = [one.hits(alphas, protocol.strict) for one in measured]
     dagger = [hit & one.dagger()[:, None] for hit, one in zip(right, measured, strict=True)]
@@ -182,7 +180,7 @@ def _under(
     everything = np.ones(len(pairs), bool)
     level = settings.level
 
-    def cut(chosen: NDArray[np.bool_], which: Sequence[str]) -> dict[str, Any]:
+    def cut(chosen: NDArray[np.bool_], which: Sequence[str]) -> JsonObject:
         return _figures(tally, chosen, weights, alphas, which, level)
 
     results = {
@@ -238,10 +236,10 @@ def _figures(
     alphas: Sequence[float],
     which: Sequence[str],
     level: float,
-) -> dict[str, Any]:
-    """Values and intervals of the chosen pairs, by alpha and aggregate, with their counts."""
+) -> JsonObject:
+    """Give the values and intervals of the chosen pairs, by alpha and mean, with their counts."""
     part, drawn = tally.select(chosen), weights[:, chosen]
-    figures: dict[str, Any] = {"pairs": int((part.points > 0).sum()), "points": int(part.points.sum())}
+    figures: JsonObject = {"pairs": int((part.points > 0).sum()), "points": int(part.points.sum())}
     spans = {by: (aggregate(part, by), *intervals(part, by, drawn, level)) for by in which}
     for k, alpha in enumerate(alphas):
         figures[alpha_key(alpha)] = {
@@ -251,21 +249,21 @@ def _figures(
     return figures
 
 
-def calibrate(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], seed: int = 0) -> dict[str, Any]:
-    """How well each confidence tells right matches from wrong ones, as plain data.
+def calibrate(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], seed: int = 0) -> JsonObject:
+    """Measure how well each confidence separates right matches from wrong ones; give plain data.
 
-    Matches that lack the figure (no confidence was asked for, nothing was found) are left out and counted.
+    Matches without the confidence (it was not asked for, or nothing was found) are left out and counted.
 
     Args:
         pairs: the predictions.
-        right: each pair's hits at one threshold.
-        seed: of the split into halves for ``calibration_error``.
+        right: the hits of each pair at one threshold.
+        seed: seed of the split into halves for ``calibration_error``.
     """
     hits = np.concatenate([np.zeros(0, bool), *right])
     stream = np.random.Generator(np.random.Philox(key=np.array([seed, 1], np.uint64)))
     side = stream.permutation(len(pairs)) % 2 == 0
     halves = np.repeat(side, [len(one) for one in right])
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     for name, sign in CONFIDENCES.items():
         values = np.concatenate([np.zeros(0), *(getattr(pair, name) for pair in pairs)])
         known = np.isfinite(values)
@@ -274,7 +272,7 @@ def calibrate(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], s
         sure, good = sign * values[known], hits[known]
         curve = reliability(sure, good)
         bars = {f"{recall:g}": precision_at_recall(sure, good, recall) for recall in RECALLS}
-        if sign < 0:  # back to the figure's own direction
+        if sign < 0:  # undo the change of sign, so that numbers are the confidence's own
             for step in curve:
                 step["low"], step["high"], step["mean"] = -step["high"], -step["low"], -step["mean"]
             for bar in bars.values():

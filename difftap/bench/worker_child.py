@@ -1,9 +1,9 @@
-"""The child process that measures: orders in, replies out, one JSON a line (`difftap.bench.workers` is the other end).
+"""The child process that measures: it reads orders and writes replies, one JSON object per line.
 
-A process of its own gives a contender its own peak memory and threads; one that dies takes nobody along, and several
-full-size models are in memory at once only where they fit. What it can be told: look at what must be there, open a
-contender, run rounds with a clock in our own stages, measure the rate of matrix products, the peak memory of a
-function, and a search with FAISS.
+`difftap.bench.workers` is the other end. Its own process gives a contender its own peak memory and threads, a crash
+ends only that contender, and a model's memory is free when its process ends. The orders are: survey the model, open a
+contender, run a round with every stage timed, measure the rate of matrix products, measure the peak memory of a
+function, and search with FAISS.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.bench.contenders import Contender
 from difftap.bench.flops import count_graph
 from difftap.bench.workers import hold_threads
@@ -43,15 +45,14 @@ __all__ = ["ENGINE_STAGES", "TimedPipeline", "measure_gemm", "serve", "survey"]
 
 
 ENGINE_STAGES = ("vae", "unet")
-
-"""What the runtime does; everything else in a call is our own."""
+"""The stages that the runtime does; all other stages of a call are our own code."""
 
 
 class TimedPipeline:
-    """A pipeline, ready and clocked.
+    """A pipeline whose stages are timed.
 
-    The runtimes' own calls are timed where they are made, inside `difftap.engine.Engine.compute`: its checks of shapes
-    are outside, and so are the look for values that are not finite, decoding, resizing, drawing noise, copies, joining.
+    The time of a runtime's stage is that of its own calls, inside `difftap.engine.Engine.compute`. It does not contain
+    the checks of shapes and of finite values, decoding, resizing, drawing noise, copies or joining.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -68,12 +69,13 @@ class TimedPipeline:
         self._time(featurizer, "draw_noise", "noise")
         self.together = max(engine.profile.ensemble for engine in pipeline.engines)
 
-    def _time(self, owner: Any, name: str, stage: str) -> None:
+    def _time(self, owner: object, name: str, stage: str) -> None:
+        """Replace a function of a module or an object by one that adds its time to a stage."""
         plain = getattr(owner, name)
         own = name in vars(owner)
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._within:  # one engine call may be made of another
+        def timed(*args: object, **kwargs: object) -> object:
+            if self._within:  # an engine call may contain another one, whose time must not be added twice
                 return plain(*args, **kwargs)
             self._within = True
             start = time.perf_counter()
@@ -92,12 +94,13 @@ class TimedPipeline:
             shapes = dataclasses.replace(engine.profile, batch=self._pipeline.batch)
             engine.run(example_feeds(engine.graph, shapes))
 
-    def call(self, paths: Sequence[Path]) -> tuple[list[FeatureMap], dict[str, np.ndarray[Any, Any]], dict[str, float]]:
-        """Files to joined maps, as every command does it.
+    def call(self, paths: Sequence[Path]) -> tuple[list[FeatureMap], dict[str, NDArray[np.float32]], dict[str, float]]:
+        """Turn image files into joined maps, as every command does.
 
         Returns:
-            The joined maps; the first image's map of every branch and tap by ``branch.tap``; and seconds by stage:
-            ``total``, ``decode``, ``resize``, ``noise``, ``vae``, ``unet``, ``join``, and ``rest`` (checks and copies).
+            the joined maps; the first image's map of every branch and tap, by ``branch.tap``; and the seconds of each
+            stage: ``total``, ``decode``, ``resize``, ``noise``, ``vae``, ``unet``, ``join``, and ``rest`` (checks and
+            copies).
         """
         self._clock = {}
         start = time.perf_counter()
@@ -113,25 +116,24 @@ class TimedPipeline:
         return joined, maps, {"total": end - start, **stages, "rest": rest}
 
     def close(self) -> None:
-        """Take the clock out and close the engines."""
+        """Restore the functions that were replaced, and close the engines."""
         for undo in reversed(self._undo):
             undo()
         self._pipeline.close()
 
 
-def survey(recipe: Recipe, cache_folder: Path | None) -> dict[str, Any]:
-    """Export what is missing, and count.
+def survey(recipe: Recipe, cache_folder: Path | None) -> JsonObject:
+    """Export the graphs that are missing, and count their arithmetic.
 
     Returns:
-        ``model`` and its ``key``, ``weights`` in bytes, and multiply-adds: ``vae`` of one
-        encoding, ``unet`` of one member in all branches; both None with the reason in ``uncounted`` where they cannot
-        be counted.
+        ``model`` and its ``key``; ``weights`` in bytes; multiply-adds of one encoding in ``vae``, and of one member in
+        all branches in ``unet``. If they cannot be counted, both are None and ``uncounted`` gives the reason.
     """
     cache = open_cache(cache_folder)
     model = open_checkpoint(recipe.model, cache, recipe.size)
     check_fits(recipe, model)
     encoder = ensure_graph(cache, model, model.encoder) if model.encoder else None
-    about: dict[str, Any] = {
+    about: JsonObject = {
         "model": model.name,
         "key": model_key(cache, model),
         "weights": sum(p.stat().st_size for part in model.components for p in model.weight_files(part)),
@@ -150,13 +152,16 @@ def survey(recipe: Recipe, cache_folder: Path | None) -> dict[str, Any]:
     return about
 
 
-_TIMES = 6
+_TIMES = 6  # calls of which the fastest counts
 
 
 def measure_gemm(side: int, device: str = "cpu") -> dict[str, float]:
-    """Operations a second of ``side`` x ``side`` products, the best of several, by ``library precision``.
+    """Measure the operations per second of ``side`` x ``side`` matrix products, the best of several.
 
-    A multiply-add is two operations. numpy's BLAS on the CPU, and torch's on the device where torch is installed.
+    A multiply-add counts as two operations. On the CPU, numpy's BLAS is measured; torch on the device, if installed.
+
+    Returns:
+        ``library precision`` -> operations per second.
     """
     rates: dict[str, float] = {}
     left, right = np.random.default_rng(0).standard_normal((2, side, side), np.float32)
@@ -167,13 +172,13 @@ def measure_gemm(side: int, device: str = "cpu") -> dict[str, float]:
     except MissingExtraError:
         return rates
     kinds = {"fp32": torch.float32}
-    if device != "cpu":  # most processors multiply halves slower than fp32, some by far
+    if device != "cpu":  # most CPUs multiply fp16 and bf16 slower than fp32, some much slower
         kinds |= {"fp16": torch.float16, "bf16": torch.bfloat16}
     for name, kind in kinds.items():
         torch.backends.cuda.matmul.allow_tf32 = False
         a, b = (torch.from_numpy(value).to(device, kind) for value in (left, right))
 
-        def product(a: Any = a, b: Any = b) -> None:
+        def product(a: Any = a, b: Any = b) -> None:  # bound as defaults: the loop changes them
             with torch.inference_mode():
                 a @ b
                 if device == "cuda":
@@ -184,7 +189,7 @@ def measure_gemm(side: int, device: str = "cpu") -> dict[str, float]:
 
 
 def _best(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of several calls, the first left out."""
+    """Give the seconds of the fastest of several calls, after a warm-up."""
     call()
     seconds = []
     for _ in range(_TIMES):
@@ -194,19 +199,16 @@ def _best(call: Callable[[], object]) -> float:
     return min(seconds)
 
 
-_MOST_CALLS = 200
-
-_QUICK = 1.0  # seconds: a warm-up this short is followed by a whole call, which then is quick too
-
-KEYPOINTS = 10
-
-GEMM_SIDE = 2048
+_MOST_CALLS = 200  # of a round, which bounds a reply's size
+_QUICK = 1.0  # seconds; after a warm-up this short, a whole call is made too, since it will also be short
+KEYPOINTS = 10  # points that are matched
+GEMM_SIDE = 2048  # side of the matrices whose product is timed
 
 
 class _Job:
-    """What an order says, read once."""
+    """The content of an order, as objects."""
 
-    def __init__(self, data: dict[str, Any]) -> None:
+    def __init__(self, data: JsonObject) -> None:
         self.contender = Contender(**data["contender"])
         self.recipe = Recipe.from_dict(data["recipe"])
         self.images = [Path(path) for path in data["images"]]
@@ -226,13 +228,13 @@ class _Job:
 
 
 class _OursRunner:
-    """A backend of ours behind the child's orders."""
+    """Run a backend of ours for the child."""
 
     def __init__(self, job: _Job) -> None:
         from difftap.bench.worker_child import TimedPipeline
 
         self._job = job
-        before = _artefacts(job.cache)
+        before = _artefacts(job.cache)  # to see whether opening had to build something
         self._pipeline = Pipeline.open(job.recipe, job.runtime)
         self.made = _artefacts(job.cache) != before
         self.batch = self._pipeline.batch
@@ -247,17 +249,17 @@ class _OursRunner:
     def warm_up(self) -> None:
         self._ours.warm_up()
 
-    def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, Any], dict[str, float]]:
+    def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, NDArray[np.float32]], dict[str, float]]:
         return self._ours.call(paths)
 
-    def match(self, source: FeatureMap, target: FeatureMap, points: np.ndarray[Any, Any]) -> None:
+    def match(self, source: FeatureMap, target: FeatureMap, points: NDArray[np.int64]) -> None:
         from difftap.matching import match_points
 
         match_points(source, target, points, self._job.recipe.matcher, confidence=False)
 
 
 class _RivalRunner:
-    """A rival behind the child's orders."""
+    """Run a rival for the child."""
 
     def __init__(self, job: _Job) -> None:
         from difftap.bench.rivals import Rival
@@ -284,9 +286,10 @@ class _RivalRunner:
     def warm_up(self) -> None:
         self._rival.warm_up(self.batch)
 
-    def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, Any], dict[str, float]]:
+    def call(self, paths: list[Path]) -> tuple[list[FeatureMap], dict[str, NDArray[np.float32]], dict[str, float]]:
         from difftap.engine.noise import draw_noise
 
+        # Before the clock starts: the rival gets our noise, and drawing it is not part of its way.
         recipe = self._job.recipe
         latent = self._rival.rule.latent_shape(recipe.size)
         noises = draw_noise(recipe, [load_image(path).digest for path in paths], latent, recipe.ensemble)
@@ -303,7 +306,7 @@ class _RivalRunner:
         joined = [FeatureMap(np.ascontiguousarray(first[i]), laid[i][1]) for i in range(len(laid))]
         return joined, maps, {"total": end - start, **stages, "rest": end - start - sum(stages.values())}
 
-    def match(self, source: FeatureMap, target: FeatureMap, points: np.ndarray[Any, Any]) -> None:
+    def match(self, source: FeatureMap, target: FeatureMap, points: NDArray[np.int64]) -> None:
         from difftap.bench.rivals import slow_way
 
         slow_way(source, target, points, self._job.recipe.matcher.interpolation, self._tuned)
@@ -315,28 +318,29 @@ def _artefacts(cache: Path | None) -> dict[Path, int]:
 
 
 class _Child:
-    """The orders: ``survey``, ``open``, ``round``, ``gemm``, ``peak``."""
+    """The orders: one method each. ``open`` must come before ``round``."""
+
+    _runner: _OursRunner | _RivalRunner
 
     def __init__(self) -> None:
-        self._runner: Any = None
         self._job: _Job | None = None
         self._turn = itertools.count()
 
-    def survey(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Make model, graphs and prompts ready, and count the arithmetic of one image."""
+    def survey(self, order: JsonObject) -> JsonObject:
+        """Prepare model, graphs and prompts, and count the arithmetic of one image."""
         from difftap.bench.worker_child import survey
 
         job = _Job(order)
         return survey(job.recipe, job.cache)
 
-    def open(self, order: dict[str, Any]) -> dict[str, Any]:
+    def open(self, order: JsonObject) -> JsonObject:
         """Open the contender and warm it up."""
         self._job = job = _Job(order)
         start = time.perf_counter()
         self._runner = (_RivalRunner if job.contender.rival else _OursRunner)(job)
         opened = time.perf_counter()
         if self._runner.made and not order.get("keep"):
-            return {"made": True}  # a fresh process is asked again, whose memory no build has touched
+            return {"made": True}  # the parent starts a new process, whose peak memory contains no build
         self._runner.warm_up()
         warmed = time.perf_counter()
         if warmed - opened < _QUICK:
@@ -348,8 +352,8 @@ class _Child:
         files = self._job.images
         return [files[(turn * self._runner.batch + k) % len(files)] for k in range(self._runner.batch)]
 
-    def round(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Call for as long as is asked, at least once; the first round's first call also gives its features."""
+    def round(self, order: JsonObject) -> JsonObject:
+        """Make calls for the seconds that are ordered, at least one; if ordered, save the features of the first."""
         assert self._job is not None  # noqa: S101 - open comes first
         calls: list[dict[str, float]] = []
         matching: list[float] = []
@@ -358,11 +362,12 @@ class _Child:
         while len(calls) < _MOST_CALLS and (not calls or time.perf_counter() - began < order["seconds"]):
             made, maps, stages = self._runner.call(self._paths(next(self._turn)))
             if not calls and order.get("features"):
+                named: Mapping[str, Any] = maps
                 with open(order["features"], "wb") as handle:
-                    np.savez(handle, **maps)
+                    np.savez(handle, **named)
             joined = (joined + made)[-2:]
             calls.append({"images": len(made), **stages})
-        peak = peak_memory()
+        peak = peak_memory()  # before matching, which is measured by itself
         if order["matching"]:
             matching = [self._match(joined[0], joined[-1]) for _ in range(1 if self._job.contender.rival else 3)]
         return {"calls": calls, "matching": matching, "peak": peak}
@@ -373,20 +378,20 @@ class _Child:
         self._runner.match(source, target, points)
         return time.perf_counter() - start
 
-    def gemm(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Multiply-add rates of square products, operations a second (two a multiply-add), best of several."""
+    def gemm(self, order: JsonObject) -> JsonObject:
+        """Measure the rates of square matrix products (`measure_gemm`)."""
         from difftap.bench.worker_child import measure_gemm
 
         return {"gemm": measure_gemm(GEMM_SIDE, order["device"])}
 
-    def faiss(self, order: dict[str, Any]) -> dict[str, Any]:
+    def faiss(self, order: JsonObject) -> JsonObject:
         """Search with FAISS and with numpy on a device."""
         from difftap.bench.gpucheck import search_faiss
 
         return search_faiss(order["device"]).to_dict()
 
-    def peak(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Measure by how many bytes one call grows this process; what the call needs is made before."""
+    def peak(self, order: JsonObject) -> JsonObject:
+        """Measure by how many bytes one call grows this process; what the call needs is prepared before."""
         module, _, name = order["place"].partition(":")
         call = getattr(importlib.import_module(module), name)(**order["arguments"])
         before = resident_memory()
@@ -395,9 +400,9 @@ class _Child:
 
 
 def serve(orders: TextIO, replies: TextIO) -> None:
-    """Carry out orders until there are no more; what goes wrong is a reply too."""
+    """Carry out orders until there are no more; an error is a reply too."""
     child = _Child()
-    actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    actions: dict[str, Callable[[JsonObject], JsonObject]] = {
         "survey": child.survey,
         "open": child.open,
         "round": child.round,
@@ -413,22 +418,22 @@ def serve(orders: TextIO, replies: TextIO) -> None:
             reply = {"error": str(error)}
         except MemoryError:
             reply = {"error": "out of memory"}
-        except Exception as error:  # another package's, of any kind: this contender is out, the others go on
+        except Exception as error:  # any error of another package: this contender fails, the others continue
             reply = {"error": f"{type(error).__name__}: {first_line(error)}"}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
-def _lines(orders: TextIO) -> Iterator[dict[str, Any]]:
+def _lines(orders: TextIO) -> Iterator[JsonObject]:
     while line := orders.readline():
         yield json.loads(line)
 
 
 def _main() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, even in the middle of a call
+    with contextlib.suppress(OSError, AttributeError):  # Linux only: be killed when the parent ends, even in a call
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no reply
+    os.dup2(2, 1)  # stdout becomes stderr, so that what libraries print is not read as a reply
     serve(sys.stdin, replies)
 
 

@@ -1,6 +1,6 @@
-"""Child processes that measure: one contender each, asked in turn, alive or not between turns.
+"""Child processes that measure one contender each: start them, send orders and read replies.
 
-`difftap.bench.throughput` and `difftap.bench.gpucheck` both give them their orders, and read their replies, here.
+`difftap.bench.throughput` and `difftap.bench.gpucheck` use this file; `difftap.bench.worker_child` runs in the child.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from difftap.artifacts.files import JsonObject
 from difftap.errors import BackendError, require
 from difftap.recipe import Recipe
 
@@ -28,9 +29,9 @@ __all__ = ["Timing", "Worker", "blas", "call_timing", "hold_threads", "make_orde
 
 @contextmanager
 def hold_threads(threads: int) -> Iterator[None]:
-    """Hold BLAS, and torch where it is loaded, to a number of threads; both get their own back afterwards."""
+    """Limit BLAS, and torch if it is loaded, to a number of threads; restore both afterwards."""
     threadpoolctl = require("threadpoolctl", "bench", "holding BLAS to a number of threads")
-    torch: Any = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")  # not imported here: most contenders do without it
     before = torch.get_num_threads() if torch else 0
     if torch:
         torch.set_num_threads(threads)
@@ -58,11 +59,11 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of one way, warmed up.
+    """Wall times of calls, after a warm-up.
 
     Attributes:
-        seconds: every measured call, in order.
-        median: of `seconds`.
+        seconds: the time of every measured call, in order.
+        median: their median.
         low: the fastest.
         high: the slowest.
     """
@@ -79,14 +80,15 @@ class Timing:
 
 
 class Worker:
-    """A fresh process behind `difftap.bench.worker_child`.
+    """A new process that runs `difftap.bench.worker_child`.
 
     Args:
-        threads: CPU threads of the libraries that read them from the environment.
+        threads: CPU threads of libraries that read their number from the environment.
     """
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
+        # A file, not a pipe: nobody reads stderr while the child works, and a full pipe would block it.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by close
         environment = {
             **os.environ,
@@ -103,13 +105,13 @@ class Worker:
             encoding="utf-8",
         )
 
-    def ask(self, do: str, limit: float | None = None, **order: Any) -> dict[str, Any]:
-        """Give one order and wait for the reply.
+    def ask(self, do: str, limit: float | None = None, **order: object) -> JsonObject:
+        """Send one order and wait for the reply.
 
         Args:
             do: the order's name.
-            limit: seconds after which the process is ended; None to wait as long as it takes.
-            order: what the order says.
+            limit: end the process after this many seconds; None to wait as long as it takes.
+            order: the order's content, as plain data.
 
         Raises:
             BackendError: the order failed or took too long, or the process died.
@@ -135,14 +137,14 @@ class Worker:
                 timer.cancel()
         if not line.endswith("\n"):
             raise BackendError("it took longer than its limit and was ended" if late.is_set() else self._death())
-        reply: dict[str, Any] = json.loads(line)
+        reply: JsonObject = json.loads(line)
         if "error" in reply:
             raise BackendError(str(reply["error"]))
         return reply
 
     def _death(self) -> str:
         code = self._process.wait()
-        if code == -9:
+        if code == -9:  # SIGKILL, which Linux sends when memory runs out
             return "its process was killed, most likely for want of memory; use a smaller --size, --ensemble or --batch"
         self._log.seek(0)
         lines = [text.strip() for text in self._log.read().splitlines() if text.strip()]
@@ -177,8 +179,8 @@ def make_order(
     cache: Path | None,
     threads: int,
     batch: int,
-) -> dict[str, Any]:
-    """Say what every contender is told of a job, as plain data; who it is goes beside it as ``contender``."""
+) -> JsonObject:
+    """Describe a job as plain data, the same for every contender; the caller adds the ``contender``."""
     return {
         "recipe": recipe.to_dict(),
         "images": [str(path.resolve()) for path in images],
@@ -189,16 +191,18 @@ def make_order(
 
 
 def open_contender(
-    order: Mapping[str, Any], left: Callable[[], float | None] = lambda: None
-) -> tuple[Worker, dict[str, Any], float | None]:
-    """Start a process in which a contender is open and warm, anew after something had to be made for it.
+    order: JsonObject, left: Callable[[], float | None] = lambda: None
+) -> tuple[Worker, JsonObject, float | None]:
+    """Start a process with an open contender that is warmed up.
+
+    If something had to be built or exported for it, a second process is started, which finds it made.
 
     Args:
-        order: as `make_order` gives it, with the ``contender``.
-        left: seconds that are left; None for no limit.
+        order: what `make_order` gives, with the ``contender``.
+        left: gives the seconds that are left; None for no limit.
 
     Returns:
-        The process, what it said, and the seconds of the first opening where something was built or exported.
+        the process, its reply, and the seconds of the first opening if something was built or exported.
 
     Raises:
         BackendError: it cannot be opened; no process is left behind.
@@ -210,7 +214,7 @@ def open_contender(
         if about["made"]:
             built = time.monotonic() - began
             worker.close()
-            worker = Worker(order["threads"])  # whose memory no build has touched
+            worker = Worker(order["threads"])  # its peak memory contains no build
             about = worker.ask("open", left(), **order, keep=True)
     except BaseException:
         worker.close()
@@ -219,11 +223,11 @@ def open_contender(
 
 
 def call_timing(calls: Sequence[Mapping[str, float]]) -> Timing:
-    """Seconds an image of whole calls."""
+    """Summarise the seconds per image of whole calls."""
     return Timing.of([call["total"] / call["images"] for call in calls])
 
 
 def stage_medians(calls: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Median seconds an image of every stage."""
+    """Give the median seconds per image of every stage."""
     kinds = [kind for kind in calls[0] if kind not in ("images", "total")]
     return {kind: statistics.median(call[kind] / call["images"] for call in calls) for kind in kinds}
