@@ -1,22 +1,21 @@
-"""Training batches: which photographs, cropped how, with which targets. Every batch depends on (seed, step) alone."""
+"""Training batches: photographs, their crops and their targets. A batch depends only on (seed, step)."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from training.data import ImageCache, crop, is_held_out, jitter, random_box
+from training.data import Config, ImageCache, crop, is_held_out, jitter, random_box
 from training.teacher import TargetCache, cut_target
 
 
 @dataclass
 class Batch:
-    """One step's input. pixels (B, 3, R, R) in [-1, 1]; target (B, K, R/8, R/8); texts: B captions."""
+    """The input of one step: pixels (B, 3, R, R) in [-1, 1]; target (B, K, R/8, R/8); texts, B captions."""
 
     step: int
     pixels: torch.Tensor
@@ -25,9 +24,9 @@ class Batch:
 
 
 class Batches:
-    """Makes batches, one step ahead of training in a thread (decoding and resizing release the GIL)."""
+    """Make training batches; `Ahead` does so in a thread, because decoding and resizing release the GIL."""
 
-    def __init__(self, images: ImageCache, targets: TargetCache, data: dict[str, Any], train: dict[str, Any]) -> None:
+    def __init__(self, images: ImageCache, targets: TargetCache, data: Config, train: Config) -> None:
         self.images, self.targets, self.data, self.train = images, targets, data, train
         held = data["held_out_one_in"]
         self.indices = np.array([i for i, item in enumerate(images.items) if not is_held_out(item, held)])
@@ -37,13 +36,14 @@ class Batches:
         self.mates = {i: np.array(members) for members in classes.values() for i in members}
 
     def make(self, step: int, final: bool) -> Batch:
-        """Batch of `step`; `final` says whether the learning rate is already falling (larger images then)."""
+        """Make the batch of `step`. With `final`, while the learning rate falls, images are larger."""
         rng = np.random.default_rng([self.train["seed"], step])
         weights = self.train["final_size_weights" if final else "size_weights"]
         size = int(rng.choice(self.train["sizes"], p=weights))
+        # As many images as keep the number of pixels, and so the time of a step, the same at all sizes.
         count = max(8, self.train["pixels_per_step"] // (size * size) // 4 * 4)
         chosen = rng.choice(self.indices, count, replace=False)
-        # Some images come with one of their own class: the relation loss learns from pairs like those it is used on.
+        # Some images come with another of their class, so that the relation loss sees pairs like those matched later.
         for n in range(0, count - 1, 2):
             if rng.random() < self.train["mate_share"]:
                 chosen[n + 1] = rng.choice(self.mates[chosen[n]])
@@ -65,7 +65,7 @@ class Batches:
 
 
 class Ahead:
-    """Runs `Batches.make` for consecutive steps in a thread. An error in the thread is raised by `next`."""
+    """Run `Batches.make` for consecutive steps in a thread. An error in the thread is raised by `next`."""
 
     def __init__(self, batches: Batches, first_step: int) -> None:
         self.final = False
@@ -77,11 +77,11 @@ class Ahead:
             while True:
                 self._queue.put(batches.make(step, self.final))
                 step += 1
-        except BaseException as error:
+        except BaseException as error:  # raised in the training thread, by `next`
             self._queue.put(error)
 
     def next(self) -> Batch:
-        """Draw the next batch."""
+        """Give the next batch; wait for it."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item

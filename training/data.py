@@ -1,6 +1,6 @@
-"""Training photographs: index, uint8 cache, hold-out split, augmentation.
+"""Training photographs: list, uint8 cache, hold-out split, augmentation.
 
-Layout expected under the data root:
+Layout expected below the data root:
 
     train/caltech101/<class folder>/*.jpg
     train/imagenet_sample/<wnid>_<class name>.jpg
@@ -15,10 +15,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+Config = dict[str, Any]
+"""The configuration file (pocket.toml) as it was read, or one section of it."""
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 EXPECTED_TREE = """expected under {root}:
   train/caltech101/<class>/*.jpg
@@ -27,7 +30,7 @@ EXPECTED_TREE = """expected under {root}:
 
 @dataclass(frozen=True)
 class Item:
-    """One photograph: path relative to the data root, source set, caption words (lower-case, space-separated)."""
+    """One photograph: its path relative to the data root, its source set, and its caption words, lower-case."""
 
     path: str
     source: str
@@ -35,7 +38,7 @@ class Item:
 
 
 def words_of(name: str) -> str:
-    """Class name as caption words: lower-case, punctuation to spaces.
+    """Turn a class name into caption words: lower-case, with spaces for punctuation.
 
     >>> words_of("Faces_easy")
     'faces easy'
@@ -45,7 +48,10 @@ def words_of(name: str) -> str:
 
 
 def list_items(root: Path) -> list[Item]:
-    """All training photographs under `root`, in a fixed order. Raises FileNotFoundError with the expected tree."""
+    """List all training photographs below `root`, in a fixed order.
+
+    Raises FileNotFoundError, with the expected tree, if there are none.
+    """
     items: list[Item] = []
     for source in ("caltech101", "imagenet_sample"):
         base = root / "train" / source
@@ -67,15 +73,16 @@ def list_items(root: Path) -> list[Item]:
 
 
 def is_held_out(item: Item, one_in: int) -> bool:
-    """Whether this photograph is kept for validation; depends on its path only, so the split never moves."""
+    """Tell whether a photograph is kept for validation. It depends only on the path, so the split never changes."""
     digest = hashlib.sha1(item.path.encode()).digest()
     return int.from_bytes(digest[:4], "big") % one_in == 0
 
 
 class ImageCache:
-    """All photographs decoded once into one flat uint8 file (memory-mapped), native size and aspect.
+    """All photographs, decoded once into one flat uint8 file (memory-mapped), with their own aspect ratio.
 
-    `image(i)` returns (H, W, 3) uint8. The cache is rebuilt when the list of files or the size limit changes.
+    Photographs are made smaller so that their shorter side has at most `max_short_side` pixels. The cache is built
+    again when the list of files or this limit changes.
     """
 
     def __init__(self, root: Path, folder: Path, max_short_side: int = 224) -> None:
@@ -104,24 +111,25 @@ class ImageCache:
                 out.write(np.asarray(image).tobytes())
                 shapes.append((image.height, image.width))
         os.replace(partial, self._data_path)
+        # Last: a build that was killed leaves no description, and is done again.
         meta_path.write_text(json.dumps({"stamp": stamp, "shapes": shapes}))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def image(self, index: int) -> np.ndarray:
-        """Photograph `index`, (H, W, 3) uint8, a view into the cache."""
+        """Give photograph `index`, (H, W, 3) uint8, as a view into the cache."""
         h, w = self.shapes[index]
         start = self._offsets[index]
         return self._data[start : start + h * w * 3].reshape(h, w, 3)
 
     def whole(self, index: int, size: int) -> np.ndarray:
-        """Photograph stretched to `size` x `size`: (size, size, 3) uint8."""
+        """Give a photograph stretched to a square, (size, size, 3) uint8."""
         return np.asarray(Image.fromarray(self.image(index)).resize((size, size), Image.BICUBIC))
 
 
 def random_box(rng: np.random.Generator, min_area: float, max_stretch: float, whole_share: float) -> np.ndarray:
-    """Random crop as fractions (x0, y0, x1, y1); the whole image with probability `whole_share`."""
+    """Draw a random crop as fractions (x0, y0, x1, y1); the whole image with probability `whole_share`."""
     if rng.random() < whole_share:
         return np.array([0.0, 0.0, 1.0, 1.0], np.float32)
     area = rng.uniform(min_area, 1.0)
@@ -139,7 +147,7 @@ def crop(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
 
 
 def jitter(rng: np.random.Generator, batch: np.ndarray, strength: float) -> np.ndarray:
-    """Brightness, contrast, saturation and tint per image. (B, H, W, 3) float32 in [-1, 1] in and out."""
+    """Change brightness, contrast, saturation and tint of each image. (B, H, W, 3) float32 in [-1, 1], in and out."""
     b = len(batch)
 
     def draw(*shape: int) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""The table of the model card.
+"""Make the table of the model card.
 
 From the repository root:
 
     python -m training.evaluate --config training/pocket.toml --data DIR
 
-Every method's tap, resolution and timestep are chosen on validation pairs made from held-out training photographs
-(training/pairs.py), then PF-WILLOW is scored once a method. Writes table.md and results.json into the run folder.
+The tap, resolution and timestep of each method are chosen on validation pairs made from held-out training photographs
+(training/pairs.py). Then PF-WILLOW is scored once per method. Writes table.md and results.json into the run folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
-from training.data import ImageCache
+from training.data import Config, ImageCache
 from training.features import extract, noise_prediction, reconstruction, stretched
 from training.model import Pocket, Taps, build, load
 from training.pairs import held_out_indices, pck, score, validation_pairs
@@ -39,7 +39,7 @@ NOISE_TIMESTEPS = [1, 25, 50, 100, 200, 400, 600, 800, 999]
 
 
 def joined(maps: dict[str, torch.Tensor], names: str) -> list[torch.Tensor]:
-    """Compute maps of "up2" or "up1+up2": unit length per cell each, brought to the finest grid, concatenated."""
+    """Join maps such as "up1+up2": scale cells to unit length, interpolate to the finest grid, concatenate."""
     parts = [maps[name] for name in names.split("+")]
     if len(parts) == 1:
         return list(parts[0])
@@ -51,14 +51,17 @@ def joined(maps: dict[str, torch.Tensor], names: str) -> list[torch.Tensor]:
 
 
 def network(pocket: Pocket, std: float, taps: tuple[str, ...], ensemble: int) -> Iterator[tuple[str, Extract]]:
-    """Candidates of a network: tap x size x timestep."""
+    """Yield the candidates of a network: tap x size x timestep."""
     runner = Taps(pocket.unet)
     for size in SIZES:
         for timestep in TIMESTEPS if taps != ("latent",) else (1,):
             memo: dict[int, dict[str, torch.Tensor]] = {}
 
-            def maps_of(images: list[np.ndarray], size: int = size, timestep: int = timestep, memo: dict = memo) -> Any:
-                # The taps of one pass are scored one after the other; keyed by the images' identity and count.
+            def maps_of(
+                images: list[np.ndarray], size: int = size, timestep: int = timestep, memo: dict = memo
+            ) -> dict[str, torch.Tensor]:
+                # All taps come from one pass and are scored one after the other, so the last maps are kept. The key is
+                # made from the start of each image, because hashing all pixels takes longer.
                 key = hash(tuple(i.tobytes()[:512] for i in images)) ^ len(images)
                 if key not in memo:
                     memo.clear()
@@ -70,8 +73,8 @@ def network(pocket: Pocket, std: float, taps: tuple[str, ...], ensemble: int) ->
                 yield name, lambda images, tap=tap, maps_of=maps_of: joined(maps_of(images), tap)
 
 
-def teacher(config: dict[str, Any], state: dict[str, Any]) -> Iterator[tuple[str, Extract]]:
-    """Candidates of the alignment target: input size."""
+def teacher(config: Config, state: dict[str, Any]) -> Iterator[tuple[str, Extract]]:
+    """Yield the candidates of the alignment target: input size."""
     for size in (256, 320, 384):
         target = Target(config | {"resolution": size})
         target.restore(state)
@@ -83,7 +86,7 @@ def teacher(config: dict[str, Any], state: dict[str, Any]) -> Iterator[tuple[str
 
 
 def dense_sift() -> Iterator[tuple[str, Extract]]:
-    """Candidates of dense SIFT (OpenCV, root-normalised): image size x patch size, a descriptor every 8 pixels."""
+    """Yield the candidates of dense SIFT (OpenCV, RootSIFT): image size x patch size, a descriptor every 8 pixels."""
     import cv2
 
     for size in (128, 192):
@@ -120,7 +123,7 @@ def choose(name: str, candidates: Iterator[tuple[str, Extract]], pairs: list) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table of results, fractions as per cent."""
+    """Format the results as a Markdown table, in per cent."""
     lines = [
         "| features | chosen setting | warp @.05 / @.10 | aligned | class (teacher's matches) | PF-WILLOW |",
         "|---" * 6 + "|",
@@ -131,8 +134,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(config: dict[str, Any], data: Path, count: int, only: list[str], settings: list[str]) -> None:
-    """Choose on validation pairs, score PF-WILLOW, write the table."""
+def run(config: Config, data: Path, count: int, only: list[str], settings: list[str]) -> None:
+    """Choose settings on validation pairs, score PF-WILLOW, and write the table."""
     torch.set_num_threads(config["run"]["threads"])
     folder, one_in = Path(config["run"]["folder"]), config["data"]["held_out_one_in"]
     images = ImageCache(data, Path(config["run"]["cache"]), config["data"]["max_short_side"])
@@ -149,7 +152,7 @@ def run(config: dict[str, Any], data: Path, count: int, only: list[str], setting
         "dense SIFT": dense_sift(),
         "alignment target": teacher(config["teacher"], targets.target.state()),
     }
-    # A method measured earlier on the same pairs keeps its row, so that the baselines are measured only once.
+    # With `only`, rows measured earlier on the same pairs are kept, so that baselines are measured only once.
     path = folder / "results.json"
     report = json.loads(path.read_text()) if only and path.exists() else {}
     rows = {row["name"]: row for row in report.get("results", []) if report.get("pairs") == len(pairs)}
@@ -178,7 +181,7 @@ def run(config: dict[str, Any], data: Path, count: int, only: list[str], setting
 
 
 def by_class(details: list) -> dict[str, list[float]]:
-    """Mean PCK per PF-WILLOW class from rows (pair, predicted, PCK)."""
+    """Average PCK per PF-WILLOW class, from rows (pair, predicted, PCK)."""
     rows: dict[str, list[np.ndarray]] = {}
     for pair, _, value in details:
         rows.setdefault(pair.a.split("/")[1], []).append(value)
@@ -186,7 +189,7 @@ def by_class(details: list) -> dict[str, list[float]]:
 
 
 def score_position(pairs: list) -> dict[str, np.ndarray]:
-    """Give the baseline that answers with the point's own relative place."""
+    """Score the baseline whose answer is the point's own relative position."""
     rows: dict[str, list[np.ndarray]] = {}
     for pair in pairs:
         rows.setdefault(pair.kind, []).append(pck(pair.points_a, pair.points_b, (0.05, 0.10)))
@@ -194,7 +197,7 @@ def score_position(pairs: list) -> dict[str, np.ndarray]:
 
 
 def main() -> int:
-    """Parse and run."""
+    """Parse the arguments and evaluate."""
     parser = argparse.ArgumentParser(description="measure the embedded model", allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)

@@ -1,23 +1,22 @@
-"""Feature maps of `pocket` for validation, and its validation figures. Letters: B batch, C channels, h w cells."""
+"""Extract feature maps of `pocket`, and compute its validation figures. Letters: B batch, C channels, h w cells."""
 
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
-from training.data import ImageCache
+from training.data import Config, ImageCache
 from training.model import Pocket, Taps, scheduler
 from training.pairs import held_out_indices, score, validation_pairs
 from training.teacher import TargetCache, to_pixels
 
 
 def stretched(images: list[np.ndarray], size: int) -> torch.Tensor:
-    """Images (H, W, 3) uint8 stretched to squares: (B, 3, size, size) in [-1, 1]."""
+    """Stretch images (H, W, 3) uint8 to squares, (B, 3, size, size) in [-1, 1]."""
     rows = [np.asarray(Image.fromarray(i).resize((size, size), Image.BICUBIC)) for i in images]
     return to_pixels(np.stack(rows))
 
@@ -27,10 +26,11 @@ def extract(
     pocket: Pocket, taps: Taps, std: float, images: list[np.ndarray], size: int, timestep: int,
     ensemble: int = 1, device: str = "cpu", chunk: int = 8,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Compute maps of whole images, empty prompt, mean over `ensemble` noise draws.
+    """Compute the maps of whole images with the empty prompt, averaged over `ensemble` noise draws.
 
-    Returns {"latent": (B, C, h, w), "up1": ..., "up2": ...} float32. Noise is seeded by the image's own pixels and the
-    member: noise shared by two images would tell where a cell is, which lifts every score, an untrained network's too.
+    Returns {"latent": (B, C, h, w), "up1": ..., "up2": ...} float32. The seed of the noise is made from the image's own
+    pixels and the member. Noise shared by two images would show where a cell is, which raises every score, even of an
+    untrained network.
     """
     alpha = scheduler().alphas_cumprod[timestep]
     out: dict[str, list[torch.Tensor]] = {"latent": [], "up1": [], "up2": []}
@@ -60,7 +60,7 @@ def extract(
 def noise_prediction(
     pocket: Pocket, std: float, pixels: torch.Tensor, timesteps: list[int], device: str = "cpu", chunk: int = 32
 ) -> dict[int, float]:
-    """Mean squared error of the predicted noise on images (B, 3, R, R), empty prompt, by timestep."""
+    """Measure the mean squared error of the predicted noise on images (B, 3, R, R), empty prompt, by timestep."""
     alphas, out = scheduler().alphas_cumprod, {}
     means = torch.cat([pocket.vae.encode(p.to(device)).latent_dist.mean / std for p in pixels.split(chunk)])
     for timestep in timesteps:
@@ -79,7 +79,7 @@ def noise_prediction(
 
 @torch.no_grad()
 def reconstruction(pocket: Pocket, pixels: torch.Tensor, chunk: int = 16) -> float:
-    """Mean absolute error of decoding the posterior mean of images (B, 3, R, R) in [-1, 1]."""
+    """Measure the mean absolute error of decoding the posterior mean of images (B, 3, R, R) in [-1, 1]."""
     total = 0.0
     for part in pixels.split(chunk):
         with torch.autocast(part.device.type, torch.bfloat16):
@@ -91,15 +91,15 @@ def reconstruction(pocket: Pocket, pixels: torch.Tensor, chunk: int = 16) -> flo
 @torch.no_grad()
 def validate(
     pocket: Pocket, taps: Taps, std: float, images: ImageCache, targets: TargetCache,
-    config: dict[str, Any], device: str,
-) -> dict[str, Any]:  # fmt: skip
-    """Quick figures on held-out photographs: PCK of warp and aligned pairs, alignment, noise prediction."""
+    config: Config, device: str,
+) -> dict[str, object]:  # fmt: skip
+    """Compute quick figures on held-out photographs: PCK of warp and aligned pairs, alignment, noise prediction."""
     one_in, size = config["data"]["held_out_one_in"], 256
     for module in pocket.modules().values():
         module.eval()
     pairs = validation_pairs(images, one_in, 50, size)
     both = extract(pocket, taps, std, [p.a for p in pairs] + [p.b for p in pairs], size, 20, device=device)
-    row: dict[str, Any] = {}
+    row: dict[str, object] = {}
     for tap in ("up1", "up2"):
         for kind, value in score(pairs, lambda _, tap=tap: list(both[tap])).items():
             row[f"{tap}_{kind}"] = [round(100 * float(v), 2) for v in value]

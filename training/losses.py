@@ -1,4 +1,4 @@
-"""What `pocket` is trained on. Letters: B batch, C channels, h w cells, N sampled cells."""
+"""The losses that `pocket` is trained with. Letters: B batch, C channels, h w cells, N sampled cells."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def align(features: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean of 1 - cosine per cell against the leading components of `target`, weighted per image.
+    """Average 1 - cosine between cells and the leading components of `target`, weighted per image.
 
-    features (B, C, h, w), target (B, >= C, h, w), weight (B,). The raw map is aligned, with no head in between:
-    the raw map is what users match with.
+    features (B, C, h, w), target (B, >= C, h, w), weight (B,). The raw map is aligned, without a head in between,
+    because users match with the raw map.
     """
     cosine = F.cosine_similarity(features.float(), target[:, : features.shape[1]], dim=1)  # (B, h, w)
     return ((1 - cosine).mean((1, 2)) * weight).sum() / weight.sum()
 
 
 def relation(features: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL between whom each cell resembles in *other* images: teacher's cosines against the student's.
+    """Compute the KL divergence between teacher and student of which cells of *other* images each cell is like.
 
     features (B, C, h, w), target (B, K, h, w), chosen (N,) indices into the B * h * w cells.
     """
@@ -32,6 +32,6 @@ def relation(features: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor,
 
 
 def kl_to_normal(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL of the VAE's posterior to the unit normal, mean over latent values."""
+    """Compute the KL divergence of the VAE's posterior from the unit normal, averaged over latent values."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

@@ -1,4 +1,4 @@
-"""`pocket`: a small VAE, UNet and prompt table in diffusers classes; building, tapping, exporting.
+"""`pocket`: a small VAE, UNet and prompt table in diffusers' classes; how it is built, tapped and exported.
 
 Letters: B batch, C channels, h w latent cells, T prompt length, D embedding width.
 """
@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from training.data import Config
+
 
 class PromptTable(nn.Module):
-    """Word embeddings with learned positions folded away: rows are start, padding, then one per known word."""
+    """Word embeddings without positions. The rows are: start, padding, then one per known word."""
 
     def __init__(self, words: list[str], length: int, dim: int) -> None:
         super().__init__()
@@ -28,12 +30,12 @@ class PromptTable(nn.Module):
         self._row = {word: 2 + n for n, word in enumerate(words)}
 
     def ids(self, text: str) -> list[int]:
-        """[start] + known words + padding, cut to `length`. Unknown words are dropped."""
+        """Give the rows of a text: start, known words, padding, cut to `length`. Unknown words are dropped."""
         known = [self._row[w] for w in re.findall(r"[a-z0-9]+", text.lower()) if w in self._row]
         return ([0] + known + [1] * self.length)[: self.length]
 
     def forward(self, texts: list[str]) -> torch.Tensor:
-        """Prompts to embeddings (B, T, D)."""
+        """Turn B prompts into embeddings (B, T, D)."""
         return self.embedding[torch.tensor([self.ids(t) for t in texts], device=self.embedding.device)]
 
 
@@ -46,16 +48,16 @@ class Pocket:
     prompts: PromptTable
 
     def modules(self) -> dict[str, nn.Module]:
-        """Parts by folder name."""
+        """Give the parts by the names of their folders."""
         return {"vae": self.vae, "unet": self.unet, "prompt_table": self.prompts}
 
     def parameters(self) -> list[nn.Parameter]:
-        """All trained parameters, in a fixed order."""
+        """List all trained parameters, in a fixed order, which checkpoints rely on."""
         return [p for m in self.modules().values() for p in m.parameters()]
 
 
-def build(config: dict[str, Any], words: list[str]) -> Pocket:
-    """Random-weight model from the [model] section."""
+def build(config: Config, words: list[str]) -> Pocket:
+    """Build the model with random weights from the [model] section."""
     vae_channels, unet_channels = config["vae_channels"], config["unet_channels"]
     vae = AutoencoderKL(
         in_channels=3,
@@ -70,7 +72,7 @@ def build(config: dict[str, Any], words: list[str]) -> Pocket:
         scaling_factor=1.0,
     )
     with torch.no_grad():
-        # Start with a narrow posterior (std 0.14); at the default std of 1 the first latents are pure noise.
+        # Start with a narrow posterior (std 0.14). With the default std of 1, the first latents are only noise.
         vae.quant_conv.bias[config["latent_channels"] :] = -4.0
     unet = UNet2DConditionModel(
         sample_size=32,
@@ -94,9 +96,10 @@ class _ReachedError(Exception):
 
 
 class Taps:
-    """Outputs of up_blocks[1] and [2] of a UNet, through forward hooks.
+    """Read the outputs of up_blocks[1] and [2] of a UNet through forward hooks.
 
-    With `cut`, the pass stops after up_blocks[2]: the last block costs a quarter of the time and no tap needs it.
+    With `cut`, the pass stops after up_blocks[2], because the last block takes a quarter of the time and no tap needs
+    it.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -104,8 +107,8 @@ class Taps:
         for index in (1, 2):
             unet.up_blocks[index].register_forward_hook(self._hook(f"up{index}", index == 2))
 
-    def _hook(self, name: str, last: bool) -> Any:
-        def keep(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+    def _hook(self, name: str, last: bool) -> Callable[[nn.Module, object, torch.Tensor], None]:
+        def keep(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
             self.maps[name] = output
             if last and self.cut:
                 raise _ReachedError
@@ -115,14 +118,17 @@ class Taps:
     def run(
         self, latents: torch.Tensor, timesteps: torch.Tensor, prompt: torch.Tensor, cut: bool
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """(predicted noise or None, {"up1": (B, C, h/2, w/2), "up2": (B, C, h, w)}) for latents (B, C, h, w)."""
+        """Run the UNet on latents (B, C, h, w).
+
+        Returns the predicted noise, or None with `cut`; and {"up1": (B, C, h/2, w/2), "up2": (B, C, h, w)}.
+        """
         self.cut, self.maps = cut, {}
         try:
             noise = self.unet(latents, timesteps, encoder_hidden_states=prompt).sample
         except _ReachedError:
             noise = None
         finally:
-            self.cut = False  # whoever calls the UNet by itself (validation) wants the whole pass
+            self.cut = False  # validation calls the UNet itself, and needs the whole pass
         return noise, self.maps
 
 
@@ -141,9 +147,10 @@ def scheduler() -> DDIMScheduler:
 
 
 def export(pocket: Pocket, scaling_factor: float, folder: Path) -> int:
-    """Write the checkpoint folder in half precision, replacing what is there. Returns its size in bytes.
+    """Write the checkpoint folder in half precision and replace an old one. Returns its size in bytes.
 
-    Files in `folder` that are not ours (exported graphs, the model card) are carried over.
+    Other files in `folder` (exported graphs, the model card) are kept. Raises ValueError if a weight is too large for
+    half precision.
     """
     temp = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temp, ignore_errors=True)
@@ -175,14 +182,14 @@ def export(pocket: Pocket, scaling_factor: float, folder: Path) -> int:
                 (shutil.copytree if extra.is_dir() else shutil.copy2)(extra, temp / extra.name)
         folder.rename(old)
     for path in temp.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner may read
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only the owner may read
     temp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     return sum(p.stat().st_size for n in ours for p in [folder / n, *(folder / n).rglob("*")] if p.is_file())
 
 
 def load(folder: Path) -> tuple[Pocket, float]:
-    """Load an exported checkpoint in float32, and the std of its latents (1 / scaling factor)."""
+    """Load an exported checkpoint in float32; give it and the std of its latents (1 / scaling factor)."""
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
     table = json.loads((folder / "prompt_table" / "config.json").read_text())

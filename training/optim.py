@@ -1,19 +1,22 @@
-"""Optimiser, weight average and one CPU speed-up for training `pocket`."""
+"""Optimisers, weight average and one CPU speed-up for training `pocket`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
+
+from training.data import Config
 
 
 def orthogonalise(batch: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrices, roughly, by the quintic Newton-Schulz iteration of Muon.
+    """Approximate the nearest semi-orthogonal matrices by the quintic Newton-Schulz iteration of Muon.
 
-    (K, m, n) -> the same shape, singular values about 1. Source: Jordan et al., "Muon", 2024.
+    (K, m, n) -> the same shape, with singular values of about 1. Source: Jordan et al., "Muon", 2024.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's coefficients
     x = batch.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -26,18 +29,19 @@ def orthogonalise(batch: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised per matrix; convolutions count as (out, in * kh * kw) matrices.
+    """Muon: the momentum of each matrix is orthogonalised. Convolutions count as (out, in * kh * kw) matrices.
 
-    Steps are scaled by 0.2 * sqrt(longer side), so that their size is that of Adam at the same rate.
+    Steps are scaled by 0.2 * sqrt(longer side), so that they are as large as Adam's at the same rate.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step."""
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Do one step; `closure` is not used."""
         for group in self.param_groups:
+            # Matrices of one shape are orthogonalised together, which is faster than one by one.
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -56,8 +60,8 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update.view(p.shape), alpha=-scale)
 
 
-def build_optimizers(modules: dict[str, nn.Module], config: dict[str, Any]) -> list[torch.optim.Optimizer]:
-    """Muon for inner matrices and convolutions, AdamW for the rest (ends of the networks, norms, biases, words)."""
+def build_optimizers(modules: dict[str, nn.Module], config: Config) -> list[torch.optim.Optimizer]:
+    """Make Muon for inner matrices and convolutions, AdamW for the rest (outer layers, norms, biases, words)."""
     matrices, rest = [], []
     for module in modules.values():
         for name, p in module.named_parameters():
@@ -80,14 +84,15 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the current parameters."""
+        """Add the current parameters to the average."""
         self.count += 1
+        # A faster decay at first, so that the random start is soon forgotten.
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         torch._foreach_lerp_(self.values, self.params, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange averages and parameters; call again to undo."""
+        """Exchange averages and parameters; a second call undoes it."""
         for p, value in zip(self.params, self.values, strict=True):
             held = p.detach().clone()
             p.copy_(value)
@@ -95,10 +100,12 @@ class Average:
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Group norm whose backward runs on contiguous copies: 2 to 3 times faster on CPU for channels-last maps."""
+    """Group norm whose backward pass runs on contiguous copies: 2 to 3 times faster on CPU for channels-last maps."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float) -> Any:
+    def forward(
+        ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+    ) -> torch.Tensor:
         b, c = x.shape[:2]
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, b, c, x[0, 0].numel(), groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
@@ -106,7 +113,7 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         b, c = x.shape[:2]
         dx, dw, db = torch.ops.aten.native_group_norm_backward(
@@ -117,9 +124,9 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def speed_up_group_norm(module: nn.Module) -> None:
-    """Use the faster backward in every GroupNorm of `module` (CPU, image-shaped inputs)."""
+    """Use the faster backward pass in every GroupNorm of `module` (on the CPU, for inputs (B, C, h, w))."""
 
-    def patched(norm: nn.GroupNorm) -> Any:
+    def patched(norm: nn.GroupNorm) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
             if x.ndim == 4 and x.device.type == "cpu" and torch.is_grad_enabled():
                 return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)

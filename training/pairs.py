@@ -1,15 +1,16 @@
-"""Validation pairs made from held-out training photographs, and dense nearest matching with PCK.
+"""Make validation pairs from held-out training photographs; match them densely and measure PCK.
 
-Three kinds, none of which touches a benchmark:
-  warp     one photograph and a perspective + photometric change of it: ground truth is exact.
-  aligned  two photographs of one class whose objects are already posed alike in Caltech-101 (faces, motorbikes,
-           airplanes, cars from the side, leopards), each under its own random crop: ground truth is "same place in
-           the uncropped frame", true to a few per cent of the frame, so PCK at 0.10 is the figure to read. Answering
-           with the same relative position does well on these.
-  class    any two photographs of one class; "truth" is where the teacher's match leads, at points where matching
-           there and back ends where it began. It measures likeness to the teacher, not truth.
+There are three kinds of pairs; none uses an image of a benchmark:
+  warp     one photograph and a copy with a changed perspective and colour. The ground truth is exact.
+  aligned  two photographs of one class whose objects have the same pose in Caltech-101 (faces, motorbikes, airplanes,
+           cars from the side, leopards), each with its own random crop. The ground truth is "the same place in the
+           uncropped image". It is right within a few per cent of the image, so read PCK at 0.10. The answer "the same
+           relative position" does well on these.
+  class    any two photographs of one class. The "truth" is the teacher's match, at points where matching there and
+           back returns to the start. It measures how like the teacher the model is.
 
-Points are (x, y) fractions of the image, 0..1, pixel edges at 0 and 1. Letters: N points, C channels, h w cells.
+Points are (x, y) fractions of the image, from 0 to 1 at the outer pixel edges. Letters: N points, C channels, h w
+cells.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ALIGNED = ("Faces_easy", "Motorbikes", "airplanes", "car_side", "Leopards")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images (H, W, 3) uint8 and corresponding points (N, 2) as fractions."""
+    """Two images (H, W, 3) uint8, and their corresponding points (N, 2) as fractions."""
 
     kind: str
     a: np.ndarray
@@ -48,13 +49,13 @@ def held_out_indices(cache: ImageCache, one_in: int) -> list[int]:
 
 
 def grid(count: int, low: float, high: float) -> np.ndarray:
-    """(count * count, 2) points on a regular grid."""
+    """Make points (count * count, 2) on a regular grid."""
     axis = np.linspace(low, high, count, dtype=np.float64)
     return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
 
 
 def homography(src: np.ndarray, dst: np.ndarray) -> np.ndarray:
-    """3 x 3 homography taking four points `src` to `dst`, both (4, 2)."""
+    """Compute the 3 x 3 homography that maps four points `src` to `dst`, both (4, 2)."""
     rows = []
     for (x, y), (u, v) in zip(src, dst, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
@@ -63,13 +64,13 @@ def homography(src: np.ndarray, dst: np.ndarray) -> np.ndarray:
 
 
 def apply_homography(h: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Map (N, 2) points."""
+    """Map points (N, 2) by a homography."""
     out = np.concatenate([points, np.ones((len(points), 1))], 1) @ h.T
     return out[:, :2] / out[:, 2:]
 
 
 def warp_pair(rng: np.random.Generator, image: np.ndarray, size: int) -> Pair:
-    """One photograph against a perspective and photometric change of itself."""
+    """Pair a photograph with a copy whose perspective and colours are changed."""
     base = crop(image, np.array([0, 0, 1, 1]), size)
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float)
     centre = rng.uniform(0.4, 0.6, 2)
@@ -90,7 +91,7 @@ def warp_pair(rng: np.random.Generator, image: np.ndarray, size: int) -> Pair:
 
 
 def aligned_pair(rng: np.random.Generator, first: np.ndarray, second: np.ndarray, size: int) -> Pair:
-    """Two like-posed photographs, each under its own random crop."""
+    """Pair two photographs of objects with the same pose, each with its own random crop."""
     boxes = [random_box(rng, 0.55, 1.3, 0.2) for _ in range(2)]
     points = grid(7, 0.15, 0.85)
     views = [(points - box[:2]) / (box[2:] - box[:2]) for box in boxes]
@@ -100,7 +101,10 @@ def aligned_pair(rng: np.random.Generator, first: np.ndarray, second: np.ndarray
 
 
 def class_pairs(cache: ImageCache, targets: TargetCache, one_in: int, count: int, size: int, seed: int) -> list[Pair]:
-    """Pairs of kind "class" from held-out photographs, at least eight points each, each class at most `count` / 10."""
+    """Make pairs of kind "class" from held-out photographs.
+
+    Each has at least eight points; at most `count` / 10 are of the same class.
+    """
     rng = np.random.default_rng(seed)
     classes: dict[str, list[int]] = {}
     for i in held_out_indices(cache, one_in):
@@ -130,7 +134,10 @@ def class_pairs(cache: ImageCache, targets: TargetCache, one_in: int, count: int
 def validation_pairs(
     cache: ImageCache, one_in: int, count: int, size: int, seed: int = 7, targets: TargetCache | None = None
 ) -> list[Pair]:
-    """`count` pairs of each kind from held-out photographs, the same on every call. "class" needs `targets`."""
+    """Make about `count` pairs of each kind from held-out photographs, the same ones in every call.
+
+    Pairs with fewer than eight points are left out. Kind "class" needs `targets`.
+    """
     rng = np.random.default_rng(seed)
     held = held_out_indices(cache, one_in)
     pairs = []
@@ -149,9 +156,9 @@ def validation_pairs(
 
 
 def match(map_a: torch.Tensor, map_b: torch.Tensor, points: np.ndarray, steps: int = 64) -> np.ndarray:
-    """Best place in B for each point of A by cosine, maps (C, h, w) interpolated bilinearly: (N, 2) fractions.
+    """Find the place in B with the highest cosine for each point of A, (N, 2) fractions.
 
-    The target is searched on a `steps` x `steps` grid of sub-cell places.
+    The maps (C, h, w) are interpolated bilinearly; B is searched at the places of a `steps` x `steps` grid.
     """
     where = torch.from_numpy(points).to(map_a)[None, None] * 2 - 1  # (1, 1, N, 2)
     source = F.grid_sample(map_a[None], where, align_corners=False, padding_mode="border")[0, :, 0]  # (C, N)
@@ -164,9 +171,10 @@ def match(map_a: torch.Tensor, map_b: torch.Tensor, points: np.ndarray, steps: i
 def pck(
     predicted: np.ndarray, truth: np.ndarray, alphas: Sequence[float], scale: np.ndarray | None = None
 ) -> np.ndarray:
-    """Share of points within alpha * max(extent of the truth), `<=`, one image: (len(alphas),) fractions.
+    """Compute the share of points within alpha times the longer side of the truth's extent (`<=`), for one image.
 
-    `scale` (2,) turns fractions into pixels (width, height) where the image is not square.
+    `scale` (2,) turns fractions into pixels (width, height), for images that are not square. Returns (len(alphas),)
+    fractions.
     """
     scale = np.ones(2) if scale is None else scale
     extent = ((truth.max(0) - truth.min(0)) * scale).max()
@@ -178,7 +186,7 @@ Extract = Callable[[list[np.ndarray]], list[torch.Tensor]]
 
 
 def score(pairs: list[Pair], extract: Extract, alphas: Sequence[float] = (0.05, 0.10)) -> dict[str, np.ndarray]:
-    """Mean PCK per kind. `extract` turns images (H, W, 3) uint8 into maps (C, h, w)."""
+    """Compute the mean PCK of each kind. `extract` turns images (H, W, 3) uint8 into maps (C, h, w)."""
     maps = extract([p.a for p in pairs] + [p.b for p in pairs])
     found: dict[str, list[np.ndarray]] = {}
     for n, pair in enumerate(pairs):

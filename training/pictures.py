@@ -1,4 +1,4 @@
-"""Pictures of matches for the model card: good and bad ones, between different objects of one class.
+"""Draw matches for the model card: good and bad ones, between different objects of one class.
 
 From the repository root:
 
@@ -14,20 +14,23 @@ import argparse
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from training.data import ImageCache
+from training.data import Config, ImageCache
 from training.evaluate import network
 from training.model import load
 from training.pairs import Pair, class_pairs, match, pck
 from training.teacher import TargetCache
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def draw(axis: Any, pair: Pair, predicted: np.ndarray, count: int = 9) -> None:
-    """Both images side by side, `count` matches as coloured dots with the same number; a cross marks a far answer."""
+
+def draw(axis: Axes, pair: Pair, predicted: np.ndarray, count: int = 9) -> None:
+    """Draw both images side by side, with `count` matches as dots of one colour; a cross marks a wrong answer."""
     from matplotlib import colormaps
 
     size = pair.a.shape[0]
@@ -44,7 +47,7 @@ def draw(axis: Any, pair: Pair, predicted: np.ndarray, count: int = 9) -> None:
     axis.set_axis_off()
 
 
-def run(config: dict[str, Any], data: Path, out: Path, setting: str) -> None:
+def run(config: Config, data: Path, out: Path, setting: str) -> None:
     """Write the figure. Raises ValueError for an unknown setting."""
     from matplotlib import use
 
@@ -75,7 +78,7 @@ def run(config: dict[str, Any], data: Path, out: Path, setting: str) -> None:
 
 
 def main() -> int:
-    """Parse and draw."""
+    """Parse the arguments and draw."""
     parser = argparse.ArgumentParser(description="draw matches of the embedded model", allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)

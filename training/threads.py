@@ -1,4 +1,4 @@
-"""How many CPU threads the next step should use on a machine that others use too."""
+"""Choose the number of CPU threads for the next step, on a machine that other programs use too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STAT = Path("/proc/stat")
 
 
 def busy_seconds() -> float | None:
-    """CPU seconds spent by everybody since start-up, over all cores; None where the system does not say."""
+    """Give the CPU seconds of all programs since start-up, over all cores; None if the system does not tell."""
     if not STAT.exists():
         return None
     fields = [int(x) for x in STAT.read_text().split("\n", 1)[0].split()[1:9]]
@@ -21,10 +21,10 @@ def busy_seconds() -> float | None:
 
 
 class Threads:
-    """All threads while the cores are ours, one while somebody else is computing.
+    """Use all threads while the cores are free, and one thread while other programs compute.
 
-    Convolution backward waits at spinning barriers: with a core taken away, two threads were measured five to ten
-    times slower than two on free cores, and one thread only twice slower.
+    The backward pass of convolutions waits at spinning barriers. With one core taken by another program, two threads
+    were measured five to ten times slower than on free cores, and one thread only twice slower.
     """
 
     def __init__(self, most: int, tolerated: float = 0.4) -> None:

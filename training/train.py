@@ -4,8 +4,8 @@ From the repository root:
 
     python -m training.train --config training/pocket.toml --data DIR
 
-Starts, or goes on from the last checkpoint of the run folder. Kill it at any time: at most `checkpoint_seconds` of
-work are lost. `--device cuda` uses one GPU. Letters: B batch, C channels, h w latent cells.
+Starts, or continues from the last checkpoint of the run folder. It may be killed at any time: at most
+`checkpoint_seconds` of work are lost. `--device cuda` uses one GPU. Letters: B batch, C channels, h w latent cells.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -28,7 +27,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from training import losses
 from training.batches import Ahead, Batch, Batches
-from training.data import ImageCache
+from training.data import Config, ImageCache
 from training.features import validate
 from training.model import Pocket, Taps, build, export, scheduler
 from training.optim import Average, build_optimizers, speed_up_group_norm
@@ -40,14 +39,14 @@ LONGEST_STEP = 20.0  # seconds; more means that the process was stopped, and is 
 
 
 def vocabulary(images: ImageCache) -> list[str]:
-    """All caption words, sorted."""
+    """List all caption words, sorted."""
     return sorted({w for item in images.items for w in item.words.split()} | {"a", "of", "photo"})
 
 
 class Trainer:
-    """Model, optimisers, averages and counters; saves and restores all of them."""
+    """The model with optimisers, averages and counters; all of them are saved and restored."""
 
-    def __init__(self, config: dict[str, Any], images: ImageCache, device: str) -> None:
+    def __init__(self, config: Config, images: ImageCache, device: str) -> None:
         self.config, self.device = config, device
         torch.manual_seed(config["train"]["seed"])
         self.pocket: Pocket = build(config["model"], vocabulary(images))
@@ -56,7 +55,7 @@ class Trainer:
         for module in (self.pocket.vae, self.pocket.unet):
             module.to(memory_format=torch.channels_last).train()
             if device == "cpu":
-                # Plain attention: the fused CPU kernel's backward is several times slower at these sizes.
+                # Plain attention, because the backward pass of the fused CPU kernel is several times slower here.
                 module.set_attn_processor(AttnProcessor())
                 speed_up_group_norm(module)
         self.taps = Taps(self.pocket.unet)
@@ -68,12 +67,12 @@ class Trainer:
         self.latent_std = torch.tensor(0.0)
 
     def identity(self) -> str:
-        """Say what must not change between a checkpoint and its continuation."""
+        """Give the settings that must not change between a checkpoint and its continuation, as text."""
         fixed = {k: v for k, v in self.config.items() if k not in ("run", "schedule")}
         return json.dumps(fixed, sort_keys=True)
 
     def save(self, path: Path) -> None:
-        """Write everything needed to go on, atomically."""
+        """Write everything that is needed to continue, atomically."""
         state = {
             "identity": self.identity(),
             "params": [p.detach() for p in self.params],
@@ -89,7 +88,7 @@ class Trainer:
         os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ValueError when it was made under another configuration."""
+        """Continue from a checkpoint. Raises ValueError if it was made with another configuration."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         if state["identity"] != self.identity():
             raise ValueError(
@@ -110,7 +109,7 @@ class Trainer:
         torch.set_rng_state(state["random"].cpu())
 
     def rate(self) -> float:
-        """Learning-rate factor: warm-up by steps, then constant, then linear to zero by the clock."""
+        """Give the factor of the learning rate: warm-up by steps, then constant, then linear to zero by the clock."""
         schedule = self.config["schedule"]
         left = schedule["budget_seconds"] - self.seconds
         if schedule.get("deadline"):
@@ -121,7 +120,7 @@ class Trainer:
         return min(1.0, (self.step + 1) / self.config["train"]["warmup_steps"], max(0.0, left / tail))
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """All loss terms of one batch, unweighted."""
+        """Compute all loss terms of one batch, unweighted."""
         c, device = self.config["train"], self.device
         pixels = batch.pixels.to(device).contiguous(memory_format=torch.channels_last)
         target = batch.target.to(device)
@@ -133,8 +132,8 @@ class Trainer:
             std = latents.detach().std().cpu()
             self.latent_std = std if self.step == 0 else self.latent_std.lerp(std, 0.02)
             scaled = latents / self.latent_std.to(device)
-            # Denoising must not shape the encoder (it would learn easy latents), alignment should: so the batch is
-            # split, and only the aligned part, at low timesteps, passes gradients on to the encoder.
+            # Denoising must not train the encoder, which would learn latents that are easy to denoise; alignment
+            # should. So the batch is split, and only the aligned part, at low timesteps, passes gradients to it.
             scaled = torch.cat([scaled[:split], scaled[split:].detach()])
             low = (c["low_timestep_scale"] * torch.rand(split) ** 3).long()
             timesteps = torch.cat([low, torch.randint(0, 1000, (b - split,))]).to(device)
@@ -156,8 +155,9 @@ class Trainer:
     def _terms(
         self, maps: dict[str, torch.Tensor], target: torch.Tensor, signal: torch.Tensor, split: int
     ) -> dict[str, torch.Tensor]:
-        """Alignment terms: maps {"up1", "up2"}, target (B, K, h, w), share of signal per image (B,)."""
+        """Compute the alignment terms of maps {"up1", "up2"}, target (B, K, h, w), share of signal per image (B,)."""
         c = self.config["loss"]
+        # up1 has half as many cells as up2 along each side.
         halved = F.normalize(F.avg_pool2d(target, 2), dim=1)
         cells = split * target.shape[2] * target.shape[3]
         chosen = torch.randperm(cells)[: c["relation_tokens"]].to(target.device)
@@ -168,7 +168,7 @@ class Trainer:
         }
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step; returns the loss terms, the rate factor and the gradient's norm."""
+        """Do one optimiser step; return the loss terms, the rate factor and the gradient's norm."""
         factor = self.rate()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -191,8 +191,8 @@ class Trainer:
         }
 
 
-def export_only(config: dict[str, Any], data: Path, which: str) -> None:
-    """Export, without training: "average" or "latest" weights of the last checkpoint, or the "untrained" model."""
+def export_only(config: Config, data: Path, which: str) -> None:
+    """Export without training: the "average" or "latest" weights of the last checkpoint, or the "untrained" model."""
     images = ImageCache(data, Path(config["run"]["cache"]), config["data"]["max_short_side"])
     trainer = Trainer(config, images, "cpu")
     if which == "untrained":
@@ -205,11 +205,14 @@ def export_only(config: dict[str, Any], data: Path, which: str) -> None:
     log.info("exported step %d, %.1f MB", trainer.step, size / 1e6)
 
 
-def run(config: dict[str, Any], data: Path, device: str) -> None:
-    """Train until the schedule's end; checkpoints, validates and exports on the way."""
+def run(config: Config, data: Path, device: str) -> None:
+    """Train until the schedule ends; save checkpoints, validate and export on the way.
+
+    Raises ValueError if another process trains in the same folder.
+    """
     folder, out = Path(config["run"]["folder"]), Path(config["run"]["export"])
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends, however it ends
+    lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends, even if it is killed
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -232,7 +235,7 @@ def run(config: dict[str, Any], data: Path, device: str) -> None:
             return True
         return False
 
-    def write(name: str, row: dict[str, Any]) -> None:
+    def write(name: str, row: dict[str, object]) -> None:
         with open(folder / f"{name}.jsonl", "a") as out_file:
             out_file.write(json.dumps({"step": trainer.step, "seconds": round(trainer.seconds, 1)} | row) + "\n")
 
@@ -265,7 +268,7 @@ def run(config: dict[str, Any], data: Path, device: str) -> None:
 
 
 def main() -> int:
-    """Parse and run."""
+    """Parse the arguments and train."""
     parser = argparse.ArgumentParser(description="train the embedded model", allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds train/caltech101 and the rest")

@@ -1,4 +1,4 @@
-"""PF-WILLOW pairs for the final report. Nothing is chosen on them."""
+"""PF-WILLOW pairs for the final report. No setting is chosen on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPECTED_TREE = """expected under {root}:
 
 @dataclass(frozen=True)
 class WillowPair:
-    """Two image paths and ten corresponding keypoints, (10, 2) as (x, y) pixels of the original images."""
+    """Two image paths, and ten corresponding keypoints (10, 2), x and y in pixels of the original images."""
 
     a: str
     b: str
@@ -30,7 +30,7 @@ class WillowPair:
 
 
 def read_pairs(root: Path) -> list[WillowPair]:
-    """All pairs of test_pairs.csv. Raises FileNotFoundError with the expected tree."""
+    """Read all pairs of test_pairs.csv. Raises FileNotFoundError, with the expected tree, if it is missing."""
     path = root / "pf-willow-half" / "test_pairs.csv"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; " + EXPECTED_TREE.format(root=root))
@@ -46,7 +46,7 @@ def read_pairs(root: Path) -> list[WillowPair]:
 
 
 def load_images(root: Path, pairs: list[WillowPair]) -> dict[str, np.ndarray]:
-    """Every image named in `pairs`, (H, W, 3) uint8."""
+    """Load every image named in `pairs`, (H, W, 3) uint8, by name."""
     out = {}
     for name in sorted({p.a for p in pairs} | {p.b for p in pairs}):
         with Image.open(root / "pf-willow-half" / name) as opened:
@@ -55,9 +55,9 @@ def load_images(root: Path, pairs: list[WillowPair]) -> dict[str, np.ndarray]:
 
 
 def predict(pair: WillowPair, images: dict[str, np.ndarray], maps: dict[str, torch.Tensor] | None) -> np.ndarray:
-    """Predicted keypoints in pixels of B, (10, 2). Without maps: the same relative position.
+    """Predict the keypoints in pixels of image B, (10, 2); without maps, the same relative positions.
 
-    A keypoint coordinate is an index with pixel centres at whole numbers, hence the half pixels.
+    Keypoints have pixel centres at whole numbers, and fractions have pixel edges at 0 and 1; hence the half pixels.
     """
     size_a, size_b = (np.array(images[n].shape[1::-1], float) for n in (pair.a, pair.b))
     fractions = (pair.points_a + 0.5) / size_a
@@ -69,7 +69,10 @@ def predict(pair: WillowPair, images: dict[str, np.ndarray], maps: dict[str, tor
 def benchmark(
     root: Path, extract: Callable[[list[np.ndarray]], list[torch.Tensor]] | None, details: list | None = None
 ) -> np.ndarray:
-    """PCK at ALPHAS over all pairs: mean of per-image PCK, distance <= alpha * longer side of B's keypoint extent."""
+    """Measure PCK at ALPHAS over all pairs: the mean of each image's PCK.
+
+    A point is right if its distance is at most alpha times the longer side of the extent of B's keypoints.
+    """
     pairs = read_pairs(root)
     images = load_images(root, pairs)
     maps = None if extract is None else dict(zip(images, extract(list(images.values())), strict=True))
