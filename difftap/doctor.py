@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from difftap.artifacts.table import result_json
+from difftap.artifacts.table import Table, result_json
 from difftap.engine import BACKENDS, Cache, get_backend
 from difftap.errors import DifftapError, first_line
 from difftap.machine import available_cores, available_memory, cpu, gpu
@@ -198,24 +198,27 @@ def format_health(health: Health) -> list[str]:
         "",
         "backends",
     ]
+    backends: list[tuple[str, str, str]] = []
     for one in health.backends:
         if one.missing:
-            lines.append(f"  {one.name:<14}missing  {one.missing}")
+            backends.append((one.name, "missing", one.missing))
             continue
         kinds = "; ".join(f"{device}: {', '.join(kinds)}" for device, kinds in (one.precisions or {}).items())
-        lines.append(f"  {one.name:<14}{(one.version or '').split('-')[0]:<16}{kinds}")
+        backends.append((one.name, (one.version or "").split("-")[0], kinds))
         if one.only_builds:
-            lines.append(f"  {'':<30}{one.only_builds}")
+            backends.append(("", "", one.only_builds))
+    lines += _columns(backends)
     lines += ["", "extras"]
-    for extra, lacking in health.extras.items():
-        state = "complete" if not lacking else f"lacks {', '.join(lacking)}; pip install 'difftap[{extra}]'"
-        lines.append(f"  {extra:<14}{state}")
+    lines += _columns(
+        [
+            (extra, f"lacks {', '.join(lacking)}; pip install 'difftap[{extra}]'" if lacking else "complete")
+            for extra, lacking in health.extras.items()
+        ]
+    )
     lines += ["", f"cache {cache['folder']}: {_size(cache['bytes'])}, {_size(cache['free'])} free on its disk"]
-    for item in health.artefacts:
-        if "broken" in item:
-            lines.append(f"  BROKEN  {item['broken']}")
-        else:
-            lines.append(f"  {item['kind']:<8}{_size(item['bytes']):>9}  {item['model']}/{item['name']}")
+    whole = [item for item in health.artefacts if "broken" not in item]
+    lines += _columns([(one["kind"], _size(one["bytes"]), f"{one['model']}/{one['name']}") for one in whole], right=1)
+    lines += [f"  BROKEN  {item['broken']}" for item in health.artefacts if "broken" in item]
     lines += ["", "--backend auto"]
     lines += [f"  {line}" for one in health.choices for line in _choice(one)]
     if not health.choices:
@@ -223,6 +226,13 @@ def format_health(health: Health) -> list[str]:
     if health.clashes:
         lines += ["", "package clashes", *(f"  {line}" for line in health.clashes)]
     return lines
+
+
+def _columns(rows: Sequence[tuple[str, ...]], right: int | None = None) -> list[str]:
+    """Indented lines of texts under each other, the column of number ``right`` to the right."""
+    count = len(rows[0]) if rows else 0
+    table = Table.of(("",) * count, rows, left=[k for k in range(count) if k != right])
+    return [f"  {line}" for line in table.text(heads=False)] if rows else []
 
 
 def _choice(one: dict[str, Any]) -> list[str]:

@@ -10,7 +10,8 @@ import html
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -20,6 +21,9 @@ Cell = str | float | None
 
 _FACTORS = {"%": 100.0, "ms": 1e3, "us": 1e6, "kB": 1e-3, "MB": 1e-6, "GB": 1e-9, "GFLOP/s": 1e-9}
 """What a value is multiplied by to be shown in a unit; values are fractions, seconds, bytes, operations a second."""
+
+# A row is one line in every form: a break inside a cell would end a Markdown row, and split a line that grep reads.
+_BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,11 @@ class TableColumn:
         return f"{self.head} {self.unit}".strip() if self.unit_shown else self.head
 
     def show(self, value: Cell) -> str:
-        """Show a value as text: ``-`` for None and NaN, and text as it is."""
+        """Show a value as one line: ``-`` for None and NaN, a text as it is but for line breaks and tabs."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return "-"
         if isinstance(value, str):
-            return value
+            return _BREAKS.sub(" ", value)
         factor = _FACTORS.get(self.unit)
         return format(value if factor is None else factor * value, self.form)
 
@@ -90,9 +94,17 @@ class Table:
     quoted: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, heads: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "", note: str = "") -> Table:
-        """Make a table of numbers and ready texts, with the first column to the left and the others to the right."""
-        columns = tuple(TableColumn(head, left=k == 0) for k, head in enumerate(heads))
+    def of(
+        cls,
+        heads: Sequence[str],
+        rows: Iterable[Sequence[Cell]],
+        title: str = "",
+        note: str = "",
+        *,
+        left: Collection[int] = (0,),
+    ) -> Table:
+        """Make a table of numbers and ready texts; columns of these numbers stand to the left, others to the right."""
+        columns = tuple(TableColumn(head, left=k in left) for k, head in enumerate(heads))
         return cls(columns, tuple(tuple(row) for row in rows), title, note)
 
     def cells(self) -> list[list[str]]:
@@ -179,8 +191,12 @@ class Table:
         return rows
 
 
+# An underscore inside a word stands for itself in Markdown; at a word's edge it would begin emphasis.
+_MARKDOWN = re.compile(r"[\\|*`<]|(?<!\w)_|_(?!\w)")
+
+
 def _markdown_text(text: str) -> str:
-    return text.replace("|", "\\|")
+    return _MARKDOWN.sub(r"\\\g<0>", text)
 
 
 _TEX = {

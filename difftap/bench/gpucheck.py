@@ -19,6 +19,7 @@ import numpy as np
 
 from difftap.artifacts.files import output_errors
 from difftap.artifacts.run import Run, open_run
+from difftap.artifacts.table import Cell, Table, TableColumn
 from difftap.bench.contenders import Contender, parse_backends
 from difftap.bench.pictures import write_pictures
 from difftap.bench.workers import Worker, call_timing, make_order, open_contender, stage_medians
@@ -91,29 +92,34 @@ def format_gpu_check(result: GpuCheck) -> list[str]:
 
 def _table(result: GpuCheck, size: tuple[int, int]) -> list[str]:
     rows = [(cell, one) for cell, one in result.cells if cell.size == size]
-    head = (
-        f"{f'{size[0]} x {size[1]}':22}{'batch':>6}{'images/s':>10}{'ms/image':>10}{'low':>9}{'high':>9}{'VAE':>8}"
-        f"{'UNet':>9}{'GPU MB':>8}{'build s':>9}{'open s':>8}{'relative':>10}{'cosine':>10}  parity"
-    )
-    return ["", head, *(_line(cell, one) for cell, one in rows), *_summary(rows)]
+    columns = (TableColumn(f"{size[0]} x {size[1]}", left=True), *_COLUMNS)
+    return ["", *Table(columns, tuple(_row(cell, one) for cell, one in rows)).text(), *_summary(rows)]
 
 
-def _line(cell: GpuCheckCell, one: CellResult) -> str:
-    start = f"{cell.contender.label:22}{cell.batch:>6}"
+_COLUMNS = (
+    TableColumn("batch"),
+    TableColumn("images/s", form=".3g"),
+    TableColumn("ms/image", "ms", ".1f", unit_shown=False),
+    *(TableColumn(head, "ms", ".1f", unit_shown=False) for head in ("low", "high", "VAE", "UNet")),
+    TableColumn("GPU", "MB", ".0f"),
+    TableColumn("build s", form=".0f"),
+    TableColumn("open s", form=".1f"),
+    TableColumn("relative", form=".1e"),
+    TableColumn("cosine", form=".6f"),
+    TableColumn("parity", left=True),
+)
+
+
+def _row(cell: GpuCheckCell, one: CellResult) -> tuple[Cell, ...]:
+    start = (cell.contender.label, cell.batch)
     if one.failed is not None or one.timing is None or one.rate is None:
-        return f"{start}  not run: {one.failed}"
+        return (*start, *(None,) * (len(_COLUMNS) - 2), f"not run: {one.failed}")
     worst = max((two["relative"] for two in one.fidelity.values()), default=None)
     cosine = min((two["cosine_mean"] for two in one.fidelity.values()), default=None)
     times = [*(one.timing[name] for name in ("median", "low", "high")), *(one.stages.get(n) for n in ("vae", "unet"))]
-    widths = zip(times, (10, 9, 9, 8, 9), strict=True)
-    ms = "".join(f"{'-' if t is None else f'{1e3 * t:.1f}':>{width}}" for t, width in widths)
-    held = "-" if one.device_peak is None else f"{one.device_peak / 1e6:.0f}"
-    built = "-" if one.build_seconds is None else f"{one.build_seconds:.0f}"
     parity = {None: "the reference" if not one.fidelity else "", True: "good", False: "LOW"}[one.sound]
-    return (
-        f"{start}{one.rate:>10.3g}{ms}{held:>8}{built:>9}{one.open_seconds or 0:>8.1f}"
-        f"{'-' if worst is None else f'{worst:.1e}':>10}{'-' if cosine is None else f'{cosine:.6f}':>10}  {parity}"
-    ).rstrip()
+    opened = one.open_seconds or 0.0
+    return (*start, one.rate, *times, one.device_peak, one.build_seconds, opened, worst, cosine, parity)
 
 
 def _summary(rows: list[tuple[GpuCheckCell, CellResult]]) -> list[str]:

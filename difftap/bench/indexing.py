@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import JsonObject, output_errors
+from difftap.artifacts.table import Table, TableColumn
 from difftap.errors import InputError, OutputError
 from difftap.machine import available_cores, cpu, peak_memory
 from difftap.retrieval.builder import BuiltIndex, IndexOptions, fill, plan_for
@@ -325,13 +326,28 @@ def format_table(result: IndexBench) -> Iterator[str]:
         f"{case.queries} queries; {conditions['cpu']}, {conditions['threads']} threads, "
         f"load {conditions['load_before']:.1f} before"
     )
-    yield f"{'':<16}  {'recall@10':>9}  {'queries/s':>9}  {'one by one':>10}  {'train s':>8}  {'add s':>8}  {'MB':>8}"
-    for one in result.measured:
-        rate = float(np.median(one.rates))
-        yield (
-            f"{one.kind + ', ' + one.way:<16}  {one.recall:9.4f}  {rate:9.0f}  {one.alone:10.0f}  {one.train:8.1f}  "
-            f"{one.add:8.1f}  {one.nbytes / 2**20:8.0f}"
+    columns = (
+        TableColumn("", left=True),
+        TableColumn("recall@10", form=".4f"),
+        TableColumn("queries/s", form=".0f"),
+        TableColumn("one by one", form=".0f"),
+        TableColumn("train s", form=".1f"),
+        TableColumn("add s", form=".1f"),
+        TableColumn("MB", form=".0f"),
+    )
+    rows = tuple(
+        (
+            f"{one.kind}, {one.way}",
+            one.recall,
+            float(np.median(one.rates)),
+            one.alone,
+            one.train,
+            one.add,
+            one.nbytes / 2**20,
         )
+        for one in result.measured
+    )
+    yield from Table(columns, rows).text()
     for one in result.measured:
         if one.stated is not None:
             parameters = ", ".join(f"{name} {value}" for name, value in one.parameters.items() if value is not None)

@@ -112,7 +112,7 @@ def format_results(results: Mapping[str, Any], *, show_published: bool = True) -
             cells = [("*" if mean == headline else "") + _cell(figures[mean]) for mean in means]
             rows.append((name, alpha, *cells, _cell(result["pck_dagger"][alpha]["image"])))
     lines += Table.of(("protocol", "alpha", *means, "image, dagger"), rows).text()
-    lines += [f"{name:16}does not apply: {reason}" for name, reason in results["not_applied"].items()]
+    lines += [f"{name}: does not apply: {reason}" for name, reason in results["not_applied"].items()]
     lines += _protocol_notes(results)
     lines += _flag_lines(results)
     lines += _confidence_lines(results)
@@ -126,14 +126,14 @@ def _by_alpha(figures: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, An
 
 
 def _protocol_notes(results: Mapping[str, Any]) -> list[str]:
-    lines = [""]
+    rows = []
     for name, result in results["protocols"].items():
         at = result["conditions"]
         where = "original pixels" if at["frame"] == "original" else f"{at['frame']} of {at['side']} pixels"
         zero = result["counts"]["pairs_with_zero_threshold"]
         more = f"; {zero} pairs have a threshold of 0" if zero else ""
-        lines.append(f"{name:16}{at['comparison']} alpha x {at['basis']}, in {where}{more}")
-    return lines
+        rows.append((name, f"{at['comparison']} alpha x {at['basis']}, in {where}{more}"))
+    return ["", *Table.of(("", ""), rows, left=(0, 1)).text(heads=False)]
 
 
 def _main(results: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -149,11 +149,13 @@ def _flag_lines(results: Mapping[str, Any]) -> list[str]:
     if chosen is None or not results["protocols"][chosen[0]]["by_flag"]:
         return []
     name, alpha = chosen
-    lines = ["", f"by flag, {name} per image at alpha {alpha}"]
-    for flag, values in results["protocols"][name]["by_flag"].items():
-        cells = [f"{value}: {_cell(cut[alpha]['image'])} ({cut['pairs']} pairs)" for value, cut in values.items()]
-        lines.append(f"{flag:22}" + "   ".join(cells))
-    return lines
+    rows = [
+        (flag, value, _cell(cut[alpha]["image"]), cut["pairs"])
+        for flag, values in results["protocols"][name]["by_flag"].items()
+        for value, cut in values.items()
+    ]
+    title = f"by flag, {name} per image at alpha {alpha}"
+    return ["", *Table.of(("flag", "value", "PCK", "pairs"), rows, title, left=(0, 1)).text()]
 
 
 def _confidence_lines(results: Mapping[str, Any]) -> list[str]:
@@ -162,26 +164,35 @@ def _confidence_lines(results: Mapping[str, Any]) -> list[str]:
         return []
     name, alpha = chosen
     figures = results["protocols"][name]["calibration"].get(alpha, {})
-    lines = ["", f"is a match right? {name} at alpha {alpha}; precision in % when so much of what is right is kept"]
+    if not figures:
+        return []
+    recalls = list(dict.fromkeys(recall for one in figures.values() for recall in one["precision_at_recall"]))
+    columns = (
+        TableColumn("confidence", left=True),
+        TableColumn("AUC", form=".3f"),
+        TableColumn("calibration error", form=".3f"),
+        TableColumn("n"),
+        *(TableColumn(f"kept {float(recall):.0%}") for recall in recalls),
+    )
+    rows = []
     for confidence, one in figures.items():
-        bars = "  ".join(
-            f"{float(r):.0%}: {_percent(bar['precision'], 1)}" for r, bar in one["precision_at_recall"].items()
-        )
-        area = "-" if one["auc"] is None else f"{one['auc']:.3f}"
-        error = "-" if one["calibration_error"] is None else f"{one['calibration_error']:.3f}"
-        lines.append(f"{confidence:14}AUC {area}  calibration error {error}  n={one['matches']}  {bars}")
-    return lines if figures else []
+        bars = one["precision_at_recall"]
+        shown = [_percent(bars[recall]["precision"], 1) if recall in bars else None for recall in recalls]
+        rows.append((confidence, one["auc"], one["calibration_error"], one["matches"], *shown))
+    title = f"is a match right? {name} at alpha {alpha}; precision in % when so much of what is right is kept"
+    return ["", *Table(columns, tuple(rows), title).text()]
 
 
 def _published_lines(results: Mapping[str, Any]) -> list[str]:
     data = results["conditions"]["dataset"]
-    lines = []
+    rows = []
     for name, result in results["protocols"].items():
         for alpha, _ in _by_alpha(result["pck"]):
             for row in published(data["name"], str(data.get("split", "")), float(alpha), None, name):
                 label = row.label(comparable(results, row))
-                lines.append(f"{name:16}{alpha:>6}{_percent(row.value):>8}  {label}: {row.conditions}")
-    return ["", "published, not ours:", *lines] if lines else []
+                rows.append((name, alpha, _percent(row.value), f"{label}: {row.conditions}"))
+    table = Table.of(("",) * 4, rows, "published, not ours:", left=(0, 3))
+    return ["", *table.text(heads=False)] if rows else []
 
 
 def _count_lines(results: Mapping[str, Any]) -> list[str]:

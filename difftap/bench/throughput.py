@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from difftap.artifacts.files import output_errors, write_atomic
+from difftap.artifacts.table import Cell, Table, TableColumn
 from difftap.bench.contenders import Contender
 from difftap.bench.pictures import write_pictures
 from difftap.bench.workers import Timing, Worker, call_timing, make_order, open_contender, stage_medians
@@ -65,11 +66,11 @@ def to_json(result: Throughput) -> dict[str, Any]:
         "macs": dict(result.macs),
         "gemm": dict(result.gemm),
         "reference": result.reference,
-        "rows": [_plain(row) for row in result.rows],
+        "rows": [_row_json(row) for row in result.rows],
     }
 
 
-def _plain(row: ThroughputRow) -> dict[str, Any]:
+def _row_json(row: ThroughputRow) -> dict[str, Any]:
     data = asdict(row)
     label = {"label": row.contender.label, "rival": row.contender.rival}
     return {**label, **data, "fidelity": {name: one.to_dict() for name, one in row.fidelity.items()}}
@@ -84,11 +85,7 @@ def format_throughput(result: Throughput) -> list[str]:
         f"{at['model']['name']}, {recipe.size[0]} x {recipe.size[1]}, {branches}, ensemble {recipe.ensemble} "
         f"({recipe.noise}), batch {case.batch}, {at['threads']} threads"
     )
-    columns = (
-        f"{'way':20}{'images/s':>10}{'ratio':>8}{'ms/image':>10}{'low':>9}{'high':>9}{'decode':>8}{'VAE':>9}{'UNet':>9}"
-        f"{'match':>8}{'own %':>7}{'peak MB':>9}{'GFLOP/s':>9}{'of GEMM':>8}{'relative':>10}{'cosine':>10}"
-    )
-    lines = [head, columns, *(_line(row) for row in result.rows)]
+    lines = [head, *Table(_COLUMNS, tuple(_cells(row) for row in result.rows)).text()]
     lines += [f"  {row.contender.label}: {note}" for row in result.rows for note in row.about.get("notes", ())]
     own = [row for row in result.rows if row.own_share is not None]
     for row in own:
@@ -114,31 +111,46 @@ def format_throughput(result: Throughput) -> list[str]:
     return lines
 
 
-def _line(row: ThroughputRow) -> str:
-    if row.failed is not None or row.timing is None or row.rate is None:
-        return f"{row.contender.label:20}  not measured: {row.failed}"
+_COLUMNS = (
+    TableColumn("way", left=True),
+    TableColumn("images/s", form=".3g"),
+    TableColumn("ratio"),
+    *(TableColumn(head) for head in ("ms/image", "low", "high", "decode", "VAE", "UNet", "match")),
+    TableColumn("own", "%", ".2f"),
+    TableColumn("peak", "MB", ".0f"),
+    TableColumn("GFLOP/s", "GFLOP/s", ".0f", unit_shown=False),
+    TableColumn("of GEMM"),
+    TableColumn("relative", form=".1e"),
+    TableColumn("cosine", form=".6f"),
+    TableColumn("", left=True),
+)
 
-    def milli(seconds: float | None, width: int) -> str:
-        if seconds is None:
-            return f"{'-':>{width}}"
-        return f"{1e3 * seconds:>{width}.{1 if seconds < 10 else 0}f}"
+
+def _cells(row: ThroughputRow) -> tuple[Cell, ...]:
+    if row.failed is not None or row.timing is None or row.rate is None:
+        return (row.contender.label, *(None,) * (len(_COLUMNS) - 2), f"not measured: {row.failed}")
+
+    def milli(seconds: float | None) -> str | None:
+        # From ten seconds an image on, a tenth of a millisecond says nothing.
+        return None if seconds is None else f"{1e3 * seconds:.{1 if seconds < 10 else 0}f}"
 
     worst = max((one.relative for one in row.fidelity.values()), default=None)
     cosine = min((one.cosine_mean for one in row.fidelity.values()), default=None)
-    speed = "-" if row.flop_rate is None else f"{row.flop_rate / 1e9:.0f}"
-    share = "-" if row.gemm_share is None else f"{100 * row.gemm_share:.0f} %"
-    memory = (row.peak or 0) / 1e6
-    cells = [
-        f"{row.contender.label:20}{row.rate:>10.3g}",
-        f"{'-' if row.ratio is None else f'{row.ratio:.2f}x':>8}",
-        milli(row.timing.median, 10) + milli(row.timing.low, 9) + milli(row.timing.high, 9),
-        milli(row.stages.get("decode"), 8) + milli(row.stages.get("vae"), 9) + milli(row.stages.get("unet"), 9),
-        milli(row.matching, 8),
-        f"{'-' if row.own_share is None else f'{100 * row.own_share:.2f}':>7}{memory:>9.0f}{speed:>9}{share:>8}",
-        f"{'-' if worst is None else f'{worst:.1e}':>10}{'-' if cosine is None else f'{cosine:.6f}':>10}",
-    ]
-    gpu = "" if row.device_peak is None else f"  {row.device_peak / 1e6:.0f} MB on the GPU"
-    return "".join(cells) + gpu
+    times = [row.timing.median, row.timing.low, row.timing.high]
+    stages = [row.stages.get(name) for name in ("decode", "vae", "unet")]
+    return (
+        row.contender.label,
+        row.rate,
+        None if row.ratio is None else f"{row.ratio:.2f}x",
+        *(milli(seconds) for seconds in (*times, *stages, row.matching)),
+        row.own_share,
+        row.peak or 0,
+        row.flop_rate,
+        None if row.gemm_share is None else f"{100 * row.gemm_share:.0f} %",
+        worst,
+        cosine,
+        "" if row.device_peak is None else f"{row.device_peak / 1e6:.0f} MB on the GPU",
+    )
 
 
 def save_throughput(result: Throughput, folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,9 +70,7 @@ def _show(part: Part | ObjectPart, most: int | None) -> None:
 
 def _show_objects(part: ObjectPart) -> None:
     click.echo(f"{part.split}: {part.images:,} images, {part.usable:,} usable, {part.objects:,} objects")
-    width = max(map(len, part.classes), default=0)
-    for category, counts in part.classes.items():
-        click.echo(f"  {category:<{width}}  {counts['objects']:>7,} objects {counts['images']:>7,} images")
+    _show_classes(part.classes, ("objects", "images"))
     for reason, count in part.left_out.items():
         click.echo(f"  left out: {count:,} objects, {reason}")
 
@@ -82,14 +80,18 @@ def _show_pairs(part: Part) -> None:
         f"{' '.join(str(value) for value in part.options.values())}: {part.pairs:,} pairs, {part.usable:,} usable, "
         f"{part.images:,} images, {part.keypoints:,} keypoints"
     )
-    width = max(map(len, part.classes), default=0)
-    for category, counts in part.classes.items():
-        click.echo(
-            f"  {category:<{width}}  {counts['usable']:>7,} pairs {counts['images']:>7,} images "
-            f"{counts['keypoints']:>9,} keypoints"
-        )
+    _show_classes(part.classes, ("usable", "images", "keypoints"))
     for note in part.notes:
         click.echo(f"  note: {note}")
+
+
+def _show_classes(classes: Mapping[str, Mapping[str, int]], counted: Sequence[str]) -> None:
+    from difftap.artifacts.table import Table
+
+    heads = ("class", *("pairs" if name == "usable" else name for name in counted))
+    rows = [(category, *(f"{counts[name]:,}" for name in counted)) for category, counts in classes.items()]
+    for line in Table.of(heads, rows).text() if rows else ():
+        click.echo(f"  {line}")
 
 
 def _show_problems(what: str, problems: Sequence[Problem], most: int | None) -> None:

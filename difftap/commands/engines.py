@@ -81,7 +81,10 @@ def _names(text: str) -> list[str]:
 
 def _table(rows: list[tuple[Any, Any, float]]) -> str:
     """Print a line per engine and output: what it is, its files' size, how long it took, how exact it is."""
-    lines = [("size", "backend", "precision", "engine", "MB", "s", "output", "relative", "cosine mean", "min")]
+    from difftap.artifacts.table import Table
+
+    heads = ("size", "backend", "precision", "engine", "MB", "s", "output", "relative", "cosine mean", "min", "")
+    lines: list[tuple[str, ...]] = []
     for job, record, seconds in rows:
         made_from = record.manifest.made_from
         own = sum(one.size for name, one in record.manifest.files.items() if record.stem in name) / 1e6
@@ -99,13 +102,11 @@ def _table(rows: list[tuple[Any, Any, float]]) -> str:
         note = record.not_run or unmeasured
         for output, one in record.parity.items():
             figures = (f"{one.relative:.1e}", f"{one.cosine_mean:.6f}", f"{one.cosine_min:.6f}")
-            lines.append((*first, output, *figures))
+            lines.append((*first, output, *figures, ""))
             first = ("",) * 6
         if not record.parity:
-            lines.append((*first, "", note, "", ""))
-    # A note may be long; it stands where figures would, and widens no column.
-    widths = [max(len(line[i]) for line in lines if i < 7 or line[8]) for i in range(10)]
-    return "\n".join("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(line)).rstrip() for line in lines)
+            lines.append((*first, "", "", "", "", note))
+    return "\n".join(Table.of(heads, lines, left=(0, 1, 2, 3, 6, 10)).text())
 
 
 def _open(cache: Path | None) -> Any:
@@ -118,15 +119,18 @@ def _open(cache: Path | None) -> Any:
 @cache_option
 def list_(cache: Path | None) -> None:
     """List the graphs and engines in the cache, with the size of the files they use (weights may be shared)."""
+    from difftap.artifacts.table import Table
     from difftap.pipeline.engines import Artefact, list_artefacts
 
     store = _open(cache)
     found = list_artefacts(store)
     click.echo(f"{len(found)} graphs and engines in {store.folder}")
+    whole = [one for one in found if isinstance(one, Artefact)]
+    rows = [(one.manifest.kind, f"{one.size / 1e6:.1f} MB", f"{one.path.parent.name}/{one.path.name}") for one in whole]
+    for line in Table.of(("", "", ""), rows, left=(0, 2)).text(heads=False):
+        click.echo(line)
     for one in found:
-        if isinstance(one, Artefact):
-            click.echo(f"{one.manifest.kind:<10}{one.size / 1e6:>9.1f} MB  {one.path.parent.name}/{one.path.name}")
-        else:
+        if not isinstance(one, Artefact):
             click.echo(f"BROKEN  {one}")
 
 

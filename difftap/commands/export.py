@@ -38,6 +38,7 @@ def export(reference: ModelReference, taps: tuple[str, ...], beside: bool, cache
     difftap export --model path/to/checkpoint --tap up1
     difftap export --model sd15 --random-weights 0 --tap up1
     """
+    from difftap.artifacts.table import Table
     from difftap.export.graphs import export_graph
     from difftap.pipeline.environment import open_cache, open_checkpoint
 
@@ -49,5 +50,6 @@ def export(reference: ModelReference, taps: tuple[str, ...], beside: bool, cache
     for component, names in [*encoder, (opened.tapped, taps)]:
         graph, parity = export_graph(store, opened, component, tuple(names), opened.folder if beside else None)
         click.echo(f"{graph.path}" + (f"  (cut after {graph.cut})" if graph.cut else ""))
-        for name, one in parity.items():
-            click.echo(f"  {name:<16} {one.summary}")
+        rows = [(name, one.summary) for name, one in parity.items()]
+        for line in Table.of(("", ""), rows, left=(0, 1)).text(heads=False):
+            click.echo(f"  {line}")

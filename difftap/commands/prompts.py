@@ -17,6 +17,7 @@ def prompts() -> None:
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("prompts"), required=False)
 def list_(folder: Path) -> None:
     """List the learned prompts in FOLDER (default: prompts)."""
+    from difftap.artifacts.table import Table
     from difftap.errors import DifftapError, InputError
     from difftap.prompts.learned import PROMPT_FILE, load_learned
 
@@ -25,11 +26,12 @@ def list_(folder: Path) -> None:
     files = sorted({*folder.glob(PROMPT_FILE), *folder.glob(f"*/{PROMPT_FILE}")})
     if not files:
         click.echo(f"no learned prompts in '{folder}'", err=True)
+    rows, broken = [], []
     for file in files:
         try:
             found = load_learned(file)
         except DifftapError as error:
-            click.echo(f"BROKEN  {error}")
+            broken.append(f"BROKEN  {error}")
             continue
         about = found.about
         taps = " with ".join(f"{'+'.join(b['taps'])} at t={b['timestep']}" for b in about["fits"]["branches"])
@@ -40,9 +42,9 @@ def list_(folder: Path) -> None:
             best = scores["best"].get("0.1", float("nan"))
             gain = f"PCK@0.10 {100 * scores['empty']['0.1']:.1f} -> {100 * best:.1f}"
         data = about["data"]["name"]
-        click.echo(
-            f"{file.parent.as_posix():<28} {found.kind:<8}{about['model']['name']:<10}{size:<9} {taps}, {data}, {gain}"
-        )
+        rows.append((file.parent.as_posix(), found.kind, about["model"]["name"], size, f"{taps}, {data}, {gain}"))
+    for line in [*Table.of(("",) * 5, rows, left=range(5)).text(heads=False), *broken]:
+        click.echo(line)
 
 
 @prompts.command()
@@ -50,6 +52,7 @@ def list_(folder: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def show(path: Path, as_json: bool) -> None:
     """Show what PATH (a folder of learned prompts, or the file in it) was learned for, from, how, and how well."""
+    from difftap.artifacts.table import Table
     from difftap.prompts.learned import load_learned
 
     found = load_learned(path)
@@ -74,15 +77,15 @@ def show(path: Path, as_json: bool) -> None:
         own = found.image_tokens
         where = f"its own, {own.tap} at t={own.timestep}" if own.kind == "own" else own.network
         lines["image tokens"] = f"{own.count} x {own.channels}, {where}"
-    for name, value in lines.items():
-        click.echo(f"{name:<14}{value}")
+    rows = [(name, str(value)) for name, value in lines.items()]
     for group in about["scores"]:
         for alpha, empty in group["empty"].items():
             learned = group["best"].get(alpha)
             text = "-" if learned is None else f"{100 * learned:.1f} (epoch {group['epoch']} of {group['epochs']})"
             branches = "+".join(map(str, group["branches"]))
-            click.echo(
-                f"{'PCK@' + f'{float(alpha):.2f}':<14}empty prompt {100 * empty:.1f}, learned {text}, branch {branches}"
+            rows.append(
+                (f"PCK@{float(alpha):.2f}", f"empty prompt {100 * empty:.1f}, learned {text}, branch {branches}")
             )
     if about["scores"]:
-        click.echo(f"{'':<14}({about['scores'][0]['measure']})")
+        rows.append(("", f"({about['scores'][0]['measure']})"))
+    click.echo("\n".join(Table.of(("", ""), rows, left=(0, 1)).text(heads=False)))

@@ -177,6 +177,8 @@ def _counts(table: PrototypeTable) -> dict[str, Any]:
 
 
 def _describe(table: PrototypeTable) -> list[str]:
+    from difftap.artifacts.table import Table
+
     counts, made = _counts(table), table.provenance
     conditions = made.get("conditions", {})
     recipe, data = conditions.get("recipe", {}), made.get("data", {})
@@ -201,5 +203,5 @@ def _describe(table: PrototypeTable) -> list[str]:
     lines.append(f"recipe key {made.get('recipe_key')}, feature key {made.get('feature_key')}")
     for reason, count in made.get("counts", {}).get("left_out", {}).items():
         lines.append(f"left out: {count} objects, {reason}")
-    width = max(map(len, counts["classes"]), default=0)
-    return lines + [f"  {name:<{width}}  {count:>7,}" for name, count in counts["classes"].items()]
+    classes = [(name, f"{count:,}") for name, count in counts["classes"].items()]
+    return lines + [f"  {line}" for line in Table.of(("", ""), classes).text(heads=False)]

@@ -27,12 +27,14 @@ def recipes(name: str | None) -> None:
     difftap recipes dift > mine.toml
     difftap match a.jpg b.jpg --recipe mine.toml
     """
+    from difftap.artifacts.table import Table
     from difftap.recipe import load_recipe, presets
 
     if name is not None:
         for field, value in load_recipe(name).to_dict().items():
             click.echo(f"{field} = {_toml(value)}")
         return
+    rows = []
     for preset, recipe in presets().items():
         branches = " with ".join(f"{'+'.join(b.taps)} at t={b.timestep}" for b in recipe.branches)
         size = f"{recipe.size[0]}x{recipe.size[1]}"
@@ -43,4 +45,5 @@ def recipes(name: str | None) -> None:
             how += f", noise {recipe.noise}"
         if recipe.learned is not None:
             how += f", learned prompts ({recipe.learned.kind})"
-        click.echo(f"{preset:<18}{recipe.model.name:<8}{size:<10}ensemble {recipe.ensemble:<3} {branches}, {how}")
+        rows.append((preset, recipe.model.name, size, f"ensemble {recipe.ensemble}", f"{branches}, {how}"))
+    click.echo("\n".join(Table.of(("",) * 5, rows, left=range(5)).text(heads=False)))

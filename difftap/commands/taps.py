@@ -22,9 +22,9 @@ def taps(reference: ModelReference, cache: Path | None) -> None:
     \b
     difftap taps --model sd15 --random-weights 0
     """
+    from difftap.artifacts.table import Table
     from difftap.pipeline.environment import open_cache, open_checkpoint
 
     opened = open_checkpoint(reference, open_cache(cache))
-    click.echo(f"{'tap':<14}{'channels':>9}{'stride':>8}  module")
-    for tap in opened.taps:
-        click.echo(f"{tap.name:<14}{tap.channels:>9}{tap.stride:>8}  {tap.module}")
+    rows = [(tap.name, tap.channels, tap.stride, tap.module) for tap in opened.taps]
+    click.echo("\n".join(Table.of(("tap", "channels", "stride", "module"), rows, left=(0, 3)).text()))

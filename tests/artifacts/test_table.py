@@ -1,9 +1,12 @@
 """Tables in every form, against texts written by hand, and results as JSON."""
 
+import html
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 
 from difftap.artifacts.table import Table, TableColumn, json_text, plain, result_json
 
@@ -103,3 +106,68 @@ def test_a_result_becomes_strict_json():
     assert plain({1: np.float32(0.5), "n": np.int64(3), "t": True}) == {"1": 0.5, "n": 3, "t": True}
     assert json_text({"a": "é"}) == '{\n "a": "é"\n}\n'
     assert json.loads(json_text(plain(found))) == {"value": None, "parts": [1.0, None]}
+
+
+AWKWARD = (
+    "pipe | here",
+    "two\nlines\tand\r\na tab",
+    "*bold* _slanted_ `code` <b>&amp;</b> [red]x[/red]",
+    "\\back 5 % $ & # ~ ^ {a_b} \u00b1 \u2020",
+    "\u5bbd\u5b57\u7b26 \uff21",
+    "e\u0301 caf\u00e9",
+)
+
+
+def one_line(text):
+    return " ".join(text.replace("\t", "\n").split("\n")).replace("\r ", " ")
+
+
+def from_markdown(row):
+    cells = re.split(r"(?<!\\)(?:\\\\)*\|", row)[1:-1]
+    return [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells]
+
+
+def from_latex(text):
+    words = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^", "dag": "\u2020"}
+    words |= {"textless": "<", "textgreater": ">", "textbar": "|"}
+    text = text.replace("$\\pm$", "\u00b1")
+    return re.sub(r"\\([a-z]+)\{\}|\\(.)", lambda found: words.get(found[1]) or found[2], text)
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_every_value_is_found_back_in_all_forms(text):
+    table = Table((TableColumn("a", left=True), TableColumn("b", form=".2f")), ((text, 2.5), (text, float("nan"))))
+    said = one_line(text)
+    lines = table.text()
+    assert len(lines) == 3
+    assert [line[: len(said)] for line in lines[1:]] == [said, said]
+    assert [line.split()[-1] for line in lines[1:]] == ["2.50", "-"]
+    rows = table.markdown().splitlines()[2:]
+    assert [from_markdown(row) for row in rows] == [[said, "2.50"], [said, "-"]]
+    body = table.latex().split("\\midrule\n")[1].split("\n\\bottomrule")[0].splitlines()
+    cells = [line.removesuffix(" \\\\").rsplit(" & ", 1) for line in body]
+    assert [[from_latex(first), last] for first, last in cells] == [[said, "2.50"], [said, "-"]]
+    assert json.loads(json_text(table.to_json())) == [{"a": text, "b": 2.5}, {"a": text, "b": None}]
+    found = re.findall(r"<td>(.*?)</td>", table.html())
+    assert [html.unescape(cell) for cell in found] == [said, "2.50", said, "-"]
+
+
+def test_wide_characters_take_two_places_and_accents_none():
+    rows = (("\u5bbd\u5b57", 1), ("abcd", 2), ("e\u0301abc", 3))
+    assert Table.of(("", "n"), rows).text(heads=False) == ["\u5bbd\u5b57  1", "abcd  2", "e\u0301abc  3"]
+
+
+def test_chosen_columns_stand_to_the_left():
+    rows = (("a", 1, "x"), ("bb", 22, "yy"))
+    assert Table.of(("k", "n", "t"), rows, left=(0, 2)).text() == ["k    n  t", "a    1  x", "bb  22  yy"]
+
+
+def test_markup_of_each_form_is_escaped_by_hand():
+    row = Table.of(("a_1",), [("_x_ a_1 *y* | \\",)])
+    assert row.markdown().splitlines()[2] == "| \\_x\\_ a_1 \\*y\\* \\| \\\\ |"
+    assert Table.of(("%",), [("a&b_c^~\\",)]).latex().splitlines()[4:8] == [
+        "\\toprule",
+        "\\% \\\\",
+        "\\midrule",
+        "a\\&b\\_c\\textasciicircum{}\\textasciitilde{}\\textbackslash{} \\\\",
+    ]

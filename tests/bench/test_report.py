@@ -67,7 +67,7 @@ def test_terminal_says_conditions_counts_and_published(results):
         "DIFT dual layer",
         "AUC",
         "occlusion",
-        "18 pairs)",
+        "flag       value",
     ):
         assert words in text, words
     assert "published" not in "\n".join(format_results(results, show_published=False))

@@ -92,9 +92,11 @@ def test_a_sound_data_set(tmp_path):
     assert result.exit_code == 0
     assert result.output.splitlines() == [
         "test large: 2 pairs, 2 usable, 2 images, 4 keypoints",
-        "  cat        2 pairs       2 images         4 keypoints",
+        "  class  pairs  images  keypoints",
+        "  cat        2       2          4",
         "test small: 1 pairs, 1 usable, 2 images, 2 keypoints",
-        "  cat        1 pairs       2 images         2 keypoints",
+        "  class  pairs  images  keypoints",
+        "  cat        1       2          2",
         f"spair in {root}: all is well",
     ]
 

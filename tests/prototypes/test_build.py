@@ -245,7 +245,7 @@ def test_the_command_builds_and_describes(tmp_path):
     assert run("prototypes", "build", "voc", root, "-o", out, "--size", 128).stderr.startswith(f"'{out}' is there")
     shown = run("prototypes", "info", out).stdout
     assert shown.startswith("5 prototypes of 160 channels; 2 images, 5 instances\ntap down2.attn0 at t = 0; rule area")
-    assert "  cat           3" in shown
+    assert "  cat     3" in shown
     counts = json.loads(run("prototypes", "info", out, "--json").stdout)
     assert counts["classes"] == {"cat": 3, "dog": 1, "person": 1}
     assert counts["provenance"]["data"]["name"] == "voc"
