@@ -16,8 +16,8 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the rep
 HEAVY_FIXTURES = {"mini", "mini_cache", "tiny", "exported"}
 HEAVY_FILES = (
     *("tests/tuning/", "tests/export/", "tests/bench/test_throughput", "tests/bench/test_gpucheck", "training/"),
-    *("tests/engine/test_rtx_build", "tests/retrieval/test_milvus", "tests/features/extract/test_kills"),
-    *("tests/features/extract/test_ray", "tests/commands/test_tune", "tests/pipeline/", "tests/study/test_study"),
+    *("tests/engine/backends/test_tensorrt_rtx", "tests/retrieval/test_milvus"),
+    *("tests/prompts/test_encode", "tests/commands/test_tune", "tests/pipeline/", "tests/study/test_study"),
 )
 
 

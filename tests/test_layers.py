@@ -114,6 +114,25 @@ def test_a_public_class_name_means_one_thing():
                 seen[node.name] = name
 
 
+TESTS = Path(__file__).parent
+OF_MANY_MODULES = {
+    *("test_exported", "test_layers", "test_resume", "test_torch_free", "golden/test_cache_identities"),
+    *("engine/test_contract", "export/test_sdxl", "matching/test_laws"),
+}
+"""Tests of what no single module keeps: the order of the rooms, one contract of all backends, SDXL."""
+
+
+def test_a_test_stands_where_its_module_does():
+    """`difftap/a/b.py` is tested by `tests/a/test_b.py`; a folder `a` by `tests/test_a.py` or `tests/a/test_a.py`."""
+    tested = {path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("*.py")}
+    tested |= {path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.parent.glob("benchmarks/*.py")}
+    for path in sorted(TESTS.rglob("test_*.py")):
+        where = path.relative_to(TESTS).with_suffix("")
+        named = where.with_name(where.name.removeprefix("test_"))
+        of_a_folder = (ROOT / named).is_dir() or named.name == named.parent.name
+        assert named in tested or of_a_folder or where.as_posix() in OF_MANY_MODULES, path
+
+
 def test_matching_needs_numpy_and_the_vocabulary_alone():
     for path in sorted((ROOT / "matching").rglob("*.py")):
         outside = {name.split(".")[0] for name in _imports(path, top=True)} - set(sys.stdlib_module_names)

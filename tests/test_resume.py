@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from difftap.features.store import FeatureStore
-from tests.datasets.object_builders import write_voc
+from tests.datasets.builders import write_voc
 from tests.harness import DIFFTAP, child_environment, write_picture
 
 pytestmark = pytest.mark.heavy

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from tests.commands.test_cli import call, refused  # noqa: F401 - fixtures
 from tests.harness import run_child, write_picture
+from tests.test_cli import call, refused  # noqa: F401 - fixtures
 from tests.test_torch_free import MAIN, blocked
 
 pytest.importorskip("diffusers")

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,9 @@ from difftap.datasets.objects import read_listing
 from difftap.errors import InputError
 from difftap.images import read_labels
 from difftap.prototypes import ObjectFilter
-from tests.datasets.object_builders import block, write_coco, write_davis, write_folder, write_labels, write_voc
+from tests.datasets.builders import block, write_coco, write_davis, write_folder, write_labels, write_voc
 from tests.harness import invoke, write_picture
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 WRITERS = {"coco": write_coco, "davis": write_davis, "folder": write_folder, "voc": write_voc}
 ALL = ObjectFilter(min_area=0.0)
 
@@ -333,9 +331,7 @@ def test_data_check_says_what_is_broken(tmp_path):
         ("davis", "davis-mini", [("val", 60, 87)]),
     ],
 )
-def test_the_real_data_is_sound(name, folder, counts):
-    if not (REAL / folder).is_dir():
-        pytest.skip(f"the data set '{folder}' is not in ../shared/data")
-    report = check_objects(name, REAL / folder)
+def test_the_real_data_is_sound(real, name, folder, counts):
+    report = check_objects(name, real(folder))
     assert report.ok
     assert [(part.split, part.usable, part.objects) for part in report.parts] == counts

@@ -14,8 +14,9 @@ from difftap.engine import Cache, Graph, Profile, get_backend
 from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import example_feeds
 from difftap.errors import BackendError, ModelError
-from difftap.export import export_graph
+from difftap.export import export_graph, open_model
 from difftap.export.parity import TensorParity
+from difftap.recipe import ModelReference
 from tests.harness import MINI_TAPS, compare, write_mini
 
 onnx = pytest.importorskip("onnx")
@@ -262,3 +263,17 @@ def test_damaged_safetensors_headers_are_model_errors(mini, tmp_path):
 def test_an_unknown_module_path_is_a_model_error(mini, tmp_path):
     with pytest.raises(ModelError, match=r"no module 'up_blocks.1.nonsense' for tap"):
         export_graph(Cache(tmp_path / "new"), Checkpoint.load(mini), "unet", ("up_blocks.1.nonsense",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_full_size_graphs_are_torchs_to_a_ten_thousandth(name, tmp_path):
+    cache = Cache(tmp_path / "cache")
+    model = open_model(ModelReference(name, random_weights=0), cache)
+    for component, taps in (("vae", ()), ("unet", ("up1",))):
+        graph, parity = export_graph(cache, model, component, taps)
+        assert set(parity) == {spec.name for spec in graph.outputs}
+        for output, one in parity.items():
+            assert one.relative <= 1e-4, output
+            assert one.cosine_min >= 1 - 1e-6, output
+        assert graph.path.stat().st_size < 5_000_000, "the graph holds weights"

@@ -13,8 +13,8 @@ from difftap.errors import ModelError
 from difftap.export import export_graph
 from difftap.prompts import encode_prompt
 from difftap.recipe import Branch
-from tests.export.test_prompts import write_clip
 from tests.harness import MINI_UNET, compare, write_mini
+from tests.prompts.test_encode import write_clip
 
 MINI_XL_UNET = {
     **MINI_UNET,

@@ -25,7 +25,7 @@ from difftap.prototypes import (
 )
 from difftap.prototypes import build as build_function
 from difftap.recipe import Branch, load_recipe
-from tests.datasets.object_builders import write_folder, write_voc
+from tests.datasets.builders import write_folder, write_voc
 from tests.harness import invoke, picture
 
 pytest.importorskip("pyarrow")

@@ -11,7 +11,7 @@ from difftap.backbones.sd_unet import SDUNet
 from difftap.errors import InputError, OutputError
 from difftap.recipe import load_recipe
 from difftap.study.axes import Case, columns, layer_cases, step_cases, table_name, union_recipe
-from tests.datasets.object_builders import write_coco, write_davis, write_voc
+from tests.datasets.builders import write_coco, write_davis, write_voc
 from tests.harness import invoke
 
 pytest.importorskip("pyarrow")

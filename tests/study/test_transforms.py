@@ -10,7 +10,7 @@ from difftap.study.transforms import (
     transform_of,
     transformed,
 )
-from tests.datasets.object_builders import write_voc
+from tests.datasets.builders import write_voc
 
 
 @pytest.fixture

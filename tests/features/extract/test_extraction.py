@@ -4,6 +4,8 @@ import errno
 import gc
 import json
 import resource
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -26,7 +28,10 @@ from difftap.machine import resident_memory
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
+from tests.features.extract.kill_case import SHARD
 from tests.harness import MINI_TAPS, FakePipeline, numbered_pictures, picture, run_child, write_picture
+
+pytest.importorskip("zarr")
 
 
 @pytest.fixture
@@ -386,3 +391,34 @@ def test_bytes_of_an_image_by_hand(pocket):
 def test_a_batch_holds_an_image_at_least(size):
     with pytest.raises(InputError, match=f"size is {size}; allowed: 1 or more"):
         Extractor(FakePipeline(), numbered_pictures(1), size=size)
+
+
+COUNT, KILLS = 300, 36
+
+
+@pytest.mark.heavy
+def test_many_random_kills(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.features.extract.kill_case", str(tmp_path), str(COUNT), str(KILLS)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["kills"] >= KILLS // 2
+    progressed = sum(one["in"] > 0 for one in told["seen"])
+    assert progressed >= 5  # the kills must have come while there was something to lose
+    for one in told["seen"]:
+        assert one["lost"] == []
+        assert one["moved"] == []
+        assert one["repeated"] == 0
+        assert one["safe"] <= one["in"]  # what was reported is in; a little more may be
+    assert told["keys"] == [item.key for item in numbered_pictures(COUNT)]
+    assert list(verify(FeatureStore.open(tmp_path / "s.zarr"))) == []
+    extract_to_store(
+        FakePipeline(shapes=((4, 3, 3),)),
+        numbered_pictures(COUNT),
+        tmp_path / "whole.zarr",
+        ExtractSettings(Encoding("int8"), shard=SHARD),
+    )
+    first, second = (FeatureStore.open(tmp_path / name) for name in ("s.zarr", "whole.zarr"))
+    assert [(row.key, row.sha256) for row in first.rows] == [(row.key, row.sha256) for row in second.rows]

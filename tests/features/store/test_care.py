@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
 
 from difftap.errors import ArtefactError, OutputError
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store.care import compact, info, verify
 from tests.features.store.cases import fill, made, maps
 from tests.harness import invoke
+
+zarr = pytest.importorskip("zarr")
 
 
 @pytest.fixture(params=["float16", "int8"])

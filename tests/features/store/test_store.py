@@ -6,7 +6,6 @@ import uuid
 
 import numpy as np
 import pytest
-import zarr
 
 from difftap.errors import ArtefactError, DifftapError, InputError, OutputError, RecipeError
 from difftap.features.store import Encoding, FeatureStore, check_writable, open_writer
@@ -15,6 +14,8 @@ from difftap.features.store.writer import Shard
 from difftap.recipe import Branch
 from tests.features.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
 from tests.harness import invoke
+
+zarr = pytest.importorskip("zarr")
 
 ENCODINGS = [Encoding(), Encoding("float32"), Encoding("int8"), Encoding("int8", "map")]
 

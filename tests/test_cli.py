@@ -14,7 +14,7 @@ from PIL import Image as PIL
 import difftap.cli
 import difftap.images
 from difftap.backbones.checkpoint import pocket_folder
-from tests.harness import picture, write_picture
+from tests.harness import ROOT, picture, write_picture
 
 QUICK = ("--size", "64", "--ensemble", "1")
 COMMAND = Path(sys.executable).with_name("difftap")
@@ -69,7 +69,7 @@ def test_json_holds_the_documented_fields(call, photos):
     code, out, err = call("match", *photos, *QUICK, "--point", "3,4", "--point", "39.5,29.5")
     assert (code, err) == (0, "")
     record = json.loads(out)
-    documented = (Path(__file__).parents[2] / "docs" / "output.md").read_text()
+    documented = (ROOT / "docs" / "output.md").read_text()
     for name in record:
         assert f"`{name}`" in documented
     assert (record["type"], record["schema"]) == ("match", 1)
@@ -390,7 +390,7 @@ def test_the_same_command_twice_gives_the_same_bytes(photos, tmp_path):
 
 
 def test_the_launcher_is_the_command(photos):
-    launcher = Path(__file__).parents[2] / "cli.py"
+    launcher = ROOT / "cli.py"
     done = [
         subprocess.run([*start, "match", *photos, *QUICK], capture_output=True)
         for start in ((COMMAND,), (sys.executable, launcher))

@@ -1,4 +1,4 @@
-"""Run by ``python -m tests.features.extract.cases``: extractions in processes that are killed, again and again."""
+"""Run by ``python -m tests.features.extract.kill_case``: extractions in processes that are killed, again and again."""
 
 import json
 import os
@@ -7,8 +7,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-
-import zarr  # noqa: F401 - so that the children need not
 
 from difftap.features.extract import ExtractSettings, extract_to_store
 from difftap.features.store import Encoding, FeatureStore
@@ -52,6 +50,8 @@ def numbers(path):
 
 def main(folder, count, kills):
     """Kill, look, go on; prints what was seen."""
+    import zarr  # noqa: F401 - so that the children need not
+
     rng = random.Random(0)
     seen, killed, held = [], 0, {}
     finished = False
