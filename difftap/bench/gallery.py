@@ -21,7 +21,7 @@ from difftap.bench.scoring import MeasuredPair, measure, reason_against
 from difftap.errors import InputError
 from difftap.features.keeper import View, load_view
 from difftap.matching import Matches
-from difftap.pages.draw import draw_matches, save_picture
+from difftap.pages.draw import CAPTION_HEIGHT, draw_matches, place_on_target, save_picture
 
 __all__ = ["choose", "clear_gallery", "draw_pair", "save_gallery"]
 
@@ -63,19 +63,14 @@ def draw_pair(pair: Prediction, measured: MeasuredPair, protocol: Protocol, alph
     )
     right = measured.hits([alpha], protocol.strict)[:, 0]
     pen = ImageDraw.Draw(picture)
-    # Where `draw_matches` puts the target's panel: right-aligned, as high as the source's, below the caption.
-    caption = picture.height - 480
-    panel = min(max(1, round(target.size[0] * 480 / target.size[1])), 4 * 480)
-    scale = np.array([panel / target.size[0], 480 / target.size[1]])
-    corner = np.array([picture.width - panel, caption])
-    truth, found = ((points + 0.5) * scale - 0.5 + corner for points in (pair.target_points, pair.found))
+    truth, found = (place_on_target(points, target, picture) for points in (pair.target_points, pair.found))
     for true, place, hit in zip(truth, found, right, strict=True):
         colour = _RIGHT if hit else _WRONG
         if np.isfinite(place).all():
             pen.line([tuple(true), tuple(place)], fill=colour, width=3)
         pen.ellipse([*(true - 9), *(true + 9)], outline=colour, width=3)
     text = f"{pair.name}: {int(right.sum())} of {len(right)} right, {protocol.name}@{alpha:g}"
-    pen.rectangle([0, 0, picture.width, caption - 1], fill=(250, 250, 250))
+    pen.rectangle([0, 0, picture.width, CAPTION_HEIGHT - 1], fill=(250, 250, 250))
     pen.text((4, 4), text, fill=(40, 40, 40), font=ImageFont.load_default(15))
     return picture
 

@@ -16,11 +16,11 @@ from difftap.errors import OutputError
 from difftap.images import Image
 from difftap.matching import Matches
 
-__all__ = ["check_output", "draw_matches", "save_picture"]
+__all__ = ["CAPTION_HEIGHT", "check_output", "draw_matches", "place_on_target", "save_picture"]
 
 _HEIGHT = 480  # pixels of each panel
 _GAP = 12
-_CAPTION = 26
+CAPTION_HEIGHT = 26  # pixels above the panels, for a line of text
 _STOPS = np.array(
     [[20, 11, 52], [114, 31, 129], [205, 64, 113], [254, 159, 109], [252, 253, 191]], np.float64
 )  # dark to light
@@ -35,8 +35,12 @@ def _colour(index: int) -> tuple[int, int, int]:
 
 def _panel(pixels: NDArray[np.uint8]) -> PIL.Image:
     picture = PIL.fromarray(pixels)
-    width = max(1, round(picture.width * _HEIGHT / picture.height))
-    return picture.resize((min(width, 4 * _HEIGHT), _HEIGHT), PIL.Resampling.LANCZOS)
+    return picture.resize(_panel_size(picture.size), PIL.Resampling.LANCZOS)
+
+
+def _panel_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Give a panel's (width, height); a very wide image is squeezed rather than drawn ever wider."""
+    return min(max(1, round(size[0] * _HEIGHT / size[1])), 4 * _HEIGHT), _HEIGHT
 
 
 def _overlay(image: Image, heat: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -75,8 +79,8 @@ def draw_matches(
         panels.append(_panel(_overlay(target, heat[1])))
         captions.append(f"cosine to point {heat[0] + 1}: {heat[1].min():.2f} (dark) to {heat[1].max():.2f} (light)")
     canvas, lefts = _lay_out(panels, captions)
-    starts = _place(matches.source, source, panels[0], lefts[0])
-    ends = _place(matches.target, target, panels[1], lefts[1])
+    starts = _place(matches.source, source, lefts[0])
+    ends = _place(matches.target, target, lefts[1])
     found: NDArray[np.bool_] = np.asarray(np.isfinite(ends).all(axis=1))
     lines = PIL.new("RGBA", canvas.size, (0, 0, 0, 0))
     pen = ImageDraw.Draw(lines)
@@ -108,10 +112,10 @@ def _surest(matches: Matches, limit: int, wanted: int | None) -> list[int]:
 def _lay_out(panels: Sequence[PIL.Image], captions: Sequence[str]) -> tuple[PIL.Image, list[int]]:
     """Panels side by side under their captions, and each one's left edge."""
     lefts = [sum(p.width for p in panels[:i]) + _GAP * i for i in range(len(panels))]
-    canvas = PIL.new("RGB", (lefts[-1] + panels[-1].width, _HEIGHT + _CAPTION), (225, 225, 225))
+    canvas = PIL.new("RGB", (lefts[-1] + panels[-1].width, _HEIGHT + CAPTION_HEIGHT), (225, 225, 225))
     pen = ImageDraw.Draw(canvas)
     for panel, left, caption in zip(panels, lefts, captions, strict=True):
-        canvas.paste(panel, (left, _CAPTION))
+        canvas.paste(panel, (left, CAPTION_HEIGHT))
         pen.text((left + 4, 4), caption, fill=(40, 40, 40), font=ImageFont.load_default(15))
     return canvas, lefts
 
@@ -126,10 +130,15 @@ def _mark(canvas: PIL.Image, marks: Sequence[tuple[float, float, int, bool]], nu
         pen.text((x + 8, y - 9), str(i + 1), fill=(255, 255, 255), font=font, stroke_width=2, stroke_fill=(0, 0, 0))
 
 
-def _place(points: NDArray[np.float64], image: Image, panel: PIL.Image, left: int) -> NDArray[np.float64]:
+def place_on_target(points: NDArray[np.float64], target: Image, picture: PIL.Image) -> NDArray[np.float64]:
+    """Convert the target's pixels ``(N, 2)`` to pixels of a picture of `draw_matches` without a heat map."""
+    return _place(points, target, picture.width - _panel_size(target.size)[0])
+
+
+def _place(points: NDArray[np.float64], image: Image, left: int) -> NDArray[np.float64]:
     """Image pixels ``(N, 2)`` to canvas pixels."""
-    scale = np.array([panel.width / image.size[0], panel.height / image.size[1]])
-    placed: NDArray[np.float64] = (np.reshape(points, (-1, 2)) + 0.5) * scale - 0.5 + np.array([left, _CAPTION])
+    scale = np.divide(_panel_size(image.size), image.size)
+    placed: NDArray[np.float64] = (np.reshape(points, (-1, 2)) + 0.5) * scale - 0.5 + np.array([left, CAPTION_HEIGHT])
     return placed
 
 

@@ -10,7 +10,7 @@ from PIL import Image as PIL
 from difftap.errors import OutputError
 from difftap.images import Image
 from difftap.matching import Matches
-from difftap.pages.draw import _CAPTION, _GAP, _HEIGHT, _colour, _surest, check_output, draw_matches, save_picture
+from difftap.pages.draw import _GAP, _HEIGHT, CAPTION_HEIGHT, _colour, _surest, check_output, draw_matches, save_picture
 
 SOURCE, TARGET = Image(np.full((48, 60, 3), 90, np.uint8)), Image(np.full((96, 50, 3), 160, np.uint8))
 
@@ -23,7 +23,7 @@ def matches(source, target):
 def place(point, image, left):
     """Where a point should be on the canvas: each panel is 480 pixels high, below a caption."""
     scale = _HEIGHT / image.size[1]
-    return round((point[0] + 0.5) * scale - 0.5 + left), round((point[1] + 0.5) * scale - 0.5 + _CAPTION)
+    return round((point[0] + 0.5) * scale - 0.5 + left), round((point[1] + 0.5) * scale - 0.5 + CAPTION_HEIGHT)
 
 
 LEFTS = 0, 600 + _GAP, 600 + 250 + 2 * _GAP
@@ -31,7 +31,7 @@ LEFTS = 0, 600 + _GAP, 600 + 250 + 2 * _GAP
 
 def test_the_canvas_holds_both_panels_side_by_side():
     canvas = draw_matches(SOURCE, TARGET, matches([], []))
-    assert canvas.size == (600 + _GAP + 250, _HEIGHT + _CAPTION)
+    assert canvas.size == (600 + _GAP + 250, _HEIGHT + CAPTION_HEIGHT)
     assert canvas.getpixel((300, 300)) == (90, 90, 90)
     assert canvas.getpixel((LEFTS[1] + 100, 300)) == (160, 160, 160)
 
@@ -56,7 +56,7 @@ def test_a_match_without_a_target_is_a_hollow_ring_on_the_source_alone():
     x, y = place((20, 20), SOURCE, 0)
     assert tuple(canvas[y, x]) == (90, 90, 90)
     assert (canvas[y, x - 6 : x - 4] == 0).all(axis=-1).any()
-    assert (canvas[_CAPTION:, LEFTS[1] :] == 160).all()
+    assert (canvas[CAPTION_HEIGHT:, LEFTS[1] :] == 160).all()
 
 
 def test_colours_differ_and_a_line_joins_the_two():
@@ -85,7 +85,7 @@ def test_a_flat_heat_map_and_extreme_shapes_are_drawn():
     thin = Image(np.zeros((1, 900, 3), np.uint8))
     assert (
         draw_matches(thin, Image(np.zeros((900, 1, 3), np.uint8)), matches([[899, 0]], [[0, 899]])).size[1]
-        == _HEIGHT + _CAPTION
+        == _HEIGHT + CAPTION_HEIGHT
     )
 
 
@@ -93,8 +93,8 @@ def test_no_more_marks_than_the_limit():
     many = matches(np.tile([[20.0, 20.0]], (5, 1)), np.tile([[20.0, 20.0]], (5, 1)))
     few = matches(np.tile([[20.0, 20.0]], (3, 1)), np.tile([[20.0, 20.0]], (3, 1)))
     drawn, whole = (np.asarray(draw_matches(SOURCE, TARGET, found, limit=3)) for found in (many, few))
-    assert (drawn[_CAPTION:] == whole[_CAPTION:]).all()
-    assert (drawn[:_CAPTION] != whole[:_CAPTION]).any()  # the caption says that not all are drawn
+    assert (drawn[CAPTION_HEIGHT:] == whole[CAPTION_HEIGHT:]).all()
+    assert (drawn[:CAPTION_HEIGHT] != whole[:CAPTION_HEIGHT]).any()  # the caption says that not all are drawn
 
 
 def test_those_of_the_largest_margin_are_drawn_and_the_one_asked_for():
