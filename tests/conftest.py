@@ -13,7 +13,7 @@ from tests.harness import MINI_TAPS, write_mini, write_picture
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the repository; no part of it
 
 
-HEAVY_FIXTURES = {"mini", "mini_cache", "tiny", "exported"}
+HEAVY_FIXTURES = {"mini", "mini_cache"}
 HEAVY_FILES = (
     *("tests/tuning/", "tests/export/", "tests/bench/test_throughput", "tests/bench/test_gpucheck", "training/"),
     *("tests/engine/backends/test_tensorrt_rtx", "tests/retrieval/test_milvus"),

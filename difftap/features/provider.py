@@ -81,8 +81,10 @@ class StoreProvider(Provider):
         extracted: how many images were not in.
         served: how many were.
 
-    >>> source = StoreProvider.open(recipe, "photos.zarr")                  # doctest: +SKIP
-    >>> [features] = source.features([difftap.load_image("a.jpg")])         # doctest: +SKIP
+    For instance::
+
+        source = StoreProvider.open(recipe, "photos.zarr")
+        [features] = source.features([difftap.load_image("a.jpg")])
     """
 
     def __init__(

@@ -162,11 +162,10 @@ class Provider(ABC):
 class Pipeline(Provider):
     """The provider that computes: everything that a recipe needs, opened.
 
-    Use it as a context manager, or call `close`.
+    Use it as a context manager, or call `close`::
 
-    >>> import difftap
-    >>> pipeline = difftap.Pipeline.open(difftap.load_recipe("pocket"))   # doctest: +SKIP
-    >>> [a, b] = pipeline.extract([difftap.load_image("a.jpg"), difftap.load_image("b.jpg")])   # doctest: +SKIP
+        with difftap.Pipeline.open(difftap.load_recipe("pocket")) as pipeline:
+            a, b = pipeline.extract([difftap.load_image("a.jpg"), difftap.load_image("b.jpg")])
     """
 
     def __init__(

@@ -183,9 +183,9 @@ def test_an_image_that_cannot_be_made_is_a_failed_pair(tmp_path):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("recipe", [fake_recipe(), fake_recipe(("a {category}",))], ids=["plain", "per-class"])
-def test_kill_and_resume_gives_the_same_bytes(tmp_path, recipe):
-    pairs = samples(tmp_path / "data", 7)
+def test_kill_and_resume_gives_the_same_bytes(tmp_path):
+    """Though pairs are matched class by class and not in the list's order."""
+    pairs, recipe = samples(tmp_path / "data", 7), fake_recipe(("a {category}",))
     whole = tmp_path / "whole.jsonl"
     run(pairs, whole, recipe)
     text = whole.read_bytes()
@@ -237,9 +237,6 @@ def test_another_run_is_refused(tmp_path):
     with pytest.raises(OutputError, match="pairs_sha256"):
         run(moved, tmp_path / "p.jsonl")
     assert run(pairs[:5], tmp_path / "p.jsonl", overwrite=True).written == 5
-    (tmp_path / "x.jsonl").write_text("something of the user's\n")
-    with pytest.raises(OutputError, match="no output of ours"):
-        run(pairs, tmp_path / "x.jsonl")
     with pytest.raises(OutputError, match="folder does not exist"):
         run(pairs, tmp_path / "nowhere" / "p.jsonl")
     with pytest.raises(InputError, match="holds no pair"):

@@ -116,28 +116,6 @@ def test_finished_work_is_skipped(folder):
     assert (folder / "out.jsonl").read_bytes() == before
 
 
-def test_resumed_from_any_byte_the_output_is_the_same(folder):
-    pairs = every_pair(folder)[:6]
-    run(folder, pairs)
-    path = folder / "out.jsonl"
-    whole = path.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
-    cuts = {
-        0,
-        1,
-        len(whole) - 1,
-        *ends,
-        *(end - 1 for end in ends),
-        *(end + 1 for end in ends[:-1]),
-        *range(0, len(whole), 501),
-    }
-    for cut in sorted(cuts):
-        path.write_bytes(whole[:cut])
-        done = run(folder, pairs)
-        assert path.read_bytes() == whole, cut
-        assert done.skipped == max(0, sum(end <= cut for end in ends) - 1)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -183,20 +161,6 @@ def test_nothing_but_the_output_is_left(folder):
 def test_an_output_that_cannot_be_written(folder, name):
     with pytest.raises(OutputError, match="cannot write"):
         run(folder, every_pair(folder), name)
-
-
-def test_a_second_run_is_refused_while_one_is_writing(folder):
-    pairs, refusals = every_pair(folder), []
-
-    def meddle(count):
-        if not refusals:
-            with pytest.raises(OutputError, match="another run is writing it"):
-                run(folder, pairs)
-            refusals.append(count)
-
-    run(folder, pairs, progress=meddle)
-    assert refusals
-    assert len(lines(folder / "out.jsonl")) == len(pairs) + 1
 
 
 LIST = "source,target,points\n"
