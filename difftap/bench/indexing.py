@@ -159,7 +159,7 @@ def generate(case: IndexCase, path: Path) -> tuple[NDArray[np.floating], float]:
         with output_errors(path), open(path, "wb") as handle:
             for number, low in enumerate(range(0, case.vectors, _BLOCK)):
                 handle.write(block(number, min(_BLOCK, case.vectors - low)).astype(kind).data)
-        mark.write_text(_mark(case), encoding="utf-8")
+        mark.write_text(_mark(case), encoding="utf-8")  # last: without it, the file counts as unfinished
         seconds = time.perf_counter() - start
     if path.stat().st_size != size:
         raise OutputError(f"'{path}' has {path.stat().st_size} bytes in place of {size}; remove it")

@@ -131,6 +131,7 @@ def aggregate(tally: Tally, by: str, weights: NDArray[np.integer] | None = None)
     drawn = np.ones((1, len(tally.points))) if weights is None else np.asarray(weights, np.float64)
     points = tally.points.astype(np.float64)
     some = points > 0
+    # Each mean is a ratio of sums: shares over pairs, or hits over points.
     if by.endswith("image"):
         top = tally.hits / np.where(some, points, 1.0)[:, None]  # (P, K), each pair's share
         bottom = some.astype(np.float64)
@@ -163,7 +164,7 @@ def draws(pairs: int, count: int = 1000, seed: int = 0) -> NDArray[np.uint16]:
     They depend only on the seed and the number of pairs, so two results over the same pairs are resampled alike.
     """
     stream = np.random.Generator(np.random.Philox(key=np.array([seed, pairs], np.uint64)))
-    weights = np.empty((count, pairs), np.uint16)
+    weights = np.empty((count, pairs), np.uint16)  # a quarter of int64's memory; no pair is drawn 65,536 times
     for b in range(count):
         weights[b] = draw_counts(stream, pairs)
     return weights

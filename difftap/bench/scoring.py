@@ -261,7 +261,7 @@ def calibrate(pairs: Sequence[Prediction], right: Sequence[NDArray[np.bool_]], s
     """
     hits = np.concatenate([np.zeros(0, bool), *right])
     stream = np.random.Generator(np.random.Philox(key=np.array([seed, 1], np.uint64)))
-    side = stream.permutation(len(pairs)) % 2 == 0
+    side = stream.permutation(len(pairs)) % 2 == 0  # by pair, so that the matches of a pair are in the same half
     halves = np.repeat(side, [len(one) for one in right])
     result: JsonObject = {}
     for name, sign in CONFIDENCES.items():

@@ -65,6 +65,7 @@ class TimedPipeline:
             stage = "vae" if engine.graph.component == pipeline.model.encoder else "unet"
             for name in ("_run", "_run_on_device"):
                 self._time(engine, name, stage)
+        # Replaced in the module that calls them; in the one that defines them, it would have no effect.
         self._time(featurizer, "to_input", "resize")
         self._time(featurizer, "draw_noise", "noise")
         self.together = max(engine.profile.ensemble for engine in pipeline.engines)
@@ -365,7 +366,7 @@ class _Child:
                 named: Mapping[str, Any] = maps
                 with open(order["features"], "wb") as handle:
                     np.savez(handle, **named)
-            joined = (joined + made)[-2:]
+            joined = (joined + made)[-2:]  # matching needs two maps; keeping more would raise the peak memory
             calls.append({"images": len(made), **stages})
         peak = peak_memory()  # before matching, which is measured by itself
         if order["matching"]:

@@ -90,6 +90,8 @@ class Worker:
         self._threads = threads
         # A file, not a pipe: nobody reads stderr while the child works, and a full pipe would block it.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by close
+        # Libraries read the number of threads when they are loaded, so it must be set before the process starts. The
+        # path makes the child import the same difftap as this process.
         environment = {
             **os.environ,
             **dict.fromkeys(_THREAD_VARIABLES, str(threads)),

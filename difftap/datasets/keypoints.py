@@ -209,7 +209,7 @@ class Collector:
         if not sample.keypoint_ids:
             raise BadPairError("no-keypoints", "no keypoint is annotated in both images")
         self._names[sample.name] += 1
-        if self._names[sample.name] > 1:
+        if self._names[sample.name] > 1:  # results are compared by the pairs' names
             self.note("the list repeats a pair; each repetition counts")
             sample = replace(sample, name=f"{sample.name}#{self._names[sample.name]}")
         self._samples.append(sample)
@@ -383,6 +383,7 @@ def to_box(values: ArrayLike) -> Box:
     if numbers.shape != (4,) or not np.isfinite(numbers).all():
         raise BadPairError("malformed", f"the box {numbers.tolist()} is not x1, y1, x2, y2")
     x1, y1, x2, y2 = (float(value) for value in numbers)
+    # A box of zero width is allowed: protocols use the longer side, which only a single point lacks.
     if x2 < x1 or y2 < y1 or (x1 == x2 and y1 == y2):
         raise BadPairError("malformed", f"the box {numbers.tolist()} is empty or inside out")
     return x1, y1, x2, y2

@@ -88,6 +88,7 @@ def _distances(results: JsonObject, _group: str) -> Figure:
     parts = figure.subfigures(len(datasets), 1, squeeze=False)[:, 0]
     for part, (name, data) in zip(parts, datasets.items(), strict=True):
         part.suptitle(_title(name, data), fontsize=10)
+        # strict=False: a data set may have fewer cases than the one with most.
         for axes, case in zip(part.subplots(1, cases, squeeze=False)[0], data["cases"], strict=False):
             sets = [key for key in ("scsi", "scdi", "dcsi", "dcdi") if key in case["sets"]]
             _boxes(axes, [(k, key, case["sets"][key]) for k, key in enumerate(sets)], 0.6)

@@ -81,6 +81,7 @@ def _counts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     for start in range(0, count, 1024):
         rows = slice(start, min(start + 1024, count))
         which = _which(numbers[:, rows], numbers[:, rows.start :])
+        # Without the lower triangle and the diagonal: each pair once, and no object with itself.
         which[np.tril_indices(which.shape[0], 0, which.shape[1])] = -1
         counts += np.bincount(which[which >= 0], minlength=len(SETS))
     return counts
@@ -116,7 +117,7 @@ def pair_sets(
         set's name -> its distances.
     """
     numbers = codes(table)
-    counts = _counts(numbers)
+    counts = _counts(numbers)  # before the distances: the share to keep must be known when the first ones come
     share = np.minimum(1.0, most / np.maximum(counts, 1))
     rng = np.random.default_rng(seed)
     sums = np.zeros((2, len(SETS)))
@@ -127,6 +128,7 @@ def pair_sets(
             shift = float(values[0])  # a value near the mean: sums of squares around it lose few digits
         moved = values.astype(np.float64) - (shift or 0.0)
         sums += np.stack([np.bincount(which, moved**power, len(SETS)) for power in (1, 2)])
+        # Each pair of a set is kept with the same probability, so one pass over the distances is enough.
         drawn = rng.random(len(which)) < share[which] if (share < 1).any() else np.ones(len(which), np.bool_)
         for k in range(len(SETS)):
             mine = drawn & (which == k)
@@ -146,7 +148,7 @@ def _pair_set(
     )
     mean = float(sums[0]) / count if count else float("nan")
     spread = float(sums[1]) - count * mean**2 if count else 0.0
-    std = max(spread / (count - 1), 0.0) ** 0.5 if count > 1 else float("nan")
+    std = max(spread / (count - 1), 0.0) ** 0.5 if count > 1 else float("nan")  # rounding may make it negative
     return PairSet(DistanceSet(values.astype(np.float64), left, right), count, mean + shift, std)
 
 
@@ -189,6 +191,7 @@ def analyse(
     """
     described = {}
     for name, one in sets.items():
+        # Quartiles are those of the kept distances; mean and deviation are those of all pairs.
         box = dataclasses.replace(box_figures(one.kept.values), mean=one.mean, std=one.std)
         described[name] = {
             "count": one.count,
@@ -205,6 +208,7 @@ def analyse(
         exact = sets[b].mean - sets[a].mean if a in sets and b in sets else math.nan
         steps.append({"pair": [a, b], "difference": {**plain(difference), "value": plain(exact)}})
     means = {name: one.mean for name, one in sets.items()}
+    # Fewer draws for effect sizes, because each of them ranks all distances again.
     pairs = {
         f"{a}-{b}": _pair(sets[a], sets[b], max(20, draws // 10), seed) for a, b in itertools.combinations(tested, 2)
     }

@@ -132,7 +132,7 @@ def dunn_minmax(first: ArrayLike, second: ArrayLike) -> Dunn:
     a, b = np.sort(_values(first)), np.sort(_values(second))
     if not len(a) or not len(b):
         return Dunn(math.nan, math.nan, math.nan, (len(a), len(b)), _MINMAX)
-    place = np.searchsorted(b, a)
+    place = np.searchsorted(b, a)  # the nearest members of b are its sorted neighbours: no table of all distances
     above, below = b[np.minimum(place, len(b) - 1)], b[np.maximum(place - 1, 0)]
     apart = float(np.minimum(np.abs(above - a), np.abs(a - below)).min())
     spread = float(max(np.ptp(a), np.ptp(b)))
@@ -247,7 +247,7 @@ def kruskal_wallis(*sets: ArrayLike) -> KruskalWallis:
     if len(filled) < 2:
         return nothing
     together = np.concatenate(filled)
-    if np.ptp(together) == 0:
+    if np.ptp(together) == 0:  # all ranks are tied, and the correction for ties would divide by zero
         return nothing
     found = require("scipy.stats", "bench", "Kruskal-Wallis' test").kruskal(*filled)
     statistic = float(found.statistic)
@@ -467,11 +467,12 @@ class _ImageSums:
     @classmethod
     def of(cls, one: DistanceSet, images: int) -> _ImageSums:
         low, high = np.minimum(one.left, one.right), np.maximum(one.left, one.right)
+        # One number for each pair of images, in either order.
         pairs, where = np.unique(low * max(images, 1) + high, return_inverse=True)
         sums = np.bincount(where, one.values, len(pairs)).astype(np.float64)
         counts = np.bincount(where, minlength=len(pairs)).astype(np.float64)
         left, right = pairs // max(images, 1), pairs % max(images, 1)
-        dense = images <= _DENSE and 200 * len(pairs) > images**2
+        dense = images <= _DENSE and 200 * len(pairs) > images**2  # at least one entry in 200 would be filled
         matrices = (_table(left, right, sums, images), _table(left, right, counts, images)) if dense else None
         return cls(left, right, sums, counts, matrices)
 

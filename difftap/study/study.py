@@ -125,12 +125,14 @@ def tables(study: Study, source: SceneSource, cases: Sequence[Case], name: str) 
     missing = [
         case
         for case, column in wanted.items()
+        # A table that this run has built itself is not built again for the next axis.
         if (study.overwrite and column.path not in study.fresh)
         or not is_built(source, column, study.rule, study.conditions)
     ]
     if missing:
         recipe = union_recipe(study.recipe, study.model, missing)
         to_build = columns(study.recipe, study.model, missing, folder)
+        # A scratch folder for this set of tables, so that an axis does not continue another axis' unfinished work.
         mark = hashlib.sha256("\n".join(column.path.name for column in to_build).encode()).hexdigest()[:12]
         study.say(f"{name}: {len(source)} images, {len(to_build)} tables of prototypes to build")
         with study.opener(recipe) as pipeline, study.bar(len(source)) as advance:

@@ -343,7 +343,7 @@ class _Run:
         if job.processes.rank == 0:
             prompts = self._write([learners[k] for k in branches], store, source, scores)
         job.processes.wait()
-        if prompts is None:
+        if prompts is None:  # not the first process: read what the first one wrote
             from difftap.prompts.learned import load_learned
 
             prompts = load_learned(job.folder)

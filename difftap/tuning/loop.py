@@ -161,6 +161,7 @@ def save_state(
     from safetensors.torch import save
 
     tensors: dict[str, torch.Tensor] = {}
+    # Cloned, because safetensors refuses tensors that share memory.
     for name, group in (("now", parameters), ("best", best)):
         tensors |= {f"{name}.{k}": value.detach().cpu().contiguous().clone() for k, value in enumerate(group)}
     for k, moments in optimizer.state_dict()["state"].items():
@@ -195,6 +196,7 @@ def load_state(
     with torch.no_grad():
         for k, value in enumerate(parameters):
             value.copy_(tensors[f"now.{k}"])
+        # In place, because the caller holds the list.
         best[:] = [tensors[f"best.{k}"].to(value.device) for k, value in enumerate(parameters)]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
@@ -312,7 +314,7 @@ class TrainingLoop:
             if self._processes.rank == 0:
                 save_state(state, identity, self.progress, self._parameters, self.best, self._optimizer)
 
-        if not self.progress.empty:
+        if not self.progress.empty:  # measured once: a resumed run reads it from the state
             self.progress.empty = self.validate(None)
             save()
         at = self.progress
@@ -326,7 +328,7 @@ class TrainingLoop:
                 at.step, at.done = at.step + 1, at.done + 1
                 at.total, at.pairs = at.total + loss * len(batch), at.pairs + len(batch)
                 at.losses.append(loss)
-                spent = [*spent[-19:], time.monotonic() - began]
+                spent = [*spent[-19:], time.monotonic() - began]  # the last 20 steps, to estimate the seconds left
                 at.seconds += spent[-1]
                 watcher.step(at.done, self.total, sum(spent) / len(spent) * (self.total - at.done))
                 if time.monotonic() - saved > _EVERY:
@@ -346,6 +348,7 @@ class TrainingLoop:
         return bool(self._settings.steps) and self.progress.done >= self._settings.steps
 
     def _finished(self) -> bool:
+        # At a limit of steps, the epoch that it cuts short must still be validated; `_end_epoch` sets step to 0.
         return self.progress.epoch >= self._settings.epochs or (self._at_limit() and self.progress.step == 0)
 
     def _end_epoch(self, watcher: ProgressCallbacks) -> None:
@@ -361,6 +364,7 @@ class TrainingLoop:
         watcher.epoch(at, row)
 
     def _order(self, epoch: int) -> list[int]:
+        # A counter-based generator with the epoch in its key: no state of earlier epochs has to be saved.
         rng = np.random.Generator(np.random.Philox(key=[self._settings.seed, epoch]))
         return [int(k) for k in rng.permutation(len(self._pairs.train))]
 

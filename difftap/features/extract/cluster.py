@@ -229,6 +229,7 @@ def extract_on_cluster(
                         "tells how large the maps are; do all machines find the images under the same paths?"
                     )
                 writer.prepare(found.shapes, found.bases)
+            # Absolute, because a worker starts in another folder.
             place = str(Path(path).resolve()) if Place(path).folder is not None else str(path)
             written = 0
             for done in _results(ray, share, tasks, (opener, place, settings, folder), cluster.stall):
@@ -291,7 +292,7 @@ def _connected(cluster: Cluster) -> Iterator[tuple[ModuleType, _Share]]:
         machines = sum(bool(one["Alive"]) and "CPU" in one["Resources"] for one in ray.nodes())
         workers = cluster.workers or gpus or 2 * max(1, machines)
         cores = float(have.get("CPU", 1))
-        cpus = max(0.01, round(min(1.0, 0.5 * cores / workers), 2))
+        cpus = max(0.01, round(min(1.0, 0.5 * cores / workers), 2))  # all workers together ask for half of the cores
         yield ray, _Share(workers, cpus, min(1.0, gpus / workers), max(1, int(cores) // workers))
     finally:
         ray.shutdown()
@@ -347,6 +348,7 @@ def _look(
     They are sent in parts, because the list of a large data set would fill Ray's object store.
     """
     settings = job[1]
+    # A PCA needs `sample` images that can be used; four times as many are sent, since some may be unusable.
     size = max(_LOOKED_AT, 4 * settings.sample if settings.encoding.pca is not None else 0)
     found = _ask(ray, share, (*job, items[:size]), stall)
     for start in range(size, len(items), size):

@@ -310,6 +310,7 @@ def _each(stage: Callable[[_Batch], _Batch], batches: Generator[_Batch, None, No
             images = list(_split(batch))
 
             def run(some: Sequence[_Batch], whole: _Batch = batch, count: int = len(images)) -> _Batch:
+                # Called with all images first, and with single ones if that output is not finite.
                 return stage(whole if len(some) == count else some[0])
 
             for some, made in finite_or_alone(run, images):

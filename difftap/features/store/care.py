@@ -212,7 +212,7 @@ def compact(
                 shutil.rmtree(scratch)
             raise
         with place.errors():
-            os.replace(folder, old)
+            os.replace(folder, old)  # two renames, because no system replaces a folder that is not empty
             os.replace(scratch, folder)
             place.discard(old)
     return done

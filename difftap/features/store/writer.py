@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,7 +141,7 @@ class Shard:
         arrays: Sequence[TapArray],
         number: int,
         page: ShardEntry | None = None,
-        room: Mapping[str, NDArray[Any]] | None = None,
+        room: Mapping[str, NDArray[np.number]] | None = None,
     ) -> None:
         self._group = group
         self._place = place
@@ -153,8 +152,8 @@ class Shard:
         self._failures = list(page.failures) if page else []
         self._safe = len(self._rows) + len(self._failures)
         self._spare = dict(room or {})
-        self._values: dict[str, NDArray[Any]] = {}
-        self._scales: dict[str, NDArray[np.float32]] = {}
+        self._values: dict[str, NDArray[np.number]] = {}
+        self._scales: dict[str, NDArray[np.number]] = {}
 
     @property
     def full(self) -> bool:
@@ -242,7 +241,7 @@ class Shard:
                 self._scales[array.name][place] = one.scale
 
     @property
-    def room(self) -> dict[str, NDArray[Any]]:
+    def room(self) -> dict[str, NDArray[np.number]]:
         """The arrays that the rows are gathered in, which the next shard may use once this one is on disk."""
         return {**self._values, **{f"{name}.scale": scale for name, scale in self._scales.items()}}
 
@@ -489,7 +488,7 @@ class StoreWriter:
         self._since = clock()
         self._pages = 0
         self._shard: Shard | None = None
-        self._room: dict[str, NDArray[Any]] = {}
+        self._room: dict[str, NDArray[np.number]] = {}
         self._taps: list[TapArray] = []
 
     def begin(self, conditions: JsonObject) -> None:
