@@ -1,1 +1,1 @@
-"""Training of the embedded model `pocket`: a room of its own, never imported by difftap."""
+"""Training of the embedded model `pocket`; difftap never imports this package."""

@@ -1,1 +1,1 @@
-"""What difftap measures: speed, memory, and how right its matches are."""
+"""Benchmarks: measure speed, memory and the accuracy of matches."""

@@ -1,1 +1,1 @@
-"""Data sets: annotated pairs of images (keypoints), images with objects (masks), and scenes; one file a data set."""
+"""Data sets: pairs of images with keypoints, and images with masks of objects (scenes); one file per data set."""

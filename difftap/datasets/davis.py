@@ -33,7 +33,8 @@ PEOPLE: Mapping[str, tuple[int, ...]] = {
     "tuk-tuk": (1, 2, 3),
     "walking": (1, 2),
 }
-"""Which objects are people, for folders without ``davis_semantics.json``: DAVIS 2017's own semantics of these clips."""
+"""Clip -> numbers of the objects that are people, from DAVIS 2017's own semantics. Used for folders without
+``davis_semantics.json``."""
 
 STUDY_CLIPS = tuple(clip for clip in PEOPLE if clip != "soapbox")
 """The clips of the semantic study."""

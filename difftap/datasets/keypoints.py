@@ -103,7 +103,7 @@ class Sample:
         if self.target_visible.shape != (len(self.target_ids), 2):
             raise InputError(
                 f"pair '{self.name}' has {len(self.target_ids)} names for {self.target_visible.shape} points; "
-                "allowed: (M, 2), one name a point"
+                "allowed: (M, 2), one name per point"
             )
         if not (np.isfinite(self.source_points).all() and np.isfinite(self.target_points).all()):
             raise InputError(f"pair '{self.name}' has keypoints that are not finite; absent ones must be left out")

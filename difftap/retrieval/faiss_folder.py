@@ -83,7 +83,7 @@ class FolderIndex(Index):
     def add(self, batches: Iterable[VectorBatch]) -> int:
         """See `Index.add`. Until all vectors are saved, the folder holds the old index.
 
-        After an error, do not use this object again; open the index anew. Some vectors may be in its memory.
+        After an error, do not use this object again, because some of the vectors may be in its memory.
         """
         with held_folder(self._folder):
             # The folder was not locked between opening and adding, so another process may have added rows.

@@ -1,1 +1,1 @@
-"""The semantic study: how near objects of the same and of other classes lie, in one image and across images."""
+"""The semantic study: distances between objects of the same class and of other classes, within and across images."""

@@ -1,1 +1,1 @@
-"""Learning prompts for matching: data, loss, loop and what is written. Needs torch, but for `settings` and `data`."""
+"""Learn prompts for matching. It needs torch; reading settings and training pairs does not."""

@@ -191,7 +191,7 @@ def load_state(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         earlier, progress = about["identity"], Progress(**about["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise OutputError(f"'{path}' cannot be read ({error}); start afresh with --overwrite") from error
+        raise OutputError(f"'{path}' cannot be read ({error}); start again with --overwrite") from error
     check_conditions(path.parent.parent, earlier, json.loads(json.dumps(identity)), kind="folder")
     with torch.no_grad():
         for k, value in enumerate(parameters):

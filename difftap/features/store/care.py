@@ -178,7 +178,7 @@ def compact(
     drop_damaged: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Compacted:
-    """Write a store anew, without holes and reserved rows, and without failures.
+    """Copy a store without holes, reserved rows and failures.
 
     A later extraction tries the failed images again.
 

@@ -208,7 +208,7 @@ class Shard:
         )
 
     def copy(self, row: StoredRow, stored: Mapping[str, EncodedMap]) -> None:
-        """Add a row that was read from a store, with its encoded maps, unchanged but for its number."""
+        """Add a row that was read from a store, with its encoded maps; only its number changes."""
         self._keep(stored)
         number = self.number * self._provenance.shard + len(self._rows)
         self._rows.append(StoredRow(**{**vars(row), "row": number}))
