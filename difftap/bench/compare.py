@@ -182,6 +182,7 @@ def compare(
     left, right = np.array([here[name] for name in common]), np.array([there[name] for name in common])
     tallies = (_Pairs(first, left), _Pairs(second, right))
     for name, one, two in zip(common, left, right, strict=True):
+        # The same name may hide another annotation, for example of another release of the data set.
         if first["pairs"]["digests"][one] != second["pairs"]["digests"][two]:
             raise InputError(f"pair '{name}' is annotated differently in the two; compare runs over the same data")
     weights = draws(len(common), count, seed)

@@ -82,6 +82,7 @@ class _Walk:
             self.types[value.name] = value.type
         for tensor in model.graph.initializer:
             self.types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
+            # External data are the weights, which are not loaded; what decides a reshape is inside the file.
             outside = tensor.data_location == onnx.TensorProto.EXTERNAL
             if not outside and math.prod(tensor.dims) <= _SMALL:
                 self.constants[tensor.name] = onnx.numpy_helper.to_array(tensor)

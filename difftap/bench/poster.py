@@ -93,7 +93,7 @@ def learned_rows(model: ModelReference | None = None, size: int | None = None) -
         size: side of the embedded model's square input in pixels.
     """
     if model is not None:
-        readings = {"kernel-softargmax": "corners"}
+        readings = {"kernel-softargmax": "corners"}  # this matcher is SD4Match's
         recipes = {name: dataclasses.replace(load_recipe(name), model=model) for name in LEARNED}
         return [PosterRow(name, one, readings.get(one.matcher.name, "centres")) for name, one in recipes.items()]
     rows = []

@@ -106,7 +106,7 @@ def score(predictions: Predictions, protocols: Sequence[Protocol], settings: Res
     """
     settings = settings or Resampling()
     good = [pair for pair in predictions.pairs if pair.error is None]
-    weights = draws(len(good), settings.draws, settings.seed)
+    weights = draws(len(good), settings.draws, settings.seed)  # one set of draws, so that all figures can be compared
     applied: dict[str, JsonObject] = {}
     refused: dict[str, str] = {}
     hits: dict[str, dict[str, list[int]]] = {}

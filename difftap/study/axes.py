@@ -89,7 +89,7 @@ def layer_cases(model: Checkpoint, size: tuple[int, int], timestep: int) -> tupl
         raise RecipeError(f"the UNet of '{model.name}' has no attention layers in its encoder; allowed: SD 1.x or 2.x")
     block = coarsest[-1].split(".")[0]
     own = [name for name in coarsest if name.startswith(f"{block}.")]
-    if len(own) == 1:
+    if len(own) == 1:  # nothing to compare with: add the residual layer before it
         own = [own[0].replace("attn", "res"), own[0]]
     ordinals = ("first", "second", "third", "fourth")
     for k, name in enumerate(own):

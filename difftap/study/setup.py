@@ -92,6 +92,7 @@ class StudySets:
                 min_area=self.min_area,
                 allow_missing=self.allow_missing,
             )
+            # Clips are not thinned: offsets between frames would be lost.
             found[name] = source if name == VIDEO else _limited(source, self.limit)
         return found
 

@@ -290,7 +290,7 @@ def finish_axis(study: Study, results: JsonObject, sources: Mapping[str, SceneSo
     write_atomic(study.folder / f"{axis}.md", f"## {axis}\n\n{lines}\n\n" + "\n".join(one.markdown() for one in made))
     # The JSON last: `load_axes` reads it, so an axis counts only when its other files are there.
     write_atomic(study.folder / f"{axis}.json", json_text({**results, "figures": listed}))
-    shown = [one for one in made if not one.title.endswith(": tests")]
+    shown = [one for one in made if not one.title.endswith(": tests")]  # tests have many rows; the files have them
     return [*trends, "", *(line for one in shown for line in (*one.text(), ""))]
 
 

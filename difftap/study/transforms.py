@@ -106,6 +106,7 @@ def transformed(source: SceneSource) -> SceneSource:
         found = [
             (one.instance, one.category, np.asarray(mask, np.bool_)) for one, mask in zip(objects, masks, strict=True)
         ]
+        # No least area: the source's filter has chosen the objects, and a transform must not drop one.
         return make_scene(name, image, found, ObjectFilter(min_area=0.0))
 
     return SceneSource(source.name, tuple(keys), made, {**source.about, "transforms": list(TRANSFORMS)}, source.missing)

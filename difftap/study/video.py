@@ -135,7 +135,7 @@ def _nearest(found: Sequence[Clip], offset: int) -> Mapping[str, object]:
         for i in range(len(clip.frames)):
             later = np.flatnonzero(clip.frames == clip.frames[i] + offset)
             itself = clip.instances[later] == clip.instances[i]
-            if itself.any() and not itself.all():
+            if itself.any() and not itself.all():  # alone in the later frame, it would always be the nearest
                 nearest = later[int(clip.distances[i, later].argmin())]
                 mine[0] += 1
                 mine[1] += int(clip.instances[nearest] == clip.instances[i])

@@ -128,7 +128,7 @@ class ImageStore:
             with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
                 mean, std, first, second, tokens, size = (data[name] for name in _NAMES)
             return ImagePosterior(mean, std, first, second, tokens, self._geometry((int(size[0]), int(size[1]))))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # made again: nothing is lost
             _LOG.warning("'%s' is damaged (%s) and is made again", path, error)
             return None
 

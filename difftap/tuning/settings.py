@@ -67,7 +67,7 @@ class TuneSettings:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "timesteps", tuple(self.timesteps))
+        object.__setattr__(self, "timesteps", tuple(self.timesteps))  # a list, if it was read from JSON
         words = {
             "kind": KINDS,
             "initial": INITIALS,

@@ -115,7 +115,7 @@ def stored_stream(
         return store_image(features, encoding, bases)
 
     if image < _LARGE:
-        ready = max(2, waiting // int(pipeline.batch))
+        ready = max(2, waiting // int(pipeline.batch))  # the stream counts batches
         return as_stored(stream(pipeline, items, settings.workers, ready=ready), encode)
     return ahead(as_stored(stream(pipeline, items, settings.workers), encode), waiting, "encode")
 
