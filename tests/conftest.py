@@ -15,7 +15,14 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the rep
 
 HEAVY_FIXTURES = {"mini", "mini_cache"}
 HEAVY_FILES = (
-    *("tests/tuning/", "tests/export/", "tests/bench/test_throughput", "tests/bench/test_gpucheck", "training/"),
+    *(
+        "tests/tuning/test_learn",
+        "tests/tuning/test_passes",
+        "tests/export/",
+        "tests/bench/test_throughput",
+        "tests/bench/test_gpucheck",
+        "training/",
+    ),
     *("tests/engine/backends/test_tensorrt_rtx", "tests/retrieval/test_milvus"),
     *("tests/prompts/test_encode", "tests/commands/test_tune", "tests/pipeline/", "tests/study/test_study"),
 )
