@@ -270,3 +270,13 @@ def test_few_pairs_are_not_shown_twice():
     chosen = choose(measured, 3)
     assert sorted(k for group in chosen.values() for k in group) == [0, 1]
     assert choose([], 3) == {"best": [], "median": [], "worst": []}
+
+
+def test_a_pair_without_points_is_counted_apart():
+    pairs = [prediction([[10, 10]], [[10, 10]], index=0), prediction([], [], index=1)]
+    result = score(predictions(pairs), get_protocols(["dift"]), Resampling(draws=5))
+    (under,) = result["protocols"].values()
+    assert result["counts"]["pairs_without_points"] == 1
+    assert (under["counts"]["pairs"], under["counts"]["points"]) == (1, 1)
+    assert (under["pck"]["pairs"], under["pck"]["points"]) == (1, 1)
+    assert (under["by_class"]["cat"]["pairs"], under["by_class"]["cat"]["points"]) == (1, 1)

@@ -79,3 +79,11 @@ def test_nothing_to_judge():
 def test_more_neighbours_than_hits_are_refused():
     with pytest.raises(InputError, match="up to the depth"):
         judge(np.zeros((0, 1), int), *[np.zeros(0, str)] * 4, ks=(5,), depth=3)
+
+
+def test_recall_is_at_one_five_and_ten_unless_asked_otherwise():
+    """The only relevant row is the hit of rank 10: found at 10 alone; five neighbours vote for the other class."""
+    classes, images = np.array([*"bbbbbbbbb", "a"]), np.array([str(k) for k in range(10)])
+    found = judge(np.arange(10)[None], np.array(["a"]), np.array(["q"]), classes, images, depth=10)
+    assert found.found.tolist() == [[False, False, True]]
+    assert found.voted.tolist() == [False]

@@ -17,7 +17,7 @@ import difftap
 from difftap.cli import cli
 from difftap.errors import BackendError, ImageError, InputError, NonFiniteError, OutputError
 from difftap.features.extract import Extractor, ExtractSettings, extract_to_store, stream
-from difftap.features.extract.extraction import row_bytes
+from difftap.features.extract.extraction import check_components, row_bytes
 from difftap.features.sources import open_source
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store import place as places
@@ -422,3 +422,11 @@ def test_many_random_kills(tmp_path):
     )
     first, second = (FeatureStore.open(tmp_path / name) for name in ("s.zarr", "whole.zarr"))
     assert [(row.key, row.sha256) for row in first.rows] == [(row.key, row.sha256) for row in second.rows]
+
+
+def test_as_many_components_as_a_tap_has_channels_may_be_kept(pocket):
+    recipe = FakePipeline().recipe
+    channels = pocket.tap("up1").channels
+    check_components(recipe, pocket, Encoding(pca=channels))
+    with pytest.raises(InputError, match=f"pca is {channels + 1}; tap 'up1' has {channels} channels"):
+        check_components(recipe, pocket, Encoding(pca=channels + 1))

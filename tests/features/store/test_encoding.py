@@ -125,6 +125,7 @@ def test_fidelity_against_a_loop_over_cells(first, second):
     assert got.cosine == pytest.approx(np.mean(cosines), abs=1e-9)
     assert got.lowest == pytest.approx(min(cosines), abs=1e-9)
     assert Fidelity.measure(first, first).error == 0
+    assert got.cosine <= 1 and Fidelity.measure(first, first).lowest <= 1  # rounding has no say
     joined = Fidelity.join([got, Fidelity(1.0, 1.0, 0.0)])
     assert joined.cosine == pytest.approx((got.cosine + 1) / 2)
     assert (joined.lowest, joined.error, joined.maps) == (min(got.lowest, 1.0), got.error, 2)

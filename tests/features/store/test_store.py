@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from difftap.errors import ArtefactError, DifftapError, InputError, OutputError, RecipeError
+from difftap.featuremap import FeatureMap
 from difftap.features.store import Encoding, FeatureStore, check_writable, open_writer
 from difftap.features.store.encoding import Moments, shapes_of, store_image
+from difftap.features.store.place import Place
 from difftap.features.store.writer import Shard
 from difftap.recipe import Branch
 from tests.features.store.cases import CONDITIONS, RECIPE, fill, made, maps, writer
@@ -344,3 +346,65 @@ def test_a_damaged_journal_is_said(tmp_path):
     group["journal"][1] = "{"
     with pytest.raises(ArtefactError, match="page 1 of the journal"):
         FeatureStore.open(tmp_path / "s.zarr")
+
+
+def test_a_map_of_another_shape_is_refused(tmp_path):
+    other = made(1)
+    cut = FeatureMap(other.branches[0]["up1"].data[:, :2], other.branches[0]["up1"].geometry)
+    wrong = dataclasses.replace(other, branches=({**other.branches[0], "up1": cut}, other.branches[1]))
+    with writer(tmp_path / "s.zarr") as opened:
+        opened.add("k0", made(0))
+        with pytest.raises(InputError, match=r"'0/up1' of 'k1' is stored as \(6, 2, 4\), .* are \(6, 3, 4\)"):
+            opened.add("k1", wrong)
+
+
+def test_what_a_remote_store_says_is_one_clear_line(monkeypatch):
+    place = Place("memory://somewhere/s.zarr")
+
+    def refuse(error):
+        def call(*_given, **_options):
+            raise error
+
+        return call
+
+    for error, words in (
+        (ImportError("no s3fs\nat all"), "needs another package: no s3fs$"),
+        (ValueError("what protocol"), "cannot be opened: what protocol"),
+        (PermissionError("not yours"), "cannot be opened: not yours"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(zarr.storage.FsspecStore, "from_url", refuse(error))
+            with pytest.raises(InputError, match=f"'memory://somewhere/s.zarr' {words}"):
+                place.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr, "open_group", refuse(RuntimeError("403\nno")))
+        with pytest.raises(InputError, match=r"cannot be opened as a feature store \(RuntimeError: 403\)"):
+            place.open()
+        patch.setattr(zarr, "create_group", refuse(RuntimeError("503\nlater")))
+        with pytest.raises(OutputError, match=r"cannot write 'memory://somewhere/s.zarr': RuntimeError: 503$"):
+            place.create({})
+
+
+def test_a_damaged_provenance_and_a_lost_array_are_said(tmp_path):
+    fill(tmp_path / "s.zarr", range(2))
+    group = zarr.open_group(tmp_path / "s.zarr", mode="r+")
+    noted = dict(group.attrs["difftap"])
+    group.attrs["difftap"] = {**noted, "shard": "many"}
+    with pytest.raises(InputError, match=r"has a damaged provenance .*; extract it again"):
+        FeatureStore.open(tmp_path / "s.zarr")
+    group.attrs["difftap"] = noted
+    del group["1/up2"]
+    with pytest.raises(ArtefactError, match="lacks the array '1/up2'"):
+        FeatureStore.open(tmp_path / "s.zarr").read("k0")
+
+
+def test_the_index_of_rows_over_several_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("difftap.features.store.writer._INDEX_ROWS", 3)
+    fill(tmp_path / "s.zarr", range(8))
+    group = zarr.open_group(tmp_path / "s.zarr", mode="r")
+    for number in range(8):
+        geometry = made(number).branches[0]["up1"].geometry
+        assert group["key"][number] == f"k{number}"
+        assert group["digest"][number].tobytes().hex() == made(number).digest
+        assert tuple(group["image"][number]) == geometry.image
+        assert tuple(group["content"][number]) == geometry.content
