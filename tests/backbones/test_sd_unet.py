@@ -173,3 +173,10 @@ def test_index_one_of_dift_in_stable_diffusion():
         ]
         tap = of(config).tap("up1")
         assert (tap.module, tap.channels, tap.stride) == ("up_blocks.1", 1280, 16)
+
+
+def test_the_middle_comes_after_the_last_encoder_block_and_before_the_decoder():
+    assert depth("down_blocks.3", 4) < depth("mid_block.resnets.0", 4) < depth("mid_block", 4) < depth("up_blocks.0", 4)
+    unet = of(TINY_UNET)
+    for taps in (("down3", "mid"), ("mid", "down3")):
+        assert unet.deepest([unet.tap(name) for name in taps]).name == "mid"

@@ -92,6 +92,8 @@ def test_content_cells_by_hand():
     wide = Geometry.letterbox((100, 50), (64, 64))  # content rows 16 to 48 of 64
     assert content_cells(wide, (4, 8)).any(axis=1).tolist() == [False] * 2 + [True] * 4 + [False] * 2
     assert content_cells(wide, (4, 3)).all()  # every row of cells shows some of the image
+    oblong = Geometry.letterbox((50, 50), (128, 32))  # content columns 48 to 80 of 128: cells of 16, 3 and 4 of 8
+    assert content_cells(oblong, (8, 2)).tolist() == [[False] * 3 + [True] * 2 + [False] * 3] * 2
     thin = Geometry.letterbox((1000, 1), (64, 64))
     assert content_cells(thin, (4, 4)).any()
     assert content_cells(Geometry.stretch((7, 5), (64, 64)), (16, 16)).all()

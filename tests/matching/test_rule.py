@@ -285,6 +285,7 @@ def test_of_a_recipe():
     recipe = Recipe((Branch(("up1", "up2"), 5, weight=2.0), Branch(("mid",), 7)))
     assert MatchRule.of(recipe).shares == (1.0, 1.0, 1.0)
     assert MatchRule.of(recipe, "score-sum").apart
+    assert not MatchRule.of(Recipe((Branch(("up1",), 5),)), "score-product").apart  # a single map is joined already
     with pytest.raises(InputError, match="combine is 'sum'; allowed: concat"):
         MatchRule.of(recipe, "sum")
     with pytest.raises(InputError, match="reading is 'edges'"):

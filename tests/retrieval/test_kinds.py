@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from difftap.errors import InputError
 from difftap.retrieval.distances import pairwise
-from difftap.retrieval.kinds import INDEXED, IndexMetric
+from difftap.retrieval.kinds import INDEXED, IndexMetric, IndexPlan, make
 
 
 def raw(space, a, b):
@@ -62,3 +62,12 @@ def test_half_precision_is_read():
 def test_what_cannot_be(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_product_codes_need_256_vectors():
+    pytest.importorskip("faiss")
+    vectors = np.random.default_rng(0).standard_normal((256, 16)).astype(np.float32)
+    plan = IndexPlan("ivf-pq", IndexMetric())
+    assert make(plan, 256, 16, lambda count: vectors).is_trained
+    with pytest.raises(InputError, match="255 vectors cannot train ivf-pq, which takes 256 or more"):
+        make(plan, 255, 16, lambda count: vectors[:255])
