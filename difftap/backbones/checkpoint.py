@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.digests import DigestMemo
 from difftap.artifacts.files import JsonObject
+from difftap.backbones.layouts import describe_folder
+from difftap.backbones.weights import find_weights
 from difftap.coords import Size
 from difftap.errors import ModelError, RecipeError
 from difftap.recipe import Recipe
@@ -38,8 +40,6 @@ __all__ = [
     "NoiseRule",
     "backbones",
     "pocket_folder",
-    "read_config",
-    "safetensors_files",
 ]
 
 BACKBONES = {
@@ -49,7 +49,6 @@ BACKBONES = {
 
 RANDOM_MARK = "_difftap_random_weights"
 """Entry of ``model_index.json`` that holds the seed of a checkpoint built with random weights."""
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def pocket_folder() -> Path:
@@ -124,8 +123,12 @@ class Checkpoint(ABC):
         if not folder.is_dir():
             raise ModelError(f"no model folder at '{folder}'; give a diffusers-format folder")
         kinds = backbones()
-        # A folder that no kind recognises is read as the first kind, whose error says what is missing.
-        kind = next((one for one in kinds.values() if one.recognises(folder)), next(iter(kinds.values())))
+        kind = next((one for one in kinds.values() if one.recognises(folder)), None)
+        if kind is None:
+            other = describe_folder(folder)
+            if other is not None:
+                raise ModelError(other)
+            kind = next(iter(kinds.values()))  # its error says what is missing
         return kind.read(folder, name or str(folder))
 
     # What goes in
@@ -230,7 +233,7 @@ class Checkpoint(ABC):
         Raises:
             ModelError: there are none, or they are pickled.
         """
-        return safetensors_files(self.folder / component)
+        return find_weights(self.folder / component)
 
     def weights_hash(self, component: str, memo: DigestMemo) -> str:
         """Hash a component's weight files and configuration with SHA-256.
@@ -309,61 +312,3 @@ class Checkpoint(ABC):
     def entrance(self, component: str, network: torch.nn.Module) -> torch.nn.Module:
         """Give the module at which a component's inputs are cast to half precision."""
         return network
-
-
-def read_config(path: Path, what: str) -> JsonObject:
-    """Read a configuration file, which is a JSON object.
-
-    Args:
-        path: the file.
-        what: the part that it configures, as an error names it.
-
-    Raises:
-        ModelError: it is missing or damaged.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"'{path.parent.parent}' has no {what}: '{path}' is missing; a model is a diffusers-format folder with "
-            "unet/, vae/ and scheduler/"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be read as JSON ({error}); get the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"'{path}' should hold a JSON object, got {type(data).__name__}; get the checkpoint again")
-    return data
-
-
-def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> tuple[Path, ...]:
-    """Find the safetensors files of one component. Full precision is preferred to fp16.
-
-    Args:
-        folder: the component's folder.
-        stem: the file name without its endings, as the program that wrote it chooses it.
-
-    Raises:
-        ModelError: there are none, some are missing, or they are pickled.
-    """
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        listed = read_config(index, "weights index").get("weight_map")
-        names = set(listed.values()) if isinstance(listed, dict) else set()
-        # Names with folders in them could lead out of the checkpoint, to any file of this machine.
-        if not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise ModelError(f"'{index}' names weights that are no files of its folder; get the checkpoint again")
-        files = [folder / name for name in sorted(names)]
-        lacking = [path for path in files if not path.is_file()]
-        if lacking or not files:
-            raise ModelError(f"'{index}' names weights that are missing: {lacking or 'none'}; get the checkpoint again")
-        return tuple(files)
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return (folder / name,)
-    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLED)
-    if pickled:
-        raise ModelError(
-            f"'{folder}' holds pickled weights ({pickled[0]}), which can run code when loaded and are refused; "
-            "allowed: safetensors; save the model again with diffusers' save_pretrained(..., safe_serialization=True)"
-        )
-    raise ModelError(f"'{folder}' holds no weights; '{stem}.safetensors' was expected")

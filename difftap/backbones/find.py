@@ -25,6 +25,7 @@ from difftap.artifacts.files import JsonObject
 from difftap.artifacts.manifest import Manifest
 from difftap.artifacts.tensors import locate_tensors
 from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, backbones, pocket_folder
+from difftap.backbones.layouts import describe_file
 from difftap.backbones.sd_unet import SDUNet
 from difftap.coords import Size
 from difftap.errors import ArtefactError, ModelError, first_line, require
@@ -79,6 +80,8 @@ def open_model(
         return Checkpoint.load(pocket_folder(), name)
     if _is_folder(name):
         return Checkpoint.load(Path(name), name)
+    if _is_file(name):
+        raise ModelError(describe_file(Path(name)))
     if name in PRESETS:
         return Checkpoint.load(_download(_preset(name)["hub"], revision), name)
     if _HUB_ID.match(name) and not name.startswith("."):
@@ -92,6 +95,13 @@ def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
     except OSError:  # too long a name for the file system
+        return False
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:
         return False
 
 
@@ -114,7 +124,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         files = [pattern for kind in backbones().values() for pattern in kind.hub_files]
         wanted = {"revision": revision, "allow_patterns": files}
         # fp16 copies and the weights before averaging (non_ema) would double the download, and are not read.
-        folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*fp16*", "*non_ema*"], **wanted))
+        folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*fp16*", "*bf16*", "*non_ema*"], **wanted))
         unet = folder / "unet"
         if unet.is_dir() and not any(unet.glob("*.safetensors")):  # it has only half-precision weights
             folder = Path(hub.snapshot_download(hub_id, ignore_patterns=["*non_ema*"], **wanted))

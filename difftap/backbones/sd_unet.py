@@ -23,6 +23,8 @@ channels and stride are found by running it.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,10 +35,14 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.digests import DigestMemo
 from difftap.artifacts.files import JsonObject
-from difftap.backbones.checkpoint import Checkpoint, NoiseRule, read_config
+from difftap.backbones.checkpoint import Checkpoint, NoiseRule
+from difftap.backbones.config import check_entries, read_config
+from difftap.backbones.sd_config import SCHEDULER_RULES, SCHEDULERS, UNET_RULES, VAE_RULES
+from difftap.backbones.weights import load_network
 from difftap.coords import Size
-from difftap.errors import ModelError, RecipeError, first_line, require
+from difftap.errors import ModelError, RecipeError, require
 from difftap.taps import Tap
 
 if TYPE_CHECKING:
@@ -73,7 +79,7 @@ class SDUNet(Checkpoint):
         *(
             f"{part}/{name}"
             for part in ("unet", "vae", "text_encoder", "text_encoder_2")
-            for name in ("config.json", "*.safetensors.index.json")
+            for name in ("config.json", "*.safetensors.index*.json")
         ),
         "unet/diffusion_pytorch_model*.safetensors",
         "vae/diffusion_pytorch_model*.safetensors",
@@ -106,10 +112,14 @@ class SDUNet(Checkpoint):
                     f"'{folder}' holds a {config.get('_class_name')!r} where a {wanted} is needed; difftap reads "
                     "Stable Diffusion's UNet and VAE in diffusers format"
                 )
+        _check_scheduler(model)
         for component in cls.components:
             _check_config(component, model.config(component), folder)
+            rules = UNET_RULES if component == "unet" else VAE_RULES
+            check_entries(model.config(component), rules, folder / component / "config.json")
             model.weight_files(component)
         _check_kind(model)
+        _check_pipeline(model)
         return model
 
     def config(self, component: str) -> JsonObject:
@@ -165,10 +175,11 @@ class SDUNet(Checkpoint):
             ModelError: the schedule is of a kind difftap does not know.
         """
         config = self.scheduler
-        kind = config.get("beta_schedule", "linear")
+        first, last, usual = SCHEDULERS.get(_scheduler_name(config), SCHEDULERS["DDPM"])
+        kind = config.get("beta_schedule", usual)
         try:
             steps = int(config.get("num_train_timesteps", 1000))
-            start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+            start, end = float(config.get("beta_start", first)), float(config.get("beta_end", last))
             trained = config.get("trained_betas")
             given = None if trained is None else np.asarray(trained, np.float64)
         except (TypeError, ValueError) as error:
@@ -268,32 +279,44 @@ class SDUNet(Checkpoint):
             MissingExtraError: diffusers is not installed.
             ModelError: it cannot be loaded.
         """
-        import torch
-        from safetensors import SafetensorError
-
         diffusers = require("diffusers", "export", "loading a checkpoint with torch")
         kind = diffusers.UNet2DConditionModel if component == "unet" else diffusers.AutoencoderKL
-        files = self.weight_files(component)
-        variant = "fp16" if files[0].name.endswith(".fp16.safetensors") else None
-        try:
-            loaded = kind.from_pretrained(
-                str(self.folder),
-                subfolder=component,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=variant,
-                torch_dtype=torch.float32,
-                low_cpu_mem_usage=False,
-            )
-        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-            raise ModelError(f"the {component} in '{self.folder}' cannot be loaded ({first_line(error)})") from error
-        module: torch.nn.Module = loaded.eval().requires_grad_(False)
-        return module
+        config = dict(self.config(component))  # diffusers fills in its defaults
+        what = f"the {component} in '{self.folder}'"
+        return load_network(lambda: kind.from_config(config), self.weight_files(component), what)
+
+    @cached_property
+    def latent_shift(self) -> tuple[list[float], list[float]] | None:
+        """Mean and deviation of the latent, one a channel, that are taken out before it is scaled; None for most VAEs.
+
+        diffusers feeds a UNet ``(latent - mean) * scaling_factor / std`` where ``latents_mean`` and ``latents_std`` are
+        given (Playground 2.5), and ``(latent - shift_factor) * scaling_factor`` where that is.
+        """
+        mean, std, shift = (self.vae.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
+        if isinstance(mean, list) and isinstance(std, list):
+            return [float(one) for one in mean], [float(one) for one in std]
+        if shift:
+            return [float(shift)] * self.latent_channels, [1.0] * self.latent_channels
+        return None
+
+    def weights_hash(self, component: str, memo: DigestMemo) -> str:
+        """Hash a component's weight files and configuration; see `Checkpoint.weights_hash`."""
+        digest = super().weights_hash(component, memo)
+        if component != "vae" or self.latent_shift is None:
+            return digest
+        # difftap 0.1.0 did not apply these entries: its graphs and features of such a model are other ones.
+        return hashlib.sha256(f"{digest} normalised".encode()).hexdigest()
 
     def encode(self, network: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the VAE's encoder; see `Checkpoint.encode`."""
+        import torch
+
         posterior = cast("AutoencoderKL", network).encode(image, return_dict=False)[0]
-        return posterior.mean, posterior.std
+        if self.latent_shift is None:
+            return posterior.mean, posterior.std
+        mean, std = (torch.tensor(one, dtype=torch.float32).view(1, -1, 1, 1) for one in self.latent_shift)
+        mean, std = mean.to(posterior.mean), std.to(posterior.mean)
+        return (posterior.mean - mean) / std, posterior.std / std
 
     def run(
         self,
@@ -336,6 +359,12 @@ def _check_config(part: str, config: JsonObject, folder: Path) -> None:
     def per_block(value: object) -> bool:
         return isinstance(value, list) and len(value) == count
 
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def per_channel(value: object) -> bool:
+        return isinstance(value, list) and len(value) == channels and all(map(number, value))
+
     widths = config.get("block_out_channels")
     count = len(widths) if isinstance(widths, list) and all(map(whole, widths)) else 0
     good = {"block_out_channels": count > 0}
@@ -345,8 +374,13 @@ def _check_config(part: str, config: JsonObject, folder: Path) -> None:
         good["cross_attention_dim"] = whole(config.get("cross_attention_dim"))
         good["layers_per_block"] = whole(layers) or (per_block(layers) and all(map(whole, layers)))
     else:
-        good["latent_channels"] = whole(config.get("latent_channels", 4))
-        good["scaling_factor"] = isinstance(config.get("scaling_factor", 1.0), int | float)
+        channels = config.get("latent_channels", 4)
+        good["latent_channels"] = whole(channels)
+        good["scaling_factor"] = number(config.get("scaling_factor", 1.0))
+        good["shift_factor"] = number(config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        good["latents_mean"] = (mean is None) == (std is None) and (mean is None or per_channel(mean))
+        good["latents_std"] = std is None or (per_channel(std) and all(std))
     for key, fine in good.items():
         if not fine:
             raise ModelError(
@@ -367,12 +401,6 @@ def _check_kind(model: SDUNet) -> None:
             f"the UNet of '{model.name}' takes {channels} channels and its VAE's latent has {model.latent_channels}; "
             "allowed: equal numbers (an inpainting model's UNet takes a mask too: use the base model)"
         )
-    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
-        if model.unet.get(key) not in (None, "text_time" if key == "addition_embed_type" else None):
-            raise ModelError(
-                f"the UNet of '{model.name}' has {key} = {model.unet[key]!r}; allowed: conditions on timestep and "
-                "prompt, as in Stable Diffusion 1.x and 2.x, and on text and sizes, as in SDXL's base model"
-            )
     if model.unet.get("addition_embed_type") == "text_time":
         given, sizes = (model.unet.get(k) for k in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
         if not isinstance(given, int) or not isinstance(sizes, int) or not 0 < model.pooled_width <= model.prompt_width:
@@ -380,6 +408,47 @@ def _check_kind(model: SDUNet) -> None:
                 f"the UNet of '{model.name}' has projection_class_embeddings_input_dim = {given!r} and "
                 f"addition_time_embed_dim = {sizes!r}; allowed: those of SDXL's base model (a pooled text embedding "
                 "and six sizes)"
+            )
+
+
+def _scheduler_name(config: JsonObject) -> str:
+    return str(config.get("_class_name") or "").removesuffix("Scheduler")
+
+
+def _check_scheduler(model: SDUNet) -> None:
+    """Refuse schedules that mix noise by another rule than DDPM's betas.
+
+    Raises:
+        ModelError: the scheduler is of such a kind, or has an entry that is not applied.
+    """
+    name = _scheduler_name(model.scheduler)
+    file = model.folder / "scheduler" / "scheduler_config.json"
+    if name and name not in SCHEDULERS:
+        rule = "sigmas" if name.startswith("EDM") else "flow matching" if "Flow" in name else "another rule"
+        raise ModelError(
+            f"'{file}' is a {name}Scheduler, which mixes noise by {rule}; allowed: schedulers with betas, such as "
+            "DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler"
+        )
+    check_entries(model.scheduler, SCHEDULER_RULES, file)
+
+
+def _check_pipeline(model: SDUNet) -> None:
+    """Refuse SDXL's refiner, whose UNet takes five sizes, not six, and so is told apart by the pipeline alone.
+
+    Raises:
+        ModelError: it is one, or its second text encoder is of another width than the UNet takes.
+    """
+    file = model.folder / "model_index.json"
+    pipeline = read_config(file, "pipeline") if file.is_file() else {}
+    if pipeline.get("requires_aesthetics_score"):
+        raise ModelError(f"'{model.folder}' is a refiner (requires_aesthetics_score); allowed: SDXL's base model")
+    encoder = model.folder / "text_encoder_2" / "config.json"
+    if model.pooled_width and encoder.is_file():
+        width = read_config(encoder, "second text encoder").get("projection_dim", 512)
+        if width != model.pooled_width:
+            raise ModelError(
+                f"the second text encoder of '{model.folder}' gives {width} numbers and its UNet takes "
+                f"{model.pooled_width} beside six sizes; allowed: SDXL's base model (a refiner's UNet takes five sizes)"
             )
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from difftap.artifacts.cache import Cache, Making
 from difftap.artifacts.tensors import TensorLocation
 from difftap.backbones.checkpoint import Checkpoint
+from difftap.backbones.weights import load_transformer, transformer_weights
 from difftap.engine.backend import Graph, Profile, TensorSpec
 from difftap.engine.graphfiles import GRAPH_VERSION, model_folder
 from difftap.engine.registry import get_backend
@@ -30,7 +31,6 @@ from difftap.export.parity import TensorParity
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from difftap.engine.torch_prompts import ConditionalHead
 
@@ -92,9 +92,7 @@ def weights_of(folder: Path, cache: Cache) -> tuple[tuple[Path, ...], str]:
     Raises:
         ModelError: it has no such files, or no configuration.
     """
-    files = tuple(sorted(folder.glob("*.safetensors")))
-    if not files:
-        raise ModelError(f"'{folder}' holds no safetensors weights (pickled ones are refused); get the network again")
+    files = transformer_weights(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # Entries about the program that wrote the file change no number.
@@ -137,31 +135,14 @@ def text_graph(model: Checkpoint, cache: Cache, length: int, width: int) -> Grap
         from difftap.artifacts.tensors import locate_tensors
         from difftap.engine.torch_prompts import TextEncoder
 
-        text = _loaded(transformers.CLIPTextModel, model.folder / "text_encoder")
+        folder = model.folder / "text_encoder"
+        # Eager attention: a fused one cannot be traced.
+        text = load_transformer(transformers.CLIPTextModel, folder, f"the text encoder of '{model.folder}'", "eager")
         placed = cache.place_files(files, scratch.parent / "text_encoder")
         located = _plain_names(locate_tensors(placed), "text_model.")
         return _write(graph, TextEncoder(text), located, scratch, placed)
 
     return replace(graph, path=cache.get_or_make("graph", path, identity, make))
-
-
-def _loaded(kind: type[PreTrainedModel], folder: Path) -> torch.nn.Module:
-    """Load a transformers network, frozen, in fp32, with plain attention: a fused one cannot be traced.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        network = kind.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, attn_implementation="eager"
-        )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the network in '{folder}' cannot be loaded ({first_line(error)})") from error
-    frozen: torch.nn.Module = network.eval().requires_grad_(False)
-    return frozen
 
 
 def dino_folder(name: str) -> Path:
@@ -213,7 +194,7 @@ def image_network(folder: Path) -> torch.nn.Module:
     transformers = require("transformers", "export", "image tokens")
     from difftap.engine.torch_prompts import ImageTokens
 
-    return ImageTokens(_loaded(transformers.Dinov2Model, folder)).eval()
+    return ImageTokens(load_transformer(transformers.Dinov2Model, folder, f"the network in '{folder}'", "eager")).eval()
 
 
 def dino_graph(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.cache import Cache, Making
 from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint
+from difftap.backbones.weights import load_transformer, transformer_weights
 from difftap.errors import ModelError, OutputError, first_line, require
 
 if TYPE_CHECKING:
@@ -113,16 +114,11 @@ def _remembered(model: Checkpoint, prompt: str, cache: Cache) -> NDArray[np.floa
     """Give CLIP's embedding of a prompt, from the cache if this text encoder has encoded it before."""
     files = []
     for encoder in ("text_encoder", "text_encoder_2") if model.pooled_width else ("text_encoder",):
-        weights = sorted((model.folder / encoder).glob("*.safetensors"))
-        if not weights:
-            raise ModelError(
-                f"'{model.folder / encoder}' holds no safetensors weights (pickled ones are refused); "
-                "get the checkpoint again"
-            )
+        weights = transformer_weights(model.folder / encoder)
         # The tokenizer and the encoder's configuration (.json and .txt files) decide the embedding as much as the
         # weights do.
         parts = (encoder, encoder.replace("text_encoder", "tokenizer"))
-        files += weights + sorted(p for part in parts for p in (model.folder / part).glob("*.[jt]*") if p.is_file())
+        files += [*weights, *sorted(p for part in parts for p in (model.folder / part).glob("*.[jt]*") if p.is_file())]
     identity = {"files": [cache.memo.digest(path) for path in files], "prompt": prompt}
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     encoded: list[NDArray[np.float32]] = []
@@ -182,19 +178,16 @@ def _encode(
     Raises:
         ModelError: it cannot be loaded.
     """
-    import torch
-    from safetensors import SafetensorError
     from transformers import CLIPTokenizer
 
     folder = model.folder
+    encoder = load_transformer(kind, folder / f"text_encoder{suffix}", f"the text encoder of '{folder}'")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder / f"tokenizer{suffix}"), local_files_only=True)
-        encoder = kind.from_pretrained(
-            str(folder / f"text_encoder{suffix}"), local_files_only=True, use_safetensors=True, dtype=torch.float32
-        ).eval()
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the text encoder of '{folder}' cannot be loaded ({first_line(error)})") from error
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"the tokenizer of '{folder}' cannot be loaded ({first_line(error)})") from error
     tokens = tokenizer(
         prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )
-    return encoder(tokens.input_ids, output_hidden_states=True)
+    output: BaseModelOutput = encoder(tokens.input_ids, output_hidden_states=True)
+    return output

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from difftap.backbones.checkpoint import Checkpoint
+from difftap.backbones.weights import load_transformer
 from difftap.datasets.keypoints import Sample
 from difftap.engine import Cache
 from difftap.errors import InputError, ModelError, first_line, require
@@ -84,19 +85,9 @@ def load_text_encoder(model: Checkpoint) -> torch.nn.Module:
         MissingExtraError: transformers is not installed.
     """
     require("torch", "tune", "learning a prompt")
-    import torch
-
     transformers = require("transformers", "tune", f"the text encoder of model '{model.name}'")
-    from safetensors import SafetensorError
-
-    try:
-        text = transformers.CLIPTextModel.from_pretrained(
-            str(model.folder / "text_encoder"), local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the text encoder of '{model.folder}' cannot be loaded ({first_line(error)})") from error
-    frozen: torch.nn.Module = text.eval().requires_grad_(False)
-    return frozen
+    folder = model.folder / "text_encoder"
+    return load_transformer(transformers.CLIPTextModel, folder, f"the text encoder of '{model.folder}'")
 
 
 def open_space(model: Checkpoint, cache: Cache, device: str, asked: int = 0) -> PromptSpace:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from difftap.backbones.checkpoint import Checkpoint, read_config, safetensors_files
+from difftap.backbones.checkpoint import Checkpoint
+from difftap.backbones.config import read_config
+from difftap.backbones.weights import find_weights
 from difftap.taps import Tap
 
 CONFIG = {"model_type": "tiny-vit", "patch": 8, "width": 12, "depth": 3, "heads": 2}
@@ -51,7 +53,7 @@ class TinyViT(Checkpoint):
         return self.settings
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
-        return safetensors_files(self.folder, "model")
+        return find_weights(self.folder, "model")
 
     def network(self, component: str) -> Any:
         from safetensors.torch import load_file
