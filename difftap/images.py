@@ -9,7 +9,9 @@ Axis letters: B batch, H W image pixels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import io
 import os
 import warnings
@@ -29,11 +31,13 @@ from difftap.errors import ImageError
 __all__ = [
     "MAX_PIXELS",
     "PICTURE_ENDINGS",
+    "VOID",
     "Image",
     "decode_image",
     "find_pictures",
     "is_picture",
     "load_image",
+    "object_numbers",
     "read_labels",
     "read_mask",
     "read_size",
@@ -45,9 +49,15 @@ __all__ = [
 # cannot decode (AVIF before Pillow 11.3) is found too, and then refused by name: no file is skipped in silence.
 PICTURE_ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
 )
 """Endings, in lower or upper case, of the files that count as pictures in a folder, list or archive."""
+
+_PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif"}
+"""Packages that teach Pillow a format, by ending; used where they are installed, and named where they are not."""
+
+VOID = 255
+"""The number of a label mask's pixels that belong to nothing, where other numbers stand beside it."""
 
 MAX_PIXELS = 150_000_000
 """Largest image that is decoded, in pixels: a small file can claim to be a picture that takes all memory."""
@@ -132,7 +142,11 @@ def _eight_bit(picture: PIL.Image, path: Path) -> PIL.Image:
                 "convert it first"
             )
         # Pillow's own conversion clips at 255. This one divides by 257, rounded to nearest, in whole numbers.
-        picture = PIL.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        grey = PIL.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        clear = picture.info.get("transparency")  # the one value that is transparent, of 16 bits too
+        if isinstance(clear, int):
+            grey.putalpha(PIL.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        picture = grey
     if picture.mode == "F":
         raise ImageError(f"'{path}' holds floating-point pixels; allowed: 8 or 16 bits a channel; convert it first")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
@@ -176,12 +190,40 @@ def decode_image(data: bytes, name: str) -> Image:
     return _decode(io.BytesIO(data), Path(name))
 
 
+@contextlib.contextmanager
+def _opened(source: Path | io.BytesIO) -> Iterator[PIL.Image]:
+    """Open a picture's header.
+
+    By a handle, never by name: an uncompressed grey TIFF that is opened by name Pillow maps into memory, with the sides
+    that it has only after it is turned upright, and so scrambles its rows (seen in Pillow 13).
+    """
+    if isinstance(source, io.BytesIO):
+        with PIL.open(source) as picture:
+            yield picture
+    else:
+        with open(source, "rb") as handle, PIL.open(handle) as picture:
+            yield picture
+
+
+def _register(plugin: str) -> bool:
+    """Teach Pillow the format of a plug-in; tell whether it is installed."""
+    try:
+        module = importlib.import_module(plugin.replace("-", "_"))
+        module.register_heif_opener()
+    except Exception:  # not installed, or its library is missing: the format cannot be read either way
+        return False
+    return True
+
+
 def _decode(source: Path | io.BytesIO, path: Path) -> Image:
+    plugin = _PLUGINS.get(path.suffix.lower())
+    if plugin is not None:
+        _register(plugin)
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures from 89 Mpixel on, where our own limit decides, and of damaged EXIF data.
             warnings.simplefilter("ignore")
-            with PIL.open(source) as picture:
+            with _opened(source) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:  # only the header has been read yet
                     raise ImageError(
@@ -194,6 +236,9 @@ def _decode(source: Path | io.BytesIO, path: Path) -> Image:
     except ImageError:  # our own, which the last clause below would take for Pillow's
         raise
     except UnidentifiedImageError as error:
+        plugin = _PLUGINS.get(path.suffix.lower())
+        if plugin is not None and not _register(plugin):
+            raise ImageError(f"'{path}' needs the package '{plugin}'; install it with: pip install {plugin}") from error
         raise ImageError(
             f"'{path}' is not a picture that can be read; give a JPEG, PNG or other picture file"
         ) from error
@@ -211,58 +256,98 @@ def read_size(path: Path) -> Size:
     Raises:
         OSError, SyntaxError, ValueError: what Pillow raises where the file is missing or damaged.
     """
-    with PIL.open(path) as picture:
+    if path.suffix.lower() in _PLUGINS:
+        return load_image(path).size
+    with _opened(path) as picture:
         turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that exchange the sides
+        if turned and picture.format == "TIFF":
+            picture.load()  # Pillow turns TIFFs by itself: from version 11 on when opened, before that when loaded
+            return picture.size
         width, height = picture.size
     return (height, width) if turned else (width, height)
 
 
-def _read_numbers(path: Path) -> tuple[NDArray[np.int64], bool]:
-    """Read a mask's numbers ``(H, W)``; and tell whether they are numbers of a palette."""
+def read_labels(path: Path) -> NDArray[np.int64]:
+    """Read the numbers ``(H, W)`` of a label mask, upright: a palette, grey, or black and white picture.
+
+    A grey picture that is one soft mask (antialiased, or a JPEG) has 255 from 128 on and 0 below: its other values are
+    edges and noise, and no numbers of objects.
+
+    Raises:
+        ImageError: the file is missing, damaged, too large, or holds colours.
+    """
     try:
-        with PIL.open(path) as picture:
+        with _opened(path) as picture:
             if picture.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
                 raise ImageError(
                     f"mask '{path}' holds colours (mode {picture.mode}), not numbers; allowed: a palette, grey or "
                     "black and white picture whose values are the objects' numbers"
                 )
-            return np.asarray(picture).astype(np.int64), picture.mode == "P"
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(f"mask '{path}' has {width} x {height} pixels; allowed: at most {MAX_PIXELS:,} in all")
+            lossy = picture.format == "JPEG"
+            picture.load()
+            upright = ImageOps.exif_transpose(picture) or picture
+            values = np.asarray(upright).astype(np.int64)
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"there is no mask '{path}'") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise ImageError(f"mask '{path}' cannot be decoded ({error}); it is damaged or cut short") from error
+    if lossy and values.max() < 128:
+        raise ImageError(f"mask '{path}' is a JPEG, which cannot hold numbers exactly; save it as PNG")
+    if lossy or (upright.mode == "L" and _is_soft(values)):
+        return np.where(values >= 128, VOID, 0)
+    return values
 
 
-def read_labels(path: Path) -> NDArray[np.int64]:
-    """Read the labels ``(H, W)`` of a palette, 8-bit or 16-bit picture: numbers, not colours.
+def _is_soft(values: NDArray[np.int64]) -> bool:
+    """Tell a grey mask with soft edges from one of numbers: numbers fill areas, edges do not."""
+    between = (values > 0) & (values < VOID)
+    if values.max() != VOID or not between.any():
+        return False
+    alike = np.zeros_like(between)
+    for axis in (0, 1):
+        same = np.diff(values, axis=axis) == 0
+        first, second = (slice(0, -1), slice(1, None))
+        for part in (first, second):
+            index = (part, slice(None)) if axis == 0 else (slice(None), part)
+            alike[index] |= same
+    # Two neighbours of one grey are rare along an edge, and the rule inside an object.
+    return bool(alike[between].mean() < 0.5)
 
-    Raises:
-        ImageError: the file is missing, damaged, or holds colours.
+
+def object_numbers(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """List the numbers in a label mask that are objects: all but 0, and but `VOID` where other numbers are there.
+
+    So 255 alone is an object (masks of 0 and 255, as most programs export them), and beside others it is the border
+    that Pascal VOC draws around objects. In a mask of more than 255 objects it is one of them.
     """
-    return _read_numbers(path)[0]
+    numbers = np.unique(labels)
+    numbers = numbers[numbers != 0]
+    border = len(numbers) > 1 and numbers.max() == VOID
+    return np.asarray(numbers[numbers != VOID] if border else numbers)
 
 
 def read_mask(path: Path, value: int | None = None) -> NDArray[np.bool_]:
-    """Read one object's mask, bool ``(H, W)``.
+    """Read one object's mask, bool ``(H, W)``, upright.
 
     Args:
         path: the mask's picture.
-        value: the object's number; None for every number but 0. Then 255 does not count either, if the picture has a
-            palette and other numbers: it is the border that Pascal VOC draws around objects.
+        value: the object's number; None for every number that is an object (`object_numbers`).
 
     Raises:
         ImageError: the file cannot be read, holds colours, or has no pixel of that value.
     """
-    values, palette = _read_numbers(path)
-    if value is not None:
-        if not (values == value).any():
-            present = ", ".join(str(v) for v in np.unique(values)[:20])
-            raise ImageError(f"mask '{path}' has no pixel of value {value}; it has {present}")
-        return np.asarray(values == value)
-    border = palette and bool(((values != 0) & (values != 255)).any())
-    return np.asarray((values != 0) & ~(border & (values == 255)))
+    values = read_labels(path)
+    if value is None:
+        return np.isin(values, object_numbers(values))
+    if not (values == value).any():
+        present = ", ".join(str(v) for v in np.unique(values)[:20])
+        raise ImageError(f"mask '{path}' has no pixel of value {value}; it has {present}")
+    return np.asarray(values == value)
 
 
 def to_input(image: Image, size: Size, fit: str = "stretch") -> tuple[NDArray[np.float32], Geometry]:

@@ -1,6 +1,7 @@
 """Every unusual picture file gives one well-defined picture or one clear line."""
 
 import struct
+import sys
 import warnings
 import zlib
 
@@ -19,6 +20,8 @@ from difftap.images import (
     find_pictures,
     is_picture,
     load_image,
+    object_numbers,
+    read_labels,
     read_mask,
     read_size,
     to_input,
@@ -343,7 +346,7 @@ def write_every_kind(folder):
     """One picture of each ending that this machine's Pillow can write; their names."""
     rng = np.random.default_rng(1)
     for number, ending in enumerate(PICTURE_ENDINGS):
-        if ending == ".avif" and not features.check("avif"):
+        if ending in (".heic", ".heif") or (ending == ".avif" and not features.check("avif")):
             continue
         mode = {".pgm": "L", ".pbm": "1"}.get(ending, "RGB")
         made = PIL.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).convert(mode)
@@ -400,3 +403,87 @@ def test_the_walk_skips_what_is_hidden_and_follows_links_once(tmp_path):
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in find_pictures(tmp_path)] == ["b/a.png", "z.png"]
     assert not is_picture("a.tar") and not is_picture("jpg")
+
+
+# ---- masks: one reader, upright, soft edges, 255
+
+
+def _disc(size=64, scale=8):
+    """A disc of 0 and 255 with soft edges, drawn large and made small; and its pixels from half on."""
+    y, x = np.mgrid[: size * scale, : size * scale]
+    centre = size * scale / 2
+    hard = ((x - centre) ** 2 + (y - centre) ** 2 < (0.3 * size * scale) ** 2) * 255.0
+    soft = hard.reshape(size, scale, size, scale).mean(axis=(1, 3)).round().astype(np.uint8)
+    return soft, soft >= 128
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".tif", ".bmp"])
+def test_a_soft_mask_is_cut_at_half(tmp_path, ending):
+    soft, wanted = _disc()
+    path = tmp_path / f"mask{ending}"
+    PIL.fromarray(soft).save(path, **({"quality": 85} if ending == ".jpg" else {}))
+    near = np.abs(soft.astype(int) - 128) < 16  # where a JPEG's noise may decide
+    assert ((read_mask(path) == wanted) | near).all()
+    assert set(np.unique(read_labels(path))) == {0, 255}
+    assert (read_mask(path) == read_mask(path, 255)).all()
+
+
+def test_numbers_are_no_soft_edges(tmp_path):
+    labels = np.zeros((40, 40), np.uint8)
+    labels[5:15, 5:15], labels[20:30, 20:32], labels[33:, 33:] = 1, 200, 255
+    PIL.fromarray(labels).save(tmp_path / "mask.png")
+    assert (read_labels(tmp_path / "mask.png") == labels).all()
+    assert object_numbers(read_labels(tmp_path / "mask.png")).tolist() == [1, 200]
+    assert (read_mask(tmp_path / "mask.png") == ((labels > 0) & (labels < 255))).all()
+
+
+def test_numbers_in_a_jpeg_are_refused(tmp_path):
+    PIL.fromarray(np.full((16, 16), 3, np.uint8)).save(tmp_path / "mask.jpg")
+    with pytest.raises(ImageError, match="JPEG, which cannot hold numbers"):
+        read_labels(tmp_path / "mask.jpg")
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        ([0, 255], [255]),
+        ([0, 1, 255], [1]),
+        ([0, 1, 2], [1, 2]),
+        ([0], []),
+        ([0, 1, 255, 300], [1, 255, 300]),
+    ],
+)  # fmt: skip
+def test_which_numbers_are_objects(values, numbers):
+    assert object_numbers(np.array([values], np.int64)).tolist() == numbers
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".tif"])
+def test_picture_mask_and_header_agree_on_what_is_up(tmp_path, orientation, ending):
+    soft, _ = _disc(24)
+    soft[:, :12] = 0  # so that no turn leaves it as it is
+    soft = soft[:16]
+    path = tmp_path / f"a{ending}"
+    exif = PIL.Exif()
+    exif[0x0112] = orientation
+    PIL.fromarray(soft).save(path, exif=exif, **({"quality": 100} if ending == ".jpg" else {}))
+    image, mask = load_image(path), read_mask(path)
+    assert read_size(path) == image.size == (mask.shape[1], mask.shape[0])
+    assert image.size == ((16, 24) if orientation > 4 else (24, 16))
+    assert ((image.pixels[..., 0] >= 128) != mask).mean() < 0.01
+
+
+def test_one_transparent_value_of_16_bits_becomes_white(tmp_path):
+    values = np.full((4, 4), 5000, np.uint16)
+    values[:2] = 12345
+    PIL.fromarray(values).save(tmp_path / "a.png", transparency=12345)
+    assert load_image(tmp_path / "a.png").pixels[:2].min() == 255
+    assert load_image(tmp_path / "a.png").pixels[2:].max() == round(5000 / 257)
+
+
+def test_a_format_without_its_plug_in_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert find_pictures(tmp_path) == [tmp_path / "photo.HEIC"]
+    with pytest.raises(ImageError, match="pip install pillow-heif"):
+        load_image(tmp_path / "photo.HEIC")

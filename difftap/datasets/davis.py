@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.objects import VOID, ObjectFilter, Scene, SceneSource, make_scene, make_source, read_names
+from difftap.datasets.objects import ObjectFilter, Scene, SceneSource, make_scene, make_source, read_names
 from difftap.errors import InputError
-from difftap.images import load_image, read_labels
+from difftap.images import load_image, object_numbers, read_labels
 
 __all__ = ["PEOPLE", "STUDY_CLIPS", "TREE", "load", "variants"]
 
@@ -144,7 +144,6 @@ def _scene(
         raise InputError(f"the mask of '{key}' is {labels.shape}, its image {image.pixels.shape[:2]}")
     found = [
         (f"{clip}/{number}", _category(clip, int(number), semantics), np.asarray(labels == number, np.bool_))
-        for number in np.unique(labels)
-        if number not in (0, VOID)
+        for number in object_numbers(labels)
     ]
     return make_scene(key, image, found, wanted)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.objects import VOID, ObjectFilter, Scene, SceneSource, make_scene, make_source
+from difftap.datasets.objects import ObjectFilter, Scene, SceneSource, make_scene, make_source
 from difftap.errors import InputError
-from difftap.images import find_pictures, load_image, read_labels
+from difftap.images import find_pictures, load_image, object_numbers, read_labels
 
 __all__ = ["TREE", "load", "variants"]
 
@@ -105,10 +105,8 @@ def _scene(
         raise InputError(f"the mask of '{key}' is {labels.shape}, its picture {image.pixels.shape[:2]}")
     folder = Path(key).parent.as_posix()
     category = "object" if folder == "." else folder
-    void = VOID if labels.max() <= VOID else -1  # in a 16-bit mask with more objects, 255 is one of them
     found = []
-    for number in np.unique(labels):
-        if number not in (0, void):
-            name, instance = named.get((key, int(number)), (category, f"{key}/{number}"))
-            found.append((instance, name, np.asarray(labels == number, np.bool_)))
+    for number in object_numbers(labels):
+        name, instance = named.get((key, int(number)), (category, f"{key}/{number}"))
+        found.append((instance, name, np.asarray(labels == number, np.bool_)))
     return make_scene(key, image, found, wanted)

@@ -23,7 +23,6 @@ from difftap.images import Image
 
 __all__ = [
     "NAMES",
-    "VOID",
     "Mask",
     "ObjectFilter",
     "ObjectLoader",
@@ -186,9 +185,6 @@ def make_scene(
 
 
 # ---- lists of images, and images that are missing
-
-VOID = 255
-"""The label of pixels that belong to no object: in VOC, the objects' borders and what was too hard to label."""
 
 _SHOWN = 10  # problems that an error lists; ``data check`` lists all
 _ALIASES = {"pascal": "voc"}  # the study's list calls VOC so

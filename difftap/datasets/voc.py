@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
-from difftap.datasets.objects import VOID, ObjectFilter, Scene, SceneSource, make_scene, make_source, read_names
+from difftap.datasets.objects import ObjectFilter, Scene, SceneSource, make_scene, make_source, read_names
 from difftap.errors import InputError
-from difftap.images import load_image, read_labels
+from difftap.images import VOID, load_image, read_labels
 
 __all__ = ["CLASSES", "SPLITS", "TREE", "load", "variants"]
 
