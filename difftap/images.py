@@ -15,7 +15,8 @@ import importlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "MAX_PIXELS",
     "PICTURE_ENDINGS",
     "VOID",
+    "FolderScan",
     "Image",
     "decode_image",
     "find_pictures",
@@ -102,11 +104,14 @@ def is_picture(name: str | Path) -> bool:
     return os.fspath(name).lower().endswith(PICTURE_ENDINGS)
 
 
-def walk_folder(folder: Path) -> Iterator[Path]:
+def walk_folder(folder: Path, *, hidden: bool = False) -> Iterator[Path]:
     """Yield every file below a folder, folder by folder, each sorted by name.
 
-    Hidden files and folders (thumbnails, for instance) are left out. Links to folders are followed; each folder is
-    visited once, so a loop of links ends.
+    Links to folders are followed; each folder is visited once, so a loop of links ends.
+
+    Args:
+        folder: where to begin.
+        hidden: also yield files whose name, or whose folder's, begins with a dot (thumbnails, for instance).
     """
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -117,15 +122,61 @@ def walk_folder(folder: Path) -> Iterator[Path]:
         seen.add(real)
         # Changed in place, because os.walk goes on with this very list. Sorted, because a file system's own order
         # differs between machines.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith("."):
+            if hidden or not name.startswith("."):
                 yield Path(root) / name
 
 
+@dataclass(frozen=True)
+class FolderScan:
+    """What lies below a folder.
+
+    Attributes:
+        pictures: files that count as pictures, sorted by path.
+        others: how many files are none, by ending.
+        hidden: how many pictures are hidden, or lie in hidden folders, and are left out.
+        broken: links that lead nowhere, and names that are no files.
+    """
+
+    pictures: tuple[Path, ...]
+    others: Mapping[str, int]
+    hidden: int
+    broken: int
+
+    @classmethod
+    def of(cls, folder: Path) -> FolderScan:
+        """Look at every file below a folder, at any depth."""
+        pictures, others, hidden, broken = [], Counter[str](), 0, 0
+        for path in walk_folder(folder, hidden=True):
+            concealed = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if not is_picture(path):
+                if not concealed:
+                    others[path.suffix.lower() or "no ending"] += 1
+            elif concealed:
+                hidden += 1
+            elif path.is_file():
+                pictures.append(path)
+            else:
+                broken += 1
+        return cls(tuple(sorted(pictures)), others, hidden, broken)
+
+    @property
+    def left_out(self) -> str:
+        """What is not taken, and why, as one line; empty where there is nothing."""
+        kinds = ", ".join(f"{count} {ending}" for ending, count in Counter(self.others).most_common(5))
+        kinds += ", ..." if len(self.others) > 5 else ""
+        said = [
+            f"{sum(self.others.values())} files that are no pictures ({kinds})" if self.others else "",
+            f"{self.hidden} hidden pictures" if self.hidden else "",
+            f"{self.broken} names that lead to no file" if self.broken else "",
+        ]
+        return ", ".join(filter(None, said))
+
+
 def find_pictures(folder: Path) -> list[Path]:
-    """List the pictures below a folder, at any depth, sorted by path."""
-    return sorted(path for path in walk_folder(folder) if is_picture(path) and path.is_file())
+    """List the pictures below a folder, at any depth, sorted by path; `FolderScan` says what else is there."""
+    return list(FolderScan.of(folder).pictures)
 
 
 def _eight_bit(picture: PIL.Image, path: Path) -> PIL.Image:

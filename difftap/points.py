@@ -74,9 +74,15 @@ def _from_csv(text: str, path: Path) -> list[tuple[float, float]]:
     if "x" in header and "y" in header:
         columns = (header.index("x"), header.index("y"))
         rows = rows[1:]
+    elif len(rows[0][1]) > 2:  # a number before x and y, or a name behind them? Nothing tells.
+        raise PointError(
+            f"points file '{path}' has {len(rows[0][1])} columns and no header with x and y; allowed: two columns, or "
+            "a first line that names them, such as name,x,y"
+        )
+    width = len(header)
     points = []
     for number, row in rows:
-        if len(row) <= max(columns):
+        if len(row) <= max(columns) or len(row) > width:
             raise PointError(f"points file '{path}', line {number}: {','.join(row)!r}; allowed: columns x,y")
         points.append(_pair(row[columns[0]], row[columns[1]], f"points file '{path}', line {number}"))
     return points

@@ -103,3 +103,24 @@ def test_the_first_point_outside_is_named():
     with pytest.raises(PointError, match=r"point 9\.6,3 lies outside the source image, which is 10 x 8"):
         check_inside([[0, 0], [9.6, 3], [99, 99]], (10, 8), "the source image")
     assert check_inside(json.loads("[[0, 0]]"), (10, 8), "it").tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("text", ["1,98,101\n2,142,90\n", "98,101,eye\n", "1,2,3,4\n"])
+def test_more_columns_than_two_need_names(tmp_path, text):
+    path = tmp_path / "points.csv"
+    path.write_text(text)
+    with pytest.raises(PointError, match="columns and no header with x and y"):
+        load_points(path)
+
+
+def test_columns_are_found_by_their_names(tmp_path):
+    path = tmp_path / "points.csv"
+    path.write_text("id,X, y ,name\n1,98,101,eye\n2,142,90,ear\n")
+    assert load_points(path).tolist() == [[98, 101], [142, 90]]
+
+
+def test_a_row_with_more_cells_than_the_header_is_refused(tmp_path):
+    path = tmp_path / "points.csv"
+    path.write_text("x,y\n1,2\n3,4,5\n")
+    with pytest.raises(PointError, match="line 3"):
+        load_points(path)

@@ -51,7 +51,8 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
     else:
         for part in report.parts:
             _show(part, None if show_all else 10)
-        click.echo(f"{name} in {root}: {'all is well' if report.ok else 'broken'}")
+        verdict = "all is well" if report.whole else "usable, but not all of it is used" if report.ok else "broken"
+        click.echo(f"{name} in {root}: {verdict}")
     if not report.ok:
         sys.exit(1)  # click would swallow an Exit: the command line does not run standalone
 
@@ -73,6 +74,8 @@ def _show_objects(part: ObjectPart) -> None:
     _show_classes(part.classes, ("objects", "images"))
     for reason, count in part.left_out.items():
         click.echo(f"  left out: {count:,} objects, {reason}")
+    for line in part.unused:
+        click.echo(f"  not used: {line}")
 
 
 def _show_pairs(part: Part) -> None:

@@ -125,7 +125,7 @@ def extract(
     difftap extract 'shards/*.tar' -o s3://bucket/features.zarr --recipe dift --model sd21/
     difftap extract photos/ -o small.zarr --dtype int8 --pca 64
     """
-    from difftap.features.sources import Source, open_source
+    from difftap.features.sources import open_source
     from difftap.features.store import check_writable
     from difftap.prompts.learned import pinned
 
@@ -140,9 +140,11 @@ def extract(
     check_writable(output, recipe.feature_fields(), settings.encoding, overwrite=settings.overwrite)
     listed = open_source(source, column)
     if limit is not None:
-        listed = Source(listed.kind, listed.items[:limit], listed.repeated)
+        listed = dataclasses.replace(listed, items=listed.items[:limit])
     if listed.repeated:
         click.echo(f"{listed.repeated} entries repeat an earlier one and are left out", err=True)
+    if listed.left_out:
+        click.echo(f"left out: {listed.left_out}", err=True)
     click.echo(f"{len(listed):,} images in {source}: {listed.kind}", err=True)
     if ray_address is None:
         from difftap.features.extract import extract_to_store

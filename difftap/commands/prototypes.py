@@ -136,6 +136,8 @@ def build(
     click.echo(f"{built.rows} prototypes of {built.images} images written to {output}{earlier}", err=True)
     if built.small[0]:
         click.echo(f"  {built.small[0]} objects are too small for the rule and kept by their largest cell", err=True)
+    for line in source.unused:
+        click.echo(f"  not used: {line}", err=True)
     if built.empty:
         click.echo(f"  {built.empty} images have no object that is wanted", err=True)
     for reason, count in built.left_out.items():

@@ -58,6 +58,7 @@ class ObjectPart:
         classes: ``objects`` and ``images`` of each class.
         left_out: annotated objects that are not counted, by reason.
         problems: what is broken.
+        unused: what lies in the folder and is not used, in words.
     """
 
     split: str
@@ -67,6 +68,7 @@ class ObjectPart:
     classes: dict[str, dict[str, int]]
     left_out: dict[str, int]
     problems: tuple[Problem, ...]
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing is broken."""
         return not any(part.problems for part in self.parts)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything that lies in the folder is used, too."""
+        return self.ok and not any(part.unused for part in self.parts if isinstance(part, ObjectPart))
 
     def to_dict(self) -> dict[str, object]:
         """Give the report as plain data (docs/datasets.md)."""
@@ -235,6 +242,7 @@ def check_objects(name: str, root: str | Path, *, min_area: float = 0.01) -> Rep
                 classes,
                 dict(sorted(left_out.items())),
                 tuple(problems),
+                source.unused,
             )
         )
     if not any(part.images for part in parts):

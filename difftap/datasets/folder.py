@@ -11,7 +11,7 @@ import numpy as np
 from difftap.datasets.layout import DatasetError, Problem, Tree, draw_tree, one_of, require_files
 from difftap.datasets.objects import ObjectFilter, Scene, SceneSource, make_scene, make_source
 from difftap.errors import InputError
-from difftap.images import find_pictures, load_image, object_numbers, read_labels
+from difftap.images import FolderScan, load_image, object_numbers, read_labels, walk_folder
 
 __all__ = ["TREE", "load", "variants"]
 
@@ -51,12 +51,22 @@ def load(
         one_of("split", split, ("all",))
     require_files("folder", root, TREE, root / "images", root / "masks")
     home = root / "images"
-    pictures = {path.relative_to(home).with_suffix("").as_posix(): path for path in find_pictures(home)}
+    scan = FolderScan.of(home)
     named = _named(root)
-    names = list(pictures)
+    pictures: dict[str, Path] = {}
+    missing = []
+    for path in scan.pictures:
+        name = path.relative_to(home).with_suffix("").as_posix()
+        if name in pictures:  # which of the two the mask is of, nothing tells
+            text = f"'{pictures[name]}' and '{path}' have one name, and so one mask; rename one of them and its mask"
+            missing.append(Problem("same-name", name, text, path))
+        else:
+            pictures[name] = path
+    doubled = {problem.pair for problem in missing}
+    names = [name for name in pictures if name not in doubled]
     if listing is not None:
         names = [name if name in pictures else Path(name).with_suffix("").as_posix() for name in listing]
-    keys, missing = [], []
+    keys = []
     for name in names:
         mask = root / "masks" / f"{name}.png"
         if name not in pictures:
@@ -70,7 +80,23 @@ def load(
         return _scene(root, pictures[key], key, named, wanted)
 
     about = {"split": "list" if listing is not None else "all", "wanted": wanted.to_dict()}
-    return make_source("folder", root, keys, read, about, missing, allow_missing=allow_missing)
+    unused = _unused(root, scan, pictures, named)
+    return make_source("folder", root, keys, read, about, missing, allow_missing=allow_missing, unused=unused)
+
+
+def _unused(
+    root: Path, scan: FolderScan, pictures: Mapping[str, Path], named: Mapping[tuple[str, int], tuple[str, str]]
+) -> list[str]:
+    """Say what the folder holds beside pictures with masks."""
+    said = [f"images/ holds {scan.left_out}"] if scan.left_out else []
+    masks = [path.relative_to(root / "masks") for path in walk_folder(root / "masks")]
+    lone = sorted(path for path in masks if path.suffix != ".png" or path.with_suffix("").as_posix() not in pictures)
+    if lone:
+        said.append(f"{len(lone)} files in masks/ belong to no picture, such as '{lone[0]}'; masks are PNGs")
+    strange = sorted({name for name, _ in named} - pictures.keys())
+    if strange:
+        said.append(f"objects.csv names {len(strange)} images that are not there, such as '{strange[0]}'")
+    return said
 
 
 def _named(root: Path) -> Mapping[tuple[str, int], tuple[str, str]]:

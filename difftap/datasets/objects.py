@@ -117,6 +117,7 @@ class SceneSource:
         read: gives a scene by its name; raises InputError if it cannot be used.
         about: what decides the scenes, as plain data; it enters the provenance of everything made from them.
         missing: images that are listed but not there: name, kind of problem, what is wrong.
+        unused: what the data set's files hold and no scene uses, in words.
     """
 
     name: str
@@ -124,6 +125,7 @@ class SceneSource:
     read: Callable[[str], Scene]
     about: Mapping[str, object]
     missing: tuple[tuple[str, str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -239,6 +241,7 @@ def make_source(
     missing: Sequence[Problem],
     *,
     allow_missing: bool,
+    unused: Sequence[str] = (),
 ) -> SceneSource:
     """Make a source of the scenes that are there. Images that are missing are counted, if that is allowed.
 
@@ -258,7 +261,7 @@ def make_source(
     if not keys:
         raise DatasetError(f"'{name}' in '{root}' lists no images; restore its list")
     left = tuple((problem.pair, problem.kind, problem.message) for problem in missing)
-    return SceneSource(name, tuple(keys), read, {**about, "missing": len(left)}, left)
+    return SceneSource(name, tuple(keys), read, {**about, "missing": len(left)}, left, tuple(unused))
 
 
 # ---- the data sets

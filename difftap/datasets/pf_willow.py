@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from difftap.datasets.keypoints import AnnotatedImage, Collector, Dataset, joined, read_list, to_number
 from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, locate, one_of, read_mat, require_files
-from difftap.images import is_picture
+from difftap.images import is_picture, walk_folder
 
 __all__ = ["SPLITS", "TREE", "load", "variants"]
 
@@ -19,7 +19,10 @@ SPLITS = ("test",)
 LISTS = ("auto", "csv", "mat")
 TREE: Tree = (
     ("PF-dataset*/*/*.png", "the images, a folder a class: 'PF-dataset-WILLOW/car(S)/Cars_000a.png'"),
-    ("test_pairs.csv", "imageA,imageB,XA1..XA10,YA1..YA10,XB1..XB10,YB1..YB10; without it, all pairs of a class"),
+    (
+        "test_pairs*.csv",
+        "or test_pairs_pf.csv: imageA,imageB,XA1..10,YA1..10,XB1..10,YB1..10; without it, all pairs of a class",
+    ),
     ("PF-dataset*/*/*.mat", "keypoints beside each image (pts_coord, 2x10); read if there is no CSV"),
 )
 _COUNT = 10
@@ -29,10 +32,16 @@ _COLUMNS = tuple(f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in
 
 def variants(root: Path) -> Iterator[dict[str, str]]:
     """Yield the options that read the one split: from the CSV file, or else from the annotations."""
-    if (root / "test_pairs.csv").is_file():
+    if _listing(root).is_file():
         yield {"split": "test", "pairs": "csv"}
-    elif next(root.rglob("*.mat"), None) is not None:
+    elif any(path.suffix == ".mat" for path in walk_folder(root)):
         yield {"split": "test", "pairs": "mat"}
+
+
+def _listing(root: Path) -> Path:
+    """Find the list of pairs: under its own name, or as its makers publish it beside the images."""
+    names = ("test_pairs.csv", "test_pairs_pf.csv")
+    return next((root / name for name in names if (root / name).is_file()), root / names[0])
 
 
 def load(
@@ -61,7 +70,7 @@ def load(
     """
     one_of("split", split, SPLITS)
     one_of("way to list pairs", pairs, LISTS)
-    listing = root / "test_pairs.csv"
+    listing = _listing(root)
     require_files("pf-willow", root, TREE, *([listing] if pairs == "csv" else []))
     collector = Collector("pf-willow", split, root)
     if pairs == "csv" or (pairs == "auto" and listing.is_file()):
@@ -88,7 +97,7 @@ def _add(collector: Collector, images: list[Path], points: list[NDArray[np.float
 
 def _add_all(collector: Collector, root: Path) -> None:
     """Add all ordered pairs of every folder that holds ``.mat`` files."""
-    folders = sorted({path.parent for path in root.rglob("*.mat")})
+    folders = sorted({path.parent for path in walk_folder(root) if path.suffix == ".mat"})
     if not folders:
         raise DatasetError(
             f"'{root}' holds neither 'test_pairs.csv' nor .mat files; give the folder that holds PF-WILLOW",

@@ -22,7 +22,7 @@ from difftap.coords import Size
 from difftap.datasets.keypoints import Collector, Dataset, Sample, save_png
 from difftap.datasets.layout import BadPairError, DatasetError, Tree, draw_tree, one_of, require_files
 from difftap.errors import InputError
-from difftap.images import find_pictures, load_image
+from difftap.images import FolderScan, load_image, walk_folder
 
 __all__ = [
     "KINDS",
@@ -383,8 +383,9 @@ def load(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; allowed: 1 or more images")
     # Leave out what benchmark runs wrote below the root (targets, plots, galleries): such a folder has this file.
-    runs = {path.parent for path in root.rglob("predictions.jsonl")} - {root}
-    files = [path for path in find_pictures(root) if runs.isdisjoint(path.parents)]
+    runs = {path.parent for path in walk_folder(root) if path.name == "predictions.jsonl"} - {root}
+    scan = FolderScan.of(root)
+    files = [path for path in scan.pictures if runs.isdisjoint(path.parents)]
     if cache.resolve() == root.resolve():
         raise InputError(f"cache is '{cache}', the folder of the images itself; give another one for what is made")
     if cache.resolve().is_relative_to(root.resolve()):
@@ -393,6 +394,8 @@ def load(
         raise DatasetError(f"no images in '{root}'; give a folder of images", draw_tree(root, TREE))
     count = min(limit or len(files), len(files))
     collector = Collector("synthetic", split, root)
+    if scan.left_out:
+        collector.note(f"left out: {scan.left_out}")
     for file in (files[k * len(files) // count] for k in range(count)):
         for kind in (distortion or Distortion()).kinds:
             with collector.pair(f"{file.relative_to(root).as_posix()}:{kind}"):

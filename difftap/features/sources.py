@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from difftap.artifacts.memory import MemoryCache
 from difftap.errors import ImageError, InputError, first_line, require
-from difftap.images import PICTURE_ENDINGS, Image, decode_image, is_picture, load_image, walk_folder
+from difftap.images import PICTURE_ENDINGS, FolderScan, Image, decode_image, is_picture, load_image, walk_folder
 
 __all__ = [
     "CellAt",
@@ -61,11 +61,13 @@ class Source:
         kind: what it is, for people.
         items: one an image, keys unique.
         repeated: how many entries were left out because an earlier one has their key.
+        left_out: what else lies there and is not taken, in words.
     """
 
     kind: str
     items: Sequence[Item]
     repeated: int = 0
+    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -74,11 +76,11 @@ class Source:
         return iter(self.items)
 
     @classmethod
-    def unique(cls, kind: str, items: Sequence[Item]) -> Source:
+    def unique(cls, kind: str, items: Sequence[Item], left_out: str = "") -> Source:
         """Make a source of the items, each key once."""
         kept = {item.key: item for item in reversed(items)}
         first = [item for item in items if kept[item.key] is item]
-        return cls(kind, first, len(items) - len(first))
+        return cls(kind, first, len(items) - len(first), left_out)
 
 
 @dataclass(frozen=True)
@@ -335,12 +337,11 @@ def open_source(text: str | Path, column: str | None = None) -> Source:
 def _folder(path: Path, column: str | None) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return saved_dataset(path, column)
-    files = list(walk_folder(path))
-    images = [file for file in files if is_picture(file)]
-    if images:
-        items = [Item(file.relative_to(path).as_posix(), FileAt(str(file))) for file in sorted(images)]
-        return Source.unique("a folder of images", items)
-    return _containers(files, path, column) or Source("a folder", [])
+    found = FolderScan.of(path)
+    if found.pictures:
+        items = [Item(file.relative_to(path).as_posix(), FileAt(str(file))) for file in found.pictures]
+        return Source.unique("a folder of images", items, found.left_out)
+    return _containers(list(walk_folder(path)), path, column) or Source("a folder", [])
 
 
 def _containers(files: list[Path], root: Path, column: str | None) -> Source | None:
@@ -389,4 +390,5 @@ def _glob(pattern: str, column: str | None) -> Source | None:
         return found
     items = [Item(file.relative_to(root).as_posix(), FileAt(str(file))) for file in files]
     images = [item for item in items if is_picture(item.key)]
-    return Source.unique("a glob of images", images)
+    others = f"{len(items) - len(images)} files that are no pictures" if len(items) > len(images) else ""
+    return Source.unique("a glob of images", images, others)

@@ -198,7 +198,7 @@ def _vectors(
         return
     if origin.source != "patches":
         raise InputError("this index holds prototypes of objects; add a table of prototypes (.parquet), not images")
-    paths = list_images(sources)
+    paths = list_images(sources, say)
     if known is not None:
         paths = known.images(paths)
     with (
@@ -256,7 +256,7 @@ def index_sources(
         origin, batches = open_tables(sources)
         with build_index(where, origin, batches, options, overwrite=overwrite, name=name) as made:
             return describe(made), failures
-    paths = list_images(sources)
+    paths = list_images(sources, say)
     with open_features(recipe, features, runtime) as pipeline, bar(len(paths)) as advance:
         origin = VectorOrigin.of_patches(pipeline.recipe, pipeline.conditions)
         batches = patch_batches(pipeline, paths, which, advance, failures)

@@ -14,7 +14,7 @@ import numpy as np
 from difftap.engine import finite_or_alone
 from difftap.errors import ImageError, InputError, NonFiniteError, first_line, require
 from difftap.featuremap import FeatureMap
-from difftap.images import PICTURE_ENDINGS, Image, find_pictures, load_image
+from difftap.images import PICTURE_ENDINGS, FolderScan, Image, load_image
 from difftap.pipeline.pipeline import Provider
 from difftap.retrieval.index import Rows, VectorBatch, VectorOrigin
 
@@ -103,16 +103,24 @@ def are_tables(sources: Iterable[Path]) -> bool:
     return kinds.pop()
 
 
-def list_images(paths: Iterable[Path]) -> list[Path]:
-    """List image files. A folder stands for all images in it at any depth, in the order of their names.
+def list_images(paths: Iterable[Path], say: Callable[[str], None] = lambda text: None) -> list[Path]:
+    """List image files, and those in folders (and folders in them), in the order of their names.
+
+    Args:
+        paths: files and folders.
+        say: told what of a folder is left out.
 
     Raises:
         InputError: a path does not exist, or there is no image.
     """
-    given, found = list(paths), []
+    given = list(paths)
+    found: list[Path] = []
     for path in given:
         if path.is_dir():
-            found += find_pictures(path)
+            scan = FolderScan.of(path)
+            found += scan.pictures
+            if scan.left_out:
+                say(f"left out of '{path}': {scan.left_out}")
         elif path.is_file():
             found.append(path)
         else:

@@ -1,7 +1,10 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as PIL
 
 from difftap.commands.data import data as data_command
@@ -335,3 +338,179 @@ def test_the_real_data_is_sound(real, name, folder, counts):
     report = check_objects(name, real(folder))
     assert report.ok
     assert [(part.split, part.usable, part.objects) for part in report.parts] == counts
+
+
+# ---- nothing is dropped in silence, and no number of a file reaches C code unchecked
+
+
+def annotated(segmentation, **more):
+    return [{"image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": segmentation, **more}]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "words"),
+    [
+        ([[0, 0, 10, 0, float("nan"), 10]], "no finite number"),
+        ([[0, 0, 10, 0, float("inf"), 10]], "no finite number"),
+        ([[0, 0, 10, 0, 1e9, 10]], "far outside the image of 40 x 30"),
+        ([[0, 0, 10, -500, 10, 10]], "far outside"),
+        ([[0, 0, 10, 0]], "no list of three or more"),
+        ([[0, 0, 10, 0, 10, 10, 3]], "no list of three or more"),
+        ([[0, 0, "ten", 0, 10, 10]], "no finite number"),
+        ([7], "no list of three or more"),
+        ("text", "segmentation is a str"),
+        ({"counts": [600, 300], "size": [30, 40]}, "run lengths sum to 900; allowed: the image's 1200 pixels"),
+        ({"counts": [600, -300, 900], "size": [30, 40]}, "no list of whole numbers"),
+        ({"counts": [1200.0], "size": [30, 40]}, "no list of whole numbers"),
+        ({"counts": [1200], "size": [40, 30]}, r"of size \[40, 30\]; allowed: the image's, \[30, 40\]"),
+        ({"counts": [3600000000], "size": [60000, 60000]}, "of size"),
+        ({"counts": "\x7f", "size": [30, 40]}, "none of theirs"),
+        ({"counts": "P", "size": [30, 40]}, "end within a number"),
+        ({"size": [30, 40]}, "no list of whole numbers"),
+    ],
+)
+def test_coco_numbers_are_checked_before_they_are_drawn(tmp_path, segmentation, words):
+    good = {"image_id": 2, "category_id": 3, "iscrowd": 0, "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]}
+    source = load("coco", write_coco(tmp_path, [*annotated(segmentation), good]))
+    with pytest.raises(InputError, match=f"annotation 100 of .* has no usable mask .*{words}"):
+        source.read("val2017/000000000001")
+    assert len(source.read("val2017/000000000002").objects) == 1  # the others go on
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_runs_are_drawn_as_pycocotools_draws_them(counts):
+    coder = pytest.importorskip("pycocotools.mask")
+    height, width = 7, max(1, -(-sum(counts) // 7))
+    counts = [*counts, height * width - sum(counts)]
+    packed = coder.frPyObjects({"counts": counts, "size": [height, width]}, height, width)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        want = np.asarray(coder.decode(packed), bool)
+    for form in (counts, packed["counts"], packed["counts"].decode()):
+        got = coco._draw({"counts": form, "size": [height, width]}, (width, height))
+        assert (got == want).all()
+
+
+def test_coco_entries_that_refer_to_nothing(tmp_path):
+    square = [[0, 0, 9, 0, 9, 9]]
+    write_coco(tmp_path, [*annotated(square, category_id=5), *annotated(square, image_id=77)])
+    source = load("coco", tmp_path)
+    with pytest.raises(InputError, match="annotation 100 has category_id 5, which the file's categories do not list"):
+        source.read("val2017/000000000001")
+    assert source.read("val2017/000000000002").objects == ()
+    assert "1 annotations are of images that" in source.unused[0]
+    assert "77" in source.unused[0]
+
+
+def test_coco_ids_that_stand_there_twice(tmp_path):
+    square = [[0, 0, 20, 0, 20, 20, 0, 20]]
+    write_coco(tmp_path, [*annotated(square, id=7), {**annotated(square, id=7)[0], "image_id": 2}])
+    source = load("coco", tmp_path)
+    for key in source.keys:
+        with pytest.raises(InputError, match="annotation id 7 stands there twice"):
+            source.read(key)
+
+
+def rewrite(root, change):
+    file = root / "annotations/instances_val2017.json"
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def test_coco_needs_no_width_and_height(tmp_path):
+    write_coco(tmp_path)
+    rewrite(tmp_path, lambda data: [info.pop(name) for info in data["images"] for name in ("width", "height")])
+    assert len(load("coco", tmp_path).read("val2017/000000000001").objects) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (("x/1.jpg", "y/1.jpg"), ["val2017/x/1", "val2017/y/1"]),
+        (("x/1.jpg", "x/1.png"), ["val2017/x/1.jpg", "val2017/x/1.png"]),
+        (("x/1.jpg", "2.jpg"), ["val2017/1", "val2017/2"]),
+    ],
+)
+def test_coco_images_of_one_stem_are_all_there(tmp_path, names, keys):
+    write_coco(tmp_path)
+    for name, file in zip(names, sorted((tmp_path / "val2017").glob("*.jpg")), strict=True):
+        (tmp_path / "val2017" / name).parent.mkdir(exist_ok=True)
+        PIL.open(file).save(tmp_path / "val2017" / name)
+
+    def rename(data):
+        for info, name in zip(data["images"], names, strict=True):
+            info["file_name"] = name
+
+    rewrite(tmp_path, rename)
+    source = load("coco", tmp_path)
+    assert sorted(source.keys) == keys
+    assert sum(len(source.read(key).objects) for key in keys) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data["images"][1].update(id=1), "image id 1 stands there twice"),
+        (lambda data: data["images"][1].update(file_name="000000000001.jpg"), "two images have the file_name"),
+        (lambda data: data["images"][0].update(file_name="../000000000001.jpg"), "leaves the folder"),
+    ],
+)
+def test_coco_images_that_cannot_be_told_apart(tmp_path, change, words):
+    write_coco(tmp_path)
+    rewrite(tmp_path, change)
+    source = load("coco", tmp_path)
+    with pytest.raises(InputError, match=words):
+        for key in source.keys:
+            source.read(key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.pop("images"),
+        lambda data: data.update(annotations=3),
+        lambda data: data["images"].append("text"),
+        lambda data: data["categories"].append({"id": 1, "name": "twice"}),
+        lambda data: data["categories"].append({"name": "no id"}),
+    ],
+)
+def test_a_file_that_is_no_coco_is_refused(tmp_path, change):
+    write_coco(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(DatasetError, match=r"instances_val2017\.json"):
+        load("coco", tmp_path)
+
+
+def test_a_folder_names_what_it_does_not_use(tmp_path):
+    write_folder(tmp_path)
+    assert load("folder", tmp_path).unused == ()
+    (tmp_path / "images/notes.txt").write_text("hello")
+    (tmp_path / "images/.thumbs").mkdir()
+    write_picture(tmp_path / "images/.thumbs/b.png", (4, 3))
+    write_labels(tmp_path / "masks/cup/lost.png", block(_1=(0, 0, 20, 20)))
+    (tmp_path / "objects.csv").write_text("image,object,class\ncup/a.png,1,mug\ngone.png,1,mug\n")
+    first, second, third = load("folder", tmp_path).unused
+    assert first == "images/ holds 1 files that are no pictures (1 .txt), 1 hidden pictures"
+    assert "1 files in masks/ belong to no picture, such as 'cup/lost.png'" in second
+    assert "1 images that are not there, such as 'gone'" in third
+    report = check_objects("folder", tmp_path)
+    assert report.ok
+    assert not report.whole
+
+
+def test_pictures_of_one_name_are_refused_by_name(tmp_path):
+    write_folder(tmp_path)
+    write_picture(tmp_path / "images/b.png", (40, 30))
+    with pytest.raises(DatasetError, match=r"b\.jpg' and '.*b\.png' have one name"):
+        load("folder", tmp_path)
+    assert list(load("folder", tmp_path, allow_missing=True).keys) == ["cup/a"]
+
+
+@pytest.mark.parametrize(("labels", "objects"), [([0, 255], 1), ([0, 1, 255], 1), ([0, 1, 2], 2)])
+def test_255_is_an_object_where_it_is_alone(tmp_path, labels, objects):
+    write_picture(tmp_path / "images/a.png", (40, 30))
+    mask = np.repeat(np.array(labels, np.uint8), [20] * (len(labels) - 1) + [60 - 20 * (len(labels) - 1)])
+    write_labels(tmp_path / "masks/a.png", np.resize(mask, (30, 40)))
+    assert len(load("folder", tmp_path, wanted=ObjectFilter(0)).read("a").objects) == objects

@@ -164,3 +164,20 @@ def test_the_real_pairs_are_the_same_from_both_sources(real):
         assert (other.source, other.target) == (sample.source, sample.target)
         np.testing.assert_allclose(other.source_points, sample.source_points, atol=1e-6, rtol=0)
         np.testing.assert_allclose(other.target_points, sample.target_points, atol=1e-6, rtol=0)
+
+
+def test_the_list_under_its_makers_own_name(tmp_path):
+    images(tmp_path)
+    write_csv(tmp_path / "test_pairs_pf.csv", HEADER, [line()])
+    assert [sample.name for sample in load("pf-willow", tmp_path)] == ["car(S)/a-b"]
+
+
+def test_class_folders_that_are_links(tmp_path):
+    pytest.importorskip("scipy")
+    images(tmp_path / "elsewhere")
+    folder = tmp_path / "elsewhere/PF-dataset-WILLOW/car(S)"
+    for name, points in (("a", POINTS_A), ("b", POINTS_B)):
+        write_mat(folder / f"{name}.mat", pts_coord=points)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/car(S)").symlink_to(folder, target_is_directory=True)
+    assert len(load("pf-willow", tmp_path / "root")) == 2
