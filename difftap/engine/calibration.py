@@ -32,6 +32,12 @@ MAX_IMAGES = 32
 """Most images to calibrate on: more hardly change the ranges, and cost minutes at full size."""
 
 
+def bundled_portraits() -> list[Image]:
+    """Load the two bundled photographs."""
+    folder = Path(str(resources.files("difftap"))) / "assets" / "calibration"
+    return [load_image(folder / "collins.jpg"), load_image(folder / "hopper.jpg")]
+
+
 def bundled_images() -> list[Image]:
     """Load the images to calibrate on if the user names none.
 
@@ -39,8 +45,7 @@ def bundled_images() -> list[Image]:
     follow a power law (the dead leaves model of Lee, Mumford and Huang 2001), so the pictures have edges and flat areas
     at all scales, as photographs do. The last image is another portrait: the engine's error is measured on it.
     """
-    folder = Path(str(resources.files("difftap"))) / "assets" / "calibration"
-    seen, kept = load_image(folder / "collins.jpg"), load_image(folder / "hopper.jpg")
+    seen, kept = bundled_portraits()
     height, width = seen.pixels.shape[:2]
     parts = [seen.pixels[: height * 2 // 3, : width * 2 // 3], seen.pixels[height // 3 :, width // 3 :]]
     mirrored = [Image(np.ascontiguousarray(part[:, ::-1]), f"{seen.path} (part)") for part in parts]
@@ -98,12 +103,24 @@ class RecipeCalibration(Calibration):
 
     def __call__(self, graph: Graph, profile: Profile) -> Iterator[Mapping[str, Array]]:
         """Yield the feeds of one image at a time; for the tapped network, the branches with these taps take turns."""
-        for i, image in enumerate(self.images[:-1] or self.images):  # a single image serves for both
+        for i, image in enumerate(self.images[:-1] or self.images):
             yield self._feeds(graph, profile, image, i)
 
+    @property
+    def measured_on(self) -> list[Image]:
+        """The images that the error is measured on, none of them calibrated on.
+
+        The user's last one, if there are several, and where the user chose them the bundled portraits: pictures that
+        are all alike (one flat grey, say) would find an engine good that is of no use on a photograph.
+        """
+        used = {image.digest for image in self.images[:-1] or self.images}
+        others = [*self.images[-1:], *(bundled_portraits() if self.chosen else [])]
+        return [image for image in others if image.digest not in used]
+
     def probe(self, graph: Graph, profile: Profile) -> Mapping[str, Array]:
-        """Make feeds from the image that is not calibrated on (or from the only one)."""
-        return self._feeds(graph, profile, self.images[-1], 0)
+        """Make feeds from the images of `measured_on`, one behind another along the first axis."""
+        feeds = [self._feeds(graph, profile, image, 0) for image in self.measured_on]
+        return {name: np.concatenate([one[name] for one in feeds]) for name in feeds[0]}
 
     def _feeds(self, graph: Graph, profile: Profile, image: Image, turn: int) -> Mapping[str, Array]:
         laid = lay(self.recipe, [image])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,6 +50,12 @@ class TensorParity:
             float(cosine.min()),
         )
 
+    @classmethod
+    def worst(cls, parts: Sequence[TensorParity]) -> TensorParity:
+        """Take the worst of each figure over several images."""
+        errors = (max(getattr(one, name) for one in parts) for name in ("max_abs", "relative", "relative_max"))
+        return cls(*errors, *(min(getattr(one, name) for one in parts) for name in ("cosine_mean", "cosine_min")))
+
     @property
     def summary(self) -> str:
         """The figures on one line, for a terminal."""
@@ -90,14 +96,23 @@ def measure(
         device: one of the backend's; the reference runs on the CPU.
         threads: CPU threads of both; None for their own choice.
         built: folder of the engine's files, if it has any.
-        feeds: inputs of both; None for `difftap.engine.noise.example_feeds`.
+        feeds: inputs of both, of any number of images, of which the worst figures count; None for
+            `difftap.engine.noise.example_feeds`.
         against: the reference's backend and graph; None for torch.
     """
+    whole = example_feeds(graph, profile) if feeds is None else feeds
+    count = len(next(iter(whole.values())))
+    parts = [
+        {name: value[start : start + profile.batch] for name, value in whole.items()}
+        for start in range(0, count, profile.batch)
+    ]
     # One after the other, so that only one of the networks is in memory.
-    feeds = example_feeds(graph, profile) if feeds is None else feeds
     name, exact = against or ("torch", graph)
     with get_backend(name).open(exact, replace(profile, precision="fp32"), "cpu", threads) as reference:
-        wanted = reference.run(feeds)
+        wanted = [reference.run(part) for part in parts]
     with get_backend(backend).open(graph, profile, device, threads, built) as engine:
-        got = engine.run(feeds)
-    return {name: TensorParity.of(got[name], wanted[name]) for name in wanted}
+        got = [engine.run(part) for part in parts]
+    return {
+        output: TensorParity.worst([TensorParity.of(a[output], b[output]) for a, b in zip(got, wanted, strict=True)])
+        for output in wanted[0]
+    }

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.cache import Cache, default_cache_folder
 from difftap.artifacts.files import JsonObject, output_errors
+from difftap.artifacts.manifest import Manifest
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.coords import Size
 from difftap.engine import (
@@ -34,7 +35,7 @@ from difftap.engine import (
     model_key,
 )
 from difftap.engine.backend import CALIBRATED, Array
-from difftap.engine.builds import ensure_built
+from difftap.engine.builds import engine_manifest_path, ensure_built
 from difftap.engine.calibration import RecipeCalibration, bundled_images
 from difftap.engine.noise import example_feeds
 from difftap.errors import BackendError, InputError
@@ -369,7 +370,10 @@ class RecipeEngines:
                         _save(folder / _PROBE, calibration.probe(graph, profile))
                 return {**at.record(), **report_of(at.fidelity(graph, profile, folder))}
 
-            return ensure_built(at.cache, graph, at.backend, profile, at.device, calibration, check)
+            folder = ensure_built(at.cache, graph, at.backend, profile, at.device, calibration, check)
+        if profile.precision in CALIBRATED:
+            _warn_of_low_fidelity(graph, profile, engine_manifest_path(at.cache, graph, at.backend, profile, at.device))
+        return folder
 
     def open_engine(self, component: str, taps: tuple[str, ...], profile: Profile) -> Engine:
         """Open an engine; first make its graph and its files, if they are missing."""
@@ -391,6 +395,24 @@ class RecipeEngines:
             self.prompts,
             encoder,
             chosen=bool(self.calibrate),
+        )
+
+
+LEAST_COSINE = 0.95
+"""Mean cosine to float32 below which a calibrated engine is warned of each time it is used."""
+
+
+def _warn_of_low_fidelity(graph: Graph, profile: Profile, manifest: Path) -> None:
+    """Say so if an engine was found to be far from float32 on pictures that it was not calibrated on."""
+    parity = Manifest.load(manifest).report.get("parity") or {}
+    cosine = min((float(one["cosine_mean"]) for one in parity.values()), default=1.0)
+    if cosine < LEAST_COSINE:
+        _LOG.warning(
+            "%s in %s reaches a mean cosine of only %.2f to float32 on pictures that it was not calibrated on; "
+            "give more and other pictures by --calibrate, or take another precision",
+            graph.name,
+            profile.precision,
+            cosine,
         )
 
 

@@ -28,6 +28,17 @@ _MANIFEST = "index.json"
 _OURS = ("index-", "rows-", "vectors-", ".index", ".rows")
 
 
+def _direct_queries(width: int) -> int:
+    """Say how many queries FAISS takes at once for which it sums squared differences.
+
+    For more it computes |x|^2 + |y|^2 - 2 x.y. In float32 the difference of such large numbers loses small distances
+    that decide the order, and "flat" would not be exact. The limit is a number of queries times their width, and in
+    older versions a number of queries.
+    """
+    limit = int(load_faiss("searching an index").cvar.distance_compute_blas_threshold)
+    return max(1, (limit - 1) // width if limit >= 1000 else limit - 1)
+
+
 class FolderIndex(Index):
     """An open FAISS index in a folder; see `Index`."""
 
@@ -66,7 +77,12 @@ class FolderIndex(Index):
 
     def find(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See `Index.find`."""
-        return self._searched.search(queries, k)
+        if self._gpu or (self.about.kind, self.about.space.product) != ("flat", "l2"):
+            return self._searched.search(queries, k)
+        step = _direct_queries(self.about.width)
+        parts = [self._searched.search(queries[i : i + step], k) for i in range(0, max(1, len(queries)), step)]
+        scores, rows = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return scores, rows
 
     def rows(self) -> Rows:
         """See `Index.rows`."""

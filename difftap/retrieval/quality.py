@@ -72,15 +72,20 @@ class NearestSoFar:
         self._distances = np.take_along_axis(distances, best, axis=1)
         self._rows = np.take_along_axis(numbers, best, axis=1)
 
-    def _distances_to(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Compute numbers ``(Q, B)`` that rank the block for each query; smaller is nearer."""
+    def _distances_to(self, block: NDArray[np.float32]) -> NDArray[np.floating]:
+        """Compute numbers ``(Q, B)`` that rank the block for each query; smaller is nearer.
+
+        This is the yardstick of every approximate index, so it is computed in float64: the products of float32 numbers
+        are exact there, and vectors far from the origin lose no distance between near ones.
+        """
         if self._space.product == "l1":
             return pairwise(self._queries, block, metric="manhattan")
-        products = self._queries @ block.T
+        wide = block.astype(np.float64)
+        products = self._queries.astype(np.float64) @ wide.T
         if self._space.product == "ip":
             return np.asarray(-products)
         # |x - y|^2 without |x|^2, which is the same for all vectors of a query's ranking.
-        return np.asarray(np.einsum("nd,nd->n", block, block) - 2.0 * products)
+        return np.asarray(np.einsum("nd,nd->n", wide, wide) - 2.0 * products)
 
     @property
     def rows(self) -> NDArray[np.int64]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
 import pytest
 
 from difftap.engine import Engine, Graph, Profile
-from difftap.engine.calibration import MAX_IMAGES, RecipeCalibration, bundled_images
+from difftap.engine.calibration import MAX_IMAGES, RecipeCalibration, bundled_images, bundled_portraits
 from difftap.engine.noise import draw
 from difftap.errors import ImageError, InputError
 from difftap.images import Image, to_input
@@ -70,11 +71,21 @@ def test_vae_feeds_are_the_images(pocket):
     assert [one["image"].tobytes() for one in feeds] == [to_input(i, RECIPE.size)[0].tobytes() for i in images[:2]]
 
 
-def test_one_image_is_calibrated_and_measured_on(pocket):
-    calibration = calibration_of(pocket, [Image(picture(0))])
-    graph = Graph(pocket, "vae")
-    [only] = calibration(graph, Profile(RECIPE.size))
-    assert (only["image"] == calibration.probe(graph, Profile(RECIPE.size))["image"]).all()
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_error_is_measured_on_images_that_are_not_calibrated_on(pocket, count):
+    images = [Image(picture(seed)) for seed in range(count)]
+    calibration = dataclasses.replace(calibration_of(pocket, images), chosen=True)
+    graph, profile = Graph(pocket, "vae"), Profile(RECIPE.size)
+    used = {one["image"].tobytes() for one in calibration(graph, profile)}
+    assert len(used) == max(1, count - 1)
+    probe = calibration.probe(graph, profile)["image"]
+    assert len(probe) == 2 + (count > 1)  # the bundled portraits, and the last of several
+    assert not used & {one[None].tobytes() for one in probe}
+
+
+def test_a_bundled_portrait_that_is_calibrated_on_is_not_measured_on(pocket):
+    calibration = dataclasses.replace(calibration_of(pocket, bundled_portraits()[:1]), chosen=True)
+    assert [image.digest for image in calibration.measured_on] == [bundled_portraits()[1].digest]
 
 
 def test_many_images_are_thinned_evenly_and_the_key_follows_them(pocket):

@@ -18,6 +18,7 @@ from difftap.retrieval.builder import IndexOptions, build_folder, plan_for
 from difftap.retrieval.distances import pairwise
 from difftap.retrieval.faiss_folder import FolderIndex
 from difftap.retrieval.kinds import INDEXED, IndexMetric, choose_kind, efforts
+from difftap.retrieval.quality import exact_neighbours
 from tests.retrieval.cases import batches, objects, origin
 
 pytest.importorskip("faiss")
@@ -349,3 +350,21 @@ def test_efforts_double():
 )
 def test_the_same_image(key, name, same):
     assert retrieve.same_image(key, np.array([name])).tolist() == [same]
+
+
+@pytest.mark.parametrize("shift", [0, 4096])
+def test_flat_euclidean_is_exact_far_from_the_origin_and_for_many_queries(tmp_path, shift):
+    """Whole numbers, so that float32 holds every vector; 300 queries of 640 are more than FAISS compares one by one."""
+    rng = np.random.default_rng(3)
+    vectors = rng.integers(-3, 4, (500, 640)).astype(np.float64)
+    queries = vectors[:300] + rng.integers(-2, 3, (300, 640))
+    true = np.array([((vectors - query) ** 2).sum(axis=1) for query in queries])
+    _, rows = objects(500)
+    moved = (vectors + shift).astype(np.float32)
+    with build_folder(tmp_path / "i", origin(), batches(moved, rows), IndexOptions("flat", "euclidean")) as index:
+        scores, found = index.search((queries + shift).astype(np.float32), 5)
+    nearest = np.sort(true, axis=1)[:, :5]
+    assert np.array_equal(np.take_along_axis(true, found, axis=1), nearest)
+    assert np.allclose(scores, np.sqrt(nearest), rtol=1e-6)
+    true_rows = exact_neighbours(moved, (queries + shift).astype(np.float32), IndexMetric("euclidean"), 5)
+    assert np.array_equal(np.take_along_axis(true, true_rows, axis=1), nearest)
