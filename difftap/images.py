@@ -16,7 +16,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,10 +145,12 @@ class FolderScan:
     broken: int
 
     @classmethod
-    def of(cls, folder: Path) -> FolderScan:
-        """Look at every file below a folder, at any depth."""
+    def of(cls, folder: Path, without: Collection[Path] = ()) -> FolderScan:
+        """Look at every file below a folder, at any depth, but for those in the folders ``without``."""
         pictures, others, hidden, broken = [], Counter[str](), 0, 0
         for path in walk_folder(folder, hidden=True):
+            if any(parent in without for parent in path.parents):
+                continue
             concealed = any(part.startswith(".") for part in path.relative_to(folder).parts)
             if not is_picture(path):
                 if not concealed:

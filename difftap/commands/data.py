@@ -86,6 +86,8 @@ def _show_pairs(part: Part) -> None:
     _show_classes(part.classes, ("usable", "images", "keypoints"))
     for note in part.notes:
         click.echo(f"  note: {note}")
+    for line in part.unused:
+        click.echo(f"  not used: {line}")
 
 
 def _show_classes(classes: Mapping[str, Mapping[str, int]], counted: Sequence[str]) -> None:

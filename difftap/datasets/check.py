@@ -34,6 +34,7 @@ class Part:
         classes: ``usable``, ``images`` and ``keypoints`` of each class.
         problems: what is broken.
         notes: what a reader of the scores should know.
+        unused: what lies in the folder and is not used, in words.
     """
 
     options: dict[str, str]
@@ -44,6 +45,7 @@ class Part:
     classes: dict[str, dict[str, int]]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Report:
     @property
     def whole(self) -> bool:
         """Whether everything that lies in the folder is used, too."""
-        return self.ok and not any(part.unused for part in self.parts if isinstance(part, ObjectPart))
+        return self.ok and not any(part.unused for part in self.parts)
 
     def to_dict(self) -> dict[str, object]:
         """Give the report as plain data (docs/datasets.md)."""
@@ -189,6 +191,7 @@ def _part(found: Dataset, options: dict[str, str]) -> Part:
         classes=classes,
         problems=found.problems,
         notes=found.notes,
+        unused=found.unused,
     )
 
 

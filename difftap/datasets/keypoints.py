@@ -128,6 +128,7 @@ class Dataset(Sequence[Sample]):
         samples: the usable pairs.
         problems: the pairs that were left out, and why; ``len(samples) + len(problems)`` pairs were listed.
         notes: sentences that a reader of the scores should know. They leave no pair out.
+        unused: what lies in the folder and is not used, in words.
         generators: the images made by us: file -> function that writes it.
     """
 
@@ -137,6 +138,7 @@ class Dataset(Sequence[Sample]):
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     generators: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -176,6 +178,7 @@ class Collector:
         self._samples: list[Sample] = []
         self._problems: list[Problem] = []
         self._notes: dict[str, int] = {}
+        self.unused: list[str] = []
         self._names: Counter[str] = Counter()
         # Both are kept, because an image or an annotation belongs to many pairs.
         self._sizes: dict[Path, Size | BadPairError] = {}
@@ -283,6 +286,7 @@ class Collector:
             samples=tuple(self._samples),
             problems=tuple(self._problems),
             notes=notes,
+            unused=tuple(self.unused),
             generators=self.generators,
         )
         if self._problems and not (allow_missing and self._samples):

@@ -384,7 +384,7 @@ def load(
         raise InputError(f"limit is {limit}; allowed: 1 or more images")
     # Leave out what benchmark runs wrote below the root (targets, plots, galleries): such a folder has this file.
     runs = {path.parent for path in walk_folder(root) if path.name == "predictions.jsonl"} - {root}
-    scan = FolderScan.of(root)
+    scan = FolderScan.of(root, without=runs | ({cache} if cache.is_relative_to(root) else set()))
     files = [path for path in scan.pictures if runs.isdisjoint(path.parents)]
     if cache.resolve() == root.resolve():
         raise InputError(f"cache is '{cache}', the folder of the images itself; give another one for what is made")
@@ -395,7 +395,7 @@ def load(
     count = min(limit or len(files), len(files))
     collector = Collector("synthetic", split, root)
     if scan.left_out:
-        collector.note(f"left out: {scan.left_out}")
+        collector.unused.append(scan.left_out)
     for file in (files[k * len(files) // count] for k in range(count)):
         for kind in (distortion or Distortion()).kinds:
             with collector.pair(f"{file.relative_to(root).as_posix()}:{kind}"):

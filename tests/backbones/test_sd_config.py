@@ -11,7 +11,8 @@ from difftap.artifacts.digests import DigestMemo
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.backbones.sd_config import SCHEDULER_RULES, SCHEDULERS, UNET_RULES, VAE_RULES
 from difftap.errors import ModelError
-from tests.tiny import MINI_VAE, MINI_XL_UNET, write_tiny
+from tests.export.test_sdxl import MINI_XL_UNET
+from tests.harness import write_mini
 
 
 def entries(kind):
@@ -145,7 +146,7 @@ def test_the_latent_is_normalised_as_diffusers_does(copy, tmp_path, change, shif
 
 def test_a_refiner_is_known_by_its_text_encoder_too(tmp_path):
     pytest.importorskip("diffusers")
-    folder = write_tiny(tmp_path, unet=MINI_XL_UNET, vae=MINI_VAE)
+    folder = write_mini(tmp_path, unet=MINI_XL_UNET)
     (folder / "text_encoder_2").mkdir()
     pooled = Checkpoint.load(folder).pooled_width
     changed(folder, "text_encoder_2/config.json", projection_dim=pooled)

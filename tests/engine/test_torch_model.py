@@ -23,7 +23,7 @@ def copy(mini, tmp_path):
 def test_damaged_weights_are_a_model_error(copy, size):
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ModelError, match=r"unet in .* cannot be loaded") as caught:
+    with pytest.raises(ModelError, match="not a whole safetensors file") as caught:
         get_backend("torch").open(Graph(Checkpoint.load(copy), "unet", ("up1",)), Profile((16, 16)), "cpu", 1)
     assert "\n" not in str(caught.value)
 

@@ -194,7 +194,7 @@ def test_two_at_once_in_one_folder(mini, pairs, cache, tmp_path):
 def test_what_does_not_fit_is_refused_first(mini, clip, pairs, cache, tmp_path):
     for error, words, more in (
         (RecipeError, "one for each", {"timesteps": (1, 2)}),
-        (InputError, "timestep 1000", {"timesteps": (1000,)}),
+        (InputError, "timestep is 1000", {"timesteps": (1000,)}),
         (InputError, "allowed: 1 to 10", {"model": clip, "tokens": 11}),
         (RecipeError, "no tap 'up9'", {"kind": "cpm", "image_tap": "up9"}),
         (ModelError, "own., a DINOv2 folder", {"kind": "cpm", "image_tokens": "nowhere"}),
