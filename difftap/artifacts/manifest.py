@@ -43,6 +43,11 @@ class FileRecord:
         return cls(path.stat().st_size, file_digest(path))
 
 
+def text_digest(data: Mapping[str, object]) -> str:
+    """Hash plain data with SHA-256, whatever the order of its keys and the spaces of its file."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What an artefact is, what it was made from, and what its files must look like.
@@ -60,8 +65,9 @@ class Manifest:
     report: JsonObject = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write the manifest as JSON, atomically."""
-        write_atomic(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n")
+        """Write the manifest as JSON with its own hash, atomically."""
+        data = {"schema": SCHEMA, **asdict(self)}
+        write_atomic(path, json.dumps({**data, "sha256": text_digest(data)}, indent=1, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -72,6 +78,9 @@ class Manifest:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            said = data.pop("sha256", None)  # those of difftap 0.1.0 have none
+            if said is not None and said != text_digest(data):
+                raise ArtefactError(f"manifest '{path}' was changed (SHA-256 differs)")
             if data["schema"] != SCHEMA:
                 raise ArtefactError(f"manifest '{path}' has schema {data['schema']}, this difftap reads {SCHEMA}")
             files = {name: FileRecord(**record) for name, record in data["files"].items()}

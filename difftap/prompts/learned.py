@@ -17,6 +17,7 @@ Axis letters: K classes; T prompt tokens; D width of the UNet's cross-attention;
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,14 +200,19 @@ def load_learned(path: str | Path) -> LearnedPrompts:
     file = find_learned(path)
     try:
         with safe_open(str(file), framework="np") as handle:
-            about = json.loads((handle.metadata() or {})[_KEY])
-            if about["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {about['schema']}, this difftap reads {SCHEMA}")
-            if about["kind"] not in KINDS:
-                raise ValueError(f"its kind is {about['kind']!r}")
-            count = len(about["fits"]["branches"])
-            rows = 1 if about["kind"] == "single" else len(about["classes"])
-            embeddings = tuple(handle.get_tensor(f"{k}.embedding") for k in range(count))
+            text, _, said = (handle.metadata() or {})[_KEY].partition("\n")
+            names: list[str] = list(handle.keys())
+            tensors = {name: handle.get_tensor(name) for name in names}
+        if said and said != _content(text, tensors):  # files of difftap 0.1.0 have no hash
+            raise ValueError("its content was changed: SHA-256 differs")
+        about = json.loads(text)
+        if about["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {about['schema']}, this difftap reads {SCHEMA}")
+        if about["kind"] not in KINDS:
+            raise ValueError(f"its kind is {about['kind']!r}")
+        count = len(about["fits"]["branches"])
+        rows = 1 if about["kind"] == "single" else len(about["classes"])
+        embeddings = tuple(tensors[f"{k}.embedding"] for k in range(count))
         if any(one.ndim != 3 or one.dtype != np.float32 or len(one) != rows for one in embeddings):
             raise ValueError(f"its embeddings have shapes {[one.shape for one in embeddings]}")
         if not all(np.isfinite(one).all() for one in embeddings):
@@ -217,6 +223,15 @@ def load_learned(path: str | Path) -> LearnedPrompts:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ModelError(f"'{file}' is no whole file of learned prompts ({what}); learn them again") from error
     return LearnedPrompts(file, file_digest(file), about, embeddings)
+
+
+def _content(about: str, tensors: Mapping[str, NDArray[np.float32]]) -> str:
+    """Hash a file's provenance and tensors: one changed byte of either gives another prompt, or another claim of it."""
+    total = hashlib.sha256(about.encode())
+    for name, value in sorted(tensors.items()):
+        total.update(f"{name} {value.dtype} {value.shape}".encode())
+        total.update(np.ascontiguousarray(value).tobytes())
+    return total.hexdigest()
 
 
 _remembered: dict[tuple[Path, int, int], LearnedPrompts] = {}
@@ -271,5 +286,5 @@ def save_learned(
     }
     # All in one metadata entry: safetensors writes several in no fixed order, and the bytes would differ.
     text = json.dumps({"schema": SCHEMA, **about}, sort_keys=True)
-    write_atomic(folder / PROMPT_FILE, save(tensors, metadata={_KEY: text}))
+    write_atomic(folder / PROMPT_FILE, save(tensors, metadata={_KEY: f"{text}\n{_content(text, tensors)}"}))
     return load_learned(folder)

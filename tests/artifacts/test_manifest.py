@@ -142,3 +142,26 @@ def test_small_files_are_always_read(tmp_path):
     memo = DigestMemo(tmp_path / "digests.json")
     memo.digest(path)
     assert not (tmp_path / "digests.json").exists()
+
+
+def test_any_changed_byte_of_a_manifest_is_found(tmp_path):
+    """Also in a report, which is compared with nothing: an engine's stated error, say."""
+    (tmp_path / "a.bin").write_bytes(b"weights")
+    manifest = Manifest("thing", {"of": "weights"}, {"a.bin": FileRecord.of(tmp_path / "a.bin")}, {"error": 0.125})
+    manifest.save(tmp_path / "a.json")
+    whole = (tmp_path / "a.json").read_bytes()
+    assert Manifest.load(tmp_path / "a.json") == manifest
+    for place in range(len(whole)):
+        for bit in (1, 4, 32):
+            changed = bytearray(whole)
+            changed[place] ^= bit
+            (tmp_path / "a.json").write_bytes(changed)
+            try:
+                found = Manifest.load(tmp_path / "a.json")
+            except ArtefactError:
+                continue
+            assert found == manifest, whole[max(0, place - 20) : place + 20]  # spaces between entries mean nothing
+    data = json.loads(whole)
+    del data["sha256"]  # as difftap 0.1.0 wrote it
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    assert Manifest.load(tmp_path / "a.json") == manifest

@@ -166,3 +166,21 @@ def test_prompts_that_were_never_scored_are_listed(tmp_path):
     done = invoke(["prompts", "list", str(save(tmp_path / "a").path.parent)])
     assert done.exit_code == 0, done.exception
     assert "not scored" in done.output
+
+
+def test_any_changed_byte_of_a_prompt_file_is_found(tmp_path):
+    """Of the embeddings, which only differ, and of the provenance, which would claim something else."""
+    whole = save(tmp_path)
+    file = tmp_path / PROMPT_FILE
+    data = file.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in [*range(60), *rng.integers(0, len(data), 200).tolist(), len(data) - 1]:
+        changed = bytearray(data)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        try:
+            found = load_learned(tmp_path)
+        except ModelError:
+            continue
+        assert found.about == whole.about, place
+        assert all((a == b).all() for a, b in zip(found.embeddings, whole.embeddings, strict=True)), place

@@ -17,6 +17,7 @@ an image that has no row, and the reason. The last four arrays are filled when a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -94,8 +95,9 @@ class ShardEntry:
         return bool(self.rows or self.failures)
 
     def text(self) -> str:
-        """Write the page as JSON lines."""
-        return "".join(_line(record) for record in (*map(_row, self.rows), *map(_failure, self.failures)))
+        """Write the page as JSON lines, the last of which holds the hash of the others; "" for a page of nothing."""
+        lines = "".join(_line(record) for record in (*map(_row, self.rows), *map(_failure, self.failures)))
+        return lines and lines + _line({"sha256": hashlib.sha256(lines.encode()).hexdigest()})
 
     @classmethod
     def parse(cls, text: str, where: str) -> ShardEntry:
@@ -106,14 +108,20 @@ class ShardEntry:
         """
         rows, failures = [], []
         try:
-            for line in text.splitlines():
+            lines = text.splitlines(keepends=True)
+            last = json.loads(lines[-1]) if lines else {}
+            if last.keys() == {"sha256"}:  # pages of difftap 0.1.0 have no such line
+                lines.pop()
+                if last["sha256"] != hashlib.sha256("".join(lines).encode()).hexdigest():
+                    raise ValueError("its SHA-256 differs")
+            for line in lines:
                 data = json.loads(line)
                 if "error" in data:
                     failures.append(Failure(data["key"], data["error"]))
                     continue
                 data["image"], data["content"] = tuple(data["image"]), tuple(data["content"])
                 rows.append(StoredRow(**data))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(f"{where} is damaged ({error}); 'difftap store verify' says what is left") from error
         return cls(tuple(rows), tuple(failures))
 
