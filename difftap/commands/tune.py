@@ -31,7 +31,21 @@ if TYPE_CHECKING:
 _DIR = click.Path(path_type=Path)
 
 _SETTINGS = (
-    *("epochs", "batch", "rate", "tokens", "initial", "joint", "timesteps", "reading", "steps", "seed", "passes"),
+    *(
+        "epochs",
+        "batch",
+        "rate",
+        "tokens",
+        "initial",
+        "joint",
+        "timesteps",
+        "reading",
+        "loss",
+        "draws",
+        "steps",
+        "seed",
+        "passes",
+    ),
     *("checkpointing", "precision", "shared", "linear_rate", "image_tokens", "image_tap"),
 )
 """Options that are fields of `TuneSettings`."""
@@ -87,12 +101,16 @@ _OPTIONS = (
         click.option("--batch", type=int, metavar="N", help="Pairs a step.  [default: 9]"),
         click.option("--rate", type=float, metavar="R", help="Adam's rate, of embeddings.  [default: 0.01]"),
         click.option("--tokens", type=int, metavar="N", help="Learned tokens.  [default: 75 for CLIP, else 24]"),
-        click.option("--initial", metavar="KIND", help="Tokens begin at the empty prompt's (empty), or random."),
+        click.option(
+            "--initial", metavar="KIND", help="Tokens begin as published, at the empty prompt's (empty), or random."
+        ),
         click.option("--joint/--separate", default=True, help="Branches on the fused score, or each on its own."),
         click.option(
             "--timestep", "timesteps", type=int, multiple=True, metavar="T", help="Of learning; one a branch, in order."
         ),
-        click.option("--reading", metavar="KIND", help="Pixels to cells: centres, or corners (SD4Match's rule)."),
+        click.option("--reading", metavar="KIND", help="Pixels to cells: corners (SD4Match's rule), or centres."),
+        click.option("--loss", metavar="RULE", help="published (SD4Match's code), or normalised (difftap 0.1's)."),
+        click.option("--draws", metavar="HOW", help="Noise of training images: fresh in each step, or fixed."),
         click.option("--layout", metavar="KIND", help="SPair-71k's list of pairs: large or small."),
         click.option("--allow-missing", is_flag=True, help="Leave out pairs whose files are missing or broken."),
         click.option("--limit", type=click.IntRange(1), metavar="N", help="N training pairs, evenly spaced."),

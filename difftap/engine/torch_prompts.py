@@ -6,6 +6,8 @@ tokens; M conditional tokens; D width of the UNet's cross-attention.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,18 +46,37 @@ class ConditionalHead(nn.Module):
     bins: Tensor  # (M, K)
 
     def __init__(
-        self, channels: int, tokens: int, shared: Tensor, conditional: int, start: Tensor, end: Tensor
+        self,
+        channels: int,
+        tokens: int,
+        shared: Tensor,
+        conditional: int,
+        start: Tensor,
+        end: Tensor,
+        *,
+        published: bool = True,
     ) -> None:
         super().__init__()
         width = shared.shape[1]
         self.channels = nn.Linear(2 * channels, width)
         self.tokens = nn.Linear(tokens, tokens)
-        self.positions = nn.Parameter(torch.randn(conditional, width) * 0.02)
-        self.alpha = nn.Parameter(torch.zeros(1))  # tanh(0) is 0: training starts without conditional tokens
+        if published:
+            self.positions = nn.Parameter(torch.rand(conditional, width))
+            self.alpha = nn.Parameter(torch.rand(1, conditional, width))
+        else:
+            self.positions = nn.Parameter(torch.randn(conditional, width) * 0.02)
+            self.alpha = nn.Parameter(torch.zeros(1, conditional, width))  # tanh(0): none of them has a say at first
         self.shared = nn.Parameter(shared.clone())
         self.register_buffer("start", start.clone())
         self.register_buffer("end", end.clone())
         self.register_buffer("bins", pool_table(tokens, conditional), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        # Heads of difftap 0.1.0 have one alpha for all tokens and channels.
+        alpha = state_dict.get(f"{prefix}alpha")
+        if alpha is not None and alpha.shape == (1,):
+            state_dict[f"{prefix}alpha"] = alpha.expand(self.alpha.shape).clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Compute the sequence ``(B, L, W)`` from the tokens ``(B, N, C)`` of both images."""

@@ -120,7 +120,7 @@ def _tokens(
         engine = opening.small(
             dino_graph(model, cache, source.network, source.weights, source.side, source.count, source.channels)
         )
-        return lambda image: engine.run({"image": dino_input(image, source.side)[None]})["tokens"][0]
+        return lambda image: engine.run({"image": dino_input(image, source.side, source.fit)[None]})["tokens"][0]
     empty = encode_prompt(model, "", cache)
     branch = Branch((source.tap,), source.timestep)
     unet = opening.unet(branch.taps, Profile(recipe.size, 1, len(empty)))

@@ -39,6 +39,8 @@ class TokenSource:
         network: folder or hub id of the DINOv2 network.
         weights: hash of its weights and configuration.
         side: side of its square input, in pixels.
+        fit: how an image comes into the DINOv2 network: ``crop`` or ``stretch`` (`dino_input`). Prompt files of difftap
+            0.1.0 do not say, and were learned on stretched images.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class TokenSource:
     network: str = ""
     weights: str = ""
     side: int = 0
+    fit: str = "stretch"
 
     def to_dict(self) -> JsonObject:
         """Give plain data, ready for JSON."""
@@ -86,8 +89,26 @@ def _averaged(data: NDArray[np.float64], count: int, axis: int) -> NDArray[np.fl
     return np.stack([data.take(range(*one), axis).mean(axis) for one in bins], axis)
 
 
-def dino_input(image: Image, side: int) -> NDArray[np.float32]:
-    """Stretch an image to a square and normalise it as DINOv2 expects, ``(3, side, side)``."""
-    resized = PIL.fromarray(image.pixels).resize((side, side), PIL.Resampling.BICUBIC)
+def dino_input(image: Image, side: int, fit: str = "crop") -> NDArray[np.float32]:
+    """Bring an image into a DINOv2 network's square input, and normalise it as the network wants it.
+
+    Args:
+        image: the image.
+        side: of the input, in pixels.
+        fit: ``crop``: the shorter edge becomes 8/7 of the side, and the middle is cut out (SD4Match: 256 and 224);
+            ``stretch``: the whole image is stretched to the square.
+
+    Returns:
+        float32 ``(3, side, side)``.
+    """
+    picture = PIL.fromarray(image.pixels)
+    if fit == "stretch":
+        resized = picture.resize((side, side), PIL.Resampling.BICUBIC)
+    else:
+        edge = round(side * 256 / 224)
+        scale = edge / min(picture.size)
+        width, height = (max(edge, int(length * scale)) for length in picture.size)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        resized = picture.resize((width, height), PIL.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     values = (np.asarray(resized, np.float32) / 255.0 - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)

@@ -161,6 +161,9 @@ class TuneResult:
     images: int
 
 
+_AS_BEFORE = (("loss", "normalised"), ("draws", "fixed"))
+
+
 @dataclass(frozen=True)
 class _Job:
     """What a training is made of, checked and opened."""
@@ -375,6 +378,10 @@ class _Run:
         job = self.job
         settings = job.settings.to_dict()
         del settings["epochs"], settings["steps"]  # a finished training may be continued for longer
+        # Settings that difftap 0.1.0 did not have are left out where they say what it did, so that its folders go on.
+        settings = {name: value for name, value in settings.items() if (name, value) not in _AS_BEFORE}
+        if job.settings.kind == "cpm":
+            settings["alpha"] = "a token and channel"  # 0.1.0 learned one number, whose state does not fit
         return {
             "model": model_key(job.cache, job.model),
             "recipe": {**fits_of(job.recipe), "seed": job.recipe.seed, "joining": self._joining()},
@@ -405,7 +412,7 @@ class _Run:
 
             name = job.settings.image_tokens
             digest, side, channels = dino_facts(name, job.cache)
-            return TokenSource("dinov2", 256, channels, network=name, weights=digest, side=side)
+            return TokenSource("dinov2", 256, channels, network=name, weights=digest, side=side, fit="crop")
         tap = job.model.tap(job.settings.image_tap)
         if not tap.channels:
             raise RecipeError(f"image tap '{tap.name}' is a module path; allowed: a block's or a layer's short name")
@@ -435,7 +442,7 @@ class _Run:
             network = numpy_tokens(image_network(dino_folder(source.network)), job.device)
 
             def tokens(image: Image, _known: ImagePosterior) -> NDArray[np.float32]:
-                return network(dino_input(image, source.side))
+                return network(dino_input(image, source.side, source.fit))
 
         # A folder for each process, so that two processes never write the same file.
         name = f"images.{job.processes.rank}" if job.processes.size > 1 else "images"

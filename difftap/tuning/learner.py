@@ -44,6 +44,8 @@ class PromptSpace:
         spread: standard deviation of the values of the model's own vectors.
         count: number of learned tokens.
         encoder: the frozen text encoder; None if the UNet reads the sequence itself.
+        words: ``(V, W)``, the embeddings of the model's words; None if it has none.
+        places: ``(n, W)``, what the text encoder adds to the word at each learned place; None if nothing is added.
     """
 
     start: torch.Tensor
@@ -52,18 +54,39 @@ class PromptSpace:
     spread: float
     count: int
     encoder: torch.nn.Module | None
+    words: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
         """W, the width of a vector."""
         return int(self.empty.shape[1])
 
-    def first(self, count: int, initial: str, generator: torch.Generator) -> torch.Tensor:
-        """Draw first values of learned vectors ``(count, W)``: the empty prompt's with a little noise, or random."""
+    def first(self, rows: int, initial: str, generator: torch.Generator) -> torch.Tensor:
+        """Draw first values of ``rows`` prompts of learned vectors, ``(rows, n, W)``.
+
+        Args:
+            rows: K.
+            initial: one of `difftap.tuning.settings.INITIALS`; without words, ``published`` is ``random``.
+            generator: a CPU generator, so that first values do not depend on the device.
+        """
         import torch
 
+        if initial == "published" and self.words is not None:
+            chosen = torch.randint(len(self.words), (rows, self.count), generator=generator)
+            found = self.words.detach().cpu()[chosen]
+            return found if self.places is None else found + self.places.detach().cpu()
+        noise = torch.randn(rows, self.count, self.width, generator=generator) * self.spread
+        return self.empty.cpu() + 0.01 * noise if initial == "empty" else noise
+
+    def first_shared(self, count: int, initial: str, generator: torch.Generator) -> torch.Tensor:
+        """Draw first values ``(count, W)`` of the tokens that all pairs share: uniform from 0 to 1 if ``published``."""
+        import torch
+
+        if initial == "published":
+            return torch.rand(count, self.width, generator=generator)
         noise = torch.randn(count, self.width, generator=generator) * self.spread
-        return noise if initial == "random" else self.empty.cpu() + 0.01 * noise
+        return self.empty.cpu() + 0.01 * noise if initial == "empty" else noise
 
     def sequence(self, learned: torch.Tensor) -> torch.Tensor:
         """Put learned vectors ``(B, n, W)`` between start and end, ``(B, L, W)``."""
@@ -113,7 +136,8 @@ def open_space(model: Checkpoint, cache: Cache, device: str, asked: int = 0) -> 
         from safetensors.torch import load_file
 
         table = load_file(str(model.folder / "prompt_table" / "model.safetensors"))["embedding"]
-        return PromptSpace(rows[:1], none, rows[-1:], float(table.float().std()), count, None)
+        words = table.float()[2:].to(device)  # the first two are start and padding
+        return PromptSpace(rows[:1], none, rows[-1:], float(table.float().std()), count, None, words)
     return PromptSpace(none, none, rows[:1] * 0, 1.0, count, None)
 
 
@@ -129,7 +153,16 @@ def _clip_space(model: Checkpoint, device: str, asked: int) -> PromptSpace:
     count = asked or most
     first, last = _ends(model)
     start, end = words[first] + places[0], words[last] + places[count + 1]
-    return PromptSpace(start[None], end[None], words[last][None], float(words.std()), count, TextEncoder(text))
+    return PromptSpace(
+        start[None],
+        end[None],
+        words[last][None],
+        float(words.std()),
+        count,
+        TextEncoder(text),
+        words,
+        places[1 : count + 1],
+    )
 
 
 def _ends(model: Checkpoint) -> tuple[int, int]:
@@ -209,12 +242,11 @@ class Learner:
             with torch.random.fork_rng(devices=[]):  # the head's layers draw from torch's global generator
                 torch.manual_seed(settings.seed * 1000 + branch)
                 self.head = ConditionalHead(
-                    channels, count, space.first(shared, settings.initial, generator), space.count - shared,
-                    space.start.cpu(), space.end.cpu(),
+                    channels, count, space.first_shared(shared, settings.initial, generator), space.count - shared,
+                    space.start.cpu(), space.end.cpu(), published=settings.initial == "published",
                 ).to(device)  # fmt: skip
         else:
-            first = space.first(len(self._rows) * space.count, settings.initial, generator)
-            self.rows = first.view(len(self._rows), space.count, -1).to(device).requires_grad_()
+            self.rows = space.first(len(self._rows), settings.initial, generator).to(device).requires_grad_()
 
     def groups(self, settings: TuneSettings) -> list[tuple[torch.Tensor, float]]:
         """List every parameter with its learning rate, in a fixed order, which a saved state relies on."""

@@ -6,6 +6,7 @@ Axis letters: B images; N keypoints; C channels; h w cells.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -25,6 +26,7 @@ from difftap.bench.protocols import PROTOCOLS
 from difftap.bench.scoring import measure
 from difftap.coords import CornerGeometry, Geometry
 from difftap.datasets.keypoints import Sample
+from difftap.engine.noise import draw
 from difftap.errors import InputError, NonFiniteError, OutputError, require
 from difftap.features.keeper import View
 from difftap.matching import Matches
@@ -32,7 +34,7 @@ from difftap.recipe import Recipe
 from difftap.tuning.learner import Learner, PromptKey, key_of, views_of
 from difftap.tuning.loss import fused_cosines, gaussian_cross_entropy
 from difftap.tuning.passes import TappedUNet
-from difftap.tuning.posteriors import ImageStore
+from difftap.tuning.posteriors import ImagePosterior, ImageStore
 from difftap.tuning.settings import TuneSettings
 from difftap.tuning.training_pairs import TrainingPairs
 
@@ -398,12 +400,12 @@ class TrainingLoop:
         """Compute the loss of each pair, averaged over its keypoints, ``(pairs,)``."""
         import torch
 
-        maps = self._maps(samples, self._learners)
+        maps = self._maps(samples, self._learners, fresh=self._settings.draws == "fresh")
         losses = []
         for sample in samples:
             scores, _, there = self._scores(sample, maps)
             cells = self._cells(sample.target_points, there, (scores.shape[2], scores.shape[1]))
-            losses.append(gaussian_cross_entropy(scores, cells).mean())
+            losses.append(gaussian_cross_entropy(scores, cells, self._settings.loss).mean())
         return torch.stack(losses)
 
     def validate(self, learners: Sequence[Learner] | None) -> dict[str, float]:
@@ -443,8 +445,15 @@ class TrainingLoop:
         samples: Sequence[Sample],
         learners: Sequence[Learner] | None,
         kept: MemoryCache[tuple[View, PromptKey], list[torch.Tensor]] | None = None,
+        fresh: bool = False,
     ) -> dict[tuple[View, PromptKey], list[torch.Tensor]]:
         """Compute the maps of all images of these pairs under their prompts; each image and prompt once.
+
+        Args:
+            samples: the pairs.
+            learners: the prompts; None for the empty one.
+            kept: maps that are there already, and to which new ones are added.
+            fresh: draw posterior and noise anew for this step, in place of those that belong to each image.
 
         Returns:
             (view, prompt key) -> maps ``(C, h, w)`` of all branches and taps, in order.
@@ -458,7 +467,7 @@ class TrainingLoop:
         found = {one: kept[one] for one in wanted if kept is not None and one in kept}
         missing = [one for one in wanted if one not in found]
         if missing:
-            made = self._run(missing, learners)
+            made = self._run(missing, learners, fresh)
             found |= made
             if kept is not None:
                 for one, maps in made.items():
@@ -466,11 +475,13 @@ class TrainingLoop:
         return found
 
     def _run(
-        self, wanted: Sequence[tuple[View, PromptKey]], learners: Sequence[Learner] | None
+        self, wanted: Sequence[tuple[View, PromptKey]], learners: Sequence[Learner] | None, fresh: bool
     ) -> dict[tuple[View, PromptKey], list[torch.Tensor]]:
         import torch
 
         known = [self._store.get(view, self._sizes[view]) for view, _ in wanted]
+        if fresh:
+            known = [self._redrawn(one, view) for one, (view, _) in zip(known, wanted, strict=True)]
         keys = list(dict.fromkeys(key for _, key in wanted))
         place = {key: k for k, key in enumerate(keys)}
         rows = torch.tensor([place[key] for _, key in wanted], device=self._device)
@@ -487,6 +498,14 @@ class TrainingLoop:
             for maps, more in zip(found, self._passes.run(k, known, prompts), strict=True):
                 maps.extend(more)
         return dict(zip(wanted, found, strict=True))
+
+    def _redrawn(self, known: ImagePosterior, view: View) -> ImagePosterior:
+        """Give an image the noises of this step: the same in a resumed run, and in any process."""
+        if self._recipe.noise == "none":
+            return known
+        name = f"{self.progress.done}:{view.mirrored}:{view.path.name}"
+        first, second = draw(self._settings.seed, name, 1, known.mean.shape)
+        return dataclasses.replace(known, posterior_noise=first, noise=second)
 
     def _scores(
         self, sample: Sample, maps: dict[tuple[View, PromptKey], list[torch.Tensor]], empty: bool = False

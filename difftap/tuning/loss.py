@@ -1,8 +1,10 @@
 """The matching loss: cross-entropy of a Gaussian at the target keypoint and the softmax of the source's cosines.
 
-From SD4Match (Li et al., CVPR 2024). The paper leaves details open; ours are: the Gaussian has 7 x 7 places at whole
-cells from the keypoint; the log-probability is read at them bilinearly; places outside the map are left out, and the
-weights of the others are normalised to sum to 1.
+Two rules (`RULES`). ``published`` is that of SD4Match's code (Li et al., CVPR 2024): the Gaussian has 7 x 7 places at
+whole cells from the keypoint and is the normal density there, whose sum is 0.9654; the *probability* is read at them
+bilinearly, and its logarithm is taken afterwards; only places strictly inside the map count. ``normalised`` is that of
+difftap 0.1.0, which fills what the paper leaves open otherwise: the log-probability is read, places on the map's edge
+count too, and the weights of those that count are scaled to sum to 1.
 
 Axis letters: N keypoints; C channels; w h cells; P places of the patch.
 """
@@ -15,11 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["PATCH", "SIGMA", "TEMPERATURE", "cosines", "fused_cosines", "gaussian_cross_entropy", "join", "read"]
+__all__ = [
+    "PATCH",
+    "RULES",
+    "SIGMA",
+    "TEMPERATURE",
+    "cosines",
+    "fused_cosines",
+    "gaussian_cross_entropy",
+    "join",
+    "read",
+]
 
 TEMPERATURE = 0.04  # SD4Match's: cosines are divided by it
+RULES = ("published", "normalised")
 PATCH = 7  # places along a side of the Gaussian
 SIGMA = 1.5  # of the Gaussian, in cells
+_LEAST = 1e-30  # probability below which the logarithm is not followed: softmax may give 0 in float32
 _FLOOR = 1e-6  # least cosine whose logarithm is taken; below it, the loss and its gradient would not be finite
 
 
@@ -109,26 +123,32 @@ def fused_cosines(
     return torch.stack(logs).sum(0).exp()
 
 
-def gaussian_cross_entropy(scores: Tensor, cells: Tensor) -> Tensor:
+def gaussian_cross_entropy(scores: Tensor, cells: Tensor, rule: str = "published") -> Tensor:
     """Compute the loss of each keypoint, ``(N,)``.
 
     Args:
         scores: ``(N, h, w)``, cosines of the source keypoints with every target cell.
         cells: ``(N, 2)``, x and y of the target keypoints in fractional cells, on the map.
+        rule: one of `RULES`.
     """
-    count, height, width = scores.shape
-    logs = functional.log_softmax(scores.flatten(1) / TEMPERATURE, dim=1).view(count, 1, height, width)
+    height, width = scores.shape[1:]
+    scaled = scores.flatten(1) / TEMPERATURE
     reach = torch.arange(PATCH, device=scores.device, dtype=scores.dtype) - (PATCH - 1) / 2
     down, across = torch.meshgrid(reach, reach, indexing="ij")
     offsets = torch.stack([across.flatten(), down.flatten()], dim=1)  # (P, 2)
     gaussian = torch.exp(-offsets.square().sum(1) / (2 * SIGMA**2))  # (P,)
     places = cells[:, None] + offsets  # (N, P, 2)
     last = torch.tensor([width - 1, height - 1], device=scores.device, dtype=scores.dtype)
+    if rule == "published":
+        inside = ((places > 0) & (places < last)).all(2)
+        weights = gaussian / (2 * torch.pi * SIGMA**2) * inside
+        found = _read_each(torch.unflatten(scaled.softmax(1), 1, (height, width)), places)
+        return -(weights * found.clamp_min(_LEAST).log()).sum(1)
     inside = ((places >= 0) & (places <= last)).all(2)
     weights = gaussian * inside
     weights = weights / weights.sum(1, keepdim=True)
-    values = _read_each(logs[:, 0], places)
-    return -(weights * values).sum(1)
+    logs = functional.log_softmax(scaled, dim=1)
+    return -(weights * _read_each(torch.unflatten(logs, 1, (height, width)), places)).sum(1)
 
 
 def _read_each(maps: Tensor, places: Tensor) -> Tensor:

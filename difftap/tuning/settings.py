@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from difftap.errors import InputError, RecipeError
 from difftap.recipe import KINDS, Recipe
 
-__all__ = ["INITIALS", "JOINTS", "OWN_TOKENS", "PRECISIONS", "READINGS", "TuneSettings"]
+__all__ = ["DRAWS", "INITIALS", "JOINTS", "LOSSES", "OWN_TOKENS", "PRECISIONS", "READINGS", "TuneSettings"]
 
-INITIALS = ("empty", "random")
+INITIALS = ("published", "empty", "random")
+LOSSES = ("published", "normalised")
+DRAWS = ("fresh", "fixed")
 JOINTS = ("joint", "separate")
 READINGS = ("centres", "corners")
 PRECISIONS = ("fp32", "bf16")
@@ -31,10 +33,14 @@ class TuneSettings:
         linear_rate: Adam's learning rate of the conditional head's linear layers.
         tokens: learned tokens per prompt; 0 for the model's own length (75 for CLIP).
         shared: how many of them do not depend on the pair (``cpm``); 0 for a third.
-        initial: first values of learned tokens: the ``empty`` prompt's with a little noise, or ``random``.
+        initial: first values of learned tokens. ``published``: embeddings of random words with their positions (for
+            ``cpm`` uniform from 0 to 1, as its positions and alpha); ``empty``: the empty prompt's with a little noise;
+            ``random``: noise as wide as the model's own embeddings.
         joint: ``joint``: several branches are learned together on the fused score; ``separate``: each on its own.
         timesteps: one per branch; empty for the recipe's (``tuned_at``, else ``timestep``).
-        reading: how pixels become cells: ``centres``, or ``corners`` (SD4Match's rule).
+        reading: how pixels become cells: ``corners`` (SD4Match's rule), or ``centres``.
+        loss: one of `LOSSES`; `difftap.tuning.loss` says how they differ.
+        draws: posterior and noise of training images: drawn anew (``fresh``) in each step, or ``fixed`` for each image.
         image_tokens: where the image tokens of ``cpm`` come from: ``own``, or the folder or hub id of a DINOv2 network.
         image_tap: the tap that ``own`` tokens are read from.
         seed: seed of the first values and of the order of pairs.
@@ -54,10 +60,12 @@ class TuneSettings:
     linear_rate: float = 0.001
     tokens: int = 0
     shared: int = 0
-    initial: str = "empty"
+    initial: str = "published"
     joint: str = "joint"
     timesteps: tuple[int, ...] = ()
-    reading: str = "centres"
+    reading: str = "corners"
+    loss: str = "published"
+    draws: str = "fresh"
     image_tokens: str = OWN_TOKENS
     image_tap: str = "up1"
     seed: int = 0
@@ -73,6 +81,8 @@ class TuneSettings:
             "initial": INITIALS,
             "joint": JOINTS,
             "reading": READINGS,
+            "loss": LOSSES,
+            "draws": DRAWS,
             "precision": PRECISIONS,
         }
         for name, allowed in words.items():

@@ -31,28 +31,33 @@ def bilinear(values, x, y):
     return total
 
 
-def slow_loss(source, target, here, there):
-    """One pair's mean loss, one keypoint and one cell at a time."""
+def slow_loss(source, target, here, there, rule):
+    """One pair's mean loss, one keypoint, one cell and one place at a time."""
     height, width = target.shape[1:]
     losses = []
     for (sx, sy), (tx, ty) in zip(here, there, strict=True):
         query = unit(bilinear(source.transpose(1, 2, 0), sx, sy))
         cosines = np.array([[query @ unit(target[:, y, x]) for x in range(width)] for y in range(height)])
         exponents = np.exp(cosines / 0.04 - cosines.max() / 0.04)
-        logs = np.log(exponents / exponents.sum())
+        shares = exponents / exponents.sum()
         weights, values = [], []
         for dy in range(-3, 4):
             for dx in range(-3, 4):
                 x, y = tx + dx, ty + dy
-                if 0 <= x <= width - 1 and 0 <= y <= height - 1:
-                    weights.append(math.exp(-(dx * dx + dy * dy) / (2 * 1.5**2)))
-                    values.append(bilinear(logs, x, y))
-        losses.append(-np.dot(weights, values) / sum(weights))
+                weight = math.exp(-(dx * dx + dy * dy) / (2 * 1.5**2))
+                if rule == "published" and 0 < x < width - 1 and 0 < y < height - 1:
+                    weights.append(weight / (2 * math.pi * 1.5**2))
+                    values.append(math.log(bilinear(shares, x, y)))
+                if rule == "normalised" and 0 <= x <= width - 1 and 0 <= y <= height - 1:
+                    weights.append(weight)
+                    values.append(bilinear(np.log(shares), x, y))
+        losses.append(-np.dot(weights, values) / (sum(weights) if rule == "normalised" else 1))
     return float(np.mean(losses))
 
 
+@pytest.mark.parametrize("rule", loss.RULES)
 @pytest.mark.parametrize("seed", range(6))
-def test_the_loss_is_what_loops_give(seed):
+def test_the_loss_is_what_loops_give(seed, rule):
     rng = np.random.default_rng(seed)
     source, target = rng.standard_normal((2, *SHAPE))
     # Some keypoints lie at the border and in corners, half a cell outside the outermost centres included.
@@ -60,8 +65,15 @@ def test_the_loss_is_what_loops_give(seed):
     here = np.concatenate([rng.uniform(0, (10, 8), (5, 2)), corners])
     there = np.concatenate([rng.uniform(0, (10, 8), (5, 2)), corners[::-1]])
     scores = loss.cosines(*(torch.from_numpy(one) for one in (source, target, here)))
-    got = loss.gaussian_cross_entropy(scores, torch.from_numpy(there)).mean()
-    assert float(got) == pytest.approx(slow_loss(source, target, here, there), rel=1e-9)
+    got = loss.gaussian_cross_entropy(scores, torch.from_numpy(there), rule).mean()
+    assert float(got) == pytest.approx(slow_loss(source, target, here, there, rule), rel=1e-9)
+
+
+def test_the_published_gaussian_is_a_density_that_is_not_scaled():
+    """Uniform scores: the loss is the Gaussian's sum, 0.9654, times the logarithm of the number of cells."""
+    scores = torch.zeros(1, 21, 21, dtype=torch.float64)
+    got = float(loss.gaussian_cross_entropy(scores, torch.tensor([[10.3, 9.6]], dtype=torch.float64)))
+    assert got / math.log(21 * 21) == pytest.approx(0.9654, abs=5e-5)
 
 
 def test_the_loss_is_least_where_the_right_place_is_best():

@@ -153,6 +153,26 @@ def test_pooling_bins_are_torchs(tokens, pooled):
     assert torch.equal(values[:, pool_table(tokens, pooled)].amax(2), want)
 
 
+def test_a_head_of_difftap_0_1_0_has_one_alpha():
+    made = [ConditionalHead(3, 6, torch.zeros(1, 2), 4, torch.zeros(0, 2), torch.zeros(0, 2)) for _ in range(2)]
+    state = {**made[0].state_dict(), "alpha": torch.tensor([0.3])}
+    made[1].load_state_dict(state)
+    assert made[1].alpha.shape == (1, 4, 2)
+    assert (made[1].alpha == 0.3).all()
+    source, target = torch.randn(2, 1, 6, 3)
+    with torch.no_grad():
+        made[0].alpha.fill_(0.3)
+        assert (made[0](source, target) == made[1](source, target)).all()
+
+
+def test_a_published_head_begins_uniform_from_0_to_1():
+    torch.manual_seed(0)
+    head = ConditionalHead(3, 6, torch.rand(1, 32), 50, torch.zeros(0, 32), torch.zeros(0, 32))
+    for value in (head.alpha, head.positions):
+        assert 0 <= float(value.min()) < 0.05 and 0.95 < float(value.max()) <= 1
+        assert float(value.mean()) == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_heads_gradient():
     torch.manual_seed(0)
     head = ConditionalHead(3, 6, torch.randn(1, 2), 4, torch.zeros(0, 2), torch.zeros(0, 2)).double()

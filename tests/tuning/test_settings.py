@@ -10,7 +10,9 @@ from difftap.tuning.settings import TuneSettings
     ("wrong", "words", "right"),
     [
         ({"kind": "pair"}, "kind is 'pair'; allowed: single", {}),
-        ({"initial": "full"}, "initial is 'full'; allowed: empty, random", {"initial": "random"}),
+        ({"initial": "full"}, "initial is 'full'; allowed: published, empty, random", {"initial": "random"}),
+        ({"loss": "ours"}, "loss is 'ours'; allowed: published, normalised", {"loss": "normalised"}),
+        ({"draws": "once"}, "draws is 'once'; allowed: fresh, fixed", {"draws": "fixed"}),
         ({"reading": "edges"}, "reading is 'edges'", {"reading": "corners"}),
         ({"epochs": 0}, "epochs is 0; allowed: 1 or more", {"epochs": 1}),
         ({"batch": 0}, "batch is 0; allowed: 1 or more", {"batch": 1}),
