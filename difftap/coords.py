@@ -111,16 +111,20 @@ class Geometry:
         return np.asarray(inside.all(axis=1), np.bool_)
 
 
+_FRAME = 768.0  # sides of the square, in pixels, into which SD4Match warps images, points and boxes
+
+
 @dataclass(frozen=True)
 class CornerGeometry(Geometry):
     """The geometry with SD4Match's aligned corners; only for an image that was stretched to the input.
 
-    ``x_cell = x (w - 1) / (W - 1)`` converts pixels of the input to cells, so corner pixels fall on corner cells.
+    ``x_cell = x (w - 1) / (768 - 1)`` converts pixels of SD4Match's evaluation frame to cells, so corner pixels of that
+    frame fall on corner cells, whatever the size of the network's input.
     """
 
     def _scale(self, grid: Size) -> NDArray[np.float64]:
-        stretched = np.array(self.input, np.float64) / np.array(self.image, np.float64)
-        return stretched * (np.array(grid, np.float64) - 1) / (np.array(self.input, np.float64) - 1)
+        stretched = _FRAME / np.array(self.image, np.float64)
+        return stretched * (np.array(grid, np.float64) - 1) / (_FRAME - 1)
 
     def to_cells(self, points: ArrayLike, grid: Size) -> NDArray[np.float64]:
         """Convert image pixels ``(N, 2)`` to cells ``(N, 2)``, clipped to the map."""

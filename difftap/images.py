@@ -403,13 +403,16 @@ def read_mask(path: Path, value: int | None = None) -> NDArray[np.bool_]:
     return np.asarray(values == value)
 
 
-def to_input(image: Image, size: Size, fit: str = "stretch") -> tuple[NDArray[np.float32], Geometry]:
-    """Lay an image on the network's input: resize it with Pillow's bicubic filter, as DIFT does.
+def to_input(
+    image: Image, size: Size, fit: str = "stretch", resize: str = "bicubic"
+) -> tuple[NDArray[np.float32], Geometry]:
+    """Lay an image on the network's input: resize it with one of Pillow's filters.
 
     Args:
         image: the picture.
         size: ``(W, H)`` of the input in pixels.
         fit: ``stretch`` or ``letterbox``.
+        resize: ``bicubic``, as DIFT does, or ``bilinear``, as SD4Match does.
 
     Returns:
         float32 ``(3, H, W)``, RGB, in [-1, 1], letterbox padding 0 (mid-grey); and the geometry that takes the image's
@@ -417,7 +420,7 @@ def to_input(image: Image, size: Size, fit: str = "stretch") -> tuple[NDArray[np
     """
     geometry = Geometry.stretch(image.size, size) if fit == "stretch" else Geometry.letterbox(image.size, size)
     x0, y0, x1, y1 = (round(edge) for edge in geometry.content)
-    resized = PIL.fromarray(image.pixels).resize((x1 - x0, y1 - y0), PIL.Resampling.BICUBIC)
+    resized = PIL.fromarray(image.pixels).resize((x1 - x0, y1 - y0), PIL.Resampling[resize.upper()])
     values = np.zeros((3, size[1], size[0]), np.float32)  # (3, H, W)
     # From 0..255 to [-1, 1], the range that Stable Diffusion's VAE takes.
     values[:, y0:y1, x0:x1] = np.asarray(resized, np.float32).transpose(2, 0, 1) / 127.5 - 1.0

@@ -44,6 +44,8 @@ __all__ = [
     "MATCHERS",
     "MODES",
     "NOISES",
+    "POSTERIORS",
+    "RESIZES",
     "Branch",
     "Learned",
     "Matcher",
@@ -60,6 +62,11 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 COMBINES = ("concat", "score-sum", "score-product")
 FITS = ("stretch", "letterbox")
 NOISES = ("independent", "antithetic", "none")
+RESIZES = ("bicubic", "bilinear")
+POSTERIORS = ("member", "image")
+_ADDED = {"resize": "bicubic", "posterior": "member"}
+"""Fields that 0.1.0 did not have, with the value that it worked with: they are written and hashed only if they differ,
+so that everything that 0.1.0 made keeps its key and its conditions."""
 KINDS = ("single", "class", "cpm")
 MODES = ("pair", "class", "image")
 MAX_SIDE = 4096
@@ -211,6 +218,9 @@ class Recipe:
             mean of the cosines, weighted by the branches' shares.
         matcher: the rule that turns similarities into points.
         learned: learned prompts that replace the branches' texts; None to use the texts.
+        resize: how an image is resized to the input: ``bicubic`` (DIFT) or ``bilinear`` (SD4Match).
+        posterior: the latent is sampled from its posterior once a ``member`` (DIFT), or once an ``image``, the same for
+            all members (SD4Match).
     """
 
     branches: tuple[Branch, ...]
@@ -224,6 +234,8 @@ class Recipe:
     combine: str = "concat"
     matcher: Matcher = field(default_factory=Matcher)
     learned: Learned | None = None
+    resize: str = "bicubic"
+    posterior: str = "member"
 
     def __post_init__(self) -> None:
         # Callers may pass lists and plain names, as TOML does. A frozen dataclass can only be set in this way.
@@ -240,6 +252,8 @@ class Recipe:
         )
         _check(self.fit in FITS, "fit", self.fit, ", ".join(FITS))
         _check(self.noise in NOISES, "noise", self.noise, ", ".join(NOISES))
+        _check(self.resize in RESIZES, "resize", self.resize, ", ".join(RESIZES))
+        _check(self.posterior in POSTERIORS, "posterior", self.posterior, ", ".join(POSTERIORS))
         _check(1 <= self.ensemble <= 1024, "ensemble", self.ensemble, "1 to 1024")
         _check(
             self.noise != "none" or self.ensemble == 1,
@@ -258,8 +272,13 @@ class Recipe:
         _check(self.upsample in INTERPOLATIONS, "upsample", self.upsample, ", ".join(INTERPOLATIONS))
 
     def to_dict(self) -> dict[str, object]:
-        """Give plain nested data, ready for JSON or TOML, without fields that are None; `from_dict` reads it back."""
+        """Give plain nested data, ready for JSON or TOML, without fields that are None; `from_dict` reads it back.
+
+        Fields that were added after 0.1.0 are left out where they say what 0.1.0 did.
+        """
         data = {**dataclasses.asdict(self), "model": self.model.to_data()}
+        for name in [name for name, value in _ADDED.items() if data[name] == value]:
+            del data[name]
         for table in (data, *data["branches"]):
             for name in [name for name, value in table.items() if value is None]:
                 del table[name]
@@ -306,8 +325,7 @@ class Recipe:
     def _by_content(self) -> dict[str, Any]:
         """Give the plain data that keys are made of.
 
-        A field added after version 0.1.0 must be left out here while it has the value that 0.1.0 worked with: then
-        everything that 0.1.0 made keeps its key.
+        Fields that were added after 0.1.0 are not in it while they say what 0.1.0 did (`_ADDED`).
         """
         # Of the model only the name counts here, because its weights have a key of their own.
         data = {**self.to_dict(), "model": self.model.name}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difftap.coords import Geometry, rescale
+from difftap.coords import CornerGeometry, Geometry, rescale
 from difftap.errors import DifftapError
 
 sides = st.integers(1, 3000)
@@ -77,3 +77,12 @@ def test_the_border_belongs_to_the_image_and_nan_does_not():
 @given(st.floats(-1e3, 1e3), st.floats(0.01, 100))
 def test_rescale_inverts(position, scale):
     assert np.isclose(rescale(rescale(position, scale), 1 / scale), position, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", [(768, 768), (256, 256), (512, 384)])
+def test_sd4matchs_cells_are_measured_in_its_frame_whatever_the_input(net):
+    """x in the image -> 768 x / W in the frame -> times (w - 1) / 767."""
+    geometry = CornerGeometry(image=(300, 200), input=net, content=(0, 0, *net))
+    cells = geometry.to_cells([[150, 50], [0, 0]], (48, 32))
+    assert np.allclose(cells, [[384 * 47 / 767, 192 * 31 / 767], [0, 0]])
+    assert np.allclose(geometry.to_pixels(cells, (48, 32)), [[150, 50], [0, 0]])

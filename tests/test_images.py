@@ -487,3 +487,11 @@ def test_a_format_without_its_plug_in_is_named(tmp_path, monkeypatch):
     assert find_pictures(tmp_path) == [tmp_path / "photo.HEIC"]
     with pytest.raises(ImageError, match="pip install pillow-heif"):
         load_image(tmp_path / "photo.HEIC")
+
+
+def test_bilinear_input_is_the_half_pixel_rule():
+    """Two pixels enlarged to eight: weights of 1/8, 3/8, 5/8, 7/8 between their centres, the outer ones beyond."""
+    image = Image(np.array([[[0] * 3, [160] * 3]], np.uint8))
+    values, _ = to_input(image, (8, 8), resize="bilinear")
+    grey = (values[0, 0] + 1) * 127.5
+    assert np.abs(grey - np.array([0, 0, 20, 60, 100, 140, 160, 160])).max() <= 0.51

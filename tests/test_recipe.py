@@ -94,7 +94,7 @@ CHANGES = {
     "branches": (Branch(("up1",), 20), Branch(("up2",), 50)),
     "model": "sd21", "size": (768, 512), "fit": "letterbox", "ensemble": 4, "noise": "none", "seed": 1,
     "upsample": "bilinear", "combine": "score-sum", "matcher": Matcher("nn"),
-    "learned": Learned("prompts/one"),
+    "learned": Learned("prompts/one"), "resize": "bilinear", "posterior": "image",
 }  # fmt: skip
 LEARNED_CHANGES = {"path": "prompts/two", "kind": "cpm", "mode": "image", "sha256": "a" * 64}
 MATCHER_CHANGES = {"name": "nn", "interpolation": "bicubic", "temperature": 0.1, "sigma": 3.0, "window": 5}
@@ -240,3 +240,14 @@ def test_a_model_is_named_by_reference_and_its_weights_enter_no_key():
         Recipe.from_dict({**plain.to_dict(), "model": {"name": "sd21", "seed": 1}})
     with pytest.raises(RecipeError, match="model"):
         Recipe.from_dict({**plain.to_dict(), "model": ""})
+
+
+@pytest.mark.parametrize("name", ["resize", "posterior"])
+def test_fields_that_0_1_0_did_not_have_are_written_only_where_they_differ(name):
+    changed = dataclasses.replace(PLAIN, **{name: CHANGES[name]})
+    assert name not in PLAIN.to_dict()
+    assert name not in PLAIN.feature_fields()
+    assert changed.to_dict()[name] == changed.feature_fields()[name] == CHANGES[name]
+    assert Recipe.from_dict(changed.to_dict()) == changed
+    with pytest.raises(RecipeError, match=f"{name} is 'other'; allowed: "):
+        dataclasses.replace(PLAIN, **{name: "other"})

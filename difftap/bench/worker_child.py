@@ -297,7 +297,7 @@ class _RivalRunner:
         start = time.perf_counter()
         images = [load_image(path) for path in paths]
         decoded = time.perf_counter()
-        laid = [to_input(image, recipe.size, recipe.fit) for image in images]
+        laid = [to_input(image, recipe.size, recipe.fit, recipe.resize) for image in images]
         resized = time.perf_counter()
         values, clock = self._rival.extract(np.stack([pixels for pixels, _ in laid]), noises)
         end = time.perf_counter()

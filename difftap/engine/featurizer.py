@@ -142,7 +142,7 @@ class EncodedBatch:
 
 def lay(recipe: Recipe, images: Sequence[Image]) -> InputBatch:
     """Lay images on the network's input."""
-    laid = [to_input(image, recipe.size, recipe.fit) for image in images]
+    laid = [to_input(image, recipe.size, recipe.fit, recipe.resize) for image in images]
     pixels = np.stack([values for values, _ in laid])  # (B, 3, H, W)
     return InputBatch(tuple(image.digest for image in images), tuple(geometry for _, geometry in laid), pixels)
 

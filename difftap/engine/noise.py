@@ -78,7 +78,10 @@ def draw_noise(recipe: Recipe, digests: Sequence[str], shape: tuple[int, ...], m
         return np.zeros((2, len(digests), members, *latent), np.float32)
     pairs = recipe.noise == "antithetic"
     draws = [draw(recipe.seed, digest, members, latent, pairs) for digest in digests]
-    return np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
+    both = np.stack([np.stack(pair) for pair in zip(*draws, strict=True)])
+    if recipe.posterior == "image":  # one sample of the latent, to which every member adds its own noise
+        both[0] = both[0, :, :1]
+    return both
 
 
 def scales(rule: NoiseRule, timestep: int, noise: str) -> tuple[float, float]:

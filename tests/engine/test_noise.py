@@ -163,3 +163,12 @@ def test_a_recipes_kind_decides_what_is_drawn():
     assert (pairs[:, :, 1] == -pairs[:, :, 0]).all() and (pairs[:, :, 3] == -pairs[:, :, 2]).all()
     assert (pairs[:, 0, 0] == plain[:, 0, 0]).all()  # a pair's first member is that of independent draws
     assert not draw_noise(replace(recipe, noise="none", ensemble=1), [DIGEST], (2, 2, 3), 1).any()
+
+
+def test_one_posterior_sample_an_image_is_the_first_members():
+    recipe = Recipe((Branch(("up1",), 20),), ensemble=4, posterior="image")
+    each = draw_noise(replace(recipe, posterior="member"), ["a", "b"], (2, 3, 4), 4)
+    shared = draw_noise(recipe, ["a", "b"], (2, 3, 4), 4)
+    for member in range(4):
+        assert (shared[0, :, member] == each[0, :, 0]).all()
+    assert (shared[1] == each[1]).all()  # the diffusion noise is each member's own

@@ -133,7 +133,7 @@ def test_dense_against_difts_loop():
         assert found.target.tolist() == loop_dift(source, target, points).tolist()
 
 
-def loop_sd4match(source, target, points, matcher, side=96):
+def loop_sd4match(source, target, points, matcher, side=768):
     """SD4Match's way: keypoints into the square, aligned corners to the grid, match there, and back."""
     _, h, w = source.data.shape
     found = []
@@ -256,7 +256,7 @@ def test_heat_of_branches_apart_peaks_where_the_match_is(combine):
 
 def test_corner_geometry_takes_corners_to_corners():
     geometry = CornerGeometry.stretch((50, 36), (96, 96))
-    cells = geometry.to_cells([[0, 0], [95 * 50 / 96, 95 * 36 / 96]], (9, 9))
+    cells = geometry.to_cells([[0, 0], [767 * 50 / 768, 767 * 36 / 768]], (9, 9))
     np.testing.assert_allclose(cells, [[0, 0], [8, 8]])
     points = np.random.default_rng(0).uniform(0, 30, (5, 2))
     np.testing.assert_allclose(geometry.to_pixels(geometry.to_cells(points, (9, 9)), (9, 9)), points)
