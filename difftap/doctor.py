@@ -15,7 +15,7 @@ from difftap.artifacts.table import Table, result_json
 from difftap.engine import BACKENDS, Cache, get_backend
 from difftap.errors import DifftapError, first_line
 from difftap.machine import available_cores, available_memory, cpu, gpu
-from difftap.pipeline.engines import Artefact, list_artefacts
+from difftap.pipeline.engines import Artifact, list_artifacts
 from difftap.pipeline.fastest import stored_choices
 from difftap.version import __version__
 
@@ -58,7 +58,7 @@ class Health:
         backends: every registered one.
         extras: by extra, the packages that are missing; empty where it is complete.
         cache: ``folder``, ``exists``, ``bytes`` of all in it, ``free`` on its disk.
-        artefacts: graphs and engines: ``kind``, ``name``, ``bytes`` of the files each uses, ``model``; or ``broken``.
+        artifacts: graphs and engines: ``kind``, ``name``, ``bytes`` of the files each uses, ``model``; or ``broken``.
         choices: of ``--backend auto``: what for, why, and whether it ``holds`` here.
         clashes: packages that break one another.
     """
@@ -68,7 +68,7 @@ class Health:
     backends: tuple[BackendState, ...]
     extras: dict[str, tuple[str, ...]]
     cache: dict[str, Any]
-    artefacts: tuple[dict[str, Any], ...]
+    artifacts: tuple[dict[str, Any], ...]
     choices: tuple[dict[str, Any], ...]
     clashes: tuple[str, ...]
 
@@ -81,7 +81,7 @@ def examine(cache: Cache) -> Health:
         backends=tuple(_backend(name) for name in BACKENDS),
         extras=extras(),
         cache=_cache(cache.folder),
-        artefacts=tuple(
+        artifacts=tuple(
             {
                 "kind": one.manifest.kind,
                 "name": one.path.name,
@@ -89,9 +89,9 @@ def examine(cache: Cache) -> Health:
                 "bytes": one.size,
                 "device": one.manifest.made_from.get("device"),
             }
-            if isinstance(one, Artefact)
+            if isinstance(one, Artifact)
             else {"broken": str(one)}
-            for one in list_artefacts(cache)
+            for one in list_artifacts(cache)
         ),
         choices=tuple(
             {
@@ -216,9 +216,9 @@ def format_health(health: Health) -> list[str]:
         ]
     )
     lines += ["", f"cache {cache['folder']}: {_size(cache['bytes'])}, {_size(cache['free'])} free on its disk"]
-    whole = [item for item in health.artefacts if "broken" not in item]
+    whole = [item for item in health.artifacts if "broken" not in item]
     lines += _columns([(one["kind"], _size(one["bytes"]), f"{one['model']}/{one['name']}") for one in whole], right=1)
-    lines += [f"  BROKEN  {item['broken']}" for item in health.artefacts if "broken" in item]
+    lines += [f"  BROKEN  {item['broken']}" for item in health.artifacts if "broken" in item]
     lines += ["", "--backend auto"]
     lines += [f"  {line}" for one in health.choices for line in _choice(one)]
     if not health.choices:

@@ -12,7 +12,7 @@
     |-- MissingExtraError (ImportError)    an optional dependency; the message holds the pip line
     |-- BackendError (RuntimeError)        a runtime that is absent, or that failed
     |   `-- NonFiniteError                 a run whose output holds NaN or infinity
-    |-- ArtefactError (RuntimeError)       a cached file that is stale, foreign, truncated or tampered
+    |-- ArtifactError (RuntimeError)       a cached file that is stale, foreign, truncated or tampered
     `-- OutputError (OSError)              a result that could not be written
 
 Every message is one line: what is wrong, what was got, what is allowed, how to mend it. The command line prints it and
@@ -25,7 +25,7 @@ import importlib
 from types import ModuleType
 
 __all__ = [
-    "ArtefactError",
+    "ArtifactError",
     "BackendError",
     "DifftapError",
     "ImageError",
@@ -89,7 +89,7 @@ class NonFiniteError(BackendError):
     """An engine's output holds NaN or infinity."""
 
 
-class ArtefactError(DifftapError, RuntimeError):
+class ArtifactError(DifftapError, RuntimeError):
     """A cached file is stale, foreign, truncated or tampered with."""
 
 

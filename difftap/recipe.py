@@ -1,6 +1,6 @@
 """Recipes: everything that decides the numbers, as one frozen value.
 
-A recipe is a preset's name (``dift``), a TOML file, or a `Recipe` built in Python. `Recipe.key` names every artefact
+A recipe is a preset's name (``dift``), a TOML file, or a `Recipe` built in Python. `Recipe.key` names every artifact
 made with it, so that features with equal keys were made in the same way.
 
 A TOML recipe::
@@ -315,11 +315,11 @@ class Recipe:
         return data
 
     def key(self) -> str:
-        """Hash all fields to 16 hex digits. Together with the model's key they name every artefact made with it."""
+        """Hash all fields to 16 hex digits. Together with the model's key they name every artifact made with it."""
         return _digest(self._by_content())
 
     def feature_key(self) -> str:
-        """Hash the `feature_fields` to 16 hex digits, for artefacts that hold features only."""
+        """Hash the `feature_fields` to 16 hex digits, for artifacts that hold features only."""
         return _digest(self.feature_fields())
 
     def _by_content(self) -> dict[str, Any]:

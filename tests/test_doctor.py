@@ -85,11 +85,11 @@ def test_the_cache_is_shown_with_what_is_broken(mini_cache, tmp_path):
     manifest = next(folder.glob("*/*.json"))
     (manifest.parent / "half.json").write_text("{")
     health = examine(Cache(folder))
-    assert sorted(item["name"] for item in health.artefacts if "name" in item) == [
+    assert sorted(item["name"] for item in health.artifacts if "name" in item) == [
         "unet.up1+down1.attn0.json",
         "vae.json",
     ]
-    assert ["half.json" in item["broken"] for item in health.artefacts if "broken" in item] == [True]
+    assert ["half.json" in item["broken"] for item in health.artifacts if "broken" in item] == [True]
     assert health.cache["bytes"] > 1000
     lines = format_health(health)
     assert any(line.startswith("  BROKEN") for line in lines)

@@ -53,7 +53,11 @@ def _module(path: Path) -> str:
 def _arrows() -> dict[str, set[str]]:
     """Which modules of the package each imports; a package is not counted where one of its modules is named."""
     modules = {_module(path): path for path in sorted(ROOT.rglob("*.py"))}
-    return {name: (_imports(path) & modules.keys()) - {name} for name, path in modules.items()}
+    found = {name: _imports(path) & modules.keys() for name, path in modules.items()}
+    # A package's own __init__ may name the package; no other file imports itself.
+    own = [name for name, arrows in found.items() if name in arrows and modules[name].name != "__init__.py"]
+    assert not own, f"import themselves: {own}"
+    return {name: arrows - {name} for name, arrows in found.items()}
 
 
 ARROWS = _arrows()

@@ -1,7 +1,7 @@
 """The cache: what takes long to make is made once, and is trusted only if its manifest says so.
 
 Everything in the cache comes through `Cache.get_or_make`: exported graphs and their variants, engines, prompt
-embeddings, checkpoints. The caller says what an artefact must have been made from: its identity.
+embeddings, checkpoints. The caller says what an artifact must have been made from: its identity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from platformdirs import user_cache_path
 from difftap.artifacts.digests import DigestMemo
 from difftap.artifacts.files import atomic_path, output_errors, sweep
 from difftap.artifacts.manifest import FileRecord, Manifest
-from difftap.errors import ArtefactError
+from difftap.errors import ArtifactError
 
 __all__ = ["Cache", "Making", "default_cache_folder"]
 
@@ -35,7 +35,7 @@ def default_cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Making:
-    """What the manifest of a new artefact says besides its identity and its own files.
+    """What the manifest of a new artifact says besides its identity and its own files.
 
     Attributes:
         beside: other files that it needs (the weights that a graph points into).
@@ -50,7 +50,7 @@ class Making:
 
 @dataclass(frozen=True)
 class Cache:
-    """The artefacts on this machine.
+    """The artifacts on this machine.
 
     Attributes:
         folder: the cache folder; created by the first write.
@@ -65,7 +65,7 @@ class Cache:
 
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """Let one process at a time make the artefact at a path; the others wait.
+        """Let one process at a time make the artifact at a path; the others wait.
 
         Raises:
             OutputError: the lock cannot be made.
@@ -86,15 +86,15 @@ class Cache:
     def find(
         self, manifest: Path, identity: Mapping[str, object], check: Callable[[Manifest], None] | None = None
     ) -> Manifest | None:
-        """Read the manifest of an artefact that can be trusted; None if there is none.
+        """Read the manifest of an artifact that can be trusted; None if there is none.
 
         Args:
-            manifest: path of its manifest; the artefact's files are named relative to its folder.
+            manifest: path of its manifest; the artifact's files are named relative to its folder.
             identity: what it must have been made from, name by name.
-            check: a further check; raises ArtefactError to refuse the artefact.
+            check: a further check; raises ArtifactError to refuse the artifact.
 
         Raises:
-            ArtefactError: the artefact is stale, foreign, cut short or changed.
+            ArtifactError: the artifact is stale, foreign, cut short or changed.
         """
         if not manifest.is_file():
             return None
@@ -115,15 +115,15 @@ class Cache:
         check: Callable[[Manifest], None] | None = None,
         adopt: bool = False,
     ) -> Path:
-        """Give the path of a trusted artefact; make it first if there is none.
+        """Give the path of a trusted artifact; make it first if there is none.
 
-        An artefact that cannot be trusted is made again, with a warning that names the reason. If several processes
-        want the same artefact, one makes it and the others wait. A process that is killed leaves nothing that would be
+        An artifact that cannot be trusted is made again, with a warning that names the reason. If several processes
+        want the same artifact, one makes it and the others wait. A process that is killed leaves nothing that would be
         trusted: files get their names once they are whole, and the manifest is written last.
 
         Args:
-            kind: the artefact's kind, for its manifest.
-            path: the artefact's file or folder.
+            kind: the artifact's kind, for its manifest.
+            path: the artifact's file or folder.
             identity: what decides its bytes or numbers, as plain JSON values.
             make: writes the file or folder to the scratch path it is given, in the same folder as ``path``.
             manifest: path of its manifest; by default ``path`` with the ending ``.json``.
@@ -138,12 +138,12 @@ class Cache:
         try:
             if self.find(manifest, identity, check) is not None:
                 return path
-        except ArtefactError as error:
+        except ArtifactError as error:
             _LOG.warning("%s; making it again", error)
         with self.lock(manifest):
             # Another process may have made it while this one waited. If it is still not trusted, the reason has been
             # logged above.
-            with contextlib.suppress(ArtefactError):
+            with contextlib.suppress(ArtifactError):
                 if self.find(manifest, identity, check) is not None:
                     return path
             if adopt and path.is_dir() and not manifest.exists():
@@ -153,7 +153,7 @@ class Cache:
                         check(found)
                     found.save(manifest)
                     return path
-                except ArtefactError as error:
+                except ArtifactError as error:
                     _LOG.warning("%s; making it again", error)
             with output_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ class Cache:
         *,
         manifest: Path | None = None,
     ) -> Manifest:
-        """Make an artefact and replace what is at its path; the arguments are those of `get_or_make`.
+        """Make an artifact and replace what is at its path; the arguments are those of `get_or_make`.
 
         Raises:
             OutputError: it cannot be written.
@@ -215,7 +215,7 @@ class Cache:
         return Manifest(kind, {**identity, **made.made_with}, records, dict(made.report))
 
     def place_files(self, sources: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-        """Put files into a folder of artefacts: as hard links where the file system allows them, else as copies.
+        """Put files into a folder of artifacts: as hard links where the file system allows them, else as copies.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -239,5 +239,5 @@ class Cache:
 
 
 def _files(path: Path) -> tuple[Path, ...]:
-    """List an artefact's own files: the file itself, or all files below a folder (links to folders not followed)."""
+    """List an artifact's own files: the file itself, or all files below a folder (links to folders not followed)."""
     return tuple(sorted(p for p in path.rglob("*") if p.is_file())) if path.is_dir() else (path,)

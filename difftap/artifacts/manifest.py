@@ -1,7 +1,7 @@
-"""Manifests: an artefact is trusted only if its manifest says so.
+"""Manifests: an artifact is trusted only if its manifest says so.
 
-Every cached artefact (an exported graph, an engine, a prompt's embedding) has a JSON manifest beside it. The manifest
-says what the artefact was made from, and the SHA-256 of each of its files. It is written last.
+Every cached artifact (an exported graph, an engine, a prompt's embedding) has a JSON manifest beside it. The manifest
+says what the artifact was made from, and the SHA-256 of each of its files. It is written last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from difftap.artifacts.files import JsonObject, write_atomic
-from difftap.errors import ArtefactError
+from difftap.errors import ArtifactError
 
 __all__ = ["FileRecord", "Manifest", "file_digest"]
 
@@ -50,11 +50,11 @@ def text_digest(data: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artefact is, what it was made from, and what its files must look like.
+    """What an artifact is, what it was made from, and what its files must look like.
 
     Attributes:
         kind: ``graph``, ``weights``, ``engine``, ``prompt``, ``checkpoint`` or ``index``.
-        made_from: every condition that decides the artefact's bytes or numbers.
+        made_from: every condition that decides the artifact's bytes or numbers.
         files: the record of each file, by its path relative to the manifest's folder.
         report: what was measured when it was made (fidelity), for people; not part of its identity.
     """
@@ -74,24 +74,24 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            ArtefactError: it is missing, is not JSON, or has another schema.
+            ArtifactError: it is missing, is not JSON, or has another schema.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             said = data.pop("sha256", None)  # those of difftap 0.1.0 have none
             if said is not None and said != text_digest(data):
-                raise ArtefactError(f"manifest '{path}' was changed (SHA-256 differs)")
+                raise ArtifactError(f"manifest '{path}' was changed (SHA-256 differs)")
             if data["schema"] != SCHEMA:
-                raise ArtefactError(f"manifest '{path}' has schema {data['schema']}, this difftap reads {SCHEMA}")
+                raise ArtifactError(f"manifest '{path}' has schema {data['schema']}, this difftap reads {SCHEMA}")
             files = {name: FileRecord(**record) for name, record in data["files"].items()}
             return cls(data["kind"], dict(data["made_from"]), files, dict(data.get("report", {})))
         except FileNotFoundError as error:
-            raise ArtefactError(f"no manifest at '{path}'") from error
+            raise ArtifactError(f"no manifest at '{path}'") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtefactError(f"manifest '{path}' cannot be read ({error}); it is damaged") from error
+            raise ArtifactError(f"manifest '{path}' cannot be read ({error}); it is damaged") from error
 
     def check(self, folder: Path, expected: Mapping[str, object], digest: Callable[[Path], str] = file_digest) -> None:
-        """Make sure that the artefact is the expected one and that its files are whole.
+        """Make sure that the artifact is the expected one and that its files are whole.
 
         Args:
             folder: the folder that file names are relative to.
@@ -99,18 +99,18 @@ class Manifest:
             digest: computes a file's SHA-256; `DigestMemo.digest` does not read unchanged large files again.
 
         Raises:
-            ArtefactError: a condition differs (stale or foreign), or a file is missing, cut short or changed.
+            ArtifactError: a condition differs (stale or foreign), or a file is missing, cut short or changed.
         """
         for name, value in expected.items():
             if self.made_from.get(name) != value:
-                raise ArtefactError(
+                raise ArtifactError(
                     f"{self.kind} in '{folder}' was made for {name} = {self.made_from.get(name)!r}, not {value!r}"
                 )
         for name, record in self.files.items():
             path = folder / name
             if not path.is_file():
-                raise ArtefactError(f"'{path}' is missing")
+                raise ArtifactError(f"'{path}' is missing")
             if path.stat().st_size != record.size:  # the usual damage, and found without reading the file
-                raise ArtefactError(f"'{path}' has {path.stat().st_size} bytes, its manifest says {record.size}")
+                raise ArtifactError(f"'{path}' has {path.stat().st_size} bytes, its manifest says {record.size}")
             if digest(path) != record.sha256:
-                raise ArtefactError(f"'{path}' is not the file its manifest describes (SHA-256 differs)")
+                raise ArtifactError(f"'{path}' is not the file its manifest describes (SHA-256 differs)")

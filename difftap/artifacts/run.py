@@ -1,9 +1,9 @@
 """Resumable runs: the conditions a run began under, the records it has written, and a lock against a second writer.
 
-Every long command uses this file. A run is a file of JSON lines: the first line holds the conditions, each further line
-one finished piece of work. When a run is resumed, a partial last line (the run was killed, or the disk was full) is cut
-off. Runs that keep their records elsewhere (a feature store in its own arrays, a training in its state file) share the
-comparison of conditions, `check_conditions`.
+Every command that can be resumed uses this file. A run is a file of JSON lines: the first line holds the conditions,
+each further line one finished piece of work. When a run is resumed, a partial last line (the run was killed, or the
+disk was full) is cut off. Runs that keep their records elsewhere (a feature store in its own arrays, a training in
+its state file) share the comparison of conditions, `check_conditions`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from difftap.backbones.checkpoint import RANDOM_MARK, Checkpoint, backbones, poc
 from difftap.backbones.layouts import describe_file
 from difftap.backbones.sd_unet import SDUNet
 from difftap.coords import Size
-from difftap.errors import ArtefactError, ModelError, first_line, require
+from difftap.errors import ArtifactError, ModelError, first_line, require
 from difftap.recipe import ModelReference
 
 __all__ = ["PRESETS", "open_model"]
@@ -202,7 +202,7 @@ def _with_unet(base: Checkpoint, file: Path, cache: Cache) -> Path:
         # The manifest lists files that exist. A link to a base model that was moved away is not among them.
         lost = [path for path in folder.rglob("*") if not path.exists()]
         if lost:
-            raise ArtefactError(f"'{lost[0]}' is a link to a file that does not exist")
+            raise ArtifactError(f"'{lost[0]}' is a link to a file that does not exist")
 
     identity = {"unet": digest, "base": str(home)}
     return cache.get_or_make("checkpoint", folder, identity, make, manifest=_manifest(folder), check=check, adopt=True)

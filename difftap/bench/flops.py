@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.engine import Graph, Profile
-from difftap.errors import ArtefactError, require
+from difftap.errors import ArtifactError, require
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TypeProto
@@ -37,10 +37,10 @@ def count_graph(graph: Graph, profile: Profile) -> int:
 
     Raises:
         MissingExtraError: onnx is not installed.
-        ArtefactError: the graph has no file, or its shapes cannot be inferred.
+        ArtifactError: the graph has no file, or its shapes cannot be inferred.
     """
     if graph.path is None:
-        raise ArtefactError(f"{graph.name} has no ONNX file to count; export it first")
+        raise ArtifactError(f"{graph.name} has no ONNX file to count; export it first")
     return count_macs(graph.path, axes_of(graph, profile))
 
 
@@ -53,7 +53,7 @@ def count_macs(path: Path, axes: Mapping[str, int]) -> int:
 
     Raises:
         MissingExtraError: onnx is not installed.
-        ArtefactError: a shape cannot be inferred.
+        ArtifactError: a shape cannot be inferred.
     """
     onnx = require("onnx", "bench", "counting a graph's arithmetic")
     for part in ("onnx.reference", "onnx.shape_inference"):
@@ -77,7 +77,7 @@ class _Walk:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param:
                     if dim.dim_param not in axes:
-                        raise ArtefactError(f"the graph's axis '{dim.dim_param}' is free; known: {', '.join(axes)}")
+                        raise ArtifactError(f"the graph's axis '{dim.dim_param}' is free; known: {', '.join(axes)}")
                     dim.dim_value = axes[dim.dim_param]
             self.types[value.name] = value.type
         for tensor in model.graph.initializer:
@@ -91,12 +91,12 @@ class _Walk:
         """Give the shape of a value.
 
         Raises:
-            ArtefactError: it is not known.
+            ArtifactError: it is not known.
         """
         kind = self.types.get(name)
         dims = None if kind is None else kind.tensor_type.shape.dim
         if dims is None or not all(dim.HasField("dim_value") for dim in dims):
-            raise ArtefactError(f"the shape of '{name}' cannot be followed; export the graph again")
+            raise ArtifactError(f"the shape of '{name}' cannot be followed; export the graph again")
         return tuple(dim.dim_value for dim in dims)
 
     def step(self, node: NodeProto) -> int:
@@ -130,7 +130,7 @@ class _Walk:
                 schema, node, known, data, opset_imports=self._imports, ir_version=self._ir
             )
         except Exception as error:  # onnx raises errors of its own, which differ between its versions
-            raise ArtefactError(f"the shapes of node '{node.name}' cannot be followed ({error})") from error
+            raise ArtifactError(f"the shapes of node '{node.name}' cannot be followed ({error})") from error
         self.types.update(found)
 
     def _compute(self, node: NodeProto) -> None:

@@ -31,7 +31,7 @@ from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt
 from difftap.recipe import Recipe
 
-__all__ = ["PairOrder", "PredictRun", "finished", "plan", "predict", "subset"]
+__all__ = ["PredictRun", "finished", "order_of", "predict", "subset"]
 
 _LOG = logging.getLogger("difftap")
 
@@ -57,36 +57,20 @@ class PredictRun:
     images: int
     passes: int
     seconds: float
-    served: int = 0
-    extracted: int = 0
-
-
-@dataclass(frozen=True)
-class PairOrder:
-    """The order in which pairs are matched.
-
-    Attributes:
-        groups: the indices of the pairs of each set of prompts.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-
-    @property
-    def order(self) -> list[int]:
-        """The indices of all pairs, in the order in which they are matched."""
-        return [index for group in self.groups for index in group]
+    from_store: int = 0
+    not_in_store: int = 0
 
 
 def _requests(sample: Sample, recipe: Recipe) -> tuple[MapRequest, MapRequest]:
     return request_pair(recipe, View(sample.source), View(sample.target, sample.mirrored), sample.category)
 
 
-def plan(samples: Sequence[Sample], recipe: Recipe) -> PairOrder:
-    """Group pairs by the prompts of the recipe's branches, in order of first appearance."""
+def order_of(samples: Sequence[Sample], recipe: Recipe) -> list[int]:
+    """Order pairs by the prompts of the recipe's branches: those of equal prompts together, as they first appear."""
     groups: dict[tuple[tuple[Prompt, ...], ...], list[int]] = {}
     for index, sample in enumerate(samples):
         groups.setdefault(tuple(request.prompts for request in _requests(sample, recipe)), []).append(index)
-    return PairOrder(tuple(tuple(indices) for indices in groups.values()))
+    return [index for indices in groups.values() for index in indices]
 
 
 def count_passes(samples: Sequence[Sample], recipe: Recipe) -> int:
@@ -166,7 +150,7 @@ def predict(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="difftap-")))
         # First, because these may raise, and nothing must be written then.
         files = BranchFiles.lasting(features, pipeline) if features else None
-        planned = plan(samples, recipe).order
+        planned = order_of(samples, recipe)
         conditions = {
             "schema": SCHEMA,
             **pipeline.conditions,
@@ -191,8 +175,8 @@ def predict(
             failed += prediction.error is not None
             progress(1)
         seconds = time.perf_counter() - began
-        counted = (len(rest), failed, len(done), keeper.made, source.extracted, seconds)
-        return PredictRun(*counted, pipeline.served, pipeline.extracted)
+        counted = (len(rest), failed, len(done), keeper.made, source.passes, seconds)
+        return PredictRun(*counted, pipeline.from_store, pipeline.not_in_store)
 
 
 def digest(samples: Sequence[Sample]) -> str:

@@ -266,7 +266,7 @@ def match_selection(
     earlier = f", {run.skipped} already there" if run.skipped else ""
     say(f"{run.written} pairs in {run.seconds:.1f} s{earlier}, {run.failed} failed")
     if stored:
-        say(f"features of {run.served} images from '{stored}', of {run.extracted} extracted, not being in it")
+        say(f"features of {run.from_store} images from '{stored}', of {run.not_in_store} extracted, not being in it")
     return run
 
 

@@ -31,7 +31,7 @@ from difftap.bench.flops import count_graph
 from difftap.bench.workers import hold_threads
 from difftap.engine import Profile, default_cache_folder, featurizer, get_backend, model_key
 from difftap.engine.noise import example_feeds
-from difftap.errors import ArtefactError, DifftapError, MissingExtraError, first_line, require
+from difftap.errors import ArtifactError, DifftapError, MissingExtraError, first_line, require
 from difftap.export.graphs import ensure_graph
 from difftap.featuremap import FeatureMap
 from difftap.images import load_image, to_input
@@ -148,7 +148,7 @@ def survey(recipe: Recipe, cache_folder: Path | None) -> JsonObject:
     try:
         about["vae"] = count_graph(encoder, Profile(recipe.size)) if encoder else 0
         about["unet"] = sum(count_graph(one, profile) for one, profile in networks)
-    except (MissingExtraError, ArtefactError) as error:
+    except (MissingExtraError, ArtifactError) as error:
         about["uncounted"] = str(error)
     return about
 
@@ -232,12 +232,10 @@ class _OursRunner:
     """Run a backend of ours for the child."""
 
     def __init__(self, job: _Job) -> None:
-        from difftap.bench.worker_child import TimedPipeline
-
         self._job = job
-        before = _artefacts(job.cache)  # to see whether opening had to build something
+        before = _artifacts(job.cache)  # to see whether opening had to build something
         self._pipeline = Pipeline.open(job.recipe, job.runtime)
-        self.made = _artefacts(job.cache) != before
+        self.made = _artifacts(job.cache) != before
         self.batch = self._pipeline.batch
         self._ours = TimedPipeline(self._pipeline)
         self.about = {
@@ -313,7 +311,7 @@ class _RivalRunner:
         slow_way(source, target, points, self._job.recipe.matcher.interpolation, self._tuned)
 
 
-def _artefacts(cache: Path | None) -> dict[Path, int]:
+def _artifacts(cache: Path | None) -> dict[Path, int]:
     folder = cache or default_cache_folder()
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.json")}
 
@@ -329,8 +327,6 @@ class _Child:
 
     def survey(self, order: JsonObject) -> JsonObject:
         """Prepare model, graphs and prompts, and count the arithmetic of one image."""
-        from difftap.bench.worker_child import survey
-
         job = _Job(order)
         return survey(job.recipe, job.cache)
 
@@ -381,8 +377,6 @@ class _Child:
 
     def gemm(self, order: JsonObject) -> JsonObject:
         """Measure the rates of square matrix products (`measure_gemm`)."""
-        from difftap.bench.worker_child import measure_gemm
-
         return {"gemm": measure_gemm(GEMM_SIDE, order["device"])}
 
     def faiss(self, order: JsonObject) -> JsonObject:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from difftap.commands.options import Command, excludes, option
 from difftap.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,11 +24,20 @@ def data() -> None:
     """Look at the benchmarks' data sets."""
 
 
-@data.command(epilog="Exit codes: 0 all is well; 1 something is broken; 2 no such data set.")
+@data.command(
+    cls=Command,
+    epilog="Exit codes: 0 all is well; 1 something is broken; 2 no such data set.",
+)
 @click.argument("name")
 @click.argument("root", type=click.Path(path_type=Path))
 @click.option("--decode/--no-decode", default=True, show_default=True, help="Decode every image, not its header alone.")
-@click.option("--all", "show_all", is_flag=True, help="List every broken pair, not the first ten of a list.")
+@option(
+    "--all",
+    "show_all",
+    is_flag=True,
+    help="List every broken pair, not the first ten of a list.",
+    rules=(excludes("--json has every broken pair; leave --all out", "as_json"),),
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, with every broken pair.")
 def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) -> None:
     """Say what the data set NAME in the folder ROOT holds, and what in it is broken.
@@ -45,6 +55,8 @@ def check(name: str, root: Path, decode: bool, show_all: bool, as_json: bool) ->
 
     if name not in keypoints.NAMES and name not in objects.NAMES:
         raise InputError(f"no data set '{name}'; allowed: {', '.join((*keypoints.NAMES, *objects.NAMES))}")
+    if name in objects.NAMES and not decode:
+        raise InputError(f"images and masks of '{name}' are always decoded; leave --no-decode out")
     report = check_objects(name, root) if name in objects.NAMES else check_dataset(name, root, decode=decode)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))

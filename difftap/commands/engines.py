@@ -120,17 +120,17 @@ def _open(cache: Path | None) -> Any:
 def list_(cache: Path | None) -> None:
     """List the graphs and engines in the cache, with the size of the files they use (weights may be shared)."""
     from difftap.artifacts.table import Table
-    from difftap.pipeline.engines import Artefact, list_artefacts
+    from difftap.pipeline.engines import Artifact, list_artifacts
 
     store = _open(cache)
-    found = list_artefacts(store)
+    found = list_artifacts(store)
     click.echo(f"{len(found)} graphs and engines in {store.folder}")
-    whole = [one for one in found if isinstance(one, Artefact)]
+    whole = [one for one in found if isinstance(one, Artifact)]
     rows = [(one.manifest.kind, f"{one.size / 1e6:.1f} MB", f"{one.path.parent.name}/{one.path.name}") for one in whole]
     for line in Table.of(("", "", ""), rows, left=(0, 2)).text(heads=False):
         click.echo(line)
     for one in found:
-        if not isinstance(one, Artefact):
+        if not isinstance(one, Artifact):
             click.echo(f"BROKEN  {one}")
 
 
@@ -140,15 +140,15 @@ def list_(cache: Path | None) -> None:
 def verify(cache: Path | None, quick: bool) -> None:
     """Read every file again in full, compare it with its manifest, and measure every engine again."""
     from difftap.errors import DifftapError
-    from difftap.pipeline.engines import Artefact, list_artefacts, verify_artefact
+    from difftap.pipeline.engines import Artifact, list_artifacts, verify_artifact
 
     store = _open(cache)
     broken = 0
-    for one in list_artefacts(store):
+    for one in list_artifacts(store):
         try:
-            if not isinstance(one, Artefact):
+            if not isinstance(one, Artifact):
                 raise one
-            note = verify_artefact(one, cache=store, quick=quick)
+            note = verify_artifact(one, cache=store, quick=quick)
             click.echo(f"whole   {one.path.name}{f'  ({note})' if note else ''}")
         except DifftapError as error:
             broken += 1

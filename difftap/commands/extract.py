@@ -91,10 +91,15 @@ def _settings(
     help="Workers.  [default: one a GPU, or two a machine]",
     rules=(needs("ray_address", "--ray-workers goes with --ray"),),
 )
-@click.option(
-    "--stall", type=click.FloatRange(1), default=600.0, show_default=True, metavar="S",
+@option(
+    "--stall",
+    type=click.FloatRange(1),
+    default=600.0,
+    show_default=True,
+    metavar="S",
     help="With --ray: give up when no image is finished for so long.",
-)  # fmt: skip
+    rules=(needs("ray_address", "--stall goes with --ray"),),
+)
 @gives("encoding", "difftap.features.store:Encoding", "dtype", "scale", "pca")
 @gives("settings", _settings)
 @feature_options("pocket; dift with --model")

@@ -104,6 +104,7 @@ _FILE = click.Path(path_type=Path)
     show_default=True,
     metavar="MB",
     help="With --pairs: features kept in memory.",
+    rules=(needs("pairs_file", "--memory goes with --pairs; two images take what they take"),),
 )
 @gives("threshold", "difftap.matching.matches:Threshold", "min_score", "min_margin", "max_cycle_error")
 @store_option

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -235,14 +236,19 @@ def parse_size(value: str) -> tuple[int, int]:
     return (numbers[0], numbers[-1])
 
 
-def parse_numbers(least: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
-    """Make a callback that reads a list such as ``1,4,8``: whole numbers from ``least``, each once, in their order."""
+def parse_numbers(
+    least: int, most: int = sys.maxsize
+) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
+    """Make a callback that reads a list such as ``1,4,8``: whole numbers in a range, each once, in their order."""
 
-    def parse(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
+    def parse(_ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
         parts = [part.strip() for part in value.split(",")]
-        if not all(part.isdecimal() and int(part) >= least for part in parts):
-            raise click.BadParameter(
-                f"{value!r} is no list; allowed: whole numbers with commas between, from {least}, such as 1,4,8"
+        if not all(part.isdecimal() and least <= int(part) <= most for part in parts):
+            span = f"from {least}" if most == sys.maxsize else f"from {least} to {most}"
+            raise InputError(
+                f"{param.opts[0]} is {value!r}; allowed: whole numbers {span}, with commas between, such as 1,4,8"
             )
         return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -488,7 +494,7 @@ runtime_options = stack(
         cache_option,
         gives(
             "runtime",
-            "difftap.pipeline.pipeline:Runtime",
+            "difftap.pipeline.environment:Runtime",
             *("backend", "device", "threads", "batch", "cache", "precision", "calibrate"),
         ),
     ]

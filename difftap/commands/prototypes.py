@@ -130,8 +130,8 @@ def build(
             return
         with progress_bar(len(source), "images") as advance:
             built = run(source, pipeline, [column], rule=rule, progress=advance, overwrite=overwrite)
-        if pipeline.extracted:
-            click.echo(f"  {pipeline.extracted} images were not in {features} and were extracted", err=True)
+        if pipeline.not_in_store:
+            click.echo(f"  {pipeline.not_in_store} images were not in {features} and were extracted", err=True)
     earlier = f" ({built.resumed} images by an earlier run)" if built.resumed else ""
     click.echo(f"{built.rows} prototypes of {built.images} images written to {output}{earlier}", err=True)
     if built.small[0]:

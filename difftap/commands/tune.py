@@ -76,8 +76,16 @@ def _settings(kind: str, joint: bool, **given: Any) -> TuneSettings:
     return TuneSettings(kind, joint="joint" if joint else "separate", **said)
 
 
-def _recipe(recipe_name: str | None, model: str | None, size: tuple[int, int] | None) -> Recipe:
-    return build_recipe(recipe_name=recipe_name, model=model, size=size)
+def _recipe(
+    recipe_name: str | None,
+    model: str | None,
+    revision: str | None,
+    random_weights: int | None,
+    size: tuple[int, int] | None,
+) -> Recipe:
+    return build_recipe(
+        recipe_name=recipe_name, model=model, revision=revision, random_weights=random_weights, size=size
+    )
 
 
 def _options(kind: str) -> Decorator:

@@ -13,7 +13,7 @@ from difftap.artifacts.cache import Cache, Making
 from difftap.artifacts.manifest import Manifest
 from difftap.engine.backend import Backend, Calibration, Graph, Profile
 from difftap.engine.graphfiles import file_stem, graph_identity, model_folder, placed_weights
-from difftap.errors import ArtefactError, BackendError
+from difftap.errors import ArtifactError, BackendError
 
 __all__ = ["engine_identity", "engine_manifest_path", "ensure_built", "known_engine", "save_engine_manifest"]
 
@@ -60,7 +60,7 @@ def known_engine(
     """Find the folder of an engine's files, if they can be trusted; None if they were never built.
 
     Raises:
-        ArtefactError: they are stale, foreign, cut short or changed, or were calibrated on other images.
+        ArtifactError: they are stale, foreign, cut short or changed, or were calibrated on other images.
     """
     path = engine_manifest_path(cache, graph, backend, profile, device)
     identity = engine_identity(cache, graph, backend, profile, device)
@@ -131,7 +131,7 @@ def save_engine_manifest(
     path = engine_manifest_path(cache, graph, backend, profile, device)
     identity = engine_identity(cache, graph, backend, profile, device)
     own = sorted(p for p in built_folder(path).rglob("*") if p.is_file())
-    with contextlib.suppress(ArtefactError):  # earlier measurements stay unless they were repeated
+    with contextlib.suppress(ArtifactError):  # earlier measurements stay unless they were repeated
         earlier = Manifest.load(path)
         report = {**earlier.report, **report} if earlier.made_from == identity else report
     return path, cache.record("engine", path, identity, [*_graph_files(graph), *own], report)
@@ -146,8 +146,8 @@ def _check_calibration(folder: Path, calibration: Calibration | None, manifest: 
     """Refuse an engine if the user chose calibration images and it was calibrated on others.
 
     Raises:
-        ArtefactError: it was calibrated on other images.
+        ArtifactError: it was calibrated on other images.
     """
     used = manifest.report.get("build", {}).get("calibration")
     if calibration is not None and calibration.chosen and used is not None and used != calibration.key:
-        raise ArtefactError(f"engine in '{folder}' was calibrated on other images")
+        raise ArtifactError(f"engine in '{folder}' was calibrated on other images")

@@ -15,7 +15,7 @@ from pathlib import Path
 from difftap.artifacts.cache import Cache
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.graph import Graph
-from difftap.errors import ArtefactError
+from difftap.errors import ArtifactError
 
 __all__ = [
     "GRAPH_VERSION",
@@ -65,12 +65,12 @@ def shipped_graph(cache: Cache, model: Checkpoint, component: str, taps: tuple[s
     """Find the graph that lies beside a checkpoint's own files, if there is one.
 
     Raises:
-        ArtefactError: it cannot be trusted; it belongs to the checkpoint, so it is not made again.
+        ArtifactError: it cannot be trusted; it belongs to the checkpoint, so it is not made again.
     """
     try:
         return _graph_in(cache, model.folder, Graph(model, component, taps))
-    except ArtefactError as error:
-        raise ArtefactError(f"{error}; this file came with the model: install or download it again") from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; this file came with the model: install or download it again") from error
 
 
 def cached_graph(
@@ -79,7 +79,7 @@ def cached_graph(
     """Find a graph, or a half-precision variant of one, in the cache; None if it was never made.
 
     Raises:
-        ArtefactError: it is stale, foreign, truncated or tampered with.
+        ArtifactError: it is stale, foreign, truncated or tampered with.
     """
     return _graph_in(cache, model_folder(cache, model), Graph(model, component, taps, precision=precision))
 

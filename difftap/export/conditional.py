@@ -25,7 +25,7 @@ from difftap.backbones.weights import load_transformer, transformer_weights
 from difftap.engine.backend import Graph, Profile, TensorSpec
 from difftap.engine.graphfiles import GRAPH_VERSION, model_folder
 from difftap.engine.registry import get_backend
-from difftap.errors import ArtefactError, BackendError, ModelError, first_line, require
+from difftap.errors import ArtifactError, BackendError, ModelError, first_line, require
 from difftap.export.graphs import MAX_RELATIVE
 from difftap.export.parity import TensorParity
 
@@ -246,12 +246,12 @@ def head_graph(
     """Find the exported conditional head of a branch, beside the prompt file.
 
     Raises:
-        ArtefactError: it is missing, stale, or not whole.
+        ArtifactError: it is missing, stale, or not whole.
     """
     graph = _head(model, branch, count, channels, length, width)
     path = prompt_file.with_name(f"{graph.component}.onnx")
     if cache.find(path.with_suffix(".json"), _head_identity(graph, sha256)) is None:
-        raise ArtefactError(f"'{path}' is missing; run the same 'difftap tune' again: it exports it anew")
+        raise ArtifactError(f"'{path}' is missing; run the same 'difftap tune' again: it exports it anew")
     return replace(graph, path=path)
 
 

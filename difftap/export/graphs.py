@@ -118,7 +118,7 @@ def ensure_graph(cache: Cache, model: Checkpoint, component: str, taps: tuple[st
     A graph in the cache that is stale, cut short or tampered with is exported again, with a warning.
 
     Raises:
-        ArtefactError: the checkpoint's own graph cannot be trusted; it is not overwritten.
+        ArtifactError: the checkpoint's own graph cannot be trusted; it is not overwritten.
         BackendError: as for `export_graph`.
     """
     shipped = shipped_graph(cache, model, component, taps)

@@ -24,7 +24,7 @@ from difftap.artifacts.cache import Cache, Making
 from difftap.artifacts.tensors import TensorLocation, locate_tensors
 from difftap.engine.backend import Graph
 from difftap.engine.graphfiles import file_stem, graph_identity, model_folder, place_weights
-from difftap.errors import ArtefactError, require
+from difftap.errors import ArtifactError, require
 from difftap.export.fuse import fuse_attention
 from difftap.export.precision import narrow, to_half
 
@@ -63,7 +63,7 @@ def _write(cache: Cache, graph: Graph, precision: str, attention: str, scratch: 
     """Write a variant of a graph to a scratch file in the model's folder, with its weights beside it."""
     onnx = require("onnx", "export", f"making the {precision} variant of a graph")
     if graph.path is None:
-        raise ArtefactError(f"{graph.name} has no file to make a variant of")
+        raise ArtifactError(f"{graph.name} has no file to make a variant of")
     folder = scratch.parent
     files = place_weights(cache, graph.model, graph.component, folder)
     proto, wanted = onnx.load(graph.path, load_external_data=False), dict[str, str]()

@@ -20,7 +20,7 @@ import numpy as np
 
 from difftap.artifacts.files import atomic_path, output_errors, write_atomic
 from difftap.coords import Geometry
-from difftap.errors import ArtefactError, InputError
+from difftap.errors import ArtifactError, InputError
 from difftap.featuremap import FeatureMap
 from difftap.images import Image
 from difftap.pipeline.pipeline import Provider
@@ -80,7 +80,7 @@ class BranchFiles:
         """Where a branch's maps under a prompt are.
 
         Raises:
-            ArtefactError: the folder of this provenance says that it holds something else.
+            ArtifactError: the folder of this provenance says that it holds something else.
             OutputError: the folder cannot be written.
         """
         if (branch, prompt) not in self._folders:
@@ -135,6 +135,6 @@ def _check(note: Path, said: Mapping[str, Any]) -> None:
     try:
         same = json.loads(note.read_text(encoding="utf-8")) == json.loads(json.dumps(said))
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"'{note}' cannot be read ({error}); remove the folder and run again") from error
+        raise ArtifactError(f"'{note}' cannot be read ({error}); remove the folder and run again") from error
     if not same:
-        raise ArtefactError(f"'{note.parent}' holds features of another provenance; remove it and run again")
+        raise ArtifactError(f"'{note.parent}' holds features of another provenance; remove it and run again")

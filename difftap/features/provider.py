@@ -78,8 +78,8 @@ class StoreProvider(Provider):
         conditions: as a pipeline's, and which store, with its encoding and backend.
         batch: images per engine run.
         store: the store.
-        extracted: how many images were not in.
-        served: how many were.
+        not_in_store: how many images were not in.
+        from_store: how many were.
 
     For instance::
 
@@ -184,7 +184,7 @@ class StoreProvider(Provider):
                 yield next(fresh)
                 continue
             read = self.store.read(key)
-            self.served += 1
+            self.from_store += 1
             if prompts is not None:  # branches that are not asked for are left out, as a pipeline does
                 kept = [taps for taps, one in zip(read.branches, prompts, strict=True) if one is not None]
                 read = Features(read.digest, tuple(kept))
@@ -198,7 +198,7 @@ class StoreProvider(Provider):
                 f"'{images[0].path}' is not in '{self.store.place}' under the prompts that are asked for; extract it "
                 "into the store, or allow others to be extracted"
             )
-        self.extracted += len(images)
+        self.not_in_store += len(images)
         return list(self.pipeline.features(images, prompts))
 
     @property

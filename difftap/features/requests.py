@@ -74,7 +74,7 @@ class MapSource:
         generators: images that have to be made first.
 
     Attributes:
-        extracted: passes through the network, one per (image, branch, prompt).
+        passes: passes through the network, one per (image, branch, prompt).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MapSource:
         self._files = files or BranchFiles(scratch / "branches", pipeline)
         self._shared: set[_Part] = set()
         self._generators = generators
-        self.extracted = 0
+        self.passes = 0
 
     def __call__(self, wanted: Sequence[MapRequest]) -> Iterator[ImageMaps | DifftapError]:
         """Give each request's maps, combined as the rule says, or what keeps its image from having any; in order."""
@@ -158,7 +158,7 @@ class MapSource:
             for view, features in zip(views, stream, strict=True):
                 for (branch, prompt), taps in zip(run, features.branches, strict=True):
                     maps = made[view, branch, prompt] = tuple(taps.values())
-                    self.extracted += 1
+                    self.passes += 1
                     if self._lasting:  # at once, so that a run that is killed here has it
                         self._files.put(images[view], branch, prompt, maps)
         return made

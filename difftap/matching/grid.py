@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.coords import Geometry, Size
+from difftap.errors import InputError
 from difftap.matching.confidence import cell_margins
 from difftap.matching.dense import TIE
 from difftap.matching.descriptors import Descriptors, mean_cosine
@@ -149,7 +150,9 @@ def choose_cells(similarity: NDArray[np.float64], matcher: Matcher) -> NDArray[n
         return kernel_softargmax(similarity, matcher.temperature, matcher.sigma)
     if matcher.name == "window-softargmax":
         return window_softargmax(similarity, matcher.temperature, matcher.window)
-    return nearest_cell(similarity)
+    if matcher.name in ("nn", "bilinear", "mutual"):
+        return nearest_cell(similarity)
+    raise InputError(f"matcher is '{matcher.name}', which has no rule here")
 
 
 def _from_best(similarity: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

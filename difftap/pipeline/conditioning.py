@@ -21,7 +21,7 @@ from difftap.engine import (
     get_backend,
     model_key,
 )
-from difftap.errors import ArtefactError
+from difftap.errors import ArtifactError
 from difftap.images import Image
 from difftap.prompts import encode_prompt
 from difftap.prompts.book import ConditionalPrompts, PromptBook
@@ -72,7 +72,7 @@ def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: EngineOp
 
     Raises:
         InputError, ModelError: as `checked`.
-        ArtefactError: a conditional head is missing or stale.
+        ArtifactError: a conditional head is missing or stale.
         MissingExtraError: a network has to be exported and the packages for it are not installed.
     """
     learned = checked(recipe, model, cache)
@@ -80,7 +80,7 @@ def open_book(model: Checkpoint, recipe: Recipe, cache: Cache, opening: EngineOp
         return PromptBook(model, recipe, cache, learned)
     source = learned.image_tokens
     if source is None:
-        raise ArtefactError(f"'{learned.path}' does not say where image tokens come from; learn it again")
+        raise ArtifactError(f"'{learned.path}' does not say where image tokens come from; learn it again")
     conditional = ConditionalPrompts(
         _tokens(model, recipe, cache, source, opening), _heads(model, cache, learned, source, opening),
         _text(model, cache, learned, opening),

@@ -26,14 +26,14 @@ from difftap.engine import (
 )
 from difftap.engine.builds import built_folder, save_engine_manifest
 from difftap.engine.graphfiles import graph_identity
-from difftap.errors import ArtefactError, BackendError, InputError
+from difftap.errors import ArtifactError, BackendError, InputError
 from difftap.export.parity import TensorParity
 from difftap.machine import available_cores
 from difftap.pipeline.environment import Environment, RecipeEngines, Runtime, open_cache, report_of
 from difftap.pipeline.fastest import AUTO, forget_choices, open_environment
 from difftap.recipe import Recipe
 
-__all__ = ["Artefact", "BuildJob", "build_engines", "clean", "list_artefacts", "plan_builds", "verify_artefact"]
+__all__ = ["Artifact", "BuildJob", "build_engines", "clean", "list_artifacts", "plan_builds", "verify_artifact"]
 
 _SLACK = 1.05
 """Factor by which an engine's error may grow when it is measured again: another number of threads changes rounding."""
@@ -42,7 +42,7 @@ _FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A graph or an engine in the cache: the path and the content of its manifest."""
 
     path: Path
@@ -128,7 +128,7 @@ def plan_builds(
     ]
 
 
-def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artefact, float]]:
+def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artifact, float]]:
     """Build a recipe's engines on one backend.
 
     Yields:
@@ -153,25 +153,25 @@ def build_engines(recipe: Recipe, runtime: Runtime) -> Iterator[tuple[Artefact, 
         if engine_is_file:
             # Backend ``auto`` may have left this backend out because this engine was not built: let it choose again.
             forget_choices(at.cache)
-        yield Artefact(path, manifest), time.perf_counter() - start
+        yield Artifact(path, manifest), time.perf_counter() - start
 
 
-def list_artefacts(cache: Cache) -> list[Artefact | ArtefactError]:
+def list_artifacts(cache: Cache) -> list[Artifact | ArtifactError]:
     """List every graph and engine in the cache, sorted by name; a damaged manifest gives its error instead."""
-    records: list[Artefact | ArtefactError] = []
+    records: list[Artifact | ArtifactError] = []
     for path in sorted(cache.folder.glob("*/*.json")):
         try:
-            records.append(Artefact(path, Manifest.load(path)))
-        except ArtefactError as error:
+            records.append(Artifact(path, Manifest.load(path)))
+        except ArtifactError as error:
             records.append(error)
     return records
 
 
-def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bool = False) -> str | None:
-    """Read an artefact's files in full and compare them with its manifest; measure an engine again.
+def verify_artifact(artifact: Artifact, *, cache: Cache | None = None, quick: bool = False) -> str | None:
+    """Read an artifact's files in full and compare them with its manifest; measure an engine again.
 
     Args:
-        artefact: what to verify.
+        artifact: what to verify.
         cache: its cache; None for the default one.
         quick: compare only files and versions.
 
@@ -179,42 +179,42 @@ def verify_artefact(artefact: Artefact, *, cache: Cache | None = None, quick: bo
         a remark, if something could not be measured here or was measured for the first time; None otherwise.
 
     Raises:
-        ArtefactError: a file is missing or changed; an engine was made with another version of its runtime or for other
+        ArtifactError: a file is missing or changed; an engine was made with another version of its runtime or for other
             weights; or its error is larger than when it was built.
         InputError: there is no such backend.
     """
-    artefact.manifest.check(artefact.path.parent, {})
-    if artefact.manifest.kind != "engine":  # graphs and weights were compared with torch when they were made
+    artifact.manifest.check(artifact.path.parent, {})
+    if artifact.manifest.kind != "engine":  # graphs and weights were compared with torch when they were made
         return None
-    made_from = artefact.manifest.made_from
+    made_from = artifact.manifest.made_from
     backend = get_backend(str(made_from.get("backend")))
     lacking = backend.missing()
     if lacking:
         return f"not measured: {lacking}"
     if backend.version() != made_from.get("backend_version"):
-        raise ArtefactError(
-            f"engine '{artefact.path.name}' was made with {backend.name} {made_from.get('backend_version')}, "
+        raise ArtifactError(
+            f"engine '{artifact.path.name}' was made with {backend.name} {made_from.get('backend_version')}, "
             f"installed is {backend.version()}; build it again"
         )
     hindrance = backend.cannot_run(str(made_from.get("device")))
     if hindrance or quick:
         return hindrance
-    return _measure_again(artefact, cache or open_cache())
+    return _measure_again(artifact, cache or open_cache())
 
 
-def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
+def _measure_again(artifact: Artifact, cache: Cache) -> str | None:
     """Compare an engine's error with the one in its manifest.
 
     Returns:
-        a remark, as `verify_artefact`.
+        a remark, as `verify_artifact`.
 
     Raises:
-        ArtefactError: the error is larger than when the engine was built.
+        ArtifactError: the error is larger than when the engine was built.
     """
-    made_from, report = artefact.manifest.made_from, artefact.manifest.report
+    made_from, report = artifact.manifest.made_from, artifact.manifest.report
     if "model" not in report:
         return "not measured: it was built by an older difftap"
-    if not artefact.parity and not artefact.not_run:
+    if not artifact.parity and not artifact.not_run:
         return "not measured: it is the reference"
     try:
         model = Checkpoint.load(Path(report["model"]["folder"]), report["model"]["name"])
@@ -230,20 +230,20 @@ def _measure_again(artefact: Artefact, cache: Cache) -> str | None:
     backend, device = get_backend(made_from["backend"]), made_from["device"]
     at = Environment(cache, model, backend, device, available_cores(), profile.precision)
     graph = at.graph(made_from["component"], tuple(made_from["taps"]), profile)
-    artefact.manifest.check(artefact.path.parent, graph_identity(cache, graph) | {"precision": profile.precision})
-    built = built_folder(artefact.path)
+    artifact.manifest.check(artifact.path.parent, graph_identity(cache, graph) | {"precision": profile.precision})
+    built = built_folder(artifact.path)
     files = built if built.is_dir() else None
     parity = at.fidelity(graph, profile if files else replace(profile, ensemble=1, batch=1), files)
-    if artefact.not_run and parity:  # it could not be run where it was built, so this first error is recorded
+    if artifact.not_run and parity:  # it could not be run where it was built, so this first error is recorded
         kept = {name: value for name, value in report.items() if name != "not_run"}
-        replace(artefact.manifest, report={**kept, **report_of(parity)}).save(artefact.path)
+        replace(artifact.manifest, report={**kept, **report_of(parity)}).save(artifact.path)
         worst = max(one.relative for one in parity.values())
         return f"measured for the first time: relative {worst:.1e}"
     for name, one in (parity or {}).items():
-        then = artefact.parity[name].relative
+        then = artifact.parity[name].relative
         if one.relative > max(_FLOOR, _SLACK * then):
-            raise ArtefactError(
-                f"engine '{artefact.path.name}' gives '{name}' with a relative error of {one.relative:.1e}; "
+            raise ArtifactError(
+                f"engine '{artifact.path.name}' gives '{name}' with a relative error of {one.relative:.1e}; "
                 f"when it was built it was {then:.1e}; build it again"
             )
     return None

@@ -156,7 +156,7 @@ def prepare_graph(
 
     Raises:
         MissingExtraError: it has to be made, and a package for exporting is not installed.
-        ArtefactError, BackendError: as for `difftap.export.graphs.ensure_graph`.
+        ArtifactError, BackendError: as for `difftap.export.graphs.ensure_graph`.
     """
     if not backend.needs_graph:
         return Graph(model, component, taps)
@@ -193,7 +193,7 @@ class Environment:
     """Where networks run: a `Runtime` with all choices made, and the checkpoint.
 
     Attributes:
-        cache: where artefacts are kept.
+        cache: where artifacts are kept.
         model: the checkpoint.
         backend: the chosen backend.
         device: one of its devices.

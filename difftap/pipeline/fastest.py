@@ -29,7 +29,7 @@ from difftap.engine import (
 )
 from difftap.engine.builds import known_engine
 from difftap.engine.noise import example_feeds
-from difftap.errors import ArtefactError, BackendError, DifftapError, OutputError
+from difftap.errors import ArtifactError, BackendError, DifftapError, OutputError
 from difftap.machine import available_cores, cpu, gpu
 from difftap.pipeline.conditioning import embed_prompts
 from difftap.pipeline.environment import Environment, RecipeEngines, Runtime, check_fits, open_cache, open_checkpoint
@@ -269,7 +269,7 @@ def _try(recipe: Recipe, runtime: Runtime, model: Checkpoint, cache: Cache, back
             # Building takes minutes, which nobody expects of a choice: the reason says how to do it.
             try:
                 built = known_engine(cache, graph, backend, profile, device)
-            except ArtefactError as error:
+            except ArtifactError as error:
                 return Trial(backend.name, device, reason=f"{error}; {command}")
             if built is None:
                 return Trial(backend.name, device, reason=f"its engines are not built; {command}")

@@ -53,8 +53,8 @@ class Provider(ABC):
         extracted: number of images that a store lacked, so that they were computed; 0 without a store.
     """
 
-    served: int = 0
-    extracted: int = 0
+    from_store: int = 0
+    not_in_store: int = 0
 
     def __init__(
         self, recipe: Recipe, model: Checkpoint, conditions: JsonObject, batch: int, prompts: PromptBook
@@ -196,7 +196,7 @@ class Pipeline(Provider):
         Raises:
             InputError: the model, a tap, the size or the backend does not exist or does not fit.
             MissingExtraError: something has to be exported or encoded and the packages for it are not installed.
-            BackendError, ArtefactError: an engine cannot be opened, or a file that it needs cannot be trusted.
+            BackendError, ArtifactError: an engine cannot be opened, or a file that it needs cannot be trusted.
         """
         # Pinned before anything is opened: conditions must name the prompts that are used, even if their file changes.
         recipe, runtime = pinned(recipe), runtime or Runtime()

@@ -343,8 +343,10 @@ def _distances(
         table = _manhattan(left, left if right is None else right, xp, where)
     elif metric == "euclidean":
         table = _euclidean(left, left if right is None else right, xp, where)
-    else:
+    elif metric in ("cosine", "correlation"):
         table = 1.0 - np.clip(_product(left, left if right is None else right, xp, where), -1.0, 1.0)
+    else:
+        raise InputError(f"metric is '{metric}', which has no rule here; allowed: {', '.join(METRICS)}")
     if right is None:
         table = (table + table.T) / 2.0  # by rounding, a matrix times itself need not be symmetric to the last bit
         # Exactly 0 on the diagonal, but 1 for vectors without a correlation, as the module's docstring says.

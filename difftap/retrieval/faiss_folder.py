@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import atomic_path, only_writer, output_errors
 from difftap.artifacts.manifest import FileRecord, Manifest
-from difftap.errors import ArtefactError, InputError, OutputError, first_line
+from difftap.errors import ArtifactError, InputError, OutputError, first_line
 from difftap.retrieval.index import Index, IndexInfo, Rows, VectorBatch
 from difftap.retrieval.kinds import FaissIndex, load_faiss, set_effort, to_gpu
 
@@ -55,7 +55,7 @@ class FolderIndex(Index):
 
         Raises:
             InputError: there is none.
-            ArtefactError: its files are damaged or are not those that its manifest names.
+            ArtifactError: its files are damaged or are not those that its manifest names.
             BackendError: there is no GPU, or it cannot hold the index.
             MissingExtraError: FAISS or pyarrow is not installed.
         """
@@ -69,9 +69,9 @@ class FolderIndex(Index):
         try:
             index = faiss.read_index(str(names[".faiss"]))
         except (RuntimeError, KeyError) as error:
-            raise ArtefactError(f"index '{folder}' cannot be read ({first_line(error)}); build it again") from error
+            raise ArtifactError(f"index '{folder}' cannot be read ({first_line(error)}); build it again") from error
         if index.ntotal != about.count or index.d != about.width:
-            raise ArtefactError(f"index '{folder}' holds {index.ntotal} vectors of {index.d}, not what it says")
+            raise ArtifactError(f"index '{folder}' holds {index.ntotal} vectors of {index.d}, not what it says")
         set_effort(index, about.report.get("effort"))
         return cls(folder, about, index, names[".parquet"], gpu)
 
@@ -89,7 +89,7 @@ class FolderIndex(Index):
         if self._rows is None:
             self._rows = Rows.load(self._rows_file)
             if len(self._rows) != self.about.count:
-                raise ArtefactError(f"'{self._rows_file}' has {len(self._rows)} rows, the index {self.about.count}")
+                raise ArtifactError(f"'{self._rows_file}' has {len(self._rows)} rows, the index {self.about.count}")
         return self._rows
 
     def facts(self, rows: NDArray[np.int64]) -> Rows:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import JsonObject, atomic_path
-from difftap.errors import ArtefactError, InputError, first_line, require
+from difftap.errors import ArtifactError, InputError, first_line, require
 from difftap.features.provider import precision_of, precisions_agree
 from difftap.recipe import Recipe
 from difftap.retrieval.kinds import IndexMetric
@@ -111,7 +111,7 @@ class Rows:
         """Read a file that `save` wrote. Files written before boxes were kept have none.
 
         Raises:
-            ArtefactError: the file is damaged.
+            ArtifactError: the file is damaged.
         """
         arrow, parquet = _arrow()
         try:
@@ -120,7 +120,7 @@ class Rows:
             texts = {name: np.array(table.column(name).to_pylist(), np.str_) for name in names}
             return cls(**texts, x=table.column("x").to_numpy(), y=table.column("y").to_numpy())
         except (arrow.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-            raise ArtefactError(f"'{path}' cannot be read ({first_line(error)}); build the index again") from error
+            raise ArtifactError(f"'{path}' cannot be read ({first_line(error)}); build the index again") from error
 
 
 def _arrow() -> tuple[ModuleType, ModuleType]:
@@ -293,14 +293,14 @@ class IndexInfo:
         """Read what `to_dict` gave; ``where`` names the index in the error.
 
         Raises:
-            ArtefactError: the data are no such description.
+            ArtifactError: the data are no such description.
         """
         try:
             origin = VectorOrigin.from_dict(data["origin"])
             numbers = int(data["width"]), int(data["count"])
             return cls(origin, IndexMetric(data["metric"]).metric, str(data["kind"]), *numbers, dict(data["report"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"index '{where}' does not say what it is ({error}); build it again") from error
+            raise ArtifactError(f"index '{where}' does not say what it is ({error}); build it again") from error
 
 
 class Index(ABC):

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difftap.artifacts.files import JsonObject
-from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError, OutputError, first_line, require
+from difftap.errors import ArtifactError, BackendError, InputError, MissingExtraError, OutputError, first_line, require
 from difftap.retrieval.builder import NEIGHBOURS, IndexOptions, held_out, plan_for, spool
 from difftap.retrieval.index import Index, IndexInfo, Rows, VectorBatch, VectorOrigin
 from difftap.retrieval.kinds import IndexPlan, code_bytes, list_count, steps, tune
@@ -91,7 +91,7 @@ class MilvusIndex(Index):
 
         Raises:
             InputError: there is none of that name.
-            ArtefactError: the collection is no index of difftap's, or its vectors are missing.
+            ArtifactError: the collection is no index of difftap's, or its vectors are missing.
             BackendError: Milvus cannot be reached, or fails.
             MissingExtraError: pymilvus or milvus-lite is not installed.
         """
@@ -104,7 +104,7 @@ class MilvusIndex(Index):
                     raise InputError(f"no index '{name}' in Milvus at '{where}'; make one with 'difftap index build'")
                 about, vectors = _read_about(client, name, where)
                 if not client.has_collection(vectors):
-                    raise ArtefactError(f"index '{name}' at '{where}' has lost its vectors; build it again")
+                    raise ArtifactError(f"index '{name}' at '{where}' has lost its vectors; build it again")
                 client.load_collection(vectors)
             return cls(where, name, client, about, vectors)
         except BaseException:
@@ -155,7 +155,7 @@ class MilvusIndex(Index):
             found |= {int(one["id"]): one for one in answers}
         lost = [row for row in wanted if row not in found]
         if lost:
-            raise ArtefactError(f"index '{self._name}' at '{self.where}' lacks row {lost[0]}; build it again")
+            raise ArtifactError(f"index '{self._name}' at '{self.where}' lacks row {lost[0]}; build it again")
         columns = [[found[int(row)][name] for row in rows] for name in names]
         classes, images, instances, boxes = (np.array(column, np.str_) for column in columns[:4])
         places = [np.array(column, np.float32) for column in columns[4:]]
@@ -240,7 +240,7 @@ def _read_about(client: MilvusClient, name: str, where: str) -> tuple[IndexInfo,
         data = json.loads(row["about"])
         return IndexInfo.from_dict(data["about"], f"{name}' at '{where}"), str(data["vectors"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtefactError(f"collection '{name}' at '{where}' is no index of difftap's ({error!r})") from error
+        raise ArtifactError(f"collection '{name}' at '{where}' is no index of difftap's ({error!r})") from error
 
 
 def _field(schema: CollectionSchema, name: str, kind: DataType, **options: int) -> None:

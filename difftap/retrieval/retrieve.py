@@ -51,7 +51,7 @@ def open_index(where: str, *, name: str = "difftap", gpu: bool = False) -> Index
 
     Raises:
         InputError: there is none.
-        ArtefactError, BackendError, MissingExtraError: it cannot be opened.
+        ArtifactError, BackendError, MissingExtraError: it cannot be opened.
     """
     if is_milvus(where):
         from difftap.retrieval.milvus import MilvusIndex
@@ -210,8 +210,8 @@ def _vectors(
 
 
 def _say_extracted(pipeline: Provider, store: str | None, say: Callable[[str], None]) -> None:
-    if pipeline.extracted:
-        say(f"  {pipeline.extracted} images were not in {store} and were extracted")
+    if pipeline.not_in_store:
+        say(f"  {pipeline.not_in_store} images were not in {store} and were extracted")
 
 
 def index_sources(

@@ -365,8 +365,6 @@ class _Run:
         return ProgressCallbacks(watcher.step, epoch)
 
     def _save_course(self, courses: Sequence[JsonObject]) -> None:
-        from difftap.tuning.learn import save_course, save_plot
-
         if self.job.processes.rank == 0:
             save_course(self.job.folder / "training.json", courses)
             save_plot(self.job.folder / "training.png", courses)
@@ -465,7 +463,6 @@ class _Run:
     def _write(
         self, learners: Sequence[Learner], store: ImageStore, source: TokenSource | None, scores: list[JsonObject]
     ) -> LearnedPrompts:
-        from difftap.tuning.learn import class_keys, tensors_of
         from difftap.version import __version__
 
         job = self.job

@@ -29,7 +29,8 @@ from difftap.datasets.keypoints import Sample
 from difftap.engine.noise import draw
 from difftap.errors import InputError, NonFiniteError, OutputError, require
 from difftap.features.keeper import View
-from difftap.matching import Matches
+from difftap.matching import Matches, nearest_cell
+from difftap.matching.grid import content_cells
 from difftap.recipe import Recipe
 from difftap.tuning.learner import Learner, PromptKey, key_of, views_of
 from difftap.tuning.loss import fused_cosines, gaussian_cross_entropy
@@ -430,9 +431,10 @@ class TrainingLoop:
             for sample in self._processes.share(self._pairs.val):
                 maps = self._maps([sample], learners, kept)
                 scores, _, geometry = self._scores(sample, maps, learners is None)
-                flat = scores.flatten(1).argmax(1).cpu().numpy()
-                cells = np.stack([flat % scores.shape[2], flat // scores.shape[2]], axis=1).astype(np.float64)
-                found = geometry.to_pixels(cells, (scores.shape[2], scores.shape[1]))
+                # By the rules of matching: ties to the first cell, no cell of letterbox padding.
+                grid = (scores.shape[2], scores.shape[1])
+                similarity = np.where(content_cells(geometry, grid), scores.cpu().numpy().astype(np.float64), -np.inf)
+                found = geometry.to_pixels(nearest_cell(similarity), grid)
                 nothing = np.full(len(found), np.nan)
                 matches = Matches(sample.source_points, found, np.zeros(len(found)), nothing, nothing)
                 hits = measure(Prediction.of(0, sample, matches), protocol, dataset).hits(ALPHAS, protocol.strict)

@@ -7,15 +7,15 @@ import math
 from dataclasses import dataclass
 
 from difftap.errors import InputError, RecipeError
+from difftap.matching.rule import READINGS
 from difftap.recipe import KINDS, Recipe
 
-__all__ = ["DRAWS", "INITIALS", "JOINTS", "LOSSES", "OWN_TOKENS", "PRECISIONS", "READINGS", "TuneSettings"]
+__all__ = ["DRAWS", "INITIALS", "JOINTS", "LOSSES", "OWN_TOKENS", "PRECISIONS", "TuneSettings"]
 
 INITIALS = ("published", "empty", "random")
 LOSSES = ("published", "normalised")
 DRAWS = ("fresh", "fixed")
 JOINTS = ("joint", "separate")
-READINGS = ("centres", "corners")
 PRECISIONS = ("fp32", "bf16")
 OWN_TOKENS = "own"
 """`TuneSettings.image_tokens` for the model's own features."""

@@ -13,7 +13,7 @@ import pytest
 
 from difftap.artifacts.cache import Cache, Making, default_cache_folder
 from difftap.artifacts.manifest import Manifest, file_digest
-from difftap.errors import ArtefactError, OutputError
+from difftap.errors import ArtifactError, OutputError
 
 IDENTITY = {"version": 1, "of": "weights"}
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_trusted_is_made_again_and_the_reason_named(maker, caplog
     damage, words = REASONS[reason]
     maker.get()
     damage(maker)
-    with pytest.raises(ArtefactError, match=words):
+    with pytest.raises(ArtifactError, match=words):
         maker.cache.find(maker.manifest, IDENTITY)
     with caplog.at_level(logging.WARNING, "difftap"):
         maker.get()
@@ -110,10 +110,10 @@ def test_without_a_manifest_it_was_never_finished(maker):
 def test_what_else_must_hold(maker):
     def check(manifest):
         if manifest.report["parity"] > 0.1:
-            raise ArtefactError("too far from the reference")
+            raise ArtifactError("too far from the reference")
 
     maker.get()
-    with pytest.raises(ArtefactError, match="too far"):
+    with pytest.raises(ArtifactError, match="too far"):
         maker.cache.find(maker.manifest, IDENTITY, check)
     maker.get(check=check)
     assert maker.count == 2
@@ -130,7 +130,7 @@ def test_a_failure_leaves_nothing_that_is_trusted(maker):
     maker.get()
     with pytest.raises(KeyboardInterrupt):
         maker.cache.get_or_make("thing", maker.path, {**IDENTITY, "version": 2}, fail)
-    with pytest.raises(ArtefactError, match="version = 1, not 2"):
+    with pytest.raises(ArtifactError, match="version = 1, not 2"):
         maker.cache.find(maker.manifest, {**IDENTITY, "version": 2})
 
 
@@ -194,7 +194,7 @@ def test_a_folder_of_0_1_0_without_a_manifest_is_adopted_where_that_is_asked_for
     assert maker.count == 2
 
     def check(_):
-        raise ArtefactError("a link leads nowhere")
+        raise ArtifactError("a link leads nowhere")
 
     maker.manifest.unlink()
     with caplog.at_level(logging.WARNING, "difftap"):

@@ -9,11 +9,11 @@ import pytest
 import difftap.artifacts.digests as digests
 from difftap.artifacts.digests import DigestMemo
 from difftap.artifacts.manifest import FileRecord, Manifest, file_digest
-from difftap.errors import ArtefactError
+from difftap.errors import ArtifactError
 
 
 @pytest.fixture
-def artefact(tmp_path):
+def artifact(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.onnx").write_bytes(b"graph")
     (tmp_path / "sub" / "w.bin").write_bytes(b"weights")
@@ -25,11 +25,11 @@ def artefact(tmp_path):
 EXPECTED = {"weights": "abc", "taps": ["up1"]}
 
 
-def test_a_whole_artefact_is_trusted(artefact):
-    manifest = Manifest.load(artefact / "a.json")
-    manifest.check(artefact, EXPECTED)
+def test_a_whole_artifact_is_trusted(artifact):
+    manifest = Manifest.load(artifact / "a.json")
+    manifest.check(artifact, EXPECTED)
     assert manifest.report == {"parity": 1e-6}
-    assert json.loads((artefact / "a.json").read_text())["schema"] == 1
+    assert json.loads((artifact / "a.json").read_text())["schema"] == 1
 
 
 @pytest.mark.parametrize(
@@ -41,18 +41,18 @@ def test_a_whole_artefact_is_trusted(artefact):
         (lambda f: (f / "sub" / "w.bin").unlink(), "is missing"),
     ],
 )
-def test_changed_files_are_noticed(artefact, damage, words):
-    damage(artefact)
-    with pytest.raises(ArtefactError, match=words):
-        Manifest.load(artefact / "a.json").check(artefact, EXPECTED)
+def test_changed_files_are_noticed(artifact, damage, words):
+    damage(artifact)
+    with pytest.raises(ArtifactError, match=words):
+        Manifest.load(artifact / "a.json").check(artifact, EXPECTED)
 
 
-def test_stale_and_foreign_artefacts_are_noticed(artefact):
-    manifest = Manifest.load(artefact / "a.json")
-    with pytest.raises(ArtefactError, match="weights = 'abc', not 'def'"):
-        manifest.check(artefact, {**EXPECTED, "weights": "def"})
-    with pytest.raises(ArtefactError, match="version = None, not 2"):
-        manifest.check(artefact, {**EXPECTED, "version": 2})
+def test_stale_and_foreign_artifacts_are_noticed(artifact):
+    manifest = Manifest.load(artifact / "a.json")
+    with pytest.raises(ArtifactError, match="weights = 'abc', not 'def'"):
+        manifest.check(artifact, {**EXPECTED, "weights": "def"})
+    with pytest.raises(ArtifactError, match="version = None, not 2"):
+        manifest.check(artifact, {**EXPECTED, "version": 2})
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_stale_and_foreign_artefacts_are_noticed(artefact):
         '{"schema": 1, "kind": "graph", "made_from": 3, "files": {}}',
     ],
 )
-def test_damaged_manifests_are_refused(artefact, text):
-    (artefact / "a.json").write_text(text)
-    with pytest.raises(ArtefactError):
-        Manifest.load(artefact / "a.json").check(artefact, EXPECTED)
+def test_damaged_manifests_are_refused(artifact, text):
+    (artifact / "a.json").write_text(text)
+    with pytest.raises(ArtifactError):
+        Manifest.load(artifact / "a.json").check(artifact, EXPECTED)
 
 
 def test_a_missing_manifest(tmp_path):
-    with pytest.raises(ArtefactError, match="no manifest"):
+    with pytest.raises(ArtifactError, match="no manifest"):
         Manifest.load(tmp_path / "none.json")
 
 
@@ -158,7 +158,7 @@ def test_any_changed_byte_of_a_manifest_is_found(tmp_path):
             (tmp_path / "a.json").write_bytes(changed)
             try:
                 found = Manifest.load(tmp_path / "a.json")
-            except ArtefactError:
+            except ArtifactError:
                 continue
             assert found == manifest, whole[max(0, place - 20) : place + 20]  # spaces between entries mean nothing
     data = json.loads(whole)

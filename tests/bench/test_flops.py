@@ -9,7 +9,7 @@ from difftap.backbones.checkpoint import Checkpoint
 from difftap.bench.flops import axes_of, count_graph, count_macs
 from difftap.engine import Graph, Profile
 from difftap.engine.graphfiles import cached_graph
-from difftap.errors import ArtefactError, MissingExtraError
+from difftap.errors import ArtifactError, MissingExtraError
 from difftap.recipe import ModelReference
 from tests.harness import MINI_TAPS
 
@@ -119,12 +119,12 @@ def test_each_kind_of_node(tmp_path):
     ]
     rest = np.array([2, 5], np.int64)
     assert count(shape, {"a": ["N", 10], "b": [5, 7]}, "y", [("rest", rest)]) == 3 * 2 * 5 * 7
-    with pytest.raises(ArtefactError, match="axis 'M' is free; known: N"):
+    with pytest.raises(ArtifactError, match="axis 'M' is free; known: N"):
         count([relu], {"a": ["M", 4]}, "y")
 
 
 def test_a_graph_without_a_file_or_onnx(pocket, monkeypatch):
-    with pytest.raises(ArtefactError, match="export it first"):
+    with pytest.raises(ArtifactError, match="export it first"):
         count_graph(Graph(pocket, "vae"), Profile((64, 64)))
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(MissingExtraError, match=r"difftap\[bench\]"):

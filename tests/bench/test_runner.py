@@ -11,10 +11,10 @@ from PIL import Image as PIL
 from difftap.bench.predictions import Prediction, load_predictions
 from difftap.bench.protocols import get_protocols
 from difftap.bench.report import dump_results
-from difftap.bench.runner import count_passes, digest, finished, plan, predict, subset
+from difftap.bench.runner import count_passes, digest, finished, order_of, predict, subset
 from difftap.bench.scoring import Resampling, score
 from difftap.coords import Geometry
-from difftap.errors import ArtefactError, ImageError, InputError, OutputError
+from difftap.errors import ArtifactError, ImageError, InputError, OutputError
 from difftap.featuremap import FeatureMap
 from difftap.features.keeper import ImageMaps, MapKeeper, View, load_view
 from difftap.images import load_image
@@ -81,7 +81,7 @@ def test_prompt_per_class(tmp_path):
     pairs = samples(tmp_path / "data", 8)
     mixed = [pairs[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
     recipe = fake_recipe(("a photo of a {category}",))
-    assert plan(mixed, recipe).groups == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert order_of(mixed, recipe) == [0, 2, 4, 6, 1, 3, 5, 7]
     done = run(mixed, tmp_path / "p.jsonl", recipe)
     (pipeline,) = FakePipeline.opened
     assert {prompt for _, _, prompt in pipeline.asked} == {"a photo of a cat", "a photo of a dog"}
@@ -463,7 +463,7 @@ def test_features_are_kept_with_their_provenance(tmp_path):
     assert extracted() == 2 * whole + 1
     assert (tmp_path / "e.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
     (folder / "provenance.json").write_text("{}")
-    with pytest.raises(ArtefactError, match="another provenance"):
+    with pytest.raises(ArtifactError, match="another provenance"):
         run(pairs, tmp_path / "f.jsonl", recipe, opener, features=kept)
 
 

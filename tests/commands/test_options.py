@@ -66,3 +66,14 @@ def test_a_renamed_module_answers_with_its_new_name(name):
         with pytest.raises(ImportError, match="was renamed"):
             exec(f"from {parent} import {last}")
     importlib.import_module(difftap._RENAMED[name].split()[0])
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_every_option_reaches_the_command_or_an_object_that_it_takes(command):
+    """What no group and no parameter takes would be offered, accepted and dropped."""
+    callback, taken = command.callback, set()
+    while hasattr(callback, "gives"):
+        taken |= set(callback.gives[2])
+        callback = callback.__wrapped__
+    taken |= set(inspect.signature(inspect.unwrap(callback)).parameters)
+    assert {one.name for one in command.params} <= taken

@@ -9,7 +9,7 @@ import difftap.export.graphs as graphs
 from difftap.artifacts.cache import Cache, Making
 from difftap.backbones.checkpoint import Checkpoint
 from difftap.engine.graphfiles import cached_graph, file_stem, model_folder, model_key, place_weights
-from difftap.errors import ArtefactError
+from difftap.errors import ArtifactError
 from difftap.export import ensure_graph
 from tests.harness import MINI_TAPS
 
@@ -70,7 +70,7 @@ DAMAGE = {
 def test_damaged_graphs_in_the_cache_are_made_again(cache, mini, exports, damage):
     model = Checkpoint.load(mini)
     DAMAGE[damage](model_folder(cache, model))
-    with pytest.raises(ArtefactError):
+    with pytest.raises(ArtifactError):
         cached_graph(cache, model, "vae")
     assert ensure_graph(cache, model, "vae").path.read_bytes() == b"new"
     assert exports == [("vae", ())]
@@ -87,7 +87,7 @@ def test_damaged_graphs_beside_the_checkpoint_are_refused(mini, cache, exports, 
     assert ensure_graph(empty, Checkpoint.load(folder), "vae").path == folder / "vae.onnx"
     DAMAGE[damage](folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ArtefactError, match="came with the model: install or download it again"):
+    with pytest.raises(ArtifactError, match="came with the model: install or download it again"):
         ensure_graph(empty, Checkpoint.load(folder), "vae")
     assert not exports
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -20,7 +20,7 @@ from difftap.engine.graphfiles import cached_graph
 from difftap.engine.noise import example_feeds
 from difftap.engine.trt.gpu import Gpu
 from difftap.errors import BackendError, NonFiniteError
-from difftap.pipeline.engines import list_artefacts, verify_artefact
+from difftap.pipeline.engines import list_artifacts, verify_artifact
 from difftap.pipeline.environment import Environment, RecipeEngines
 from difftap.recipe import load_recipe
 from tests.engine.fake_trt import Fake, Flag, HostMemory
@@ -286,14 +286,14 @@ def test_an_engine_built_without_a_gpu_is_measured_where_there_is_one(gpu, graph
     engines.built(graph, engines.encoder_profile())
 
     def found():
-        return next(one for one in list_artefacts(cache) if "rtx" in one.path.name)
+        return next(one for one in list_artifacts(cache) if "rtx" in one.path.name)
 
-    assert "sees no NVIDIA GPU" in verify_artefact(found(), cache=cache)
+    assert "sees no NVIDIA GPU" in verify_artifact(found(), cache=cache)
     assert found().not_run and not found().parity
     gpu(L4)
-    assert "measured for the first time: relative" in verify_artefact(found(), cache=cache)
+    assert "measured for the first time: relative" in verify_artifact(found(), cache=cache)
     assert not found().not_run and set(found().parity) == {"mean", "std"}
-    assert verify_artefact(found(), cache=cache) is None
+    assert verify_artifact(found(), cache=cache) is None
 
 
 @pytest.mark.parametrize("name", KINDS)

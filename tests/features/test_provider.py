@@ -59,7 +59,7 @@ def test_what_is_in_is_read_and_the_rest_extracted(recipe, mini_cache, store):
         category = next(pipeline.extract(IMAGES[:1], "cat"))
     with StoreProvider.open(recipe, store, runtime) as source:
         got = list(source.features(IMAGES))
-        assert source.extracted == 2
+        assert source.not_in_store == 2
         for one, other in zip(got, want, strict=True):
             assert all((a == b).all() for a, b in zip(flat(one), flat(other), strict=True))
         assert all((a.data == b.data).all() for a, b in zip(source.extract(IMAGES), joined, strict=True))
@@ -104,7 +104,7 @@ def test_a_prompt_learned_again_is_refused_and_named_in_the_conditions(recipe, m
     with StoreProvider.open(learned, tmp_path / "l.zarr", runtime) as stored:
         assert stored.conditions["prompts"]["sha256"] == first
         list(stored.features(IMAGES[:1]))
-        assert (stored.served, stored.extracted) == (1, 0)
+        assert (stored.from_store, stored.not_in_store) == (1, 0)
     assert learn(0.2) != first
     with pytest.raises(RecipeError, match=r"made with learned\.sha256 = "):
         StoreProvider.open(learned, tmp_path / "l.zarr", runtime)
@@ -139,6 +139,6 @@ def test_auto_is_what_it_chooses(recipe, store, mini_cache, monkeypatch):
     try:
         with StoreProvider.open(recipe, store, Runtime("auto", cache=mini_cache.folder, threads=1)) as source:
             assert source.conditions["backend"]["name"] == "ort"
-            assert len(list(source.extract(IMAGES))) == 4 and source.extracted == 2
+            assert len(list(source.extract(IMAGES))) == 4 and source.not_in_store == 2
     finally:
         auto.forget_choices(mini_cache)

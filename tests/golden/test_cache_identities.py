@@ -69,7 +69,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_what_0_1_0_made_is_used(name, model, tmp_path):
-    """Stand-ins lie where 0.1.0's artefacts lay; making one anew would need torch, and would replace it."""
+    """Stand-ins lie where 0.1.0's artifacts lay; making one anew would need torch, and would replace it."""
     cache, wanted = Cache(tmp_path / "kept"), KEPT[name]
     path = cache.folder / name
     folder = name.startswith("checkpoints")

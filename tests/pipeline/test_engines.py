@@ -10,8 +10,8 @@ import pytest
 
 from difftap.cli import cli
 from difftap.engine import Cache, get_backend
-from difftap.errors import ArtefactError, BackendError, InputError, MissingExtraError
-from difftap.pipeline.engines import Artefact, build_engines, list_artefacts, plan_builds, verify_artefact
+from difftap.errors import ArtifactError, BackendError, InputError, MissingExtraError
+from difftap.pipeline.engines import Artifact, build_engines, list_artifacts, plan_builds, verify_artifact
 from difftap.pipeline.environment import Runtime
 from difftap.pipeline.pipeline import Pipeline
 from difftap.recipe import Branch, Recipe
@@ -25,9 +25,9 @@ def needs(*names: str) -> None:
             pytest.skip(get_backend(name).missing())
 
 
-def engines(cache: Path) -> list[Artefact]:
-    found = list_artefacts(Cache(cache))
-    assert all(isinstance(one, Artefact) for one in found), found
+def engines(cache: Path) -> list[Artifact]:
+    found = list_artifacts(Cache(cache))
+    assert all(isinstance(one, Artifact) for one in found), found
     return [one for one in found if one.manifest.kind == "engine"]
 
 
@@ -79,6 +79,7 @@ def int8(tmp_path_factory) -> Path:
 
 
 def test_an_int8_engine_is_measured_stored_and_near_enough(int8):
+    assert len(engines(int8)) == 2
     for one in engines(int8):
         report = one.manifest.report
         assert report["build"]["images"] == 6 and len(report["build"]["calibration"]) == 16
@@ -108,7 +109,7 @@ def test_an_int8_engine_is_used_as_it_is_and_gives_the_same_bytes(int8, photos, 
 def test_verify_measures_again_and_notices_a_worse_engine(int8):
     cache = Cache(int8)
     for one in engines(int8):
-        assert verify_artefact(one, cache=cache) is None
+        assert verify_artifact(one, cache=cache) is None
     one = engines(int8)[0]
     kept = one.path.read_text()
     try:
@@ -118,9 +119,9 @@ def test_verify_measures_again_and_notices_a_worse_engine(int8):
         data.pop("sha256")
         one.path.write_text(json.dumps(data))
         worse = next(a for a in engines(int8) if a.path == one.path)
-        assert verify_artefact(worse, cache=cache, quick=True) is None
-        with pytest.raises(ArtefactError, match=r"with a relative error of .*; when it was built it was .*; build it"):
-            verify_artefact(worse, cache=cache)
+        assert verify_artifact(worse, cache=cache, quick=True) is None
+        with pytest.raises(ArtifactError, match=r"with a relative error of .*; when it was built it was .*; build it"):
+            verify_artifact(worse, cache=cache)
     finally:
         one.path.write_text(kept)
 
@@ -128,8 +129,8 @@ def test_verify_measures_again_and_notices_a_worse_engine(int8):
 def test_an_engine_of_another_version_is_refused_with_the_reason(int8, monkeypatch):
     one = engines(int8)[0]
     monkeypatch.setattr(type(get_backend("openvino")), "version", lambda self: "1999.1")
-    with pytest.raises(ArtefactError, match=r"was made with openvino .*, installed is 1999.1; build it again"):
-        verify_artefact(one, cache=Cache(int8), quick=True)
+    with pytest.raises(ArtifactError, match=r"was made with openvino .*, installed is 1999.1; build it again"):
+        verify_artifact(one, cache=Cache(int8), quick=True)
 
 
 def test_quantising_without_nncf_says_how_to_get_it(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difftap.errors import ArtefactError, InputError, MissingExtraError, OutputError
+from difftap.errors import ArtifactError, InputError, MissingExtraError, OutputError
 from difftap.retrieval import builder as build
 from difftap.retrieval import faiss_folder as folder
 from difftap.retrieval import retrieve
@@ -225,7 +225,7 @@ def test_damage_is_found(made, tmp_path, kind, how):
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2] if how == "cut" else b"\x00" + content[1:])
-    with pytest.raises((ArtefactError, InputError)):
+    with pytest.raises((ArtifactError, InputError)):
         FolderIndex.open(tmp_path / "ix")
 
 
@@ -235,7 +235,7 @@ def test_an_index_that_says_nothing_of_itself(made, tmp_path):
     data["made_from"]["origin"].pop("model_key")
     data.pop("sha256")
     file.write_text(json.dumps(data))
-    with pytest.raises(ArtefactError, match="does not say what it is"):
+    with pytest.raises(ArtifactError, match="does not say what it is"):
         FolderIndex.open(tmp_path / "ix")
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from difftap.errors import ArtefactError, BackendError, InputError, OutputError
+from difftap.errors import ArtifactError, BackendError, InputError, OutputError
 from difftap.retrieval.builder import IndexOptions
 from difftap.retrieval.index import is_milvus
 from difftap.retrieval.milvus import MilvusIndex, build_milvus
@@ -148,7 +148,7 @@ def test_a_collection_of_somebody_else(place):
     vectors, rows = objects(5)
     with build_milvus(place, origin(), batches(vectors, rows), IndexOptions(), name="mine") as index:
         theirs = index._vectors
-    with pytest.raises((ArtefactError, BackendError)):
+    with pytest.raises((ArtifactError, BackendError)):
         MilvusIndex.open(place, theirs)
 
 

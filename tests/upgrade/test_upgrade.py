@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from difftap.artifacts.manifest import Manifest
-from difftap.errors import ArtefactError, InputError
+from difftap.errors import ArtifactError, InputError
 from difftap.prompts.learned import load_learned
 from difftap.recipe import load_recipe
 
@@ -121,10 +121,10 @@ def test_a_manifest_of_the_cache_is_trusted_or_names_what_differs(old):
     folder = old / "graph"
     manifest = Manifest.load(folder / "manifest.json")
     manifest.check(folder, {"model": "0123456789abcdef", "taps": ["up1"], "exporter": 1})
-    with pytest.raises(ArtefactError, match=re.escape("was made for exporter = 1, not 2")):
+    with pytest.raises(ArtifactError, match=re.escape("was made for exporter = 1, not 2")):
         manifest.check(folder, {"exporter": 2})
     data = json.loads((folder / "manifest.json").read_text())
     assert (data["schema"], data["kind"]) == (1, "graph")
     (folder / "unet.onnx").write_bytes(b"cut short")
-    with pytest.raises(ArtefactError, match="has 9 bytes, its manifest says 47"):
+    with pytest.raises(ArtifactError, match="has 9 bytes, its manifest says 47"):
         manifest.check(folder, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from difftap.commands.options import (
     Decorator,
     feature_options,
     gives,
+    parse_numbers,
     runtime_options,
     stack,
     was_given,
@@ -31,22 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["semantics"]
 
 _DIR = click.Path(path_type=Path)
-
-
-def _numbers(low: int, high: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
-    """Make a callback that reads whole numbers with commas between, each once."""
-
-    def parse(_ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-        if text is None:
-            return None
-        parts = [part.strip() for part in text.split(",")]
-        if not all(part.isdecimal() and low <= int(part) <= high for part in parts):
-            raise InputError(
-                f"{param.opts[0]} is {text!r}; allowed: whole numbers from {low} to {high}, with commas between"
-            )
-        return tuple(dict.fromkeys(int(part) for part in parts))
-
-    return parse
 
 
 _SETS = (
@@ -91,10 +75,13 @@ def _options(name: str) -> Decorator:
         "--offsets",
         metavar="D,D",
         help="Between frames.  [default: 1,2,3,4,5,10,20,30,40]",
-        callback=_numbers(1, 100_000),
+        callback=parse_numbers(1, 100_000),
     )
     timesteps = click.option(
-        "--timesteps", metavar="T,T", help="To compare.  [default: 1,50,100,200,300,400,500]", callback=_numbers(0, 999)
+        "--timesteps",
+        metavar="T,T",
+        help="To compare.  [default: 1,50,100,200,300,400,500]",
+        callback=parse_numbers(0, 999),
     )
     metric = click.option(
         "--metric", default="correlation", show_default=True, metavar="M",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from difftap.artifacts.files import JsonObject
-from difftap.errors import ArtefactError, InputError, OutputError, first_line, require
+from difftap.errors import ArtifactError, InputError, OutputError, first_line, require
 from difftap.features.store.encoding import EncodedMap, Fidelity, row_digest
 from difftap.features.store.place import Place
 from difftap.features.store.reader import FeatureStore
@@ -125,7 +125,7 @@ def _fault(store: FeatureStore, array: TapArray, row: StoredRow) -> str:
         return f"row {row.row} of '{array.name}' is missing"
     try:
         stored = store.stored(array, row.row)
-    except ArtefactError as error:
+    except ArtifactError as error:
         return str(error)
     if row_digest(stored) != row.sha256.get(array.name):
         return f"row {row.row} of '{array.name}' is not what was written (SHA-256 differs)"
@@ -190,7 +190,7 @@ def compact(
         progress: called with the number of images copied since the last call.
 
     Raises:
-        ArtefactError: an image's data are damaged, and ``drop_damaged`` is not set.
+        ArtifactError: an image's data are damaged, and ``drop_damaged`` is not set.
         InputError: a store that is not local would have to be replaced.
         OutputError: the new store cannot be written; the old one stays as it was.
     """
@@ -245,7 +245,7 @@ def _copy(
             stored = _whole(store, taps, row)
             if isinstance(stored, str):
                 if not drop_damaged:
-                    raise ArtefactError(f"'{row.key}': {stored}; --drop-damaged leaves such images out")
+                    raise ArtifactError(f"'{row.key}': {stored}; --drop-damaged leaves such images out")
                 damaged += 1
             else:
                 writer.copy(row, stored)

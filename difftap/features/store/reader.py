@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from difftap.artifacts.files import JsonObject
 from difftap.engine import Features
-from difftap.errors import ArtefactError, InputError
+from difftap.errors import ArtifactError, InputError
 from difftap.featuremap import FeatureMap
 from difftap.features.store.encoding import EncodedMap, row_digest
 from difftap.features.store.place import Place, StoreGroup
@@ -57,7 +57,7 @@ class FeatureStore:
 
         Raises:
             InputError: there is no feature store.
-            ArtefactError: the store is damaged.
+            ArtifactError: the store is damaged.
             MissingExtraError: zarr is not installed.
         """
         place = Place(path)
@@ -144,7 +144,7 @@ class FeatureStore:
 
         Raises:
             InputError: there is no such key, or the image could not be used.
-            ArtefactError: its data cannot be read, or have changed.
+            ArtifactError: its data cannot be read, or have changed.
         """
         return self._features(self.row(key))
 
@@ -155,7 +155,7 @@ class FeatureStore:
             stored = self.stored(array, row.row)
             # zarr gives zeros for a missing chunk, and does not notice bytes that have changed.
             if row_digest(stored) != row.sha256.get(array.name):
-                raise ArtefactError(
+                raise ArtifactError(
                     f"'{array.name}' of '{row.key}' in '{self.place}' is damaged (SHA-256 differs); 'difftap store "
                     "verify' finds all such images, 'difftap store compact --drop-damaged' leaves them out"
                 )
@@ -167,13 +167,13 @@ class FeatureStore:
         """Read one row of an array as it is stored.
 
         Raises:
-            ArtefactError: it cannot be read.
+            ArtifactError: it cannot be read.
         """
         try:
             values: NDArray[np.number] = np.asarray(array.values[row])
             scale = None if array.scale is None else np.asarray(array.scale[row])
         except Exception as error:  # zarr and file systems raise errors of many kinds for damaged chunks
-            raise ArtefactError(
+            raise ArtifactError(
                 f"row {row} of '{array.name}' in '{self.place}' cannot be read ({type(error).__name__}: {error}); "
                 "'difftap store verify' finds every such row"
             ) from error

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import differences
 from difftap.coords import Geometry, Size
-from difftap.errors import ArtefactError, DifftapError, InputError, RecipeError, first_line
+from difftap.errors import ArtifactError, DifftapError, InputError, RecipeError, first_line
 from difftap.features.store.encoding import Basis, Encoding
 from difftap.features.store.place import Place, StoreArray, StoreGroup
 from difftap.prompts.choose import SLOT
@@ -104,7 +104,7 @@ class ShardEntry:
         """Read what `text` gave; ``where`` names the page in the error.
 
         Raises:
-            ArtefactError: the text is damaged.
+            ArtifactError: the text is damaged.
         """
         rows, failures = [], []
         try:
@@ -122,7 +122,7 @@ class ShardEntry:
                 data["image"], data["content"] = tuple(data["image"]), tuple(data["content"])
                 rows.append(StoredRow(**data))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtefactError(f"{where} is damaged ({error}); 'difftap store verify' says what is left") from error
+            raise ArtifactError(f"{where} is damaged ({error}); 'difftap store verify' says what is left") from error
         return cls(tuple(rows), tuple(failures))
 
 
@@ -307,7 +307,7 @@ def tap_arrays(group: StoreGroup, provenance: Provenance, place: Place) -> list[
     """Open a store's tap arrays, branch by branch; empty if the store has no row yet.
 
     Raises:
-        ArtefactError: some are missing or cannot be read.
+        ArtifactError: some are missing or cannot be read.
     """
     with _readable(f"an array of '{place}'"):
         return _tap_arrays(group, provenance, place)
@@ -318,14 +318,14 @@ def _readable(what: str) -> Iterator[None]:
     """Turn any error of zarr about damaged files into one clear line.
 
     Raises:
-        ArtefactError: replaces any error of the body that is not ours.
+        ArtifactError: replaces any error of the body that is not ours.
     """
     try:
         yield
     except DifftapError:
         raise
     except Exception as error:  # zarr, its codecs and json raise errors of many kinds
-        raise ArtefactError(
+        raise ArtifactError(
             f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); it is damaged: extract it again"
         ) from error
 
@@ -346,7 +346,7 @@ def _tap_arrays(group: StoreGroup, provenance: Provenance, place: Place) -> list
             if (provenance.encoding.pca is not None) != (name in bases):
                 missing.append(f"{name}.components")
     if found and missing:
-        raise ArtefactError(f"'{place}' lacks the array '{missing[0]}'; it is damaged: extract it again")
+        raise ArtifactError(f"'{place}' lacks the array '{missing[0]}'; it is damaged: extract it again")
     return found
 
 
@@ -367,7 +367,7 @@ def pages(group: StoreGroup, place: Place) -> Iterator[ShardEntry]:
     """Yield the pages of the journal, in the order of the shards.
 
     Raises:
-        ArtefactError: the journal is damaged.
+        ArtifactError: the journal is damaged.
     """
     with _readable(f"the journal of '{place}'"):
         journal = group.get("journal")

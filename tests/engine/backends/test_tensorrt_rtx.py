@@ -16,8 +16,8 @@ import pytest
 
 from difftap.engine import Cache
 from difftap.engine.trt.gpu import find_gpu
-from difftap.errors import ArtefactError
-from difftap.pipeline.engines import build_engines, list_artefacts, verify_artefact
+from difftap.errors import ArtifactError
+from difftap.pipeline.engines import build_engines, list_artifacts, verify_artifact
 from difftap.pipeline.environment import Runtime
 from difftap.recipe import ModelReference, load_recipe
 
@@ -42,13 +42,13 @@ def built(tmp_path_factory) -> Path:
 
 
 def test_engines_are_built_listed_and_checked_without_a_gpu(built):
-    vae, unet = sorted(list_artefacts(Cache(built)), key=lambda one: "unet" in one.path.name)
+    vae, unet = sorted(list_artifacts(Cache(built)), key=lambda one: "unet" in one.path.name)
     for one in (vae, unet):
         assert one.manifest.made_from["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0", "12.1"]
         assert "sees no NVIDIA GPU" in one.not_run
         assert one.manifest.report["build"]["weights"] == "inside"
         assert "parity" not in one.manifest.report
-        assert "sees no NVIDIA GPU" in verify_artefact(one)
+        assert "sees no NVIDIA GPU" in verify_artifact(one)
         (plan,) = one.path.with_name(one.path.name.removesuffix(".engine.json")).iterdir()
         assert plan.name == "plan" and plan.stat().st_size == one.manifest.report["build"]["plan_bytes"]
     assert unet.path.name == "unet.up2.tensorrt-rtx-cuda.256x256.e2.t8.b1.fp32.engine.json"
@@ -84,17 +84,17 @@ def test_the_commands_say_what_they_did(built):
 def test_what_was_changed_is_broken_and_another_version_too(built, tmp_path):
     copy = tmp_path / "moved"
     shutil.copytree(built, copy)  # a cache may be carried elsewhere
-    one = next(one for one in list_artefacts(Cache(copy)) if "vae" in one.path.name)
-    verify_artefact(one)
+    one = next(one for one in list_artifacts(Cache(copy)) if "vae" in one.path.name)
+    verify_artifact(one)
     older = {**one.manifest.made_from, "backend_version": "1.0"}
-    with pytest.raises(ArtefactError, match=r"made with tensorrt-rtx 1.0, installed is .*; build it again"):
-        verify_artefact(dataclasses.replace(one, manifest=dataclasses.replace(one.manifest, made_from=older)))
+    with pytest.raises(ArtifactError, match=r"made with tensorrt-rtx 1.0, installed is .*; build it again"):
+        verify_artifact(dataclasses.replace(one, manifest=dataclasses.replace(one.manifest, made_from=older)))
     plan = one.path.with_name(one.path.name.removesuffix(".engine.json")) / "plan"
     with open(plan, "r+b") as handle:
         handle.seek(1000)
         handle.write(b"tampered")
-    with pytest.raises(ArtefactError, match="SHA-256 differs"):
-        verify_artefact(one)
+    with pytest.raises(ArtifactError, match="SHA-256 differs"):
+        verify_artifact(one)
 
 
 def test_a_killed_build_leaves_nothing_and_two_at_once_make_one(tmp_path):
@@ -119,12 +119,12 @@ def test_a_killed_build_leaves_nothing_and_two_at_once_make_one(tmp_path):
         time.sleep(0.005)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    assert list_artefacts(Cache(tmp_path)) == [] and not list(tmp_path.glob("*/vae*"))
+    assert list_artifacts(Cache(tmp_path)) == [] and not list(tmp_path.glob("*/vae*"))
     both = [start(), start()]
     told = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and told[0] == told[1]
-    (one,) = list_artefacts(Cache(tmp_path))
-    verify_artefact(one)
+    (one,) = list_artifacts(Cache(tmp_path))
+    verify_artifact(one)
     assert not list(tmp_path.glob("*/.vae*.part"))
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [done.stderr.splitlines()[-1]]
     assert "cannot write" in done.stderr
-    assert not list(tmp_path.rglob("plan")) and list_artefacts(Cache(tmp_path)) == []
+    assert not list(tmp_path.rglob("plan")) and list_artifacts(Cache(tmp_path)) == []
 
 
 @pytest.mark.slow
@@ -146,5 +146,5 @@ def test_a_full_size_unet_is_built_without_a_gpu(tmp_path):
     recipe = dataclasses.replace(load_recipe("dift"), model=ModelReference("sd15", random_weights=0), size=(512, 512))
     runtime = Runtime(backend="tensorrt-rtx", cache=tmp_path, precision="fp16")
     for record, _ in build_engines(recipe, runtime):
-        assert record.not_run and verify_artefact(record)
+        assert record.not_run and verify_artifact(record)
         assert record.manifest.report["build"]["plan_bytes"] > 50e6

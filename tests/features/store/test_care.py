@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difftap.errors import ArtefactError, OutputError
+from difftap.errors import ArtifactError, OutputError
 from difftap.features.store import Encoding, FeatureStore
 from difftap.features.store.care import compact, info, verify
 from tests.features.store.cases import fill, made, maps
@@ -46,7 +46,7 @@ def test_damage_is_found(path, damage, keys):
 def test_a_shard_that_is_gone(path):
     (path / "0" / "up1" / "c" / "1" / "0" / "0" / "0").unlink()
     assert [one.key for one in problems(path)] == ["k5", "k6", "k7", "k8"]
-    with pytest.raises(ArtefactError, match=r"'k5'.*--drop-damaged"):
+    with pytest.raises(ArtifactError, match=r"'k5'.*--drop-damaged"):
         compact(path)
     assert len(FeatureStore.open(path)) == 10
     done = compact(path, drop_damaged=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from difftap.errors import ArtefactError
+from difftap.errors import ArtifactError
 from difftap.features.store.schema import Failure, ShardEntry, StoredRow
 
 PAGE = ShardEntry(
@@ -30,5 +30,5 @@ def test_any_changed_byte_is_found():
     for place in range(len(whole) - 1):
         changed = bytearray(whole)
         changed[place] ^= 1
-        with pytest.raises(ArtefactError, match="page 0 is damaged"):
+        with pytest.raises(ArtifactError, match="page 0 is damaged"):
             ShardEntry.parse(changed.decode(), "page 0")

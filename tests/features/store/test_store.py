@@ -7,7 +7,7 @@ import uuid
 import numpy as np
 import pytest
 
-from difftap.errors import ArtefactError, DifftapError, InputError, OutputError, RecipeError
+from difftap.errors import ArtifactError, DifftapError, InputError, OutputError, RecipeError
 from difftap.featuremap import FeatureMap
 from difftap.features.store import Encoding, FeatureStore, check_writable, open_writer
 from difftap.features.store.encoding import Moments, shapes_of, store_image
@@ -293,11 +293,11 @@ def test_what_is_gone_or_changed_is_never_read_as_features(tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
     store = FeatureStore.open(tmp_path / "s.zarr")
-    with pytest.raises(ArtefactError, match=r"'0/up1' of 'k0' in '.*' is damaged.*store verify"):
+    with pytest.raises(ArtifactError, match=r"'0/up1' of 'k0' in '.*' is damaged.*store verify"):
         store.read("k0")
     shard.unlink()  # zarr reads zeros
     for key in ("k0", "k1", "k2"):
-        with pytest.raises(ArtefactError, match="is damaged"):
+        with pytest.raises(ArtifactError, match="is damaged"):
             store.read(key)
 
 
@@ -344,7 +344,7 @@ def test_a_damaged_journal_is_said(tmp_path):
     fill(tmp_path / "s.zarr", range(6))
     group = zarr.open(tmp_path / "s.zarr", mode="r+")
     group["journal"][1] = "{"
-    with pytest.raises(ArtefactError, match="page 1 of the journal"):
+    with pytest.raises(ArtifactError, match="page 1 of the journal"):
         FeatureStore.open(tmp_path / "s.zarr")
 
 
@@ -394,7 +394,7 @@ def test_a_damaged_provenance_and_a_lost_array_are_said(tmp_path):
         FeatureStore.open(tmp_path / "s.zarr")
     group.attrs["difftap"] = noted
     del group["1/up2"]
-    with pytest.raises(ArtefactError, match="lacks the array '1/up2'"):
+    with pytest.raises(ArtifactError, match="lacks the array '1/up2'"):
         FeatureStore.open(tmp_path / "s.zarr").read("k0")
 
 
