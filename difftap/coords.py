@@ -83,6 +83,11 @@ class Geometry:
         x0, y0 = (input[0] - width) // 2, (input[1] - height) // 2
         return cls(image, input, (float(x0), float(y0), float(x0 + width), float(y0 + height)))
 
+    @classmethod
+    def laid(cls, fit: str, image: Size, input: Size) -> Geometry:  # noqa: A002 - the field's name
+        """Lay the image on the input as a recipe's ``fit`` says: ``stretch`` or ``letterbox``."""
+        return cls.stretch(image, input) if fit == "stretch" else cls.letterbox(image, input)
+
     def _affine(self, grid: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Give scale and offset, for `rescale`, from image pixels to cells of a ``(w, h)`` grid over the input."""
         x0, y0, x1, y1 = self.content

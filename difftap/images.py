@@ -418,7 +418,7 @@ def to_input(
         float32 ``(3, H, W)``, RGB, in [-1, 1], letterbox padding 0 (mid-grey); and the geometry that takes the image's
         pixels to it.
     """
-    geometry = Geometry.stretch(image.size, size) if fit == "stretch" else Geometry.letterbox(image.size, size)
+    geometry = Geometry.laid(fit, image.size, size)
     x0, y0, x1, y1 = (round(edge) for edge in geometry.content)
     resized = PIL.fromarray(image.pixels).resize((x1 - x0, y1 - y0), PIL.Resampling[resize.upper()])
     values = np.zeros((3, size[1], size[0]), np.float32)  # (3, H, W)

@@ -103,8 +103,7 @@ class BranchFiles:
         if not path.is_file():
             return None
         recipe = self._pipeline.recipe
-        lay = Geometry.stretch if recipe.fit == "stretch" else Geometry.letterbox
-        geometry = lay(image.size, recipe.size)
+        geometry = Geometry.laid(recipe.fit, image.size, recipe.size)
         try:
             with (
                 open(path, "rb") as handle,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from difftap.artifacts.files import JsonObject
-from difftap.artifacts.run import ProgressBar, no_bar
+from difftap.artifacts.run import ProgressBar, check_conditions, no_bar
 from difftap.datasets.chosen_objects import open_objects
 from difftap.datasets.davis import PEOPLE
 from difftap.datasets.objects import SceneSource
@@ -22,7 +22,7 @@ from difftap.recipe import Recipe
 from difftap.retrieval.distances import METRICS
 from difftap.study.axes import AXES, OFFSETS, TIMESTEPS
 from difftap.study.study import VIDEO, Study, prepare, run_axis, still_sources
-from difftap.study.summary import finish_axis, study_folder, write_report
+from difftap.study.summary import finish_axis, load_axes, study_folder, write_report
 
 __all__ = ["StudySets", "open_study", "run_study"]
 
@@ -180,6 +180,22 @@ def _distance_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _check_folder(folder: Path, study: Study) -> None:
+    """Refuse a folder with axes of another recipe or rule: its report would put them under one heading.
+
+    Raises:
+        OutputError: there is one, and nothing is to be overwritten.
+    """
+    want = {"recipe": study.recipe.to_dict(), "rule": study.rule}
+    try:
+        made = {} if study.overwrite else load_axes(folder)
+    except InputError:  # a damaged result is said when the report is written; running its axis again mends it
+        return
+    for axis, results in made.items():
+        have = {name: results.get("settings", {}).get(name) for name in want}
+        check_conditions(folder / f"{axis}.json", have, want, kind="folder", begun="made")
+
+
 def run_study(study: Study, name: str, sources: Mapping[str, SceneSource]) -> Iterator[tuple[JsonObject, list[str]]]:
     """Run one axis, or all axes that the data sets allow. Write the files of each before the next begins.
 
@@ -205,6 +221,7 @@ def run_study(study: Study, name: str, sources: Mapping[str, SceneSource]) -> It
         if name != "video" and not stills:
             raise InputError(f"the {name} axis needs images; give --voc, --coco or --folder ROOT")
     with study_folder(study.folder) as folder:
+        _check_folder(folder, study)
         if name == "all":
             prepare(study, sources, axes)
         for axis in axes:

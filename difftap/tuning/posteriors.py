@@ -133,8 +133,7 @@ class ImageStore:
             return None
 
     def _geometry(self, size: Size) -> Geometry:
-        lay = Geometry.stretch if self._recipe.fit == "stretch" else Geometry.letterbox
-        return lay(size, self._recipe.size)
+        return Geometry.laid(self._recipe.fit, size, self._recipe.size)
 
     def _make(self, view: View, path: Path) -> ImagePosterior:
         if view.path in self._makers and not view.path.exists():

@@ -170,11 +170,20 @@ def test_bad_options(data, tmp_path, axis, extra, message):
 def test_a_folder_of_another_study_is_refused(data, tmp_path):
     run("steps", "--voc", data / "voc", "-o", tmp_path, *SMALL, "--timesteps", "1")
     result = run("steps", "--voc", data / "voc", "-o", tmp_path, *SMALL, "--timesteps", "1", "--seed", "7")
-    assert "was built under other conditions (feature_key is" in str(result.exception)
+    assert "was made under other conditions (recipe.seed is 0 there and 7 here)" in str(result.exception)
     result = run(
         "steps", "--voc", data / "voc", "-o", tmp_path, *SMALL, "--timesteps", "1", "--seed", "7", "--overwrite"
     )
     assert result.exit_code == 0, result.output
+
+
+def test_axes_of_two_recipes_do_not_share_a_report(data, tmp_path):
+    """Also where no table of prototypes has the same name, so that nothing else would notice."""
+    args = ("--voc", data / "voc", "-o", tmp_path / "out", *SMALL)
+    assert run("distances", *args).exit_code == 0
+    result = run("steps", *args, "--timesteps", "1,50", "--seed", "5")
+    assert result.exit_code == 2 or isinstance(result.exception, OutputError), result.output
+    assert "other conditions (recipe.seed is 0 there and 5 here)" in str(result.exception)
 
 
 def test_clips_of_other_things_than_people(data, tmp_path):
