@@ -21,10 +21,17 @@ from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import open_run
 from difftap.bench.predictions import SCHEMA, Prediction
 from difftap.datasets.keypoints import Sample
-from difftap.errors import ImageError, InputError, NonFiniteError
+from difftap.errors import ImageError, InputError
 from difftap.features.branchfiles import BranchFiles
-from difftap.features.keeper import Generators, MapKeeper, View
-from difftap.features.requests import MapRequest, MapSource, passes, request_pair
+from difftap.features.keeper import Generators, View
+from difftap.features.requests import (
+    MapRequest,
+    MapSource,
+    RequestedImage,
+    match_requested,
+    passes,
+    request_pair,
+)
 from difftap.matching import MatchRule
 from difftap.matching.rule import find
 from difftap.pipeline.pipeline import Provider
@@ -164,18 +171,24 @@ def predict(
         run = stack.enter_context(open_run(output, conditions, overwrite=overwrite))
         done = finished(run.earlier)
         rest = [index for index in planned if index not in done]
-        order = [request for index in rest for request in _requests(samples[index], recipe)]
-        source = MapSource(pipeline, rule, order, scratch, files, generators)
-        keeper = MapKeeper(source, rule.prepare, order, memory, scratch, pipeline.batch)
+        requested = [_requests(samples[index], recipe) for index in rest]
+        source = MapSource(pipeline, rule, [one for both in requested for one in both], scratch, files, generators)
+
+        def match(place: int, first: RequestedImage, second: RequestedImage) -> Prediction:
+            return _predict(rest[place], samples[rest[place]], first, second, confidence)
+
+        results = match_requested(source, rule, requested, match, scratch=scratch, memory=memory, batch=pipeline.batch)
         progress(len(done))
         failed = 0
-        for index in rest:
-            prediction = _predict(index, samples[index], _requests(samples[index], recipe), keeper, confidence)
-            run.write(prediction.to_dict())
-            failed += prediction.error is not None
+        for index, result in zip(rest, results, strict=True):
+            if isinstance(result, str):
+                _LOG.warning("pair %s: %s", samples[index].name, result)
+                result = Prediction.of(index, samples[index], None, error=result)
+                failed += 1
+            run.write(result.to_dict())
             progress(1)
         seconds = time.perf_counter() - began
-        counted = (len(rest), failed, len(done), keeper.made, source.passes, seconds)
+        counted = (len(rest), failed, len(done), source.made, source.passes, seconds)
         return PredictRun(*counted, pipeline.from_store, pipeline.not_in_store)
 
 
@@ -192,23 +205,18 @@ def digest(samples: Sequence[Sample]) -> str:
 
 
 def _predict(
-    index: int, sample: Sample, both: tuple[MapRequest, MapRequest], keeper: MapKeeper[MapRequest], confidence: bool
+    index: int, sample: Sample, source: RequestedImage, target: RequestedImage, confidence: bool
 ) -> Prediction:
-    """Predict one pair; if it cannot be used, record the reason."""
-    try:
-        ready = []
-        for request, size in zip(both, (sample.source_size, sample.target_size), strict=True):
-            made = keeper.get(request)
-            if made.size != tuple(size):
-                raise ImageError(
-                    f"'{request.view.path}' has {made.size[0]} x {made.size[1]} pixels, its annotation says "
-                    f"{size[0]} x {size[1]}; get the data set's own images"
-                )
-            ready.append(keeper.prepared(request))
-        found, clamped = find(ready[0], ready[1], sample.source_points, sample.source_size, confidence)
-        return Prediction.of(index, sample, found, clamped)
-    except (InputError, NonFiniteError) as error:  # other errors are not about this pair and would fail every pair
-        _LOG.warning("pair %s: %s", sample.name, error)
-        return Prediction.of(index, sample, None, error=" ".join(str(error).split()))
-    finally:
-        keeper.done(*both)
+    """Match a pair's keypoints.
+
+    Raises:
+        ImageError: an image has another size than annotated.
+    """
+    for one, size in ((source, sample.source_size), (target, sample.target_size)):
+        if one.maps.size != tuple(size):
+            raise ImageError(
+                f"'{one.view.path}' has {one.maps.size[0]} x {one.maps.size[1]} pixels, its annotation says "
+                f"{size[0]} x {size[1]}; get the data set's own images"
+            )
+    found, clamped = find(source.prepared, target.prepared, sample.source_points, sample.source_size, confidence)
+    return Prediction.of(index, sample, found, clamped)

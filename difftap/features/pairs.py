@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from difftap.artifacts.files import JsonObject
 from difftap.artifacts.run import open_run
 from difftap.coords import Size
-from difftap.errors import DifftapError, InputError, NonFiniteError, PairsError
-from difftap.features.keeper import MapKeeper, View
-from difftap.features.requests import MapRequest, MapSource, request_pair
+from difftap.errors import DifftapError, InputError, PairsError
+from difftap.features.keeper import View
+from difftap.features.requests import MapSource, RequestedImage, match_requested, request_pair
 from difftap.images import Image
 from difftap.matching import Matches, MatchRule, PreparedImage
 from difftap.matching.matches import SCHEMA, Threshold, match_records
@@ -261,36 +262,32 @@ def run_pairs(
         reasons: list[str] = []
         done, failed = len(run.earlier), sum("error" in record for record in run.earlier)
         rest = pairs[done:]
-        order = [request for both in requested[done:] for request in both]
-        source = MapSource(pipeline, rule, order, Path(scratch))
-        keeper = MapKeeper(source, rule.prepare, order, memory, Path(scratch), max(1, pipeline.batch))
+        source = MapSource(pipeline, rule, [one for both in requested[done:] for one in both], Path(scratch))
+
+        def match(place: int, first: RequestedImage, second: RequestedImage) -> JsonObject:
+            return _record(matching, rest[place], first, second)
+
+        results = match_requested(
+            source, rule, requested[done:], match, scratch=Path(scratch), memory=memory, batch=pipeline.batch
+        )
         progress(done)
-        for index, (pair, both) in enumerate(zip(rest, requested[done:], strict=True), start=done):
-            line = _match_pair(keeper, pair, both, matching)
-            if "error" in line:
+        for index, (pair, result) in enumerate(zip(rest, results, strict=True), start=done):
+            if isinstance(result, str):
                 failed += 1
-                reasons.append(f"pair {index}: {line['error']}")
+                reasons.append(f"pair {index}: {result}")
+                result = {"error": result}
             shown = {"source": str(pair.source), "target": str(pair.target)}
-            run.write({"type": "pair", "index": index, **shown, **line})
-            keeper.done(*both)
+            run.write({"type": "pair", "index": index, **shown, **result})
             progress(1)
     return PairsRun(len(rest), failed, done, tuple(reasons[:_REASONS]))
 
 
-def _match_pair(
-    keeper: MapKeeper[MapRequest],
-    pair: Pair,
-    both: tuple[MapRequest, MapRequest],
-    matching: PairMatching,
-) -> dict[str, Any]:
-    """One pair's record: its matches, or why there are none."""
-    try:
-        source, target = map(keeper.prepared, both)
-        records = {
-            name: {"width": made.size[0], "height": made.size[1], "sha256": made.digest}
-            for name, made in zip(("source_image", "target_image"), map(keeper.get, both), strict=True)
-        }
-        matches = matching.match(source, target, np.reshape(np.array(pair.points, np.float64), (-1, 2)))
-    except (InputError, NonFiniteError) as error:  # anything else is the machine's fault, and would fail every pair
-        return {"error": " ".join(str(error).split())}
-    return {**records, "matches": match_records(matching.threshold.keep(matches))}
+def _record(matching: PairMatching, pair: Pair, source: RequestedImage, target: RequestedImage) -> JsonObject:
+    """Match a pair, and give its record."""
+    images = {
+        name: {"width": one.maps.size[0], "height": one.maps.size[1], "sha256": one.maps.digest}
+        for name, one in (("source_image", source), ("target_image", target))
+    }
+    given = np.reshape(np.array(pair.points, np.float64), (-1, 2))
+    matches = matching.match(source.prepared, target.prepared, given)
+    return {**images, "matches": match_records(matching.threshold.keep(matches))}

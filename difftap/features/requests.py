@@ -8,21 +8,24 @@ stands for, and lie in scratch files from the first such request to the last.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from difftap.errors import DifftapError, ImageError
+from difftap.errors import DifftapError, ImageError, InputError, NonFiniteError
 from difftap.featuremap import FeatureMap
 from difftap.features.branchfiles import BranchFiles
-from difftap.features.keeper import Generators, ImageMaps, View, load_view
+from difftap.features.keeper import Generators, ImageMaps, MapKeeper, View, load_view
 from difftap.images import Image
-from difftap.matching import MatchRule
+from difftap.matching import MatchRule, PreparedImage
 from difftap.pipeline.pipeline import Provider
 from difftap.prompts import Prompt, Subject, choose_prompts
 from difftap.recipe import Recipe
 
-__all__ = ["MapRequest", "MapSource", "passes", "request_pair"]
+__all__ = ["MapRequest", "MapSource", "RequestedImage", "match_requested", "passes", "request_pair"]
+
+Result = TypeVar("Result")
 
 _Part = tuple[View, int, Prompt]  # one pass through the network: image, branch, prompt
 
@@ -74,6 +77,7 @@ class MapSource:
         generators: images that have to be made first.
 
     Attributes:
+        made: requests whose maps were given.
         passes: passes through the network, one per (image, branch, prompt).
     """
 
@@ -94,6 +98,7 @@ class MapSource:
         self._files = files or BranchFiles(scratch / "branches", pipeline)
         self._shared: set[_Part] = set()
         self._generators = generators
+        self.made = 0
         self.passes = 0
 
     def __call__(self, wanted: Sequence[MapRequest]) -> Iterator[ImageMaps | DifftapError]:
@@ -114,6 +119,7 @@ class MapSource:
                 yield image
                 continue
             maps = [one for part in request.parts for one in (known[part] or fresh[part])]
+            self.made += 1
             yield ImageMaps(self._rule.fuse(maps), image.size, image.digest)
             for part in request.parts:
                 self._share(part, image, known[part] or fresh[part])
@@ -176,3 +182,57 @@ class MapSource:
         elif part not in self._shared:
             self._shared.add(part)
             self._files.put(image, branch, prompt, maps)
+
+
+@dataclass(frozen=True)
+class RequestedImage:
+    """One image of a pair, as `match_requested` gives it to the function that matches.
+
+    Attributes:
+        prepared: the image, ready to be matched.
+        maps: its maps, with the image's size and digest.
+        view: the image's file.
+    """
+
+    prepared: PreparedImage
+    maps: ImageMaps
+    view: View
+
+
+def match_requested(
+    source: MapSource,
+    rule: MatchRule,
+    requested: Sequence[tuple[MapRequest, MapRequest]],
+    match: Callable[[int, RequestedImage, RequestedImage], Result],
+    *,
+    scratch: Path,
+    memory: int,
+    batch: int = 1,
+) -> Iterator[Result | str]:
+    """Match pairs one after another, each image's maps made once and kept in bounded memory while a pair needs them.
+
+    Args:
+        source: gives the maps of requests.
+        rule: prepares maps for matching.
+        requested: each pair's two requests.
+        match: matches one pair: its place in ``requested``, its source and its target.
+        scratch: an existing folder for maps that do not fit into memory.
+        memory: bytes of maps and of what is prepared of them.
+        batch: images computed together.
+
+    Yields:
+        what ``match`` gave, or why the pair cannot be used: an image, a point or a value that is not finite.
+
+    Raises:
+        BackendError, OutputError: the machine's faults, which would fail every pair.
+    """
+    order = [request for both in requested for request in both]
+    keeper = MapKeeper(source, rule.prepare, order, memory, scratch, max(1, batch))
+    for place, both in enumerate(requested):
+        try:
+            first, second = (RequestedImage(keeper.prepared(one), keeper.get(one), one.view) for one in both)
+            result: Result | str = match(place, first, second)
+        except (InputError, NonFiniteError) as error:  # about this pair alone
+            result = " ".join(str(error).split())
+        keeper.done(*both)
+        yield result
